@@ -1,0 +1,18 @@
+"""Short text for the frozen dataclasses users compose."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+__all__ = ["short"]
+
+
+def short(item: Any) -> str:
+    """`Name(field=value)` with the fields that differ from their defaults."""
+    parts = [
+        f"{f.name}={getattr(item, f.name)!r}"
+        for f in fields(item)
+        if f.default is MISSING or getattr(item, f.name) != f.default
+    ]
+    return f"{type(item).__name__}({', '.join(parts)})"

@@ -1,0 +1,59 @@
+"""Recognising the training engines under which a fused update would be wrong, and refusing them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["refuse_live_objects", "refuse_parameters"]
+
+
+def refuse_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise RuntimeError if a parameter belongs to an engine or to another fused optimizer."""
+    for name, param in named:
+        if type(param).__name__ == "FlatParameter" or getattr(param, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{name!r} is sharded by FSDP1, which never calls gradient hooks: use FSDP2 (fully_shard), "
+                "or leave the update to step()"
+            )
+        if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):
+            raise RuntimeError(
+                f"{name!r} is managed by DeepSpeed ZeRO, which reduces gradients after hooks have run: "
+                "use FSDP2 (fully_shard), or leave the update to step()"
+            )
+        if getattr(param, "_in_backward_optimizers", None):
+            raise RuntimeError(f"{name!r} already has an optimizer in its backward pass: remove that one first")
+        if getattr(param, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"{name!r} already has a post-accumulate-grad hook, perhaps another fused optimizer: it would see "
+                "no gradient, or this one would; remove it first"
+            )
+
+
+def refuse_live_objects(params: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if DistributedDataParallel wraps one of the parameters or a GradScaler is in use.
+
+    Neither leaves a mark on the parameters, so the interpreter's live objects are searched: some tens of
+    milliseconds, when fusing and at the first backward pass, never in a step.
+    """
+    scaler_type: Any = torch.amp.GradScaler
+    wrapper_type: Any = torch.nn.parallel.DistributedDataParallel
+    ours = set(params)
+    for item in gc.get_objects():
+        kind = type(item)
+        if issubclass(kind, scaler_type) and item.is_enabled():
+            raise RuntimeError(
+                "a GradScaler is in use: a fused update would apply the scaled gradient, and could not be undone "
+                "when an overflow shows. Train in bf16 without a scaler, or leave the update to step(). "
+                "(If the scaler belongs to another model, create it with enabled=False or delete it)"
+            )
+        if issubclass(kind, wrapper_type) and any(p in ours for p in item.parameters()):
+            raise RuntimeError(
+                "the model is wrapped in DistributedDataParallel, which averages gradients after this update would "
+                "have used and freed them: replicas would drift apart. Use FSDP2 (fully_shard or replicate), "
+                "or leave the update to step()"
+            )

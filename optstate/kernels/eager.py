@@ -1,0 +1,229 @@
+"""The hot loops in eager PyTorch: chunk by chunk, in fp32 buffers that are reused, on any device.
+
+Each loop reads a parameter-sized operand once and leaves nothing parameter-sized behind. Converting a bf16
+chunk inside a buffer, never the whole tensor, is what keeps scratch independent of the largest parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from optstate.kernels.chunks import chunk_elements, chunks
+from optstate.kernels.product import Product, Scalar
+from optstate.spec import accumulator_dtype
+
+__all__ = ["WriteChunk", "all_finite", "apply", "ema", "ema_of_square", "evaluate", "sum_of_squares", "sums"]
+
+WriteChunk = Callable[[Tensor, Tensor, int], None]
+"""Writes `(chunk of the parameter, its new fp32 value, flat index of its first element)`."""
+
+
+def all_finite(grad: Tensor) -> Tensor:
+    """0-d bool: no element of `grad` is infinite or NaN.
+
+    One read: a sum is finite only if every element is. fp16 is summed in fp32, where it cannot overflow.
+    """
+    return torch.isfinite(grad.sum(dtype=torch.float32) if grad.dtype == torch.float16 else grad.sum())
+
+
+def sums(product: Product) -> tuple[Tensor, Tensor]:
+    """Sums of the squared value over the last dimension `[..., m, 1]` and over the one before it `[..., 1, n]`.
+
+    The value has shape `[..., m, n]`; both results are fp32 (fp64 for fp64 operands).
+    """
+    dense = product.dense
+    dtype = accumulator_dtype(dense.dtype)
+    rows = dense.new_zeros((*dense.shape[:-1], 1), dtype=dtype)
+    cols = dense.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]), dtype=dtype)
+    limit = chunk_elements(dense.device)
+    value, square = _Buffer(dense, limit), _Buffer(dense, limit)
+    ones = dense.new_ones(min(limit, dense.shape[-2]), dtype=dtype)
+    for part, row, col, *factors in chunks((dense, rows, cols, *product.factors), limit):
+        x = _multiply(part, factors, product, value)
+        x = torch.mul(x, x, out=square.like(part))
+        row.add_(x.sum(-1, keepdim=True))
+        if x.ndim == 2:  # a matrix-vector product sums columns faster than a strided reduction
+            col[0].addmv_(x.t(), ones[: x.shape[0]])
+        else:  # a piece of one row adds straight to the columns it covers
+            col.add_(x if x.ndim == 1 else x.sum(-2, keepdim=True))
+    if not _is_one(product.scale):
+        square_scale = product.scale * product.scale
+        rows, cols = rows.mul_(square_scale), cols.mul_(square_scale)
+    return rows, cols
+
+
+def sum_of_squares(product: Product) -> Tensor:
+    """0-d sum of the squared value over all elements: fp32 (fp64 for fp64 operands).
+
+    With row factors a and column factors b it is the bilinear form `a^2 . (dense*dense) b^2`, so the factored
+    update is never built.
+    """
+    dense, factors = product.dense, product.factors
+    total = dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))
+    limit = chunk_elements(dense.device)
+    value, square = _Buffer(dense, limit), _Buffer(dense, limit)
+    if len(factors) == 2 and _is_rows(factors[0]) and _is_cols(factors[1]) and product.finite is None:
+        for part, a, b in chunks((dense, factors[0].square(), factors[1].square()), limit):
+            x = _load(part, product, value)
+            x = torch.mul(x, x, out=square.like(part))
+            if x.ndim == 2:
+                total.add_(torch.dot(torch.mv(x, b[0]), a[:, 0]))
+            else:
+                total.add_(x.mul_(b).mul_(a).sum())
+    else:
+        for part, *fs in chunks((dense, *factors), limit):
+            total.add_(torch.linalg.vector_norm(_multiply(part, fs, product, value)).square_())
+    return total if _is_one(product.scale) else total * (product.scale * product.scale)
+
+
+def evaluate(product: Product) -> Tensor:
+    """The value multiplied out: a new contiguous fp32 (fp64 for fp64 operands) tensor of the whole shape."""
+    dense = product.dense
+    result = torch.empty(dense.shape, dtype=accumulator_dtype(dense.dtype), device=dense.device)
+    factors, scale = _fold_scale(product)
+    for part, out, *fs in chunks((dense, result, *factors), chunk_elements(dense.device)):
+        x = _multiply(part, fs, product, out)
+        if x is not out:
+            out.copy_(x)
+        if not _is_one(scale):
+            out.mul_(scale)
+    return result
+
+
+def ema(target: Tensor, product: Product, weight: Scalar) -> None:
+    """`target += weight * (value - target)`, in place; arithmetic in fp32, one rounding to `target`'s dtype."""
+
+    def step(current: Tensor, x: Tensor) -> None:
+        current.lerp_(x, weight)
+
+    _update(target, product, step)
+
+
+def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float = 0.0) -> None:
+    """`target += weight * (value**2 + eps - target)`, in place; arithmetic in fp32."""
+
+    def step(current: Tensor, x: Tensor) -> None:
+        current.lerp_(torch.addcmul(torch.full_like(current, eps), x, x), weight)
+
+    _update(target, product, step)
+
+
+def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChunk | None = None) -> None:
+    """`param <- param * (1 - decay) - value`, in fp32 and rounded once to the parameter's dtype.
+
+    The two operations keep this form and order because the official AdaLomo and LOMO code rounds so.
+    `write` replaces the rounding to nearest; it sees the chunks in row-major order.
+    """
+    dense = product.dense
+    factors, scale = _fold_scale(product)
+    keep = None if _is_zero(decay) else 1 - decay
+    as_is = product.bound is None and product.finite is None and dense.dtype == param.dtype
+    if not factors and keep is None and write is None and as_is and isinstance(scale, float):
+        param.add_(dense, alpha=-scale)  # PyTorch adds low precision in fp32 and rounds once, without a temporary
+        return
+    in_place = write is None and param.dtype == accumulator_dtype(param.dtype)
+    limit = chunk_elements(param.device)
+    value, new = _Buffer(dense, limit), _Buffer(param, limit)
+    start = 0
+    for part, p, *fs in chunks((dense, param, *factors), limit):
+        target = p if in_place else new.like(p).copy_(p)
+        if keep is not None:
+            target.mul_(keep)
+        if fs and product.finite is None:
+            target.addcmul_(_multiply(part, fs[:-1], product, value), fs[-1], value=-1)
+        elif isinstance(scale, float):
+            target.add_(_multiply(part, fs, product, value), alpha=-scale)
+        else:
+            target.addcmul_(_multiply(part, fs, product, value), scale, value=-1)
+        if write is not None:
+            write(p, target, start)
+        elif not in_place:
+            p.copy_(target)
+        start += p.numel()
+
+
+def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], None]) -> None:
+    """Call `step(chunk of target, chunk of value)`, converting low-precision targets through a buffer."""
+    dense = product.dense
+    factors, scale = _fold_scale(product)
+    limit = chunk_elements(target.device)
+    value, new = _Buffer(dense, limit), _Buffer(target, limit)
+    in_place = target.dtype == accumulator_dtype(dense.dtype)
+    for part, t, *fs in chunks((dense, target, *factors), limit):
+        x = _multiply(part, fs, product, value)
+        if not _is_one(scale):
+            x = torch.mul(x, scale, out=value.like(part))
+        current = t if in_place else new.like(t).copy_(t)
+        step(current, x)
+        if not in_place:
+            t.copy_(current)
+
+
+class _Buffer:
+    """One chunk of scratch in the accumulator dtype, viewed in the shape of the chunk at hand."""
+
+    def __init__(self, like: Tensor, limit: int) -> None:
+        self._like, self._limit = like, limit
+        self._flat: Tensor | None = None
+        self._view: Tensor | None = None
+
+    def like(self, part: Tensor) -> Tensor:
+        if self._view is not None and self._view.shape == part.shape:
+            return self._view
+        if self._flat is None:
+            size = min(self._limit, self._like.numel())
+            self._flat = self._like.new_empty(size, dtype=accumulator_dtype(self._like.dtype))
+        self._view = self._flat[: part.numel()].view(part.shape)
+        return self._view
+
+
+def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor) -> Tensor:
+    """The chunk in the accumulator dtype, clamped: `part` itself where nothing needs to change."""
+    if product.bound is None and product.finite is None and part.dtype == accumulator_dtype(part.dtype):
+        return part
+    out = buffer if isinstance(buffer, Tensor) else buffer.like(part)
+    out.copy_(part)
+    if product.bound is not None:
+        out.clamp_(-product.bound, product.bound)
+    return out if product.finite is None else out.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer: _Buffer | Tensor) -> Tensor:
+    """The chunk times its factors, without the scale: in the buffer, or `part` itself (read it, do not write)."""
+    x = _load(part, product, buffer)
+    if not factors:
+        return x
+    out = buffer if isinstance(buffer, Tensor) else buffer.like(part)
+    for factor in factors:
+        x = torch.mul(x, factor, out=out)
+    return x if product.finite is None else x.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _fold_scale(product: Product) -> tuple[tuple[Tensor, ...], Scalar]:
+    """Factors and scale with the scale multiplied into the smallest factor, if there is one."""
+    if not product.factors or _is_one(product.scale):
+        return product.factors, product.scale
+    sizes = [factor.numel() for factor in product.factors]
+    smallest = sizes.index(min(sizes))
+    factors = list(product.factors)
+    factors[smallest] = factors[smallest] * product.scale
+    return tuple(factors), 1.0
+
+
+def _is_rows(factor: Tensor) -> bool:
+    return factor.ndim >= 2 and factor.shape[-1] == 1
+
+
+def _is_cols(factor: Tensor) -> bool:
+    return factor.ndim >= 2 and factor.shape[-2] == 1
+
+
+def _is_one(scale: Scalar) -> bool:
+    return isinstance(scale, float) and scale == 1.0
+
+
+def _is_zero(scale: Scalar) -> bool:
+    return isinstance(scale, float) and scale == 0.0

@@ -1,0 +1,1 @@
+"""What training needs in bytes: measured here, estimated before training."""

@@ -1,0 +1,337 @@
+"""The optimizer: a chain and parameters become a plan, and the plan steps one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from optstate import groups, kernels, resume
+from optstate.plan import ParamPlan, Plan, plan_parameter
+from optstate.sharding import run_alone
+from optstate.spec import ParamSpec
+from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic
+from optstate.updates import Context, Route, Transform, Update, as_route, defaults_of
+from optstate.weights import Weights
+
+__all__ = ["InconsistentStateError", "Optimizer"]
+
+
+class InconsistentStateError(RuntimeError):
+    """A step broke off after some parameters were updated and before others were."""
+
+
+@dataclass
+class _Leaf:
+    """What the optimizer remembers of one parameter besides its state."""
+
+    plan: ParamPlan
+    group: int
+
+
+class _Fused(Protocol):
+    """What the optimizer needs of the object that hooks it into the backward pass (`optstate.backward`)."""
+
+    def close_step(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Steps parameters along a chain of transforms, with each statistic kept in the store the chain names.
+
+    Args:
+        params: `model.parameters()`, `model.named_parameters()`, or param groups. Names are needed by routes that
+            match names and make messages and plans readable. A group may hold any hyper-parameter of the recipe,
+            and `role` and `head_size`, which declare what its parameters are.
+        recipe: a chain, a single transform, or a route that picks a chain per parameter.
+        lr: learning rate, a number or a 0-d tensor; multiplies the whole update, weight decay included.
+        weights: how new values are written: "auto" (stochastic rounding for bf16 and fp16 parameters, else plain)
+            or one of `optstate.weights`.
+
+    State is created here, for every parameter that trains; `plan()` shows it. `state[p]` holds tensors under
+    `<slot>` or `<slot>.<field>`, and the plain number `step`.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be right, naming the value and what would be.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        recipe: Transform | Route,
+        lr: float | Tensor = 1e-3,
+        *,
+        weights: Weights | str = "auto",
+    ) -> None:
+        self._route = as_route(recipe)
+        self._weights = weights
+        self._leaves: dict[Tensor, _Leaf] = {}
+        self._fused: _Fused | None = None
+        self._inconsistent = ""
+        self._unread_flags: list[tuple[Tensor, Tensor]] = []
+        defaults = {"lr": lr, **defaults_of(self._route)}
+        super().__init__(groups.checked_params(params), defaults)
+
+    # --- parameters -------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their state is created at once.
+
+        Raises:
+            TypeError, ValueError: for unknown hyper-parameters, values out of range, and parameters that are not
+                floating-point leaf tensors or are in a group already. Nothing is added then.
+        """
+        group = groups.checked_group(param_group, self.defaults, self._hypers_of_route(), set(self._leaves))
+        super().add_param_group(group)
+        self._adopt(len(self.param_groups) - 1)
+
+    def _hypers_of_route(self) -> list[Any]:
+        return [h for c in self._route.chains for h in c.hypers]
+
+    def _adopt(self, index: int) -> None:
+        """Plan and allocate the parameters of one group."""
+        group = self.param_groups[index]
+        names = group.get("param_names")
+        for i, param in enumerate(group["params"]):
+            spec = ParamSpec(
+                name=names[i] if names else f"param_{len(self._leaves)}",
+                shape=tuple(param.shape),
+                dtype=param.dtype,
+                role=group.get("role", ""),
+                head_size=group.get("head_size"),
+            )
+            if not names and any(isinstance(rule, str) for rule, _ in self._route.rules):
+                raise ValueError("the route matches parameter names, but there are none: pass model.named_parameters()")
+            plan = plan_parameter(spec, self._route, self._weights, trainable=param.requires_grad)
+            self._leaves[param] = _Leaf(plan, index)
+            if param.requires_grad and param not in self.state:
+                self._allocate(param)
+
+    def _allocate(self, param: Tensor) -> dict[str, Any]:
+        """Create the state of one parameter: step 0 and zeros."""
+        leaf = self._leaves[param]
+        leaf.plan = replace(leaf.plan, trainable=True)
+        state: dict[str, Any] = {"step": 0}
+        for slot in leaf.plan.slots.values():
+            for field, key in slot.keys().items():
+                spec = slot.fields[field]
+                state[key] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
+        self.state[param] = state
+        return state
+
+    def plan(self) -> Plan:
+        """Which chain, stores and bytes each parameter has, what was kept otherwise than asked, and why."""
+        return Plan(tuple(self._leaf(p).plan for group in self.param_groups for p in group["params"]))
+
+    def state_nbytes(self) -> int:
+        """Bytes of all state tensors that exist now on this device."""
+        tensors = (v for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _leaf(self, param: Tensor) -> _Leaf:
+        leaf = self._leaves.get(param)
+        if leaf is None:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} was put into the optimizer's groups after it was built; "
+                "shard, wrap and cast the model first, then build the optimizer"
+            )
+        return leaf
+
+    # --- stepping ---------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that holds a gradient; fused, close the step that the backward pass has made.
+
+        closure: evaluates the model again with gradients enabled and returns the loss, which is returned.
+
+        Raises:
+            NonFiniteGradientError: for an infinite or NaN gradient. The parameter it belongs to is unchanged; if
+                others were already updated, the optimizer is inconsistent from then on.
+            InconsistentStateError: if an earlier step broke off half-way.
+            RuntimeError: fused, if no gradient arrived since the last step or hooks were lost.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._require_consistent("step")
+        if self._fused is not None:
+            self._fused.close_step()
+        else:
+            params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.step_parameters(params)
+        return loss
+
+    @torch.no_grad()
+    def step_parameters(self, params: Iterable[Tensor], grad_scale: float | Tensor = 1.0) -> None:
+        """Update these parameters, each from its gradient times `grad_scale`, and remember if it breaks off half-way."""
+        done = 0
+        for param in params:
+            try:
+                self.step_parameter(param, grad_scale)
+            except BaseException as error:
+                if done:
+                    self._inconsistent = f"{done} parameters were updated, then {self._name(param)!r} failed: {error}"
+                raise
+            done += 1
+
+    @torch.no_grad()
+    def step_parameter(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> None:
+        """Update one parameter from its gradient: the only step there is, called by `step` and by backward hooks.
+
+        grad_scale: coefficient of a global norm clip.
+        """
+        run_alone(self.requests(param, grad_scale))
+
+    def requests(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> Requests[None]:
+        """One parameter's update as a computation that asks for sums over the whole parameter. Call under no_grad."""
+        leaf = self._leaf(param)
+        grad = groups.checked_gradient(param, self._name(param))
+        state = self.state[param] if param in self.state else self._allocate(param)
+        step = state["step"] + 1
+        if param.numel():
+            guard = Guard(leaf.plan.spec.name, grad)
+            if not leaf.plan.chain.guards(leaf.plan.spec):
+                guard.check(kernels.all_finite(grad))
+            ctx = Context(leaf.plan.spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
+            yield from self._run_slices(leaf.plan, state, ctx) if leaf.plan.sliced else _run(leaf.plan, state, ctx)
+            if guard.finite is not None:
+                self._unread_flags.append((param, guard.finite))
+        state["step"] = step
+
+    def _run_slices(self, plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
+        """An elementwise chain, slice by slice: temporaries stay as small as a slice."""
+        tensors = (ctx.param.detach(), ctx.grad)
+        if all(t.is_contiguous() for t in tensors):
+            tensors = (tensors[0].view(-1), tensors[1].view(-1))
+        start = 0
+        for param, grad in kernels.chunks(tensors, kernels.chunk_elements(ctx.param.device)):
+            piece = slice(start, start + param.numel())
+            fields = {k: v.view(-1)[piece].view(param.shape) for k, v in state.items() if isinstance(v, Tensor)}
+            yield from _run(plan, fields, replace(ctx, param=param, grad=grad), start)
+            start = piece.stop
+
+    def _name(self, param: Tensor) -> str:
+        return self._leaf(param).plan.spec.name
+
+    # --- saving and loading -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's layout, plus the key `optstate` with the stores in use. Tensors, numbers and strings only.
+
+        Raises:
+            InconsistentStateError: if a step broke off half-way.
+        """
+        self._require_consistent("state_dict")
+        self._read_flags()
+        return {**super().state_dict(), resume.KEY: resume.header(self.plan())}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue exactly where the saved run stopped. Strict: nothing is cast, guessed or left out.
+
+        Values are copied into this optimizer's tensors; the dict stays untouched.
+
+        Raises:
+            ValueError: if groups, names, shapes, dtypes or stores differ, naming the parameter. Nothing is
+                changed then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        resume.check(self, self.plan(), state_dict, self._hypers_of_route())
+        for param, saved in resume.entries(self, state_dict):
+            own = self.state[param] if param in self.state else self._allocate(param)
+            for key, value in saved.items():
+                if isinstance(own[key], Tensor):
+                    own[key].copy_(value)
+                else:
+                    own[key] = int(value)
+        self.param_groups = resume.loaded_groups(self.param_groups, state_dict["param_groups"])
+        self._inconsistent = ""
+        self._unread_flags.clear()
+        if self._fused is not None:
+            self._fused.reset()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def accept_partial_step(self) -> None:
+        """Go on after a step that broke off: parameters keep what they have, updated or not."""
+        self._inconsistent = ""
+        if self._fused is not None:
+            self._fused.reset()
+
+    def _require_consistent(self, action: str) -> None:
+        if self._inconsistent:
+            raise InconsistentStateError(
+                f"{action}() refused, a step broke off half-way: {self._inconsistent}. "
+                "Load the last checkpoint, or call accept_partial_step() to go on with the weights as they are"
+            )
+
+    def _read_flags(self) -> None:
+        """Raise if a gradient on an accelerator turned out not to be finite; its update was a step of size zero."""
+        flags, self._unread_flags = self._unread_flags, []
+        flags = [(p, flag) for p, flag in flags if not isinstance(flag, torch._subclasses.FakeTensor)]
+        bad = [p for p, flag in flags if not flag]
+        for param in bad:
+            self.state[param]["step"] -= 1
+        if bad:
+            names = ", ".join(self._name(p) for p in bad[:3])
+            self._inconsistent = (
+                f"the gradients of {len(bad)} parameters were not finite ({names}); these were not updated"
+            )
+            raise NonFiniteGradientError(self._inconsistent)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._inconsistent}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._leaves, self._fused, self._unread_flags = {}, None, []
+        for index in range(len(self.param_groups)):
+            self._adopt(index)
+
+
+def _run(plan: ParamPlan, state: Mapping[str, Tensor], ctx: Context, start: int = 0) -> Requests[None]:
+    """Run the chain on a whole parameter or on the slice that begins at flat index `start`, and write the result."""
+    stats = {
+        name: Statistic(slot.store, {field: state[key] for field, key in slot.keys().items()}, ctx.spec, ctx.guard)
+        for name, slot in plan.slots.items()
+    }
+    update = yield from _with_param_squares(plan, Update(ctx.grad, scale=ctx.grad_scale), stats, ctx)
+    if not plan.chain.applies_lr:
+        update = update.scaled(ctx.group["lr"])
+    if ctx.guard.finite is not None:
+        masked = ctx.guard.masked
+        update = replace(update, scale=masked(update.scale), decay=masked(update.decay), finite=ctx.guard.finite)
+    write = plan.weights.writer(ctx.spec, ctx.step)
+    if write is not None and start:
+        write_at, first = write, start
+
+        def write(param: Tensor, value: Tensor, offset: int) -> None:
+            write_at(param, value, first + offset)
+
+    kernels.apply(ctx.param, update, update.decay, write)
+    for statistic in stats.values():
+        statistic.commit()
+
+
+def _with_param_squares(
+    plan: ParamPlan, update: Update, stats: Mapping[str, Statistic], ctx: Context
+) -> Requests[Update]:
+    """Run the chain; where shards must meet, ask for the parameter's own sum of squares in the first round."""
+    requests = plan.chain(update, stats, ctx)
+    if not (plan.chain.reads_param and ctx.spec.sharded_dims):
+        return (yield from requests)
+    try:
+        request = next(requests)
+        reply, ctx.param_squares = yield request, ctx.local_param_squares()
+        while True:
+            request = requests.send(reply)
+            reply = yield request
+    except StopIteration as stop:
+        return cast(Update, stop.value)

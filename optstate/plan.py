@@ -1,0 +1,139 @@
+"""Which chain, stores and bytes each parameter gets: decided once, on global shapes, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from optstate import kernels
+from optstate.spec import FieldSpec, ParamSpec
+from optstate.stores import Store
+from optstate.updates import Chain, Route
+from optstate.weights import Weights, as_weights
+
+__all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """One statistic of one parameter: the store in use, its tensors, and why it is not the store asked for."""
+
+    name: str
+    store: Store
+    fields: dict[str, FieldSpec]
+    note: str = ""
+
+    def keys(self) -> dict[str, str]:
+        """Field name -> key in `optimizer.state[param]`: `<slot>` or `<slot>.<field>`."""
+        return {field: f"{self.name}.{field}" if field else self.name for field in self.fields}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the statistic over all shards."""
+        return sum(field.nbytes for field in self.fields.values())
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """How one parameter is stepped, kept and written."""
+
+    spec: ParamSpec
+    chain: Chain
+    rule: str
+    slots: dict[str, SlotPlan]
+    weights: Weights
+    trainable: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state over all shards; none while the parameter is frozen."""
+        return sum(slot.nbytes for slot in self.slots.values()) if self.trainable else 0
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the chain runs slice by slice, so that scratch memory does not grow with the parameter."""
+        return self.chain.elementwise and all(slot.store.elementwise for slot in self.slots.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """fp32 bytes of parameter-sized temporaries a step needs; 0 where it works in chunks of a few MB."""
+        if self.sliced or self.spec.numel <= kernels.chunk_elements(torch.device("cpu")):
+            return 0
+        count = sum(transform.temporaries(self.spec) for transform in self.chain.transforms)
+        return count * self.spec.numel * self.spec.accumulator.itemsize
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What differs from what was asked for, and what costs more than a reader would expect."""
+        notes = [f"{slot.name}: {slot.note}" for slot in self.slots.values() if slot.note]
+        if not self.trainable:
+            notes.append("frozen: no state until it gets a gradient")
+        if self.scratch_bytes:
+            notes.append(f"up to {_bytes(self.scratch_bytes)} of temporaries in a step")
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for every parameter, in the optimizer's order. `print` it."""
+
+    params: tuple[ParamPlan, ...]
+
+    def __iter__(self) -> Iterator[ParamPlan]:
+        return iter(self.params)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state in all, over all shards; per-parameter step counters are plain numbers and not counted."""
+        return sum(param.nbytes for param in self.params)
+
+    @property
+    def elements(self) -> int:
+        """Number of parameter elements, frozen ones included."""
+        return sum(param.spec.numel for param in self.params)
+
+    def __str__(self) -> str:
+        chains = list(dict.fromkeys(str(param.chain) for param in self.params))
+        rows = [("parameter", "shape", "dtype", "chain", "state", "bytes", "weights", "notes")]
+        for param in self.params:
+            state = ", ".join(f"{slot.name}: {slot.store}" for slot in param.slots.values()) or "-"
+            rows.append(
+                (
+                    param.spec.name,
+                    "x".join(map(str, param.spec.shape)) or "scalar",
+                    str(param.spec.dtype).removeprefix("torch."),
+                    str(chains.index(str(param.chain)) + 1) + (f" ({param.rule})" if param.rule else ""),
+                    state,
+                    str(param.nbytes),
+                    str(param.weights),
+                    "; ".join(param.notes),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        legend = [f"chain {i}: {text}" for i, text in enumerate(chains, 1)]
+        share = f", {self.nbytes / self.elements:.4f} per element" if self.elements else ""
+        total = f"{len(self)} parameters, {self.elements} elements, {_bytes(self.nbytes)} of state{share}"
+        return "\n".join([*legend, *table, total])
+
+
+def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, trainable: bool) -> ParamPlan:
+    """Decide everything about one parameter."""
+    chain, rule = route.pick(spec)
+    slots = {}
+    for name, slot in chain.slots(spec).items():
+        store, note = slot.store.resolve(spec, slot.signed)
+        slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
+    return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

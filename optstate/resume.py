@@ -1,0 +1,121 @@
+"""Strict loading of an optimizer's `state_dict`: check everything, then change something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate.plan import ParamPlan, Plan
+from optstate.updates import Hyper
+
+__all__ = ["KEY", "check", "entries", "header", "loaded_groups"]
+
+KEY = "optstate"
+VERSION = 1
+
+
+def header(plan: Plan) -> dict[str, Any]:
+    """What `state_dict` says about formats: a version, and the store of every slot by parameter index."""
+    stores = {i: {name: str(slot.store) for name, slot in param.slots.items()} for i, param in enumerate(plan)}
+    return {"version": VERSION, "stores": stores}
+
+
+def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Pairs of a parameter and its saved state, matched by order, for those that have one."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    indices = (i for group in saved["param_groups"] for i in group["params"])
+    for param, index in zip(params, indices, strict=True):
+        if index in saved["state"]:
+            yield param, saved["state"][index]
+
+
+def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved hyper-parameters with this optimizer's parameters and names."""
+    kept = [{k: group[k] for k in ("params", "param_names") if k in group} for group in own]
+    return [{**deepcopy(theirs), **ours} for ours, theirs in zip(kept, saved, strict=True)]
+
+
+def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any], hypers: Iterable[Hyper]) -> None:
+    """Raise ValueError at the first difference between what was saved and what this optimizer keeps."""
+    for key in ("state", "param_groups"):
+        if key not in saved:
+            raise ValueError(f"this is not an optimizer's state_dict: it has no {key!r}")
+    version = saved.get(KEY, {}).get("version", VERSION)
+    if version != VERSION:
+        raise ValueError(
+            f"the state_dict has format version {version}, this optstate reads {VERSION}: upgrade optstate"
+        )
+    _check_groups(optimizer, saved["param_groups"], list(hypers))
+    stores = saved.get(KEY, {}).get("stores", {})
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    for param, index in zip(plan, indices, strict=True):
+        _check_stores(param, stores.get(index))
+        if index in saved["state"]:
+            _check_state(param, saved["state"][index])
+        elif param.trainable:
+            raise ValueError(
+                f"the saved state has nothing for {param.spec.name!r}, which trains here: it was frozen or lost; "
+                "freeze it before loading if it was, and unfreeze it afterwards"
+            )
+    stray = set(saved["state"]) - set(indices)
+    if stray:
+        raise ValueError(
+            f"the saved state has entries that belong to no parameter, such as {sorted(stray, key=str)[0]!r}"
+        )
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], hypers: list[Hyper]) -> None:
+    own = optimizer.param_groups
+    if len(own) != len(saved):
+        raise ValueError(f"the saved optimizer had {len(saved)} param groups, this one has {len(own)}")
+    for i, (ours, theirs) in enumerate(zip(own, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            counts = f"{len(theirs['params'])} parameters, here it has {len(ours['params'])}"
+            raise ValueError(f"param group {i} was saved with {counts}")
+        if "param_names" in ours and "param_names" in theirs:
+            for here, there in zip(ours["param_names"], theirs["param_names"], strict=True):
+                if here != there:
+                    raise ValueError(
+                        f"param group {i} has {here!r} where {there!r} was saved: the order or model differs"
+                    )
+        missing = set(optimizer.defaults) - set(theirs) - {"differentiable"}
+        if missing:
+            raise ValueError(f"param group {i} was saved without {sorted(missing)[0]!r}: it comes from another recipe")
+        for hyper in hypers:
+            hyper.check(theirs)
+
+
+def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:
+    own = {name: str(slot.store) for name, slot in param.slots.items()}
+    if saved is not None and dict(saved) != own:
+        raise ValueError(f"{param.spec.name!r} was saved as {_listed(saved)}, here it is {_listed(own)}")
+
+
+def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
+    name = param.spec.name
+    own = {key: slot.fields[field] for slot in param.slots.values() for field, key in slot.keys().items()}
+    if set(saved) != {"step", *own}:
+        raise ValueError(f"{name!r} was saved with {_listed(saved)}, here it keeps {_listed(['step', *own])}")
+    step = saved["step"]
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if isinstance(step, bool) or not isinstance(step, int | float) or step != int(step) or step < 0:
+        raise ValueError(f"{name!r} was saved at step {step!r}, which is not a count")
+    for key, field in own.items():
+        value = saved[key]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name!r}: {key} was saved as a {type(value).__name__}, not as a tensor")
+        if tuple(value.shape) != field.shape or value.dtype != field.dtype:
+            raise ValueError(
+                f"{name!r}: {key} was saved as {value.dtype} {tuple(value.shape)}, here it is {field.dtype} {field.shape}"
+            )
+
+
+def _listed(items: Any) -> str:
+    if isinstance(items, Mapping) and all(isinstance(v, str) for v in items.values()):
+        return ", ".join(f"{k} in {v}" for k, v in items.items()) or "no statistics"
+    return ", ".join(items)

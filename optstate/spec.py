@@ -1,0 +1,83 @@
+"""What the rest of the library needs to know about a parameter and about the tensors kept for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["FieldSpec", "ParamSpec", "accumulator_dtype", "is_matrix", "is_vector"]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics and update arithmetic use: fp32, or fp64 for fp64 parameters."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """One parameter as every decision sees it: by its global shape, never by its local shard.
+
+    `role` is declared by the caller (a param group's `role` entry), never read from the name;
+    without a declaration it is "matrix" from two dimensions on and "vector" below.
+    `sharded_dims` are the non-negative dimensions that are split over devices.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: str = ""
+    head_size: int | None = None
+    sharded_dims: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            object.__setattr__(self, "role", "matrix" if len(self.shape) >= 2 else "vector")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements over all shards."""
+        return math.prod(self.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of this parameter's full-precision statistics."""
+        return accumulator_dtype(self.dtype)
+
+    def is_sharded(self, dim: int) -> bool:
+        """Whether dimension `dim` (negative counts from the end) is split over devices."""
+        return dim % self.ndim in self.sharded_dims
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One stored tensor: its global shape, its dtype, and the parameter dimension behind each of its own.
+
+    `dims[i]` is the parameter dimension that dimension `i` of the field runs along, so a field is sharded
+    exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dims: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor over all shards."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def is_matrix(spec: ParamSpec) -> bool:
+    """Route predicate: parameters with two or more dimensions."""
+    return spec.ndim >= 2
+
+
+def is_vector(spec: ParamSpec) -> bool:
+    """Route predicate: parameters with at most one dimension (norms, biases, scalars)."""
+    return spec.ndim <= 1

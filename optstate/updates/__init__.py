@@ -1,0 +1,44 @@
+"""What a gradient goes through on its way to becoming a step."""
+
+from optstate.updates.base import Context, State, Transform, Update
+from optstate.updates.chain import Chain, Route, as_route, chain, defaults_of, route
+from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
+from optstate.updates.hyper import Hyper, Rule, hyper
+from optstate.updates.moments import momentum, scale_by_adam, scale_by_rms, sign_momentum
+from optstate.updates.scale import (
+    add_decayed_weights,
+    scale_by_learning_rate,
+    scale_by_param_rms,
+    scale_by_schedule,
+)
+from optstate.updates.schedules import Schedule, constant, power_decay
+
+__all__ = [
+    "Chain",
+    "Context",
+    "Hyper",
+    "Route",
+    "Rule",
+    "Schedule",
+    "State",
+    "Transform",
+    "Update",
+    "add_decayed_weights",
+    "as_route",
+    "chain",
+    "clip_by_norm",
+    "clip_by_rms",
+    "clip_by_value",
+    "constant",
+    "defaults_of",
+    "hyper",
+    "momentum",
+    "power_decay",
+    "route",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_param_rms",
+    "scale_by_rms",
+    "scale_by_schedule",
+    "sign_momentum",
+]

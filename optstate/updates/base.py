@@ -1,0 +1,211 @@
+"""A step on paper, the context it is made in, and what makes it: `Update`, `Context`, `Transform`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, cast
+
+from torch import Tensor
+
+from optstate import kernels
+from optstate.kernels import Product, Scalar
+from optstate.spec import ParamSpec
+from optstate.stores import Guard, Requests, Slot, Statistic
+from optstate.updates.hyper import Hyper, Rule
+
+__all__ = ["Context", "State", "Transform", "Update", "run"]
+
+State = Mapping[str, Statistic]
+
+
+@dataclass(frozen=True)
+class Update(Product):
+    """The step still on paper: `scale * clamp(dense, bound) * factors[0] * ... + decay * param`.
+
+    The parameter becomes `param - lr * update`. `decay` is kept apart so that it can be scaled along with the
+    rest and still multiply the parameter, as the official AdaLomo code does.
+    """
+
+    decay: Scalar = 0.0
+
+    def scaled(self, scale: Scalar) -> Update:
+        """The whole update, decay included, times one number."""
+        return replace(self, scale=_times(self.scale, scale), decay=_times(self.decay, scale))
+
+    def rescaled(self, scale: Scalar) -> Update:
+        """The update without its decay times one number."""
+        return replace(self, scale=_times(self.scale, scale))
+
+    def times(self, *factors: Tensor) -> Update:
+        """The update without its decay times row, column or full factors."""
+        return replace(self, factors=(*self.factors, *factors))
+
+    def is_gradient(self, ctx: Context) -> bool:
+        """Whether this is still the gradient as it came, times nothing but the global clip's coefficient."""
+        return not self.factors and self.dense is ctx.grad and self.scale is ctx.grad_scale
+
+    def whole(self, ctx: Context) -> Update:
+        """The same update with the decay term added into the dense part, for transforms that are not linear in it.
+
+        Costs one tensor of the parameter's (or slice's) size in fp32, and nothing if there is no decay.
+        """
+        if isinstance(self.decay, float) and self.decay == 0.0:
+            return self
+        dense = kernels.evaluate(self).addcmul_(ctx.param.to(ctx.spec.accumulator), ctx.tensor(self.decay))
+        return Update(dense, finite=self.finite)
+
+
+@dataclass
+class Context:
+    """What a transform may know besides the update and its own state.
+
+    param, grad: local shard (or slice) of the parameter before this step and of its gradient; not to be written.
+    group: the param group's hyper-parameters.
+    step: 1-based count of this parameter's updates.
+    grad_scale: coefficient of a global norm clip, already in the first update's scale.
+    """
+
+    spec: ParamSpec
+    param: Tensor
+    grad: Tensor
+    group: Mapping[str, Any]
+    step: int
+    guard: Guard
+    grad_scale: Scalar = 1.0
+    param_squares: Tensor | None = field(default=None, repr=False)
+
+    def read(self, number: float | Hyper | None) -> Any:
+        """The current value of a transform's hyper-parameter field."""
+        return number.read(self.group) if isinstance(number, Hyper) else number
+
+    def tensor(self, number: Scalar) -> Tensor:
+        """`number` as a 0-d tensor in the statistics' dtype on the parameter's device."""
+        if isinstance(number, Tensor):
+            return number
+        return self.param.new_tensor(number, dtype=self.spec.accumulator)
+
+    def mean_square(self, update: Product) -> Requests[Tensor]:
+        """Mean square of an update over the whole parameter; drive with `yield from`."""
+        total = yield kernels.sum_of_squares(update)
+        return cast(Tensor, total / self.spec.numel)
+
+    def param_mean_square(self) -> Requests[Tensor]:
+        """Mean square of the parameter before this step; requested early if the chain declares `reads_param`."""
+        if self.param_squares is None:
+            self.param_squares = yield self.local_param_squares()
+        return self.param_squares / self.spec.numel
+
+    def local_param_squares(self) -> Tensor:
+        """This shard's part of the parameter's sum of squares."""
+        return kernels.sum_of_squares(Product(self.param.detach()))
+
+
+class Transform:
+    """One thing that happens to a gradient on its way to becoming a step. Subclasses are frozen dataclasses.
+
+    Called with an update, it returns the next one. It touches nothing but its own slots. Where it needs a sum
+    over the whole parameter it is a generator and yields the local part (see `optstate.stores.Requests`).
+    """
+
+    elementwise: ClassVar[bool] = True
+    """Each element of the result depends on that element alone, so the chain may run slice by slice."""
+
+    reads_param: ClassVar[bool] = False
+    """Needs the parameter's mean square; it is then requested together with the chain's first sum."""
+
+    applies_lr: ClassVar[bool] = False
+    """Multiplies by the learning rate itself, so the optimizer does not do so at the end."""
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {}
+    """Fields that are hyper-parameters, or tuples of them."""
+
+    def __post_init__(self) -> None:
+        for name, rule in self.rules.items():
+            value = getattr(self, name)
+            bound = rule.bind(value) if isinstance(rule, Rule) else bind_all(name, rule, value)
+            object.__setattr__(self, name, bound)
+        for slot in self._declared_slots().values():
+            slot.store.check(slot.signed, slot.smallest_weight)
+
+    @property
+    def hypers(self) -> tuple[Hyper, ...]:
+        """Every hyper-parameter the transform reads."""
+        found: list[Hyper] = []
+        for f in fields(cast(Any, self)):
+            value = getattr(self, f.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                found += [item] if isinstance(item, Hyper) else getattr(item, "hypers", ())
+        return tuple(found)
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Defaults the transform adds to every param group."""
+        return collect(self.hypers)
+
+    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        """The statistics kept for this parameter."""
+        return self._declared_slots()
+
+    def guards(self, spec: ParamSpec) -> bool:
+        """Whether the transform itself notices a gradient that is not finite, before it writes anything."""
+        return False
+
+    def temporaries(self, spec: ParamSpec) -> int:
+        """How many fp32 tensors of the parameter's size it needs where the chain cannot run slice by slice."""
+        return 0
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Update | Requests[Update]:
+        raise NotImplementedError
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        return {}
+
+
+def bind_all(name: str, rules: tuple[Rule, ...], values: Any) -> tuple[Hyper, ...]:
+    """Bind a tuple of numbers, such as Adam's betas."""
+    if not isinstance(values, tuple | list) or len(values) != len(rules):
+        raise ValueError(f"{name}={values!r} must be {len(rules)} numbers")
+    return tuple(rule.bind(value) for rule, value in zip(rules, values, strict=True))
+
+
+def collect(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
+    """Group defaults of several hyper-parameters; those with an index share a tuple.
+
+    Raises:
+        ValueError: if two of them give one key different defaults.
+    """
+    scalars: dict[str, Any] = {}
+    tuples: dict[str, dict[int, Any]] = {}
+    for h in hypers:
+        known, key = (scalars, h.name) if h.index is None else (tuples.setdefault(h.name, {}), h.index)
+        if known.setdefault(key, h.value) != h.value:  # type: ignore[call-overload]
+            raise ValueError(
+                f"two steps of the recipe give {h.name!r} different defaults, {known[key]!r} and {h.value!r}; "  # type: ignore[index]
+                f'name one of them: updates.hyper("my_{h.name}", {h.value!r})'
+            )
+    for name, entries in tuples.items():
+        if name in scalars:
+            raise ValueError(f"{name!r} is a number for one step of the recipe and a tuple for another: rename one")
+        scalars[name] = tuple(entries.get(i, 0.0) for i in range(max(entries) + 1))
+    return scalars
+
+
+def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
+    """Call a transform that may or may not be a generator; drive with `yield from`."""
+    result = transform(update, state, ctx)
+    if inspect.isgenerator(result):
+        result = yield from result
+    return cast(Update, result)
+
+
+def _times(a: Scalar, b: Scalar) -> Scalar:
+    if not isinstance(b, Tensor):
+        b = float(b)
+    if isinstance(a, float):
+        if a == 1.0:
+            return b
+        if a == 0.0:  # a decay that is switched off stays a number, so that kernels can skip it
+            return a
+    return a * b

@@ -1,0 +1,149 @@
+"""Putting transforms in a row, and choosing a row per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from optstate.spec import ParamSpec
+from optstate.stores import Requests, Slot
+from optstate.updates.base import Context, State, Transform, Update, collect, run
+from optstate.updates.clip import clip_by_value
+from optstate.updates.hyper import Hyper
+
+__all__ = ["Chain", "Route", "chain", "route"]
+
+Rule = str | Callable[[ParamSpec], bool]
+"""Selects parameters: a glob on the name, or a predicate on the spec."""
+
+
+@dataclass(frozen=True)
+class Chain(Transform):
+    """Transforms applied one after the other. An empty chain is plain gradient descent."""
+
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        for item in self.transforms:
+            if not isinstance(item, Transform):
+                raise TypeError(
+                    f"chain() got {item!r}, a {type(item).__name__}: give transforms, such as updates.clip_by_rms(1.0)"
+                )
+        applied = [t for t in self.transforms if t.applies_lr]
+        if len(applied) > 1:
+            raise ValueError("the chain multiplies by the learning rate twice: keep one scale_by_learning_rate()")
+        _ = self.hyper  # raises where two transforms disagree on a default
+        self._declared_slots()
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        return all(t.elementwise for t in self.transforms)
+
+    @property
+    def reads_param(self) -> bool:  # type: ignore[override]
+        return any(t.reads_param for t in self.transforms)
+
+    @property
+    def applies_lr(self) -> bool:  # type: ignore[override]
+        return any(t.applies_lr for t in self.transforms)
+
+    @property
+    def hypers(self) -> tuple[Hyper, ...]:
+        return tuple(h for t in self.transforms for h in t.hypers)
+
+    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        return _merge([t.slots(spec) for t in self.transforms])
+
+    def guards(self, spec: ParamSpec) -> bool:
+        first = next((t for t in self.transforms if not isinstance(t, clip_by_value)), None)
+        return first is not None and first.guards(spec)
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        for transform in self.transforms:
+            update = yield from run(transform, update, state, ctx)
+        return update
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        return _merge([t._declared_slots() for t in self.transforms])
+
+    def __str__(self) -> str:
+        return " > ".join(type(t).__name__ for t in self.transforms) or "gradient"
+
+
+def chain(*transforms: Transform) -> Chain:
+    """A recipe: what the gradient goes through, in order. `chain()` is plain gradient descent.
+
+    Raises:
+        TypeError: if something that is not a transform is given.
+        ValueError: if two transforms keep a slot of the same name or disagree on a hyper-parameter's default.
+    """
+    return Chain(tuple(transforms))
+
+
+class Route:
+    """Chooses the chain of each parameter: the first rule that matches, else the default."""
+
+    def __init__(self, rules: Sequence[tuple[Rule, Chain]], default: Chain) -> None:
+        self.rules, self.default = tuple(rules), default
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """Every chain a parameter can get."""
+        return (*(c for _, c in self.rules), self.default)
+
+    def pick(self, spec: ParamSpec) -> tuple[Chain, str]:
+        """The chain for a parameter and the rule that chose it, in words."""
+        for rule, candidate in self.rules:
+            if fnmatchcase(spec.name, rule) if isinstance(rule, str) else rule(spec):
+                return candidate, rule if isinstance(rule, str) else getattr(rule, "__name__", repr(rule))
+        return self.default, "default" if self.rules else ""
+
+
+def route(rules: Sequence[tuple[Rule, Transform]], *, default: Transform) -> Route:
+    """Different chains for different parameters.
+
+    rules: pairs of a rule and a chain, tried in order. A rule is a glob matched against the parameter's name
+        (`"*embed*"`), or a function of its `ParamSpec` (`optstate.is_matrix`).
+    default: the chain of every parameter that no rule matches.
+    """
+    for rule, _ in rules:
+        if not (isinstance(rule, str) or callable(rule)):
+            raise TypeError(f"route() got the rule {rule!r}: give a name glob or a function of the ParamSpec")
+    return Route([(rule, as_chain(item)) for rule, item in rules], as_chain(default))
+
+
+def defaults_of(recipe: Route) -> dict[str, Any]:
+    """Param-group defaults of all chains of a route.
+
+    Raises:
+        ValueError: if two chains give one key different defaults.
+    """
+    return collect(tuple(h for c in recipe.chains for h in c.hypers))
+
+
+def as_chain(transform: Transform) -> Chain:
+    """A chain of one transform, or the chain it already is."""
+    return transform if isinstance(transform, Chain) else chain(transform)
+
+
+def as_route(item: Transform | Route) -> Route:
+    """Anything an optimizer accepts as its recipe, as a route."""
+    if isinstance(item, Route):
+        return item
+    if not isinstance(item, Transform):
+        raise TypeError(f"the recipe is a {type(item).__name__}: give optstate.chain(...) or optstate.route(...)")
+    return Route([], as_chain(item))
+
+
+def _merge(parts: list[dict[str, Slot]]) -> dict[str, Slot]:
+    merged: dict[str, Slot] = {}
+    for part in parts:
+        for name, slot in part.items():
+            if name in merged:
+                raise ValueError(f'two transforms keep a slot named {name!r}: name one of them with slot="..."')
+            if not name.isidentifier() or name == "step":
+                raise ValueError(f"slot={name!r} is not usable: give an identifier other than 'step'")
+            merged[name] = slot
+    return merged

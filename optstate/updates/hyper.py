@@ -1,0 +1,83 @@
+"""Numbers that live in an optimizer's param groups, where schedulers and users change them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Hyper", "Rule", "hyper"]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A hyper-parameter: its key in the param group and its default.
+
+    index: set if the group's entry is a tuple and this is one of its numbers, as in `betas`.
+    low, high: the closed range of valid values; `optional` also allows None, which switches the step off.
+    """
+
+    name: str
+    value: float | None
+    index: int | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    optional: bool = False
+
+    def read(self, group: Mapping[str, Any]) -> Any:
+        """The current value in `group`."""
+        entry = group[self.name]
+        return entry if self.index is None else entry[self.index]
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise if the value in `group` is missing, of a wrong kind, or out of range."""
+        label = self.name if self.index is None else f"{self.name}[{self.index}]"
+        try:
+            value = self.read(group)
+        except (IndexError, TypeError):
+            raise TypeError(
+                f"{self.name}={group[self.name]!r} has no entry {self.index}: give a tuple of numbers"
+            ) from None
+        if value is None and self.optional:
+            return
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise TypeError(f"{label} has shape {tuple(value.shape)}: a tensor must hold exactly one number")
+            return  # reading it would wait for its device
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{label}={value!r} is a {type(value).__name__}: it must be a number")
+        if not self.low <= value <= self.high:
+            bounds = f"from {self.low:g} to {self.high:g}" if self.high < math.inf else f"at least {self.low:g}"
+            raise ValueError(f"{label}={value!r} is out of range: it must be {bounds}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a transform's field becomes a hyper-parameter: the group key it gets by default, and its valid range."""
+
+    name: str
+    index: int | None = None
+    low: float = 0.0
+    high: float = math.inf
+    optional: bool = False
+
+    def bind(self, value: float | Hyper | None) -> Hyper:
+        """The checked hyper-parameter: under the name the caller chose with `hyper`, else under this rule's."""
+        chosen = value if isinstance(value, Hyper) else Hyper(self.name, value, self.index)
+        bound = replace(chosen, low=self.low, high=self.high, optional=self.optional)
+        entry = (None,) * (bound.index or 0) + (bound.value,)
+        bound.check({bound.name: bound.value if bound.index is None else entry})
+        return bound
+
+
+def hyper(name: str, value: float | None, index: int | None = None) -> Hyper:
+    """Give a transform's number its own key in the param groups, or one place in a tuple there.
+
+    Two transforms of a chain that use the same key must agree on its default; this is how to tell them apart::
+
+        updates.clip_by_rms(updates.hyper("first_clip", 1.0))
+    """
+    return Hyper(name, value, index)

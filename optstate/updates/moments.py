@@ -1,0 +1,185 @@
+"""Transforms that keep running statistics of the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from optstate import kernels
+from optstate.spec import ParamSpec
+from optstate.stores import Full, Requests, Slot, Store
+from optstate.updates.base import Context, State, Transform, Update
+from optstate.updates.hyper import Hyper, Rule
+from optstate.updates.schedules import Schedule, power_decay
+
+__all__ = ["momentum", "scale_by_adam", "scale_by_rms", "sign_momentum"]
+
+BELOW_ONE = 1.0 - 1e-12
+BETAS = (Rule("betas", 0, high=BELOW_ONE), Rule("betas", 1, high=BELOW_ONE))
+
+
+def _smallest_weight(*betas: float | Hyper) -> float:
+    """The least `1 - beta` of the given defaults."""
+    return 1.0 - max(float(beta.value or 0.0) if isinstance(beta, Hyper) else beta for beta in betas)
+
+
+@dataclass(frozen=True)
+class scale_by_rms(Transform):
+    """Divide by the root of a running mean of squares: `update / sqrt(ema(update**2 + eps))`.
+
+    With `Factored()` this is Adafactor's and AdaLomo's second moment (arXiv 1804.04235 section 3; arXiv
+    2310.10195 algorithm 1, lines 7-10), with `Full()` RMSprop's. No bias correction: see `power_decay`.
+
+    store: for the slot `exp_avg_sq`, never negative.
+    decay: the averaging weight as a function of the step.
+    eps: added to every square before it is averaged; group key `eps`.
+    floor: if positive, the mean square is bounded below by `floor**2` instead, as in `torch.optim.Adafactor`;
+        with a factored store this costs one tensor of the parameter's size in fp32.
+    """
+
+    store: Store
+    decay: Schedule = power_decay()
+    eps: float | Hyper = 1e-30
+    floor: float | Hyper = 0.0
+    slot: str = "exp_avg_sq"
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"eps": Rule("eps"), "floor": Rule("floor")}
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=self.decay.smallest_weight)}
+
+    def guards(self, spec: ParamSpec) -> bool:
+        store, _ = self.store.resolve(spec, signed=False)
+        return not store.elementwise
+
+    def temporaries(self, spec: ParamSpec) -> int:
+        store, _ = self.store.resolve(spec, signed=False)
+        bounded = isinstance(self.floor, Hyper) and bool(self.floor.value)
+        return 2 * (store.elementwise or bounded)
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        update = update.whole(ctx)
+        weight = self.decay.weight(ctx.step, ctx.group)
+        yield from state[self.slot].ema_of_square(update, weight, ctx.read(self.eps))
+        return update.times(*state[self.slot].inverse_root(ctx.read(self.floor)))
+
+
+@dataclass(frozen=True)
+class scale_by_adam(Transform):
+    """Adam's rule (Kingma and Ba 2015, algorithm 1): `m / c1 / (sqrt(v / c2) + eps)`, `c = 1 - beta**step`.
+
+    first: store of the slot `exp_avg`; second: of `exp_avg_sq`, never negative.
+    betas, eps: group keys `betas` and `eps`; eps is outside the root and after the bias correction, as in torch.
+
+    Weight decay placed before this transform is Adam's L2 penalty; after it, AdamW's decoupled decay.
+    """
+
+    first: Store = Full()
+    second: Store = Full()
+    betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.999)
+    eps: float | Hyper = 1e-8
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps")}
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        return {
+            "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0])),
+            "exp_avg_sq": Slot(self.second, signed=False, smallest_weight=_smallest_weight(self.betas[1])),
+        }
+
+    def temporaries(self, spec: ParamSpec) -> int:
+        return 2
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        update = update.whole(ctx)
+        beta1, beta2 = map(ctx.read, self.betas)
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        yield from first.ema(update, 1 - beta1)
+        yield from second.ema_of_square(update, 1 - beta2)
+        correction = math.sqrt(1 - beta2**ctx.step)
+        inverse_root = second.read().sqrt().div_(correction).add_(ctx.read(self.eps)).reciprocal_()
+        return Update(first.read(), (inverse_root,), scale=1 / (1 - beta1**ctx.step), finite=update.finite)
+
+
+@dataclass(frozen=True)
+class momentum(Transform):
+    """Replace the update by a running combination of it and the past.
+
+    beta: group key `momentum`.
+    heavy_ball: False averages, `m = beta m + (1 - beta) u`, slot `exp_avg`; True accumulates, `m = beta m +
+        (1 - dampening) u`, the first step taking `u` itself, slot `momentum_buffer`: `torch.optim.SGD`'s form.
+    nesterov: step along `beta m + (1 - beta) u`, or `u + beta m` for the heavy ball.
+    decoupled: leave a weight decay that is already in the update out of the average and carry it past.
+    """
+
+    store: Store = Full()
+    beta: float | Hyper = 0.9
+    nesterov: bool = False
+    heavy_ball: bool = False
+    dampening: float | Hyper = 0.0
+    decoupled: bool = False
+    slot: str = ""
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
+        "beta": Rule("momentum", high=BELOW_ONE),
+        "dampening": Rule("dampening", high=1.0),
+    }
+
+    def __post_init__(self) -> None:
+        if not self.slot:
+            object.__setattr__(self, "slot", "momentum_buffer" if self.heavy_ball else "exp_avg")
+        super().__post_init__()
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta))}
+
+    def temporaries(self, spec: ParamSpec) -> int:
+        return 2 * (self.heavy_ball + self.nesterov)
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        carried = update.decay if self.decoupled else 0.0
+        update = replace(update, decay=0.0) if self.decoupled else update.whole(ctx)
+        statistic, beta = state[self.slot], ctx.read(self.beta)
+        if self.heavy_ball:
+            share = 1.0 if ctx.step == 1 else 1 - ctx.read(self.dampening)
+            value = kernels.evaluate(update)
+            statistic.hold(statistic.read().mul(beta).add_(value, alpha=share))
+            ahead = statistic.read().mul(beta).add_(value) if self.nesterov else statistic.read()
+        else:
+            yield from statistic.ema(update, 1 - beta)
+            ahead = statistic.read()
+            if self.nesterov:
+                ahead = torch.lerp(ahead, kernels.evaluate(update), 1 - beta)
+        return Update(ahead, finite=update.finite, decay=carried)
+
+
+@dataclass(frozen=True)
+class sign_momentum(Transform):
+    """Lion's rule (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of a mix of momentum and gradient.
+
+    The step is `sign(beta1 m + (1 - beta1) u)` with the old `m`, which then becomes `beta2 m + (1 - beta2) u`.
+
+    store: slot `exp_avg`. betas: group key `betas`.
+    """
+
+    store: Store = Full()
+    betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.99)
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS}
+
+    def _declared_slots(self) -> dict[str, Slot]:
+        return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1]))}
+
+    def temporaries(self, spec: ParamSpec) -> int:
+        return 2
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        update = update.whole(ctx)
+        statistic, (beta1, beta2) = state["exp_avg"], map(ctx.read, self.betas)
+        direction = torch.lerp(statistic.read(), kernels.evaluate(update), 1 - beta1).sign_()
+        yield from statistic.ema(update, 1 - beta2)
+        return Update(direction, finite=update.finite)

@@ -1,0 +1,82 @@
+"""How much of the past a moving average keeps, as a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optstate.updates.hyper import Hyper, Rule
+
+__all__ = ["Schedule", "constant", "power_decay"]
+
+
+class Schedule:
+    """The averaging weight `1 - beta(t)` of step t = 1, 2, ..."""
+
+    @property
+    def hypers(self) -> tuple[Hyper, ...]:
+        """The numbers it reads from the param group."""
+        raise NotImplementedError
+
+    @property
+    def smallest_weight(self) -> float:
+        """The least weight it ever gives, by its defaults."""
+        raise NotImplementedError
+
+    def weight(self, step: int, group: Mapping[str, Any]) -> float:
+        """`1 - beta(step)`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class power_decay(Schedule):
+    """`beta(t) = 1 - t**-exponent` (Adafactor, section 7.2; AdaLomo: exponent 0.8).
+
+    The first step replaces the initial zeros, so no bias correction is needed. The param-group key `decay_rate`
+    holds `-exponent`, the sign other libraries use.
+    """
+
+    exponent: float | Hyper = 0.8
+
+    def __post_init__(self) -> None:
+        given = self.exponent
+        value = given if isinstance(given, Hyper) else Hyper("decay_rate", -given)
+        object.__setattr__(self, "exponent", Rule("decay_rate", low=-2.0, high=0.0).bind(value))
+
+    @property
+    def hypers(self) -> tuple[Hyper, ...]:
+        assert isinstance(self.exponent, Hyper)
+        return (self.exponent,)
+
+    @property
+    def smallest_weight(self) -> float:
+        return 0.0
+
+    def weight(self, step: int, group: Mapping[str, Any]) -> float:
+        return float(step ** self.hypers[0].read(group))
+
+
+@dataclass(frozen=True)
+class constant(Schedule):
+    """The same `beta` at every step, as in the AdaLomo paper's algorithm 1; param-group key `beta2`.
+
+    Not corrected for starting at zero.
+    """
+
+    beta: float | Hyper = 0.99
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", Rule("beta2", high=1.0).bind(self.beta))
+
+    @property
+    def hypers(self) -> tuple[Hyper, ...]:
+        assert isinstance(self.beta, Hyper)
+        return (self.beta,)
+
+    @property
+    def smallest_weight(self) -> float:
+        return 1.0 - (self.hypers[0].value or 0.0)
+
+    def weight(self, step: int, group: Mapping[str, Any]) -> float:
+        return float(1.0 - self.hypers[0].read(group))

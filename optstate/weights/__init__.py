@@ -1,0 +1,21 @@
+"""How a parameter is written."""
+
+from optstate.spec import ParamSpec
+from optstate.weights.base import Weights
+from optstate.weights.plain import Plain
+from optstate.weights.stochastic import StochasticRounding
+
+__all__ = ["Plain", "StochasticRounding", "Weights", "as_weights"]
+
+
+def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
+    """How one parameter is written. `"auto"` is StochasticRounding for bf16 and fp16 parameters, else Plain.
+
+    Raises:
+        TypeError: for anything that is not a way to write weights.
+    """
+    if weights == "auto":
+        weights = StochasticRounding()
+    if not isinstance(weights, Weights):
+        raise TypeError(f'weights={weights!r}: give "auto", weights.Plain() or weights.StochasticRounding(seed)')
+    return weights.resolve(spec)

@@ -1,0 +1,104 @@
+"""Unbiased rounding whose random bits are a function of what is rounded, not of a generator's state."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import WriteChunk
+from optstate.spec import ParamSpec
+from optstate.weights.base import Weights
+from optstate.weights.plain import Plain
+
+__all__ = ["StochasticRounding"]
+
+MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class StochasticRounding(Weights):
+    """Round up or down at random, so that the mean of many roundings is the exact value.
+
+    Steps far smaller than a bf16 weight's spacing then still move it on average. The 16 random bits of an
+    element are a hash of (seed, parameter name, step, flat index in the global parameter): nothing to save, no
+    generator touched, the same whatever the chunking or sharding. For bf16 the probability is exact to 2**-16 of
+    the spacing, for fp16 to 2**-13.
+
+    fp32 and fp64 parameters hold results exactly and are written plainly.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"StochasticRounding(seed={self.seed!r}): the seed must be a whole number")
+
+    def resolve(self, spec: ParamSpec) -> Weights:
+        return self if spec.dtype in (torch.bfloat16, torch.float16) else Plain()
+
+    def writer(self, spec: ParamSpec, step: int) -> WriteChunk | None:
+        key = _mix(_mix(_mix(zlib.crc32(spec.name.encode())) ^ (self.seed & MASK32)) ^ (step & MASK32))
+
+        def write(param: Tensor, value: Tensor, start: int) -> None:
+            bits = random_bits16(key, start, value.numel(), value.device).view(value.shape)
+            param.copy_(_round_bf16(value, bits) if param.dtype == torch.bfloat16 else _round_fp16(value, bits))
+
+        return write
+
+
+def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """int32 `[count]` in [0, 2**16): element i depends on `key` and `start + i` alone.
+
+    Two neighbours share one 32-bit hash, the even one taking its low half. The hash is the finalizer of
+    MurmurHash3, a bijection that spreads every input bit.
+    """
+    first = start // 2
+    words = (start + count + 1) // 2 - first
+    hashed = torch.cat([_hash_words(key, lo, hi, device) for lo, hi in _same_high_word(first, first + words)])
+    pairs = torch.stack((hashed & 0xFFFF, (hashed >> 16) & 0xFFFF), dim=1).view(-1)
+    return pairs[start - 2 * first :][:count]
+
+
+def _same_high_word(lo: int, hi: int) -> list[tuple[int, int]]:
+    """Split a range of 64-bit indices where their upper 32 bits change."""
+    cut = ((lo >> 32) + 1) << 32
+    return [(lo, hi)] if hi <= cut else [(lo, cut), *_same_high_word(cut, hi)]
+
+
+def _hash_words(key: int, lo: int, hi: int, device: torch.device) -> Tensor:
+    """int32 hashes of the indices lo .. hi - 1, which share their upper 32 bits."""
+    seed = _mix(key ^ (lo >> 32))
+    x = torch.arange(hi - lo, dtype=torch.int32, device=device).add_(_signed(lo & MASK32)).bitwise_xor_(_signed(seed))
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x85EBCA6B))
+    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(0xC2B2AE35))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _mix(x: int) -> int:
+    """The same hash of one Python number."""
+    x &= MASK32
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK32
+    return x ^ (x >> 16)
+
+
+def _signed(x: int) -> int:
+    """A 32-bit pattern as the int32 with the same bits."""
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _round_bf16(value: Tensor, bits: Tensor) -> Tensor:
+    """fp32 values that bf16 holds exactly: the random bits are added below its last place, the rest cut off."""
+    rounded = (value.view(torch.int32) + bits).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value)
+
+
+def _round_fp16(value: Tensor, bits: Tensor) -> Tensor:
+    """fp32 values that fp16 holds exactly; below its smallest normal number its spacing is 2**-24."""
+    normal = (value.view(torch.int32) + (bits >> 3)).bitwise_and_(-0x2000).view(torch.float32)
+    tiny = torch.floor(value * 2.0**24 + bits * 2.0**-16) * 2.0**-24
+    rounded = torch.where(value.abs() < 2.0**-14, tiny, normal)
+    return torch.where(value.isfinite(), rounded, value)
