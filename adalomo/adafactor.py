@@ -106,7 +106,7 @@ def warm_relative_step(step: int, lr: float) -> float:
 def cap_by_inverse_root(step: int, lr: float | torch.Tensor) -> float | torch.Tensor:
     """The factor that turns lr into `min(lr, 1 / sqrt(t))`."""
     if isinstance(lr, torch.Tensor):
-        return (step**-0.5 / lr).clamp(max=1.0)
+        return torch.clamp(step**-0.5 / lr, max=1.0)
     return min(1.0, step**-0.5 / lr) if lr > 0 else 1.0
 
 

@@ -1,5 +1,5 @@
 """The command line, installed as the package `optstate_cli`."""
 
-from optstate_cli.main import app
+from .main import app
 
 __all__ = ["app"]

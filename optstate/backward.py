@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from optstate import engines, kernels
 from optstate.kernels import Product, Scalar
 from optstate.optimizer import Optimizer
-from optstate.stores import NonFiniteGradientError
+from optstate.stores import NonFiniteGradientError, is_fake
 
 __all__ = ["FusedBackward", "fuse_backward"]
 
@@ -43,7 +43,7 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm={clip_grad_norm!r} must be positive, or None for no clipping")
     current = optimizer._fused
-    if current is not None:
+    if isinstance(current, FusedBackward):
         if current.clip_grad_norm != clip_grad_norm:
             raise ValueError("the optimizer is fused already with another clip_grad_norm: call fused.remove() first")
         current.attach()
@@ -87,7 +87,8 @@ class FusedBackward:
             engines.refuse_parameters((self._name(p), p) for p in missing)
             engines.refuse_live_objects(missing)
         for param in missing:
-            self._handles[param] = param.register_post_accumulate_grad_hook(_hook(weakref.ref(self)))
+            hook = _hook(weakref.ref(self))
+            self._handles[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Detach: backward passes leave gradients again and `step()` updates. State stays."""
@@ -142,7 +143,7 @@ class FusedBackward:
                 "before loss.backward(), or run every micro-batch under fused.accumulate()"
             )
         if param in self._updated:
-            self._break_off(param, "its gradient arrived twice in one step")
+            self.optimizer.break_off(len(self._updated), param, "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {self._name(param)!r} arrived a second time before step(): call optimizer.step() "
                 "after each backward(), run all but the last micro-batch under fused.accumulate(), and use "
@@ -152,13 +153,9 @@ class FusedBackward:
             optimizer.step_parameter(param, 1.0 if self._coefficient is None else self._coefficient)
         except BaseException as error:
             if self._updated:
-                self._break_off(param, str(error))
+                self.optimizer.break_off(len(self._updated), param, str(error))
             raise
         self._updated.add(param)
-
-    def _break_off(self, param: Tensor, reason: str) -> None:
-        count = len(self._updated)
-        self.optimizer._inconsistent = f"{count} parameters were updated, then {self._name(param)!r} failed: {reason}"
 
     @torch.no_grad()
     def _measure(self, param: Tensor) -> None:
@@ -197,7 +194,7 @@ class FusedBackward:
         self._squares.clear()
         self._mode = _Mode.MEASURE
         try:
-            loss.backward(retain_graph=True)
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
         finally:
             self._mode = _Mode.UPDATE
         norm = self._norm(self._squares.values())
@@ -211,7 +208,7 @@ class FusedBackward:
             raise RuntimeError("no gradient reached any parameter of the optimizer: does the loss depend on them?")
         norm = torch.stack([part.to(parts[0].device, torch.float32) for part in parts]).sum().sqrt()
         if self.clip_grad_norm is not None:
-            if norm.device.type == "cpu" and not isinstance(norm, torch._subclasses.FakeTensor) and not norm.isfinite():
+            if norm.device.type == "cpu" and not is_fake(norm) and not norm.isfinite():
                 raise NonFiniteGradientError(f"the gradient norm is {norm}: nothing was changed; skip the batch")
             self._coefficient = (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
@@ -267,7 +264,7 @@ class FusedBackward:
             self.optimizer.step_parameters(held, 1.0 if self._coefficient is None else self._coefficient)
         except BaseException as error:
             if self._updated and not self.optimizer._inconsistent:
-                self._break_off(held[0], str(error))
+                self.optimizer.break_off(len(self._updated), held[0], str(error))
             raise
         finally:
             for param in held:

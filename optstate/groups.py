@@ -23,9 +23,8 @@ def checked_params(params: Any) -> list[Any]:
         TypeError: for a single tensor, a module, or a dict; ValueError: for nothing at all.
     """
     if isinstance(params, Tensor | torch.nn.Module | Mapping):
-        raise TypeError(
-            f"params is a {type(params).__name__}: pass model.parameters(), model.named_parameters() or a list of groups"
-        )
+        kind = type(params).__name__
+        raise TypeError(f"params is a {kind}: pass model.parameters(), model.named_parameters() or a list of groups")
     items = list(params)
     if not items:
         raise ValueError("the optimizer got no parameters (an exhausted generator?): pass model.named_parameters()")
@@ -33,13 +32,14 @@ def checked_params(params: Any) -> list[Any]:
 
 
 def checked_group(
-    group: Any, defaults: Mapping[str, Any], hypers: Iterable[Hyper], taken: set[Tensor]
+    param_group: Any, defaults: Mapping[str, Any], hypers: Iterable[Hyper], taken: set[Tensor]
 ) -> dict[str, Any]:
     """A param group that can be added as it is, its parameters in a list."""
-    if not isinstance(group, dict) or "params" not in group:
-        raise TypeError(f"a param group must be a dict with the key 'params', not {type(group).__name__}")
-    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    group = {**group, "params": params}
+    if not isinstance(param_group, dict) or "params" not in param_group:
+        raise TypeError(f"a param group must be a dict with the key 'params', not {type(param_group).__name__}")
+    given = param_group["params"]
+    params = [given] if isinstance(given, Tensor) else list(given)
+    group: dict[str, Any] = {**param_group, "params": params}
     if not params:
         raise ValueError("a param group has no parameters: leave it out, or fix the filter that made it")
     unknown = set(group) - set(defaults) - DECLARATIONS - SCHEDULER_KEYS

@@ -12,8 +12,9 @@ from torch import Tensor
 from optstate import groups, kernels, resume
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_alone
+from optstate.shortcuts import stepped_by_torch
 from optstate.spec import ParamSpec
-from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic
+from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic, is_fake
 from optstate.updates import Context, Route, Transform, Update, as_route, defaults_of
 from optstate.weights import Weights
 
@@ -72,7 +73,8 @@ class Optimizer(torch.optim.Optimizer):
         self._leaves: dict[Tensor, _Leaf] = {}
         self._fused: _Fused | None = None
         self._inconsistent = ""
-        self._unread_flags: list[tuple[Tensor, Tensor]] = []
+        self._flags: list[tuple[Tensor, Tensor]] = []
+        self._flags_of_last_step: list[tuple[Tensor, Tensor]] = []
         defaults = {"lr": lr, **defaults_of(self._route)}
         super().__init__(groups.checked_params(params), defaults)
 
@@ -143,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # --- stepping ---------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that holds a gradient; fused, close the step that the backward pass has made.
 
         closure: evaluates the model again with gradients enabled and returns the loss, which is returned.
@@ -159,25 +161,25 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._require_consistent("step")
+        self._read_flags(self._flags_of_last_step)  # computed long ago: the device does not have to be waited for
         if self._fused is not None:
             self._fused.close_step()
         else:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.step_parameters(params)
+        self._flags_of_last_step, self._flags = self._flags, []
         return loss
 
     @torch.no_grad()
     def step_parameters(self, params: Iterable[Tensor], grad_scale: float | Tensor = 1.0) -> None:
-        """Update these parameters, each from its gradient times `grad_scale`, and remember if it breaks off half-way."""
-        done = 0
-        for param in params:
+        """Update these parameters from their gradients times `grad_scale`, and remember if it breaks off half-way."""
+        for done, param in enumerate(params):
             try:
                 self.step_parameter(param, grad_scale)
             except BaseException as error:
                 if done:
-                    self._inconsistent = f"{done} parameters were updated, then {self._name(param)!r} failed: {error}"
+                    self.break_off(done, param, str(error))
                 raise
-            done += 1
 
     @torch.no_grad()
     def step_parameter(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> None:
@@ -198,22 +200,11 @@ class Optimizer(torch.optim.Optimizer):
             if not leaf.plan.chain.guards(leaf.plan.spec):
                 guard.check(kernels.all_finite(grad))
             ctx = Context(leaf.plan.spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
-            yield from self._run_slices(leaf.plan, state, ctx) if leaf.plan.sliced else _run(leaf.plan, state, ctx)
+            if not stepped_by_torch(leaf.plan, state, ctx):
+                yield from _run_slices(leaf.plan, state, ctx) if leaf.plan.sliced else _run(leaf.plan, state, ctx)
             if guard.finite is not None:
-                self._unread_flags.append((param, guard.finite))
+                self._flags.append((param, guard.finite))
         state["step"] = step
-
-    def _run_slices(self, plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
-        """An elementwise chain, slice by slice: temporaries stay as small as a slice."""
-        tensors = (ctx.param.detach(), ctx.grad)
-        if all(t.is_contiguous() for t in tensors):
-            tensors = (tensors[0].view(-1), tensors[1].view(-1))
-        start = 0
-        for param, grad in kernels.chunks(tensors, kernels.chunk_elements(ctx.param.device)):
-            piece = slice(start, start + param.numel())
-            fields = {k: v.view(-1)[piece].view(param.shape) for k, v in state.items() if isinstance(v, Tensor)}
-            yield from _run(plan, fields, replace(ctx, param=param, grad=grad), start)
-            start = piece.stop
 
     def _name(self, param: Tensor) -> str:
         return self._leaf(param).plan.spec.name
@@ -227,7 +218,8 @@ class Optimizer(torch.optim.Optimizer):
             InconsistentStateError: if a step broke off half-way.
         """
         self._require_consistent("state_dict")
-        self._read_flags()
+        self._read_flags(self._flags_of_last_step)
+        self._read_flags(self._flags)
         return {**super().state_dict(), resume.KEY: resume.header(self.plan())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -252,7 +244,8 @@ class Optimizer(torch.optim.Optimizer):
                     own[key] = int(value)
         self.param_groups = resume.loaded_groups(self.param_groups, state_dict["param_groups"])
         self._inconsistent = ""
-        self._unread_flags.clear()
+        self._flags.clear()
+        self._flags_of_last_step.clear()
         if self._fused is not None:
             self._fused.reset()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -264,6 +257,10 @@ class Optimizer(torch.optim.Optimizer):
         if self._fused is not None:
             self._fused.reset()
 
+    def break_off(self, updated: int, param: Tensor, reason: str) -> None:
+        """Remember that a step failed at `param` after `updated` other parameters had been updated."""
+        self._inconsistent = f"{updated} parameters were updated, then {self._name(param)!r} failed: {reason}"
+
     def _require_consistent(self, action: str) -> None:
         if self._inconsistent:
             raise InconsistentStateError(
@@ -271,11 +268,10 @@ class Optimizer(torch.optim.Optimizer):
                 "Load the last checkpoint, or call accept_partial_step() to go on with the weights as they are"
             )
 
-    def _read_flags(self) -> None:
+    def _read_flags(self, flags: list[tuple[Tensor, Tensor]]) -> None:
         """Raise if a gradient on an accelerator turned out not to be finite; its update was a step of size zero."""
-        flags, self._unread_flags = self._unread_flags, []
-        flags = [(p, flag) for p, flag in flags if not isinstance(flag, torch._subclasses.FakeTensor)]
-        bad = [p for p, flag in flags if not flag]
+        bad = [p for p, flag in flags if not is_fake(flag) and not flag]
+        flags.clear()
         for param in bad:
             self.state[param]["step"] -= 1
         if bad:
@@ -291,9 +287,22 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._leaves, self._fused, self._unread_flags = {}, None, []
+        self._leaves, self._fused, self._flags, self._flags_of_last_step = {}, None, [], []
         for index in range(len(self.param_groups)):
             self._adopt(index)
+
+
+def _run_slices(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
+    """An elementwise chain, slice by slice: temporaries stay as small as a slice."""
+    tensors = (ctx.param.detach(), ctx.grad)
+    if all(t.is_contiguous() for t in tensors):
+        tensors = (tensors[0].view(-1), tensors[1].view(-1))
+    start = 0
+    for param, grad in kernels.chunks(tensors, kernels.chunk_elements(ctx.param.device)):
+        piece = slice(start, start + param.numel())
+        fields = {k: v.view(-1)[piece].view(param.shape) for k, v in state.items() if isinstance(v, Tensor)}
+        yield from _run(plan, fields, replace(ctx, param=param, grad=grad), start)
+        start = piece.stop
 
 
 def _run(plan: ParamPlan, state: Mapping[str, Tensor], ctx: Context, start: int = 0) -> Requests[None]:

@@ -35,8 +35,11 @@ def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Itera
 
 def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved hyper-parameters with this optimizer's parameters and names."""
-    kept = [{k: group[k] for k in ("params", "param_names") if k in group} for group in own]
-    return [{**deepcopy(theirs), **ours} for ours, theirs in zip(kept, saved, strict=True)]
+    groups = []
+    for ours, theirs in zip(own, saved, strict=True):
+        kept = {key: ours[key] for key in ("params", "param_names") if key in ours}
+        groups.append(deepcopy(theirs) | kept)
+    return groups
 
 
 def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any], hypers: Iterable[Hyper]) -> None:
@@ -110,9 +113,8 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
         if not isinstance(value, Tensor):
             raise ValueError(f"{name!r}: {key} was saved as a {type(value).__name__}, not as a tensor")
         if tuple(value.shape) != field.shape or value.dtype != field.dtype:
-            raise ValueError(
-                f"{name!r}: {key} was saved as {value.dtype} {tuple(value.shape)}, here it is {field.dtype} {field.shape}"
-            )
+            there, here = f"{value.dtype} {tuple(value.shape)}", f"{field.dtype} {field.shape}"
+            raise ValueError(f"{name!r}: {key} was saved as {there}, here it is {here}")
 
 
 def _listed(items: Any) -> str:

@@ -39,7 +39,7 @@ def chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, ...]
     inner = numel // rows
     if inner <= limit:
         step = limit // inner
-        yield from zip(*(t.split(step) if t.shape[0] == rows else repeat(t) for t in tensors), strict=False)
+        yield from zip(*(torch.split(t, step) if t.shape[0] == rows else repeat(t) for t in tensors), strict=False)
         return
     for i in range(rows):
         yield from chunks([t[i] if t.shape[0] == rows else t[0] for t in tensors], limit)

@@ -8,7 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optstate.kernels import Scalar
 
-__all__ = ["Guard", "NonFiniteGradientError"]
+__all__ = ["Guard", "NonFiniteGradientError", "is_fake"]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has sizes and no values (FakeTensorMode)."""
+    return isinstance(tensor, FakeTensor)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -27,7 +32,7 @@ class Guard:
 
     def __init__(self, name: str, grad: Tensor, deferred: bool | None = None) -> None:
         self.name = name
-        self.deferred = grad.device.type != "cpu" or isinstance(grad, FakeTensor) if deferred is None else deferred
+        self.deferred = grad.device.type != "cpu" or is_fake(grad) if deferred is None else deferred
         self.checked = False
         self.finite: Tensor | None = None
 

@@ -176,20 +176,21 @@ def collect(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
     Raises:
         ValueError: if two of them give one key different defaults.
     """
-    scalars: dict[str, Any] = {}
-    tuples: dict[str, dict[int, Any]] = {}
+    entries: dict[str, dict[int | None, Any]] = {}
     for h in hypers:
-        known, key = (scalars, h.name) if h.index is None else (tuples.setdefault(h.name, {}), h.index)
-        if known.setdefault(key, h.value) != h.value:  # type: ignore[call-overload]
+        known = entries.setdefault(h.name, {})
+        if known.setdefault(h.index, h.value) != h.value:
             raise ValueError(
-                f"two steps of the recipe give {h.name!r} different defaults, {known[key]!r} and {h.value!r}; "  # type: ignore[index]
+                f"two steps of the recipe give {h.name!r} different defaults, {known[h.index]!r} and {h.value!r}; "
                 f'name one of them: updates.hyper("my_{h.name}", {h.value!r})'
             )
-    for name, entries in tuples.items():
-        if name in scalars:
+    defaults: dict[str, Any] = {}
+    for name, known in entries.items():
+        places = [index for index in known if index is not None]
+        if None in known and places:
             raise ValueError(f"{name!r} is a number for one step of the recipe and a tuple for another: rename one")
-        scalars[name] = tuple(entries.get(i, 0.0) for i in range(max(entries) + 1))
-    return scalars
+        defaults[name] = tuple(known.get(i, 0.0) for i in range(max(places) + 1)) if places else known[None]
+    return defaults
 
 
 def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
