@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
+from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 
 __all__ = ["peak_extra_bytes"]
@@ -13,9 +15,10 @@ __all__ = ["peak_extra_bytes"]
 def peak_extra_bytes(fn: Callable[[], object]) -> int:
     """Call `fn` once and return the most bytes that were alive at one moment beyond those alive at its start.
 
-    It counts what PyTorch's CPU allocator hands out, in exact bytes: tensors made in Python, in autograd and
-    inside operators alike. What `fn` returns or stores is counted like any temporary. Tensors it frees that were
-    alive before make room: replacing a tensor by one of the same size counts nothing, if the old one goes first.
+    It counts what PyTorch's CPU allocator hands out while `fn` runs, in exact bytes: tensors made in Python, in
+    autograd and inside operators alike, and what `fn` returns or stores like any temporary. Tensors from before
+    that `fn` frees make no room: the allocator does not know their size. Drop old gradients before measuring.
+
     Not counted: memory that libraries take past the allocator (workspaces of matrix products), Python objects,
     and memory of accelerators.
 
@@ -28,16 +31,30 @@ def peak_extra_bytes(fn: Callable[[], object]) -> int:
     Raises:
         RuntimeError: if another profiler is running already; they do not nest.
     """
-    gc.collect()  # garbage of earlier code, freed meanwhile, would pass for room that `fn` makes
+    gc.collect()
     with profile(profile_memory=True) as profiler:
         kept = fn()
     del kept
     results = profiler.kineto_results
     assert results is not None
-    events = (event for event in results.events() if event.name() == "[memory]")
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.device_type().name == "CPU"]
-    alive = peak = 0
-    for _, nbytes in sorted(changes, key=lambda change: change[0]):
-        alive += nbytes
-        peak = max(peak, alive)
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for address, nbytes in _memory_events(results.experimental_event_tree()):
+        if nbytes > 0:
+            alive[address] = nbytes
+            total += nbytes
+            peak = max(peak, total)
+        else:
+            total -= alive.pop(address, 0)
     return peak
+
+
+def _memory_events(roots: list[Any]) -> list[tuple[int, int]]:
+    """(address, bytes) of each allocation, and with negative bytes of each release, in the order of time."""
+    events, waiting = [], list(roots)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, nbytes) for _, address, nbytes in sorted(events, key=lambda event: event[0])]

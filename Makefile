@@ -1,0 +1,30 @@
+# Every target sets itself up: it needs Python 3.10 or newer and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready-examples ## train AdamW and fused AdaLomo side by side on real text
+	$(BIN)/python examples/demo.py
+
+test: .venv/ready-test ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: .venv/ready-test ## format, lint, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready-bench ## speed and memory beside the peers, with goals
+	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
+
+# torch first: a package that only asks for "torch" must find the pinned one in place.
+.venv/ready-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv runs
