@@ -70,7 +70,7 @@ class Adafactor(optstate.Optimizer):
         decay = updates.power_decay(-decay_rate)
         steps: list[updates.Transform] = []
         if torch_compatible:
-            steps.append(updates.scale_by_rms(stores.Factored(), decay=decay, eps=0.0, floor=least_square))
+            steps.append(updates.scale_by_rms(stores.Factored(), decay=decay, eps=None, floor=least_square))
         else:
             steps.append(updates.scale_by_rms(stores.Factored(), decay=decay, eps=least_square))
         steps.append(updates.clip_by_rms(clip_threshold))

@@ -91,6 +91,11 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         self._adopt(len(self.param_groups) - 1)
 
+    @property
+    def recipe(self) -> Route:
+        """The chain of each parameter, as given: pass it on to build the same optimizer for other parameters."""
+        return self._route
+
     def _hypers_of_route(self) -> list[Any]:
         return [h for c in self._route.chains for h in c.hypers]
 

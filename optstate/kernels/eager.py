@@ -122,7 +122,12 @@ def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChun
     keep = None if _is_zero(decay) else 1 - decay
     as_is = product.bound is None and product.finite is None and dense.dtype == param.dtype
     if not factors and keep is None and write is None and as_is and isinstance(scale, float):
-        param.add_(dense, alpha=-scale)  # PyTorch adds low precision in fp32 and rounds once, without a temporary
+        if param.dtype == accumulator_dtype(param.dtype):
+            param.add_(dense, alpha=-scale)
+        else:
+            # PyTorch reads both into fp32 and rounds once, without a temporary. `add_(dense, alpha=-scale)` would
+            # round alpha to the parameter's dtype first: in bf16 a learning rate of 0.1 became 0.1001.
+            param.addcmul_(dense, dense.new_ones(()), value=-scale)
         return
     in_place = write is None and param.dtype == accumulator_dtype(param.dtype)
     limit = chunk_elements(param.device)

@@ -163,7 +163,7 @@ class Transform:
         return {}
 
 
-def bind_all(name: str, rules: tuple[Rule, ...], values: Any) -> tuple[Hyper, ...]:
+def bind_all(name: str, rules: tuple[Rule, ...], values: Any) -> tuple[Hyper | None, ...]:
     """Bind a tuple of numbers, such as Adam's betas."""
     if not isinstance(values, tuple | list) or len(values) != len(rules):
         raise ValueError(f"{name}={values!r} must be {len(rules)} numbers")

@@ -56,16 +56,22 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a transform's field becomes a hyper-parameter: the group key it gets by default, and its valid range."""
+    """How a transform's field becomes a hyper-parameter: the group key it gets by default, and its valid range.
+
+    omittable: None leaves the number out of the param groups altogether.
+    """
 
     name: str
     index: int | None = None
     low: float = 0.0
     high: float = math.inf
     optional: bool = False
+    omittable: bool = False
 
-    def bind(self, value: float | Hyper | None) -> Hyper:
+    def bind(self, value: float | Hyper | None) -> Hyper | None:
         """The checked hyper-parameter: under the name the caller chose with `hyper`, else under this rule's."""
+        if value is None and self.omittable:
+            return None
         chosen = value if isinstance(value, Hyper) else Hyper(self.name, value, self.index)
         bound = replace(chosen, low=self.low, high=self.high, optional=self.optional)
         entry = (None,) * (bound.index or 0) + (bound.value,)

@@ -36,18 +36,21 @@ class scale_by_rms(Transform):
 
     store: for the slot `exp_avg_sq`, never negative.
     decay: the averaging weight as a function of the step.
-    eps: added to every square before it is averaged; group key `eps`.
-    floor: if positive, the mean square is bounded below by `floor**2` instead, as in `torch.optim.Adafactor`;
-        with a factored store this costs one tensor of the parameter's size in fp32.
+    eps: added to every square before it is averaged; group key `eps`; None adds nothing.
+    floor: bounds the mean square below by `floor**2`, as `torch.optim.Adafactor` does; group key `floor`. With a
+        factored store this costs a tensor of the parameter's size in fp32.
     """
 
     store: Store
     decay: Schedule = power_decay()
-    eps: float | Hyper = 1e-30
-    floor: float | Hyper = 0.0
+    eps: float | Hyper | None = 1e-30
+    floor: float | Hyper | None = None
     slot: str = "exp_avg_sq"
 
-    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"eps": Rule("eps"), "floor": Rule("floor")}
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
+        "eps": Rule("eps", omittable=True),
+        "floor": Rule("floor", omittable=True),
+    }
 
     def _declared_slots(self) -> dict[str, Slot]:
         return {self.slot: Slot(self.store, signed=False, smallest_weight=self.decay.smallest_weight)}
@@ -58,14 +61,13 @@ class scale_by_rms(Transform):
 
     def temporaries(self, spec: ParamSpec) -> int:
         store, _ = self.store.resolve(spec, signed=False)
-        bounded = isinstance(self.floor, Hyper) and bool(self.floor.value)
-        return 2 * (store.elementwise or bounded)
+        return 2 * (store.elementwise or self.floor is not None)
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
         weight = self.decay.weight(ctx.step, ctx.group)
-        yield from state[self.slot].ema_of_square(update, weight, ctx.read(self.eps))
-        return update.times(*state[self.slot].inverse_root(ctx.read(self.floor)))
+        yield from state[self.slot].ema_of_square(update, weight, ctx.read(self.eps) or 0.0)
+        return update.times(*state[self.slot].inverse_root(ctx.read(self.floor) or 0.0))
 
 
 @dataclass(frozen=True)
