@@ -83,7 +83,9 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     """A copy of the state in parameter order."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [
-        {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()} if p in optimizer.state else {}
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
+        if p in optimizer.state
+        else {}
         for p in params
     ]
 

@@ -31,7 +31,8 @@ class Statistic:
 
     def read(self) -> Tensor:
         """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
-        return self._held if self._held is not None else self.store.read(self.current)
+        value = self._held if self._held is not None else self.store.read(self.current)
+        return value.to(self.spec.accumulator)
 
     @property
     def current(self) -> Fields:

@@ -1,0 +1,91 @@
+"""Tables, goals and the machine's description."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A measured value and what it should be at most, or for `strict` below."""
+
+    what: str
+    value: float
+    limit: float
+    unit: str = ""
+    strict: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value < self.limit if self.strict else self.value <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+
+def print_table(console: Console, title: str, caption: str, columns: Iterable[Column], rows: Iterable[Row]) -> None:
+    """One line per row; the first column is text, the others are numbers. Rows of ours stand out."""
+    columns = list(columns)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for i, (header, _) in enumerate(columns):
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        style = "bold" if str(row.get("name", "")).startswith("optstate") else ""
+        table.add_row(*(show(row) for _, show in columns), style=style)
+    console.print(table)
+    console.print()
+
+
+def print_goals(console: Console, goals: Iterable[Goal]) -> None:
+    """One line per goal."""
+    console.print("[bold]Goals[/bold]")
+    for goal in goals:
+        verdict = "[green]MET   [/green]" if goal.met else "[red]MISSED[/red]"
+        sign = "<" if goal.strict else "<="
+        unit = f" {goal.unit}" if goal.unit else ""
+        console.print(f"{verdict} {goal.what}: {goal.value:.4g} {sign} {goal.limit:g}{unit}", highlight=False)
+
+
+def number(key: str, form: str = ".2f", scale: float = 1.0) -> Callable[[Row], str]:
+    """Shows `row[key] * scale`; a dash for None."""
+    return lambda row: "-" if row[key] is None else format(row[key] * scale, form)
+
+
+def text(key: str) -> Callable[[Row], str]:
+    """Shows `row[key]` as it is."""
+    return lambda row: str(row[key])
+
+
+def environment() -> dict[str, Any]:
+    """Date, processor, threads and versions."""
+    packages = ("lomo-optim", "pytorch_optimizer")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peers": {name: version(name) for name in packages},
+        "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
