@@ -69,6 +69,7 @@ class FusedBackward:
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._mode = _Mode.UPDATE
         self._updated: set[Tensor] = set()
+        self._kept: set[Tensor] = set()
         self._squares: dict[Tensor, Tensor] = {}
         self._coefficient: Scalar | None = None
         self._engine_checked = False
@@ -89,6 +90,8 @@ class FusedBackward:
         for param in missing:
             hook = _hook(weakref.ref(self))
             self._handles[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            if param.grad is not None:
+                self._kept.add(param)
 
     def remove(self) -> None:
         """Detach: backward passes leave gradients again and `step()` updates. State stays."""
@@ -102,6 +105,7 @@ class FusedBackward:
     def reset(self) -> None:
         """Forget the step in progress: what was updated and measured since the last `step()`."""
         self._updated.clear()
+        self._kept.clear()
         self._squares.clear()
         self._coefficient = None
         self._mode = _Mode.UPDATE
@@ -121,7 +125,10 @@ class FusedBackward:
 
     def on_gradient(self, param: Tensor) -> None:
         """Called by autograd when `param.grad` is complete."""
-        if param.grad is None or self._mode is _Mode.ACCUMULATE:
+        if param.grad is None:
+            return
+        if self._mode is _Mode.ACCUMULATE:
+            self._kept.add(param)
             return
         try:
             if self._mode is _Mode.MEASURE:
@@ -238,13 +245,14 @@ class FusedBackward:
         Raises:
             RuntimeError: if hooks were lost, or no gradient arrived since the last step.
         """
+        held = [p for p in self._params() if p.grad is not None]
         lost = [p for p in self._handles if p.requires_grad and not self._is_hooked(p)]
+        lost += [p for p in held if self._is_hooked(p) and p not in self._kept]  # a swapped tensor keeps a dead hook
         if lost:
             raise RuntimeError(
                 f"{self._name(lost[0])!r} and {len(lost) - 1} more lost their backward hooks, so nothing updates them: "
                 "they were converted or replaced after fuse_backward; call fused.remove() and fuse_backward() again"
             )
-        held = [p for p in self._params() if p.grad is not None]
         if not held and not self._updated:
             raise RuntimeError(
                 "step() without a gradient: no backward() ran since the last step, or the model's parameters were "

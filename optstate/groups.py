@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.spec import ParamSpec
 from optstate.updates import Hyper
 
 __all__ = ["checked_gradient", "checked_group", "checked_params"]
@@ -62,9 +63,14 @@ def checked_group(
     return group
 
 
-def checked_gradient(param: Tensor, name: str) -> Tensor:
-    """The parameter's gradient, if it is one that can be stepped."""
-    grad = param.grad
+def checked_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
+    """The parameter's gradient, if it is one that can be stepped and the parameter is still what was planned."""
+    name, grad = spec.name, param.grad
+    if param.dtype != spec.dtype or param.shape != spec.shape:
+        raise RuntimeError(
+            f"{name!r} was {spec.dtype} {spec.shape} when the optimizer was built and is {param.dtype} "
+            f"{tuple(param.shape)} now: cast and reshape the model first, then build the optimizer"
+        )
     if grad is None:
         raise RuntimeError(f"{name!r} has no gradient: call backward() first")
     if grad.layout != torch.strided:

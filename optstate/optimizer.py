@@ -197,7 +197,7 @@ class Optimizer(torch.optim.Optimizer):
     def requests(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> Requests[None]:
         """One parameter's update as a computation that asks for sums over the whole parameter. Call under no_grad."""
         leaf = self._leaf(param)
-        grad = groups.checked_gradient(param, self._name(param))
+        grad = groups.checked_gradient(param, leaf.plan.spec)
         state = self.state[param] if param in self.state else self._allocate(param)
         step = state["step"] + 1
         if param.numel():

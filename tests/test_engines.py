@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import optstate
 from adalomo import AdaLomo
 from tests.models import assert_same, loss_of, mlp, weights_of
 
@@ -66,7 +65,7 @@ class TestDistributed:
 
 def test_a_grad_scaler_is_refused_when_fusing() -> None:
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(RuntimeError, match="GradScaler is in use.*Train in bf16 without a scaler"):
+    with pytest.raises(RuntimeError, match=r"GradScaler is in use.*Train in bf16 without a scaler"):
         AdaLomo(mlp().named_parameters(), fused_backward=True)
     assert scaler.is_enabled()
 

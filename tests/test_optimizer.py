@@ -26,6 +26,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
         optimizer.step()
 
 
+def defer_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check gradients as on an accelerator: the flag stays on the device."""
+    original = stores.Guard.__init__
+    monkeypatch.setattr(stores.Guard, "__init__", lambda self, name, grad: original(self, name, grad, deferred=True))
+
+
 class TestParameters:
     def test_plain_named_and_grouped_parameters_give_the_same_run(self) -> None:
         results = []
@@ -427,10 +433,9 @@ class TestNonFiniteGradients:
         self, recipe: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On an accelerator the flag is read a step later; meanwhile the step must have been one of size zero."""
-        defer = stores.Guard.__init__
-        monkeypatch.setattr(stores.Guard, "__init__", lambda self, name, grad: defer(self, name, grad, deferred=True))
+        defer_checks(monkeypatch)
         model = EveryShape()
-        optimizer = recipe(model.named_parameters(), lr=1e-2, **({"weight_decay": 0.1}))
+        optimizer = recipe(model.named_parameters(), lr=1e-2, weight_decay=0.1)
         model(0).backward()
         optimizer.step()
         weights, state = weights_of(model), state_of(optimizer)
@@ -453,8 +458,7 @@ class TestNonFiniteGradients:
         results = []
         for deferred in (False, True):
             if deferred:
-                defer = stores.Guard.__init__
-                monkeypatch.setattr(stores.Guard, "__init__", lambda s, n, g: defer(s, n, g, deferred=True))
+                defer_checks(monkeypatch)
             model = EveryShape()
             optimizer = recipe(model.named_parameters(), lr=1e-2)
             for step in range(5):
