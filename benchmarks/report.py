@@ -39,14 +39,15 @@ class Goal:
 def print_table(console: Console, title: str, caption: str, columns: Iterable[Column], rows: Iterable[Row]) -> None:
     """One line per row; the first column is text, the others are numbers. Rows of ours stand out."""
     columns = list(columns)
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table()
     for i, (header, _) in enumerate(columns):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         style = "bold" if str(row.get("name", "")).startswith("optstate") else ""
         table.add_row(*(show(row) for _, show in columns), style=style)
+    console.print(f"[bold]{title}[/bold]", highlight=False)
     console.print(table)
-    console.print()
+    console.print(f"{caption}\n" if caption else "", highlight=False)
 
 
 def print_goals(console: Console, goals: Iterable[Goal]) -> None:
@@ -56,7 +57,7 @@ def print_goals(console: Console, goals: Iterable[Goal]) -> None:
         verdict = "[green]MET   [/green]" if goal.met else "[red]MISSED[/red]"
         sign = "<" if goal.strict else "<="
         unit = f" {goal.unit}" if goal.unit else ""
-        console.print(f"{verdict} {goal.what}: {goal.value:.4g} {sign} {goal.limit:g}{unit}", highlight=False)
+        console.print(f"{verdict} {goal.what}: {goal.value:.3f} {sign} {goal.limit:.4g}{unit}", highlight=False)
 
 
 def number(key: str, form: str = ".2f", scale: float = 1.0) -> Callable[[Row], str]:

@@ -55,7 +55,13 @@ def main() -> int:
     print_hooks(console, results["hooks"])
     results["training"] = [row for name in DTYPES for row in fused.measure_training(name, options.rounds)]
     print_training(console, results["training"])
-    goals = [*update_goals(results["update"]), *hook_goals(results["hooks"]), *peak_goals(results["training"])]
+    idle = (peers.SGD_FUSED, "bf16") in agreement.without_update(results["agreement"])
+    goals = [
+        *update_goals(results["update"], "which stores nothing, " if idle else ""),
+        *scratch_goals(results["update"]),
+        *hook_goals(results["hooks"]),
+        *peak_goals(results["training"]),
+    ]
     print_goals(console, goals)
     results["goals"] = [goal.as_dict() for goal in goals]
     if options.json:
@@ -119,10 +125,10 @@ def print_agreement(console: Console, rows: Rows, rounding: Rows) -> None:
     ]
     title = f"Gradient descent in bf16, one step at lr {agreement.LOMO_LR}: elements that are not p - lr g rounded once"
     print_table(console, title, "", columns, rounding)
-    for name, dtype in dict.fromkeys((row["name"], row["dtype"]) for row in rows if row["verdict"] == "no update"):
+    for name, dtype in agreement.without_update(rows):
         console.print(
             f"[bold]{name} leaves {dtype} parameters as they are[/bold] in this version of torch: its times below are "
-            f"those of a loop that reads and stores nothing. {peers.SGD_LOOP} does update.\n"
+            f"those of a loop that stores nothing. {peers.SGD_LOOP} does update.\n"
         )
 
 
@@ -177,8 +183,8 @@ def print_training(console: Console, rows: Rows) -> None:
     print_table(console, title, caption, columns, rows)
 
 
-def update_goals(rows: Rows) -> list[Goal]:
-    """Time against lomo-optim and torch's SGD, and scratch of every recipe of ours."""
+def update_goals(rows: Rows, remark: str) -> list[Goal]:
+    """Time against lomo-optim and torch's SGD, on which `remark` is a remark."""
     goals = []
     limits = {"fp32": 0.70, "bf16": 0.60}
     for row in rows:
@@ -187,13 +193,17 @@ def update_goals(rows: Rows) -> list[Goal]:
             what = f"AdaLomo / lomo-optim AdaLomo, update, {case}"
             goals.append(Goal(what, row["per_lomo_optim"], limits[row["dtype"]]))
         if row["name"] == peers.OUR_LOMO and row["dtype"] == "bf16":
-            goals.append(Goal(f"Lomo / {peers.SGD_FUSED}, update, {case}", row["per_sgd_fused"], 1.5))
+            goals.append(Goal(f"Lomo / {peers.SGD_FUSED}, {remark}update, {case}", row["per_sgd_fused"], 1.5))
             goals.append(Goal(f"Lomo / {peers.SGD_LOOP}, update, {case}", row["per_sgd_loop"], 1.5))
-    for row in rows:
-        if row["ours"]:
-            what = f"scratch of {row['name']}, {row['set']} {row['dtype']}"
-            goals.append(Goal(what, row["scratch_bytes"] / 1e6, SCRATCH_LIMIT / 1e6, "MB"))
     return goals
+
+
+def scratch_goals(rows: Rows) -> list[Goal]:
+    """Scratch of every recipe of ours."""
+    ours = [row for row in rows if row["ours"]]
+    names = [f"scratch of {row['name']}, {row['set']} {row['dtype']}" for row in ours]
+    limit = SCRATCH_LIMIT / 1e6
+    return [Goal(name, row["scratch_bytes"] / 1e6, limit, "MB") for name, row in zip(names, ours, strict=True)]
 
 
 def hook_goals(rows: Rows) -> list[Goal]:

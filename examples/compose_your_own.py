@@ -60,7 +60,7 @@ def is_relative(name: str, param: torch.Tensor) -> bool:
 def main() -> None:
     """Compose, look at the plan, train."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(context=64, width=96, layers=2))
+    model = GPT(GPTConfig(context=64, width=64, layers=2))
     corpus = read_corpus(None, model.config.context)
 
     # 3. Param groups override any number of the recipe, as in every torch optimizer. AdamW's learning rate is not

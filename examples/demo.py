@@ -85,8 +85,11 @@ def demonstrate(args: argparse.Namespace, console: Console) -> None:
     console.print(comparison(adamw, adalomo))
 
     resumed = resume(corpus, adalomo.settings, checkpoint, console)
-    difference = largest_difference(resumed.losses, adalomo.run.losses)
-    print(f"resumed after step {middle}: largest difference of any later loss from the uninterrupted run: {difference}")
+    difference = largest_difference(resumed.losses[middle:], adalomo.run.losses[middle:])
+    print(
+        f"resumed after step {middle}: the {args.steps - middle} losses that follow differ from those of the "
+        f"uninterrupted run by at most {difference:g}"
+    )
     assert difference == 0, "a resumed run must repeat the uninterrupted one bit for bit"
 
     plot(adamw, adalomo, resumed, middle, args.out / "loss.png")
@@ -110,7 +113,7 @@ def settings_of(recipe: str, args: argparse.Namespace) -> Settings:
 
 
 def resume(corpus: Corpus, settings: Settings, checkpoint: Path, console: Console) -> Run:
-    """Build everything anew, from other random weights, and continue from the file."""
+    """Build model, optimizer and schedule anew and continue from the file."""
     run = Run(corpus, settings)
     run.load(checkpoint)
     train(run, settings.steps, console)
@@ -118,7 +121,7 @@ def resume(corpus: Corpus, settings: Settings, checkpoint: Path, console: Consol
 
 
 def largest_difference(resumed: list[float], uninterrupted: list[float]) -> float:
-    """Between the losses of two runs; the first half is the same by construction."""
+    """Between the losses of the same steps."""
     return max(abs(a - b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 

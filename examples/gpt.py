@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["GPT", "GPTConfig"]
@@ -14,13 +14,13 @@ __all__ = ["GPT", "GPTConfig"]
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model. The defaults have 2.5 million parameters."""
+    """Sizes of the model. The defaults have 1.5 million parameters."""
 
     vocabulary: int = 256
     context: int = 128
-    width: int = 256
+    width: int = 192
     layers: int = 3
-    heads: int = 4
+    heads: int = 6
     tied: bool = False
 
 

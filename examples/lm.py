@@ -50,7 +50,7 @@ class Settings:
     recipe: str = "adalomo"
     lr: float | None = None
     fused_backward: bool | None = None
-    steps: int = 500
+    steps: int = 800
     batch: int = 8
     dtype: str = "float32"
     seed: int = 0
@@ -271,7 +271,22 @@ def measure_memory(corpus: Corpus, settings: Settings) -> Memory:
         twin.optimizer.step()
         twin.optimizer.zero_grad()
 
-    return Memory(twin.optimizer.state_nbytes(), gradients, peak_extra_bytes(backward_and_update))
+    with _quiet_profiler():
+        peak = peak_extra_bytes(backward_and_update)
+    return Memory(twin.optimizer.state_nbytes(), gradients, peak)
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep what the profiler's C++ code writes to stderr off the screen; Python's exceptions come through."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _peak_gradient_bytes(run: Run, probe: tuple[Tensor, Tensor]) -> int:

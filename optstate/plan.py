@@ -15,6 +15,9 @@ from optstate.weights import Weights, as_weights
 
 __all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
 
+SMALL_SCRATCH = 1_000_000
+"""Bytes of temporaries not worth a note."""
+
 
 @dataclass(frozen=True)
 class SlotPlan:
@@ -58,11 +61,14 @@ class ParamPlan:
 
     @property
     def scratch_bytes(self) -> int:
-        """fp32 bytes of parameter-sized temporaries a step needs; 0 where it works in chunks of a few MB."""
+        """Bytes of temporaries a step needs beyond its chunks of a few MB, at most; 0 where nothing grows."""
         if self.sliced or self.spec.numel <= kernels.chunk_elements(torch.device("cpu")):
             return 0
-        count = sum(transform.temporaries(self.spec) for transform in self.chain.transforms)
-        return count * self.spec.numel * self.spec.accumulator.itemsize
+        full = self.chain.temporaries(self.spec) * self.spec.numel * self.spec.accumulator.itemsize
+        # New row and column statistics, their factors and the squares of those: nothing for a matrix, but as much
+        # as the parameter itself for convolutions, whose last two dimensions are small.
+        vectors = 4 * sum(slot.nbytes for slot in self.slots.values() if not slot.store.elementwise)
+        return full + (vectors if vectors > SMALL_SCRATCH else 0)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChun
             param.addcmul_(dense, dense.new_ones(()), value=-scale)
         return
     in_place = write is None and param.dtype == accumulator_dtype(param.dtype)
-    limit = chunk_elements(param.device)
+    limit = chunk_elements(param.device) // (1 if write is None else 4)  # a write may need several temporaries
     value, new = _Buffer(dense, limit), _Buffer(param, limit)
     start = 0
     for part, p, *fs in chunks((dense, param, *factors), limit):

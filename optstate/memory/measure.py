@@ -24,12 +24,10 @@ def peak_extra_bytes(fn: Callable[[], object]) -> int:
 
     A first call often costs more than the following ones (states, caches): call `fn` once before, to measure a
     warm one. Costs one profiled run, several times slower for many small operators.
+    Profilers do not nest: one that is running already loses its records.
 
     Returns:
         A number of bytes, at least 0.
-
-    Raises:
-        RuntimeError: if another profiler is running already; they do not nest.
     """
     gc.collect()
     with profile(profile_memory=True) as profiler:

@@ -95,8 +95,8 @@ class Factored(Store):
     def _hold(statistic: Statistic, rows: Tensor, cols: Tensor, weight: Scalar, eps: float) -> None:
         """Average the totals `[..., m, 1]` and `[..., 1, n]` into the means, by global counts."""
         fields, (m, n) = statistic.fields, statistic.spec.shape[-2:]
-        row_means = rearrange(rows, "... m 1 -> ... m") / n + eps
-        col_means = rearrange(cols, "... 1 n -> ... n") / m + eps
+        row_means = rearrange(rows, "... m 1 -> ... m").div_(n).add_(eps)
+        col_means = rearrange(cols, "... 1 n -> ... n").div_(m).add_(eps)
         statistic.hold_fields(
             row=torch.lerp(fields["row"], row_means, weight), col=torch.lerp(fields["col"], col_means, weight)
         )

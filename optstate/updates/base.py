@@ -115,6 +115,9 @@ class Transform:
     reads_param: ClassVar[bool] = False
     """Needs the parameter's mean square; it is then requested together with the chain's first sum."""
 
+    absorbs_decay: ClassVar[bool] = False
+    """Not linear in the update: a weight decay before it is added to the dense part first (`Update.whole`)."""
+
     applies_lr: ClassVar[bool] = False
     """Multiplies by the learning rate itself, so the optimizer does not do so at the end."""
 
@@ -152,8 +155,11 @@ class Transform:
         """Whether the transform itself notices a gradient that is not finite, before it writes anything."""
         return False
 
-    def temporaries(self, spec: ParamSpec) -> int:
-        """How many fp32 tensors of the parameter's size it needs where the chain cannot run slice by slice."""
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
+        """How many fp32 tensors of the parameter's size it needs where the chain cannot run slice by slice.
+
+        head: whether it gets the gradient itself, at most clipped by value.
+        """
         return 0
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update | Requests[Update]:

@@ -12,6 +12,7 @@ from optstate.stores import Requests, Slot
 from optstate.updates.base import Context, State, Transform, Update, collect, run
 from optstate.updates.clip import clip_by_value
 from optstate.updates.hyper import Hyper
+from optstate.updates.scale import add_decayed_weights
 
 __all__ = ["Chain", "Route", "chain", "route"]
 
@@ -59,6 +60,14 @@ class Chain(Transform):
     def guards(self, spec: ParamSpec) -> bool:
         first = next((t for t in self.transforms if not isinstance(t, clip_by_value)), None)
         return first is not None and first.guards(spec)
+
+    def temporaries(self, spec: ParamSpec, head: bool = True) -> int:
+        count, decayed = 0, False
+        for transform in self.transforms:
+            count += transform.temporaries(spec, head) + (decayed and transform.absorbs_decay)
+            decayed = isinstance(transform, add_decayed_weights) or (decayed and not transform.absorbs_decay)
+            head = head and isinstance(transform, clip_by_value)
+        return count
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         for transform in self.transforms:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from optstate import kernels
+from optstate.spec import ParamSpec
 from optstate.stores import Requests
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.hyper import Hyper, Rule
@@ -24,6 +25,7 @@ class clip_by_rms(Transform):
     threshold: float | Hyper | None = 1.0
 
     elementwise: ClassVar[bool] = False
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
         "threshold": Rule("clip_threshold", low=1e-38, optional=True)
     }
@@ -49,6 +51,7 @@ class clip_by_norm(Transform):
     max_norm: float | Hyper | None = 1.0
 
     elementwise: ClassVar[bool] = False
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"max_norm": Rule("clip_norm", optional=True)}
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
@@ -74,7 +77,11 @@ class clip_by_value(Transform):
 
     bound: float | Hyper | None = 1.0
 
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"bound": Rule("clip_grad_value", optional=True)}
+
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
+        return 0 if head else 1
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update:
         bound = ctx.read(self.bound)

@@ -47,6 +47,7 @@ class scale_by_rms(Transform):
     floor: float | Hyper | None = None
     slot: str = "exp_avg_sq"
 
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
         "eps": Rule("eps", omittable=True),
         "floor": Rule("floor", omittable=True),
@@ -59,7 +60,7 @@ class scale_by_rms(Transform):
         store, _ = self.store.resolve(spec, signed=False)
         return not store.elementwise
 
-    def temporaries(self, spec: ParamSpec) -> int:
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
         store, _ = self.store.resolve(spec, signed=False)
         return 2 * (store.elementwise or self.floor is not None)
 
@@ -85,6 +86,7 @@ class scale_by_adam(Transform):
     betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.999)
     eps: float | Hyper = 1e-8
 
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps")}
 
     def _declared_slots(self) -> dict[str, Slot]:
@@ -93,7 +95,7 @@ class scale_by_adam(Transform):
             "exp_avg_sq": Slot(self.second, signed=False, smallest_weight=_smallest_weight(self.betas[1])),
         }
 
-    def temporaries(self, spec: ParamSpec) -> int:
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
@@ -126,6 +128,7 @@ class momentum(Transform):
     decoupled: bool = False
     slot: str = ""
 
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
         "beta": Rule("momentum", high=BELOW_ONE),
         "dampening": Rule("dampening", high=1.0),
@@ -139,7 +142,7 @@ class momentum(Transform):
     def _declared_slots(self) -> dict[str, Slot]:
         return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta))}
 
-    def temporaries(self, spec: ParamSpec) -> int:
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2 * (self.heavy_ball + self.nesterov)
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
@@ -171,12 +174,13 @@ class sign_momentum(Transform):
     store: Store = Full()
     betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.99)
 
+    absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS}
 
     def _declared_slots(self) -> dict[str, Slot]:
         return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1]))}
 
-    def temporaries(self, spec: ParamSpec) -> int:
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
