@@ -42,6 +42,11 @@ class Corpus:
     source: str
     fingerprint: str
 
+    def description(self) -> dict[str, str | int]:
+        """For a report."""
+        sizes = {"training_bytes": len(self.train), "validation_bytes": len(self.valid)}
+        return {"corpus": self.source, "corpus_sha256": self.fingerprint, **sizes}
+
     def batch(self, step: int, size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets `[size, length]` of one step, from random places of the training text.
 

@@ -11,50 +11,23 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
 import torch
 from corpus import Corpus, UsageError, read_corpus
 from gpt import GPTConfig
-from lm import Memory, Run, Settings, measure_memory, options_of, train
+from lm import Run, Settings, measure_memory, train
+from report import summary, table
 from rich.console import Console
-from rich.table import Table
-from train_lm import OneLineParser, positive, size
+from train_lm import OneLineParser, positive
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {"adamw": "#b0482f", "adalomo": "#1f6f8b"}
-
-
-class Trained:
-    """A finished run with its losses on the validation text and its memory."""
-
-    def __init__(self, corpus: Corpus, settings: Settings, console: Console, save_at: tuple[int, Path] | None) -> None:
-        self.settings = settings
-        self.memory: Memory = measure_memory(corpus, settings)
-        self.run = Run(corpus, settings)
-        self.first_weights = [p.detach().clone() for p in self.run.model.parameters()]
-        self.before = self.run.validate()
-        train(self.run, settings.steps, console, save_at)
-        self.after = self.run.validate()
-
-    def summary(self) -> dict[str, Any]:
-        """For `summary.json`."""
-        return {
-            "recipe": self.settings.recipe,
-            "fused_backward": self.settings.fused,
-            "options": options_of(self.settings),
-            "validation_loss_before": self.before,
-            "validation_loss_after": self.after,
-            **{f"{key}_bytes": value for key, value in asdict(self.memory).items()},
-            "median_step_seconds": self.run.step_seconds,
-            "losses": self.run.losses,
-        }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=Settings().steps, help="of each run (%(default)s)")
     parser.add_argument("--seed", type=int, default=Settings().seed, help="of weights and batches (%(default)s)")
     args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: the run is saved and resumed in its middle")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         demonstrate(args, Console())
@@ -77,46 +52,50 @@ def demonstrate(args: argparse.Namespace, console: Console) -> None:
     begun = time.perf_counter()
     corpus = read_corpus(None, GPTConfig().context)
     middle, checkpoint = args.steps // 2, args.out / "adalomo.pt"
-    print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on")
+    print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on", flush=True)
 
-    adamw = Trained(corpus, settings_of("adamw", args), console, None)
-    adalomo = Trained(corpus, settings_of("adalomo", args), console, (middle, checkpoint))
-    assert all(map(torch.equal, adamw.first_weights, adalomo.first_weights)), "both must start from the same weights"
-    console.print(comparison(adamw, adalomo))
+    # Learning rates and the moment of the update are each recipe's own: see OPTIONS and FUSED_BY_DEFAULT in lm.py.
+    adamw = Run(corpus, Settings("adamw", steps=args.steps, seed=args.seed))
+    adalomo = Run(corpus, Settings("adalomo", steps=args.steps, seed=args.seed))
+    assert all(map(torch.equal, adamw.model.parameters(), adalomo.model.parameters())), "one start for both"
+    numbers = [finish(adamw, console), finish(adalomo, console, save_at=(middle, checkpoint))]
+    batch = f"{adamw.settings.batch} x {adamw.context} bytes"
+    title = f"{numbers[0]['parameters']:,} parameters, {args.steps} steps of {batch}"
+    console.print(table(title, *numbers))
 
-    resumed = resume(corpus, adalomo.settings, checkpoint, console)
-    difference = largest_difference(resumed.losses[middle:], adalomo.run.losses[middle:])
+    resumed = resume(checkpoint, corpus, adalomo.settings, console)
+    difference = largest_difference(resumed.losses[middle:], adalomo.losses[middle:])
     print(
         f"resumed after step {middle}: the {args.steps - middle} losses that follow differ from those of the "
         f"uninterrupted run by at most {difference:g}"
     )
     assert difference == 0, "a resumed run must repeat the uninterrupted one bit for bit"
 
-    plot(adamw, adalomo, resumed, middle, args.out / "loss.png")
-    summary = {
-        "corpus": {"source": corpus.source, "training_bytes": len(corpus.train), "sha256": corpus.fingerprint},
-        "model": {**asdict(adalomo.run.model.config), "parameters": parameters_of(adalomo.run)},
-        "steps": args.steps,
-        "seed": args.seed,
+    plot(numbers, resumed.losses, middle, args.out / "loss.png")
+    seconds = time.perf_counter() - begun
+    result = {
+        **corpus.description(),
         "threads": torch.get_num_threads(),
-        "runs": [adamw.summary(), adalomo.summary()],
+        "seconds": seconds,
+        "runs": numbers,
         "resume": {"after_step": middle, "compared_losses": args.steps - middle, "largest_difference": difference},
-        "seconds": time.perf_counter() - begun,
     }
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{args.out}/ has loss.png, summary.json and adalomo.pt; {summary['seconds']:.0f} s in all")
+    (args.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{args.out}/ holds loss.png, summary.json and adalomo.pt; {seconds:.0f} s in all")
 
 
-def settings_of(recipe: str, args: argparse.Namespace) -> Settings:
-    """Learning rates and the moment of the update are the recipe's own; see `lm.OPTIONS`."""
-    return Settings(recipe=recipe, steps=args.steps, seed=args.seed)
+def finish(run: Run, console: Console, save_at: tuple[int, Path] | None = None) -> dict[str, Any]:
+    """Train a run to its end, on the way writing one checkpoint if asked, and return its numbers."""
+    memory, before = measure_memory(run.corpus, run.settings), run.validate()
+    train(run, run.settings.steps, console, save_at)
+    return summary(run, memory, before)
 
 
-def resume(corpus: Corpus, settings: Settings, checkpoint: Path, console: Console) -> Run:
+def resume(checkpoint: Path, corpus: Corpus, settings: Settings, console: Console) -> Run:
     """Build model, optimizer and schedule anew and continue from the file."""
     run = Run(corpus, settings)
     run.load(checkpoint)
-    train(run, settings.steps, console)
+    train(run, settings.steps, console, label="adalomo, resumed")
     return run
 
 
@@ -125,49 +104,20 @@ def largest_difference(resumed: list[float], uninterrupted: list[float]) -> floa
     return max(abs(a - b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 
-def parameters_of(run: Run) -> int:
-    """Number of elements of all parameters."""
-    return sum(p.numel() for p in run.model.parameters())
-
-
-def comparison(adamw: Trained, adalomo: Trained) -> Table:
-    """The numbers of both runs, one row per measure."""
-    steps, count = adamw.settings.steps, parameters_of(adamw.run)
-    table = Table(title=f"{count:,} parameters, {steps} steps of {adamw.settings.batch} x {adamw.run.context} bytes")
-    table.add_column("")
-    for trained in (adamw, adalomo):
-        table.add_column(trained.settings.label, justify="right")
-    rows = {
-        "validation loss before, nats per byte": lambda t: f"{t.before:.3f}",
-        "validation loss after": lambda t: f"{t.after:.3f}",
-        "optimizer state": lambda t: size(t.memory.state),
-        "gradients alive, peak": lambda t: size(t.memory.gradients),
-        "gradients and scratch, peak": lambda t: size(t.memory.backward_and_update),
-        "time per step, median": lambda t: f"{t.run.step_seconds * 1e3:.0f} ms",
-    }
-    for name, show in rows.items():
-        table.add_row(name, show(adamw), show(adalomo))
-    table.caption = (
-        "Peaks are counted by PyTorch's allocator from the start of backward to the end of the update, with a batch "
-        "of 8 bytes, so that activations do not count. Scratch includes what backward itself needs."
-    )
-    return table
-
-
-def plot(adamw: Trained, adalomo: Trained, resumed: Run, middle: int, path: Path) -> None:
-    """Both loss curves, and the resumed one on top of the second half of AdaLomo's."""
+def plot(numbers: list[dict[str, Any]], resumed: list[float], middle: int, path: Path) -> None:
+    """The loss curves, and the resumed one on top of the second half of the last."""
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
-    for trained in (adamw, adalomo):
-        losses, colour = trained.run.losses, COLOURS[trained.settings.recipe]
-        axes.plot(range(1, len(losses) + 1), losses, color=colour, alpha=0.2, linewidth=0.7)
-        label = f"{trained.settings.label} (validation {trained.after:.2f})"
-        axes.plot(range(1, len(losses) + 1), smooth(losses), color=colour, linewidth=1.8, label=label)
-    again = smooth(resumed.losses)[middle:]
+    for run in numbers:
+        steps, colour = range(1, len(run["losses"]) + 1), COLOURS[run["recipe"]]
+        label = f"{run['recipe']}, validation {run['validation_loss_after']:.2f}"
+        axes.plot(steps, run["losses"], color=colour, alpha=0.2, linewidth=0.7)
+        axes.plot(steps, smooth(run["losses"]), color=colour, linewidth=1.8, label=label)
+    again = smooth(resumed)[middle:]
     steps = range(middle + 1, middle + 1 + len(again))
-    axes.plot(steps, again, color="black", linewidth=1.2, linestyle=(0, (1, 3)), label="adalomo, resumed from file")
+    axes.plot(steps, again, color="black", linewidth=1.4, linestyle=(0, (1, 4)), label="adalomo, resumed from its file")
     axes.axvline(middle, color="grey", linewidth=0.8)
-    axes.annotate("saved, resumed", (middle, axes.get_ylim()[1]), (4, -12), textcoords="offset points", color="grey")
-    axes.set(xlabel="step", ylabel="training loss, nats per byte", xlim=(0, adamw.settings.steps))
+    axes.annotate("saved here", (middle, axes.get_ylim()[1]), (5, -14), textcoords="offset points", color="grey")
+    axes.set(xlabel="step", ylabel="training loss, nats per byte", xlim=(0, len(resumed)))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path)
@@ -175,8 +125,8 @@ def plot(adamw: Trained, adalomo: Trained, resumed: Run, middle: int, path: Path
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Running average over about ten steps."""
-    return list(accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss))
+    """Mean over twenty-one steps around each, fewer at the ends."""
+    return [fmean(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))]
 
 
 if __name__ == "__main__":

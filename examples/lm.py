@@ -142,16 +142,16 @@ class Run:
         return sum(self.model.loss(x, y).item() * len(x) for x, y in parts) / len(inputs)
 
     @property
-    def step_seconds(self) -> float:
-        """Median time of a step: forward, backward and update."""
-        return statistics.median(self.seconds) if self.seconds else math.nan
+    def step_seconds(self) -> float | None:
+        """Median time of the steps this process took: forward, backward and update."""
+        return statistics.median(self.seconds) if self.seconds else None
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to continue in this run, in plain numbers and strings."""
         known = asdict(self.settings)
-        kept = {key: known[key] for key in ("recipe", "steps", "batch", "dtype", "seed")}
+        kept = {key: known[key] for key in ("recipe", "batch", "dtype", "seed")}
         return {**kept, "lr": options_of(self.settings).get("lr"), "corpus": self.corpus.fingerprint}
 
     def save(self, path: Path) -> None:
@@ -159,6 +159,7 @@ class Run:
         state = {
             "identity": self.identity(),
             "step": self.step,
+            "steps": self.settings.steps,
             "losses": self.losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -169,8 +170,12 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, path)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> int:
         """Continue where a saved run stopped. It may have been stepped and this one fused, or the reverse.
+
+        Returns:
+            How many steps the saved run was to take. If this one takes another number, the learning rate follows
+            another curve from here on.
 
         Raises:
             UsageError: if the file is not a checkpoint, or belongs to another run.
@@ -186,6 +191,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.losses = state["step"], list(state["losses"])
+        return int(state["steps"])
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -203,9 +209,11 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 # --- training with something to look at ---------------------------------------------------------------------------
 
 
-def train(run: Run, until: int, console: Console, save_at: tuple[int, Path] | None = None) -> None:
+def train(
+    run: Run, until: int, console: Console, save_at: tuple[int, Path] | None = None, label: str | None = None
+) -> None:
     """Advance to step `until`, showing loss and speed; write one checkpoint on the way if asked."""
-    with _display(run, console) as show:
+    with _display(run, label or run.settings.label, console) as show:
         while run.step < until:
             run.advance()
             show()
@@ -214,16 +222,16 @@ def train(run: Run, until: int, console: Console, save_at: tuple[int, Path] | No
 
 
 @contextmanager
-def _display(run: Run, console: Console) -> Iterator[Callable[[], None]]:
+def _display(run: Run, label: str, console: Console) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, about ten plain lines elsewhere."""
     total = run.settings.steps
     if not console.is_terminal:
         every = max(1, total // 10)
-        yield lambda: print(_line(run), flush=True) if run.step % every == 0 or run.step == total else None
+        yield lambda: print(_line(run, label), flush=True) if run.step % every == 0 or run.step == total else None
         return
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(f"{run.settings.label:18}", total=total, completed=run.step, speed="")
+        task = bar.add_task(f"{label:16}", total=total, completed=run.step, speed="")
         yield lambda: bar.update(task, completed=run.step, speed=_speed(run))
 
 
@@ -232,8 +240,8 @@ def _speed(run: Run) -> str:
     return f"loss {statistics.fmean(run.losses[-20:]):.3f}  {rate:,.0f} tokens/s"
 
 
-def _line(run: Run) -> str:
-    return f"{run.settings.label:18}  step {run.step:>4} of {run.settings.steps}  {_speed(run)}"
+def _line(run: Run, label: str) -> str:
+    return f"{label:16}  step {run.step:>4} of {run.settings.steps}  {_speed(run)}"
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -15,19 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from corpus import Corpus, UsageError, read_corpus
+from corpus import UsageError, read_corpus
 from gpt import GPTConfig
-from lm import OPTIONS, Run, Settings, measure_memory, options_of, train
+from lm import OPTIONS, Run, Settings, measure_memory, train
+from report import summary, table
 from rich.console import Console
-from rich.table import Table
 
 import optstate
 
-__all__ = ["OneLineParser", "main", "positive", "size"]
+__all__ = ["OneLineParser", "main", "positive"]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,11 +43,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit code."""
     parser = make_parser()
@@ -56,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         check_paths(args)
-        run, summary = train_and_measure(args, console)
+        run, numbers = train_and_measure(args, console)
         if args.save:
             run.save(args.save)
             console.print(f"saved after step {run.step}: {args.save}")
         if args.json:
-            args.json.write_text(json.dumps(summary, indent=2) + "\n")
+            args.json.write_text(json.dumps(numbers, indent=2) + "\n")
     except UsageError as error:
         parser.error(str(error))
     except optstate.NonFiniteGradientError as error:
@@ -111,51 +105,21 @@ def train_and_measure(args: argparse.Namespace, console: Console) -> tuple[Run, 
     )
     run = Run(corpus, settings)
     if args.resume:
-        run.load(args.resume)
-    memory = measure_memory(corpus, settings)
-    started_at, before = run.step, run.validate()
+        continue_from(args.resume, run)
+    memory, started_at, before = measure_memory(corpus, settings), run.step, run.validate()
     train(run, min(args.stop_at or args.steps, args.steps), console)
-    summary = {
-        **describe(corpus, settings, run),
-        "started_at_step": started_at,
-        "stopped_at_step": run.step,
-        "validation_loss_before": before,
-        "validation_loss_after": run.validate(),
-        **{f"{key}_bytes": value for key, value in asdict(memory).items()},
-        "median_step_seconds": run.step_seconds if run.seconds else None,
-        "losses": run.losses,
-    }
-    console.print(table_of(summary))
-    return run, summary
+    numbers = {**corpus.description(), "started_at_step": started_at, **summary(run, memory, before)}
+    title = f"{numbers['parameters']:,} parameters, {settings.dtype}, steps {started_at} to {run.step}, {corpus.source}"
+    console.print(table(title, numbers))
+    return run, numbers
 
 
-def describe(corpus: Corpus, settings: Settings, run: Run) -> dict[str, Any]:
-    """What was trained, on what, and how."""
-    return {
-        **asdict(settings),
-        "fused_backward": settings.fused,
-        "options": options_of(settings),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "corpus": corpus.source,
-        "training_bytes": len(corpus.train),
-        "validation_bytes": len(corpus.valid),
-    }
-
-
-def table_of(summary: dict[str, Any]) -> Table:
-    """The numbers of one run."""
-    how = "fused" if summary["fused_backward"] else "stepped"
-    title = f"{summary['recipe']}, {how}, {summary['dtype']}: {summary['parameters']:,} parameters"
-    table = Table("", title, title=f"{summary['corpus']}, {summary['training_bytes']:,} bytes", title_justify="left")
-    seconds = summary["median_step_seconds"]
-    steps = f"steps {summary['started_at_step']} to {summary['stopped_at_step']}"
-    losses = f"{summary['validation_loss_before']:.3f} -> {summary['validation_loss_after']:.3f}"
-    table.add_row(f"validation loss, nats per byte, {steps}", losses)
-    table.add_row("optimizer state", size(summary["state_bytes"]))
-    table.add_row("gradients alive at once, at most", size(summary["gradients_bytes"]))
-    table.add_row("allocated during backward and update, at most", size(summary["backward_and_update_bytes"]))
-    table.add_row("median time of a step", "no step taken" if seconds is None else f"{seconds * 1e3:.0f} ms")
-    return table
+def continue_from(checkpoint: Path, run: Run) -> None:
+    """Load a checkpoint and say from where training goes on."""
+    planned = run.load(checkpoint)
+    print(f"resumed after step {run.step}: {checkpoint}")
+    if planned != run.settings.steps:
+        print(f"the saved run was to take {planned} steps, this one takes {run.settings.steps}: the schedule changes")
 
 
 if __name__ == "__main__":

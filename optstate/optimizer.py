@@ -124,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):
         leaf.plan = replace(leaf.plan, trainable=True)
         state: dict[str, Any] = {"step": 0}
         for slot in leaf.plan.slots.values():
-            for field, key in slot.keys().items():
+            for field, key in slot.keys.items():
                 spec = slot.fields[field]
                 state[key] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
         self.state[param] = state
@@ -197,16 +197,19 @@ class Optimizer(torch.optim.Optimizer):
     def requests(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> Requests[None]:
         """One parameter's update as a computation that asks for sums over the whole parameter. Call under no_grad."""
         leaf = self._leaf(param)
-        grad = groups.checked_gradient(param, leaf.plan.spec)
+        plan, spec = leaf.plan, leaf.plan.spec
+        grad = groups.checked_gradient(param, spec)
         state = self.state[param] if param in self.state else self._allocate(param)
         step = state["step"] + 1
         if param.numel():
-            guard = Guard(leaf.plan.spec.name, grad)
-            if not leaf.plan.chain.guards(leaf.plan.spec):
+            guard = Guard(spec.name, grad)
+            if not plan.guards:
                 guard.check(kernels.all_finite(grad))
-            ctx = Context(leaf.plan.spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
-            if not stepped_by_torch(leaf.plan, state, ctx):
-                yield from _run_slices(leaf.plan, state, ctx) if leaf.plan.sliced else _run(leaf.plan, state, ctx)
+            if plan.guards and grad.dtype != spec.accumulator and grad.numel() <= kernels.chunk_elements(grad.device):
+                grad = grad.to(spec.accumulator)  # read several times: convert a small one once
+            ctx = Context(spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
+            if not stepped_by_torch(plan, state, ctx):
+                yield from _run_slices(plan, state, ctx) if plan.sliced else _run(plan, state, ctx)
             if guard.finite is not None:
                 self._flags.append((param, guard.finite))
         state["step"] = step
@@ -313,7 +316,7 @@ def _run_slices(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requ
 def _run(plan: ParamPlan, state: Mapping[str, Tensor], ctx: Context, start: int = 0) -> Requests[None]:
     """Run the chain on a whole parameter or on the slice that begins at flat index `start`, and write the result."""
     stats = {
-        name: Statistic(slot.store, {field: state[key] for field, key in slot.keys().items()}, ctx.spec, ctx.guard)
+        name: Statistic(slot.store, {field: state[key] for field, key in slot.keys.items()}, ctx.spec, ctx.guard)
         for name, slot in plan.slots.items()
     }
     update = yield from _with_param_squares(plan, Update(ctx.grad, scale=ctx.grad_scale), stats, ctx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,6 +29,7 @@ class SlotPlan:
     fields: dict[str, FieldSpec]
     note: str = ""
 
+    @cached_property
     def keys(self) -> dict[str, str]:
         """Field name -> key in `optimizer.state[param]`: `<slot>` or `<slot>.<field>`."""
         return {field: f"{self.name}.{field}" if field else self.name for field in self.fields}
@@ -54,9 +56,16 @@ class ParamPlan:
         """Bytes of state over all shards; none while the parameter is frozen."""
         return sum(slot.nbytes for slot in self.slots.values()) if self.trainable else 0
 
-    @property
+    @cached_property
+    def guards(self) -> bool:
+        """Whether the chain itself notices a gradient that is not finite."""
+        return self.chain.guards(self.spec)
+
+    @cached_property
     def sliced(self) -> bool:
         """Whether the chain runs slice by slice, so that scratch memory does not grow with the parameter."""
+        if not (self.slots or self.chain.temporaries(self.spec)):
+            return False  # one pass in place
         return self.chain.elementwise and all(slot.store.elementwise for slot in self.slots.values())
 
     @property

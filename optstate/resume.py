@@ -100,7 +100,7 @@ def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:
 
 def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
     name = param.spec.name
-    own = {key: slot.fields[field] for slot in param.slots.values() for field, key in slot.keys().items()}
+    own = {key: slot.fields[field] for slot in param.slots.values() for field, key in slot.keys.items()}
     if set(saved) != {"step", *own}:
         raise ValueError(f"{name!r} was saved with {_listed(saved)}, here it keeps {_listed(['step', *own])}")
     step = saved["step"]

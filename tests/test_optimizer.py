@@ -189,7 +189,7 @@ class TestRouteAndPlan:
     def test_the_plan_is_what_is_allocated(self) -> None:
         optimizer = AdaLomo(EveryShape().named_parameters())
         for plan, param in zip(optimizer.plan(), optimizer.param_groups[0]["params"], strict=True):
-            expected = {key: slot.fields[f] for slot in plan.slots.values() for f, key in slot.keys().items()}
+            expected = {key: slot.fields[f] for slot in plan.slots.values() for f, key in slot.keys.items()}
             state = {k: v for k, v in optimizer.state.get(param, {}).items() if k != "step"}
             if plan.trainable:
                 assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} == {

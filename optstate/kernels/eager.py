@@ -18,7 +18,7 @@ from optstate.spec import accumulator_dtype
 __all__ = ["WriteChunk", "all_finite", "apply", "ema", "ema_of_square", "evaluate", "sum_of_squares", "sums"]
 
 WriteChunk = Callable[[Tensor, Tensor, int], None]
-"""Writes `(chunk of the parameter, its new fp32 value, flat index of its first element)`."""
+"""Writes `(chunk of the parameter, its new fp32 value, flat index of its first element)`; may overwrite the value."""
 
 
 def all_finite(grad: Tensor) -> Tensor:
@@ -36,9 +36,12 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     """
     dense = product.dense
     dtype = accumulator_dtype(dense.dtype)
+    limit = chunk_elements(dense.device)
+    if dense.numel() <= limit and dense.numel():
+        x = evaluate(product).square_()
+        return x.sum(-1, keepdim=True), x.sum(-2, keepdim=True)
     rows = dense.new_zeros((*dense.shape[:-1], 1), dtype=dtype)
     cols = dense.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]), dtype=dtype)
-    limit = chunk_elements(dense.device)
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
     ones = dense.new_ones(min(limit, dense.shape[-2]), dtype=dtype)
     for part, row, col, *factors in chunks((dense, rows, cols, *product.factors), limit):
@@ -62,8 +65,12 @@ def sum_of_squares(product: Product) -> Tensor:
     update is never built.
     """
     dense, factors = product.dense, product.factors
-    total = dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))
     limit = chunk_elements(dense.device)
+    if dense.numel() <= limit and dense.numel():
+        x = _multiply(dense, factors, product, _Buffer(dense, limit))
+        total: Tensor = torch.linalg.vector_norm(x).square_()
+        return total if _is_one(product.scale) else total * (product.scale * product.scale)
+    total = dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
     if len(factors) == 2 and _is_rows(factors[0]) and _is_cols(factors[1]) and product.finite is None:
         for part, a, b in chunks((dense, factors[0].square(), factors[1].square()), limit):
@@ -130,7 +137,7 @@ def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChun
             param.addcmul_(dense, dense.new_ones(()), value=-scale)
         return
     in_place = write is None and param.dtype == accumulator_dtype(param.dtype)
-    limit = chunk_elements(param.device) // (1 if write is None else 4)  # a write may need several temporaries
+    limit = chunk_elements(param.device)
     value, new = _Buffer(dense, limit), _Buffer(param, limit)
     start = 0
     for part, p, *fs in chunks((dense, param, *factors), limit):

@@ -13,9 +13,11 @@ Scalar = float | Tensor
 """A Python number, or a 0-d tensor where reading the number would wait for the device."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Product:
     """`scale * clamp(dense, -bound, bound) * factors[0] * factors[1] * ...`, not yet multiplied out.
+
+    Never changed once made; not declared frozen only because that makes building one slow.
 
     dense: any shape, any floating dtype; never copied, never written.
     factors: tensors with as many dimensions as `dense`, each of size 1 or of `dense`'s size: `[..., m, 1]`

@@ -87,16 +87,16 @@ class Factored(Store):
             return ((share * rearrange(col, "... n -> ... 1 n")).clamp_(min=square_of(floor, col)).rsqrt_(),)
         return (
             # Never the product of both first: two values of 1e-30 underflow.
-            rearrange((row / mean).rsqrt_(), "... m -> ... m 1"),
-            rearrange(col.rsqrt(), "... n -> ... 1 n"),
+            (row / mean).rsqrt_().unsqueeze(-1),
+            col.rsqrt().unsqueeze(-2),
         )
 
     @staticmethod
     def _hold(statistic: Statistic, rows: Tensor, cols: Tensor, weight: Scalar, eps: float) -> None:
         """Average the totals `[..., m, 1]` and `[..., 1, n]` into the means, by global counts."""
         fields, (m, n) = statistic.fields, statistic.spec.shape[-2:]
-        row_means = rearrange(rows, "... m 1 -> ... m").div_(n).add_(eps)
-        col_means = rearrange(cols, "... 1 n -> ... n").div_(m).add_(eps)
+        row_means = rows.squeeze(-1).div_(n).add_(eps)
+        col_means = cols.squeeze(-2).div_(m).add_(eps)
         statistic.hold_fields(
             row=torch.lerp(fields["row"], row_means, weight), col=torch.lerp(fields["col"], col_means, weight)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["Context", "State", "Transform", "Update", "run"]
 State = Mapping[str, Statistic]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Update(Product):
     """The step still on paper: `scale * clamp(dense, bound) * factors[0] * ... + decay * param`.
 
@@ -32,15 +32,16 @@ class Update(Product):
 
     def scaled(self, scale: Scalar) -> Update:
         """The whole update, decay included, times one number."""
-        return replace(self, scale=_times(self.scale, scale), decay=_times(self.decay, scale))
+        decay = _times(self.decay, scale)
+        return Update(self.dense, self.factors, _times(self.scale, scale), self.bound, self.finite, decay)
 
     def rescaled(self, scale: Scalar) -> Update:
         """The update without its decay times one number."""
-        return replace(self, scale=_times(self.scale, scale))
+        return Update(self.dense, self.factors, _times(self.scale, scale), self.bound, self.finite, self.decay)
 
     def times(self, *factors: Tensor) -> Update:
         """The update without its decay times row, column or full factors."""
-        return replace(self, factors=(*self.factors, *factors))
+        return Update(self.dense, (*self.factors, *factors), self.scale, self.bound, self.finite, self.decay)
 
     def is_gradient(self, ctx: Context) -> bool:
         """Whether this is still the gradient as it came, times nothing but the global clip's coefficient."""

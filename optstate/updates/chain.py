@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from optstate.spec import ParamSpec
@@ -38,15 +39,15 @@ class Chain(Transform):
         _ = self.hyper  # raises where two transforms disagree on a default
         self._declared_slots()
 
-    @property
+    @cached_property
     def elementwise(self) -> bool:  # type: ignore[override]
         return all(t.elementwise for t in self.transforms)
 
-    @property
+    @cached_property
     def reads_param(self) -> bool:  # type: ignore[override]
         return any(t.reads_param for t in self.transforms)
 
-    @property
+    @cached_property
     def applies_lr(self) -> bool:  # type: ignore[override]
         return any(t.applies_lr for t in self.transforms)
 

@@ -50,7 +50,8 @@ class add_decayed_weights(Transform):
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"rate": Rule("weight_decay")}
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update:
-        return replace(update, decay=update.decay + ctx.read(self.rate))
+        rate = ctx.read(self.rate)
+        return replace(update, decay=update.decay + rate) if rate else update
 
 
 @dataclass(frozen=True)

@@ -50,16 +50,16 @@ class StochasticRounding(Weights):
 
 
 def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """int32 `[count]` in [0, 2**16): element i depends on `key` and `start + i` alone.
+    """int16 `[count]`, uniform over all its values: element i depends on `key` and `start + i` alone.
 
-    Two neighbours share one 32-bit hash, the even one taking its low half. The hash is the finalizer of
-    MurmurHash3, a bijection that spreads every input bit.
+    Two neighbours are the halves of one 32-bit hash. The hash is the finalizer of MurmurHash3, a bijection that
+    spreads every input bit.
     """
     first = start // 2
     words = (start + count + 1) // 2 - first
-    hashed = torch.cat([_hash_words(key, lo, hi, device) for lo, hi in _same_high_word(first, first + words)])
-    pairs = torch.stack((hashed & 0xFFFF, (hashed >> 16) & 0xFFFF), dim=1).view(-1)
-    return pairs[start - 2 * first :][:count]
+    parts = [_hash_words(key, lo, hi, device) for lo, hi in _same_high_word(first, first + words)]
+    hashed = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return hashed.view(torch.int16)[start - 2 * first :][:count]
 
 
 def _same_high_word(lo: int, hi: int) -> list[tuple[int, int]]:
@@ -72,9 +72,14 @@ def _hash_words(key: int, lo: int, hi: int, device: torch.device) -> Tensor:
     """int32 hashes of the indices lo .. hi - 1, which share their upper 32 bits."""
     seed = _mix(key ^ (lo >> 32))
     x = torch.arange(hi - lo, dtype=torch.int32, device=device).add_(_signed(lo & MASK32)).bitwise_xor_(_signed(seed))
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x85EBCA6B))
-    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(0xC2B2AE35))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        # The shift carries the sign along: the mask makes it the unsigned one.
+        torch.bitwise_right_shift(x, shift, out=shifted).bitwise_and_((1 << (32 - shift)) - 1)
+        x.bitwise_xor_(shifted)
+        if factor != 1:
+            x.mul_(_signed(factor))
+    return x
 
 
 def _mix(x: int) -> int:
@@ -91,14 +96,16 @@ def _signed(x: int) -> int:
 
 
 def _round_bf16(value: Tensor, bits: Tensor) -> Tensor:
-    """fp32 values that bf16 holds exactly: the random bits are added below its last place, the rest cut off."""
-    rounded = (value.view(torch.int32) + bits).bitwise_and_(-0x10000).view(torch.float32)
-    return torch.where(value.isfinite(), rounded, value)
+    """fp32 values that bf16 holds exactly, in `value`'s memory: random bits are added below the last place, the
+    rest is cut off. Infinity and NaN stay what they are."""
+    pattern = value.view(torch.int32)
+    return pattern.add_(bits).add_(1 << 15).bitwise_and_(-0x10000).view(torch.float32)
 
 
 def _round_fp16(value: Tensor, bits: Tensor) -> Tensor:
     """fp32 values that fp16 holds exactly; below its smallest normal number its spacing is 2**-24."""
-    normal = (value.view(torch.int32) + (bits >> 3)).bitwise_and_(-0x2000).view(torch.float32)
-    tiny = torch.floor(value * 2.0**24 + bits * 2.0**-16) * 2.0**-24
+    uniform = bits.to(torch.int32).add_(1 << 15)
+    normal = (value.view(torch.int32) + (uniform >> 3)).bitwise_and_(-0x2000).view(torch.float32)
+    tiny = torch.floor(value * 2.0**24 + uniform * 2.0**-16) * 2.0**-24
     rounded = torch.where(value.abs() < 2.0**-14, tiny, normal)
     return torch.where(value.isfinite(), rounded, value)
