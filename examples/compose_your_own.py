@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 import optstate
 from optstate import stores, updates
 
-STEPS = 60
+STEPS = 100
 
 # 1. A chain is what a gradient goes through, from top to bottom. What is left at the end is multiplied by the
 #    learning rate and subtracted from the parameter.
@@ -33,14 +33,13 @@ for_matrices = optstate.chain(
     updates.scale_by_param_rms(1e-3),
 )
 
-# Numbers such as eps become entries of the param groups. Both chains call theirs `eps` and want different values,
-# so one gets a name of its own; optstate refuses to guess.
 for_the_rest = optstate.chain(
-    updates.scale_by_adam(betas=(0.9, 0.95), eps=updates.hyper("adam_eps", 1e-8)),
+    updates.scale_by_adam(betas=(0.9, 0.95), eps=1e-8),
     updates.add_decayed_weights(0.1),
 )
 
 # 2. A route says which chain a parameter gets: the first rule that matches, by name or by a function of its shape.
+#    The numbers above become entries of param groups, and each chain has groups of its own: both call one `eps`.
 
 recipe = optstate.route(
     [
@@ -60,7 +59,7 @@ def is_relative(name: str, param: torch.Tensor) -> bool:
 def main() -> None:
     """Compose, look at the plan, train."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(context=64, width=64, layers=2))
+    model = GPT(GPTConfig(context=64, width=64, layers=2, heads=4))
     corpus = read_corpus(None, model.config.context)
 
     # 3. Param groups override any number of the recipe, as in every torch optimizer. AdamW's learning rate is not
@@ -72,7 +71,7 @@ def main() -> None:
             {"params": [(name, p) for name, p in named if not is_relative(name, p)], "lr": 3e-3, "weight_decay": 0.0},
         ],
         recipe,
-        lr=3e-2,
+        lr=6e-2,
     )
 
     # 4. The plan: which chain and which stores every parameter got, in bytes. A typo in a rule shows here.
@@ -97,7 +96,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         scheduler.step()
-        if step % 10 == 9:
+        if step % 20 == 19:
             rates = ", ".join(f"{group['lr']:.4f}" for group in optimizer.param_groups)
             print(f"step {step + 1:>3}  loss {loss.item():.3f} nats per byte  learning rates {rates}")
 

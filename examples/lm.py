@@ -27,13 +27,21 @@ from optstate.memory import peak_extra_bytes
 __all__ = ["OPTIONS", "Memory", "Run", "Settings", "measure_memory", "options_of", "train"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "adalomo": {"lr": 3e-2},
-    "adafactor": {"lr": 3e-2},
+    "adalomo": {"lr": 5e-2},
+    "adafactor": {"lr": 5e-2},
     "adamw": {"lr": 2e-3, "betas": (0.9, 0.95)},
     "lion": {"lr": 3e-4},
-    "lomo": {"lr": 0.3},
-    "sgd": {"lr": 0.1, "momentum": 0.9},
+    "lomo": {"lr": 0.1},
+    "sgd": {"lr": 0.03, "momentum": 0.9},
 }
+"""What each recipe is called with; one that is not listed runs with its own defaults.
+
+The learning rates come from a small search with this model, seed 0, by validation loss. After 800 steps adalomo with
+0.03, 0.05, 0.08 had 2.045, 1.971, 2.053, and adamw with 0.001, 0.002, 0.004 had 1.980, 1.940, 1.956. After 200 steps
+lomo with 0.1, 0.3 had 2.60, 3.13 (1.0 diverged), sgd with 0.03, 0.1, 0.3 had 2.82, 2.84, 3.12, and lion with 0.0003,
+0.001, 0.002 had 2.62, 2.98, 2.79. adafactor with a learning rate is adalomo's rule. The betas are those customary for
+language models, not searched.
+"""
 
 FUSED_BY_DEFAULT = {"adalomo", "lomo"}
 VALIDATION_WINDOWS = 128
@@ -152,7 +160,7 @@ class Run:
         """What must be the same for a checkpoint to continue in this run, in plain numbers and strings."""
         known = asdict(self.settings)
         kept = {key: known[key] for key in ("recipe", "batch", "dtype", "seed")}
-        return {**kept, "lr": options_of(self.settings).get("lr"), "corpus": self.corpus.fingerprint}
+        return {**kept, "lr": options_of(self.settings).get("lr"), "corpus": self.corpus.fingerprint[:12]}
 
     def save(self, path: Path) -> None:
         """Write everything a later process needs; the file appears whole or not at all."""

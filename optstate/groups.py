@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optstate.spec import ParamSpec
-from optstate.updates import Hyper
+from optstate.updates import Chain, Route
 
-__all__ = ["checked_gradient", "checked_group", "checked_params"]
+__all__ = ["check_values", "checked_gradient", "checked_group", "checked_params", "spec_of", "split_by_chain"]
 
 DECLARATIONS = {"params", "param_names", "role", "head_size"}
 SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "name"}
@@ -32,25 +32,18 @@ def checked_params(params: Any) -> list[Any]:
     return items
 
 
-def checked_group(
-    param_group: Any, defaults: Mapping[str, Any], hypers: Iterable[Hyper], taken: set[Tensor]
-) -> dict[str, Any]:
-    """A param group that can be added as it is, its parameters in a list."""
+def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
+    """A param group whose parameters can be added, in a list.
+
+    Raises:
+        TypeError, ValueError: for parameters that are not dense floating-point leaf tensors, or given twice.
+    """
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(f"a param group must be a dict with the key 'params', not {type(param_group).__name__}")
     given = param_group["params"]
     params = [given] if isinstance(given, Tensor) else list(given)
-    group: dict[str, Any] = {**param_group, "params": params}
     if not params:
         raise ValueError("a param group has no parameters: leave it out, or fix the filter that made it")
-    unknown = set(group) - set(defaults) - DECLARATIONS - SCHEDULER_KEYS
-    if unknown:
-        known = ", ".join(sorted(set(defaults)))
-        raise ValueError(f"unknown hyper-parameter {sorted(unknown)[0]!r} in a param group: this recipe has {known}")
-    values = {**defaults, **group}
-    _check_lr(values["lr"])
-    for hyper in hypers:
-        hyper.check(values)
     seen: dict[Tensor, str] = {}
     for i, item in enumerate(params):
         name, param = item if isinstance(item, tuple) else (f"number {i}", item)
@@ -60,7 +53,57 @@ def checked_group(
         if param in taken:
             raise ValueError(f"parameter {name!r} is in another group already: pass each parameter once")
         seen[param] = name
-    return group
+    return {**param_group, "params": params}
+
+
+def split_by_chain(group: dict[str, Any], route: Route, lr: Any) -> list[dict[str, Any]]:
+    """One complete group per chain that the route picks for the parameters, in the order of the route's rules.
+
+    A hyper-parameter given in the group goes to the chains that have it. Without a route there is one chain and
+    the group stays whole.
+
+    Raises:
+        TypeError, ValueError: for a hyper-parameter that no chosen chain has, or a value out of range.
+    """
+    picked: dict[Chain, list[Any]] = {chain: [] for chain in route.chains}
+    for item in group["params"]:
+        name, param = item if isinstance(item, tuple) else ("", item)
+        if not name and any(isinstance(rule, str) for rule, _ in route.rules):
+            raise ValueError("the route matches parameter names, but there are none: pass model.named_parameters()")
+        picked[route.pick(spec_of(name, param, group))[0]].append(item)
+    chosen = {chain: params for chain, params in picked.items() if params}
+    known = {"lr"}.union(*(chain.hyper for chain in chosen))
+    unknown = sorted(set(group) - known - DECLARATIONS - SCHEDULER_KEYS)
+    if unknown:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"unknown hyper-parameter {unknown[0]!r} in a param group: its chain has {names}")
+    parts = []
+    for chain, params in chosen.items():
+        defaults = {"lr": lr, **chain.hyper}
+        others = known - set(defaults)
+        part = {**defaults, **{k: v for k, v in group.items() if k not in others}, "params": params}
+        check_values(part, chain)
+        parts.append(part)
+    return parts
+
+
+def check_values(group: Mapping[str, Any], chain: Chain) -> None:
+    """Raise TypeError or ValueError if a group's learning rate or a hyper-parameter of its chain is out of range."""
+    _check_lr(group["lr"])
+    for hyper in chain.hypers:
+        hyper.check(group)
+    chain.check_slots(group)
+
+
+def spec_of(name: str, param: Tensor, group: Mapping[str, Any]) -> ParamSpec:
+    """What every decision about a parameter is based on."""
+    return ParamSpec(
+        name=name,
+        shape=tuple(param.shape),
+        dtype=param.dtype,
+        role=group.get("role", ""),
+        head_size=group.get("head_size"),
+    )
 
 
 def checked_gradient(param: Tensor, spec: ParamSpec) -> Tensor:

@@ -13,9 +13,8 @@ from optstate import groups, kernels, resume
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_alone
 from optstate.shortcuts import stepped_by_torch
-from optstate.spec import ParamSpec
 from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic, is_fake
-from optstate.updates import Context, Route, Transform, Update, as_route, defaults_of
+from optstate.updates import Context, Route, Transform, Update, as_route
 from optstate.weights import Weights
 
 __all__ = ["InconsistentStateError", "Optimizer"]
@@ -47,7 +46,7 @@ class Optimizer(torch.optim.Optimizer):
     Args:
         params: `model.parameters()`, `model.named_parameters()`, or param groups. Names are needed by routes that
             match names and make messages and plans readable. A group may hold any hyper-parameter of the recipe,
-            and `role` and `head_size`, which declare what its parameters are.
+            and `role` and `head_size`, which declare what its parameters are. A route splits each group by chain.
         recipe: a chain, a single transform, or a route that picks a chain per parameter.
         lr: learning rate, a number or a 0-d tensor; multiplies the whole update, weight decay included.
         weights: how new values are written: "auto" (stochastic rounding for bf16 and fp16 parameters, else plain)
@@ -75,44 +74,34 @@ class Optimizer(torch.optim.Optimizer):
         self._inconsistent = ""
         self._flags: list[tuple[Tensor, Tensor]] = []
         self._flags_of_last_step: list[tuple[Tensor, Tensor]] = []
-        defaults = {"lr": lr, **defaults_of(self._route)}
-        super().__init__(groups.checked_params(params), defaults)
+        shared = {} if self._route.rules else self._route.default.hyper
+        super().__init__(groups.checked_params(params), {"lr": lr, **shared})
 
     # --- parameters -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; their state is created at once.
+        """Add parameters; their state is created at once. A route makes one group for each chain it picks.
 
         Raises:
             TypeError, ValueError: for unknown hyper-parameters, values out of range, and parameters that are not
                 floating-point leaf tensors or are in a group already. Nothing is added then.
         """
-        group = groups.checked_group(param_group, self.defaults, self._hypers_of_route(), set(self._leaves))
-        super().add_param_group(group)
-        self._adopt(len(self.param_groups) - 1)
+        group = groups.checked_group(param_group, set(self._leaves))
+        for part in groups.split_by_chain(group, self._route, self.defaults["lr"]):
+            super().add_param_group(part)
+            self._adopt(len(self.param_groups) - 1)
 
     @property
     def recipe(self) -> Route:
         """The chain of each parameter, as given: pass it on to build the same optimizer for other parameters."""
         return self._route
 
-    def _hypers_of_route(self) -> list[Any]:
-        return [h for c in self._route.chains for h in c.hypers]
-
     def _adopt(self, index: int) -> None:
         """Plan and allocate the parameters of one group."""
         group = self.param_groups[index]
         names = group.get("param_names")
         for i, param in enumerate(group["params"]):
-            spec = ParamSpec(
-                name=names[i] if names else f"param_{len(self._leaves)}",
-                shape=tuple(param.shape),
-                dtype=param.dtype,
-                role=group.get("role", ""),
-                head_size=group.get("head_size"),
-            )
-            if not names and any(isinstance(rule, str) for rule, _ in self._route.rules):
-                raise ValueError("the route matches parameter names, but there are none: pass model.named_parameters()")
+            spec = groups.spec_of(names[i] if names else f"param_{len(self._leaves)}", param, group)
             plan = plan_parameter(spec, self._route, self._weights, trainable=param.requires_grad)
             self._leaves[param] = _Leaf(plan, index)
             if param.requires_grad and param not in self.state:
@@ -201,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         grad = groups.checked_gradient(param, spec)
         state = self.state[param] if param in self.state else self._allocate(param)
         step = state["step"] + 1
-        if param.numel():
+        if spec.numel:
             guard = Guard(spec.name, grad)
             if not plan.guards:
                 guard.check(kernels.all_finite(grad))
@@ -242,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        resume.check(self, self.plan(), state_dict, self._hypers_of_route())
+        resume.check(self, self.plan(), state_dict)
         for param, saved in resume.entries(self, state_dict):
             own = self.state[param] if param in self.state else self._allocate(param)
             for key, value in saved.items():

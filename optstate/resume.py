@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
-from optstate.updates import Hyper
 
 __all__ = ["KEY", "check", "entries", "header", "loaded_groups"]
 
@@ -42,7 +42,7 @@ def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
     return groups
 
 
-def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any], hypers: Iterable[Hyper]) -> None:
+def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> None:
     """Raise ValueError at the first difference between what was saved and what this optimizer keeps."""
     for key in ("state", "param_groups"):
         if key not in saved:
@@ -52,7 +52,7 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
         raise ValueError(
             f"the state_dict has format version {version}, this optstate reads {VERSION}: upgrade optstate"
         )
-    _check_groups(optimizer, saved["param_groups"], list(hypers))
+    _check_groups(optimizer, plan, saved["param_groups"])
     stores = saved.get(KEY, {}).get("stores", {})
     indices = [i for group in saved["param_groups"] for i in group["params"]]
     for param, index in zip(plan, indices, strict=True):
@@ -71,10 +71,11 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
         )
 
 
-def _check_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], hypers: list[Hyper]) -> None:
+def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict[str, Any]]) -> None:
     own = optimizer.param_groups
     if len(own) != len(saved):
         raise ValueError(f"the saved optimizer had {len(saved)} param groups, this one has {len(own)}")
+    first = 0
     for i, (ours, theirs) in enumerate(zip(own, saved, strict=True)):
         if len(ours["params"]) != len(theirs["params"]):
             counts = f"{len(theirs['params'])} parameters, here it has {len(ours['params'])}"
@@ -85,11 +86,12 @@ def _check_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]],
                     raise ValueError(
                         f"param group {i} has {here!r} where {there!r} was saved: the order or model differs"
                     )
-        missing = set(optimizer.defaults) - set(theirs) - {"differentiable"}
+        chain = plan.params[first].chain
+        missing = {"lr", *chain.hyper} - set(theirs)
         if missing:
             raise ValueError(f"param group {i} was saved without {sorted(missing)[0]!r}: it comes from another recipe")
-        for hyper in hypers:
-            hyper.check(theirs)
+        check_values(theirs, chain)
+        first += len(ours["params"])
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

@@ -20,7 +20,7 @@ from optstate.kernels import Product
 from optstate.memory import peak_extra_bytes
 from optstate.spec import accumulator_dtype
 
-chunking = importlib.import_module("optstate.kernels.chunks")  # `kernels.chunks` itself is the function
+chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (FP32, FP64, BF16, FP16)
@@ -204,7 +204,10 @@ def test_a_factor_whose_square_overflows_counts_for_nothing_where_the_gradient_i
     # An unused embedding row beside gradients of 1e5: its mean square is eps = 1e-30, a factor of 3e19.
     dense, row = torch.ones(3, 4), torch.ones(3, 1)
     dense[0], row[0] = 0, 3e19
-    assert kernels.sum_of_squares(Product(dense, (row, torch.ones(1, 4)))).item() == 8
+    product = Product(dense, (row, torch.ones(1, 4)))
+    assert kernels.sum_of_squares(product).item() == 8
+    with chunk_of(8):
+        assert kernels.sum_of_squares(product).item() == 8
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 5), (5, 1), (2, 3, 4), (1, 1)], ids=str)
@@ -213,7 +216,7 @@ def test_a_factor_whose_square_overflows_counts_for_nothing_where_the_gradient_i
 def test_any_two_factors_are_squared_and_summed(first, second, shape):
     factors = tuple(noise(factor_shape(shape, kind, 0), i).float() for i, kind in enumerate((first, second)))
     product = Product(noise(shape, 7).float(), factors)
-    for limit in (2, 1 << 18):
+    for limit in (2, 8, 1 << 18):
         with chunk_of(limit):
             same(kernels.sum_of_squares(product), (value64(product) ** 2).sum(), SUM[FP32])
 

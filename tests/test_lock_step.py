@@ -48,7 +48,7 @@ class Halves:
     def _shard(self, i: int) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0}
         for slot in self.plan.slots.values():
-            for field, key in slot.keys().items():
+            for field, key in slot.keys.items():
                 spec = slot.fields[field]
                 shape = [self.sizes[i] if d == self.dim else n for d, n in zip(spec.dims, spec.shape, strict=True)]
                 state[key] = torch.zeros(shape, dtype=spec.dtype)
@@ -82,7 +82,7 @@ class Halves:
     def check(self) -> None:
         torch.testing.assert_close(torch.cat(self.locals, self.dim), self.param.detach(), **CLOSE)
         for slot in self.plan.slots.values():
-            for field, key in slot.keys().items():
+            for field, key in slot.keys.items():
                 want, dims = self.opt.state[self.param][key], slot.fields[field].dims
                 if self.dim in dims:
                     got = torch.cat([state[key] for state in self.states], dims.index(self.dim))

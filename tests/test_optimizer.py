@@ -164,11 +164,13 @@ class TestParameters:
 class TestRouteAndPlan:
     def test_the_first_matching_rule_wins_and_the_plan_says_which(self) -> None:
         model = mlp()
-        first, second, rest = (optstate.chain(updates.add_decayed_weights(x)) for x in (0.0, 0.0, 0.0))
+        first, second, rest = (optstate.chain(updates.add_decayed_weights(x)) for x in (0.1, 0.2, 0.3))
         moments = optstate.chain(updates.scale_by_adam(), updates.add_decayed_weights(0.0))
         route = optstate.route([("0.*", moments), (optstate.is_matrix, second), ("*", first)], default=rest)
         optimizer = optstate.Optimizer(model.named_parameters(), route, lr=1e-3)
-        assert [p.rule for p in optimizer.plan()] == ["0.*", "0.*", "*", "*", "is_matrix", "*"]
+        rules = {p.spec.name: p.rule for p in optimizer.plan()}
+        names = ["0.weight", "0.bias", "3.weight", "1.weight", "1.bias", "3.bias"]
+        assert rules == dict(zip(names, ["0.*", "0.*", "is_matrix", "*", "*", "*"], strict=True))
         assert set(optimizer.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq"}
         assert set(optimizer.state[model[3].weight]) == {"step"}
 
@@ -176,6 +178,21 @@ class TestRouteAndPlan:
         route = optstate.route([("0.*", optstate.chain())], default=optstate.chain())
         with pytest.raises(ValueError, match=r"pass model.named_parameters\(\)"):
             optstate.Optimizer(mlp().parameters(), route)
+
+    def test_a_route_gives_each_chain_its_own_group_and_defaults(self) -> None:
+        model = mlp()
+        route = optstate.route(
+            [(optstate.is_matrix, updates.scale_by_rms(stores.Factored(), eps=1e-30))],
+            default=updates.chain(updates.scale_by_adam(eps=1e-8), updates.add_decayed_weights(0.1)),
+        )
+        optimizer = optstate.Optimizer([{"params": list(model.named_parameters()), "weight_decay": 0.5}], route, lr=1.0)
+        assert [g["eps"] for g in optimizer.param_groups] == [1e-30, 1e-8]
+        assert [g.get("weight_decay") for g in optimizer.param_groups] == [None, 0.5]
+        assert [len(g["params"]) for g in optimizer.param_groups] == [2, 4]
+        train(model, optimizer, 2)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        with pytest.raises(ValueError, match="unknown hyper-parameter 'betas' in a param group: its chain has"):
+            optstate.Optimizer([{"params": [model[0].weight], "betas": (0.9, 0.9)}], route)
 
     def test_roles_are_declared_by_groups(self) -> None:
         model = mlp()

@@ -74,7 +74,6 @@ def averaged(store: Store, values: list[Tensor], weights: list[float]) -> Statis
         (Full(), FP64, FP64),
         (Full("bfloat16"), BF16, BF16),
         (Full("float32"), BF16, FP32),
-        (Full("float64"), FP64, FP64),
     ],
     ids=str,
 )
@@ -225,12 +224,9 @@ def test_an_fp64_parameter_may_keep_a_narrower_statistic(kept, size):
     assert (stat.fields[""] == 0.25).all()
 
 
-@pytest.mark.parametrize("size", [6, kernels.chunk_elements(torch.device("cpu")) + 6], ids=["small", "large"])
-def test_an_fp32_parameter_may_keep_an_fp64_statistic(size):
-    stat = statistic(Full("float64"), spec_of((size,), FP32))
-    run_alone(stat.ema(Product(torch.full((size,), 0.5)), 0.5))
-    stat.commit()
-    assert (stat.fields[""] == 0.25).all()
+def test_a_format_wider_than_the_arithmetic_is_refused():
+    with pytest.raises(ValueError, match="is not a format for statistics"):
+        Full("float64")
 
 
 # --- inverse roots -------------------------------------------------------------------------------------------------
@@ -259,12 +255,13 @@ def test_the_inverse_root_of_a_factored_statistic_is_a_row_and_a_column():
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_a_floor_bounds_the_statistic_from_below_by_its_square(shape, store):
     stat = averaged(store, [noise(shape, i).square() for i in range(3)], [1.0, 0.5, 0.2])
-    floor = 0.5  # some of the elements lie below 0.25, no overall mean below 0.5
-    means = stat.read().mean((-1, -2))
+    # An overall mean below `floor` is bounded by it too in Factored, as in torch.optim.Adafactor: see test_updates.
+    floor = 0.99 * stat.read().mean((-1, -2)).min().item()
+    below = stat.read() < floor**2
+    assert below.any()
+    assert not below.all()
     want = stat.read().clamp(min=floor**2) ** -0.5
-    if (means >= floor).all():
-        torch.testing.assert_close(multiplied(stat.inverse_root(floor)), want, **CLOSE)
-    assert (multiplied(stat.inverse_root(floor)) <= 1 / floor).all()
+    torch.testing.assert_close(multiplied(stat.inverse_root(floor)), want, **CLOSE)
 
 
 @pytest.mark.parametrize("store", [Full(), Factored()], ids=str)
@@ -460,7 +457,7 @@ def test_a_gradient_found_not_finite_later_leaves_the_statistic_bit_for_bit(size
 def test_a_check_put_off_does_not_change_the_result(store, dtype):
     gradient = Product(noise((4, 3), 0).to(dtype))
     plain = statistic(store, spec_of((4, 3), dtype))
-    later = statistic(store, spec_of((4, 3), dtype), on=guard(deferred=True))
+    later = statistic(store, spec_of((4, 3), dtype), on=stores.Guard("p", gradient.dense, deferred=True))
     for stat in (plain, later):
         run_alone(stat.ema_of_square(gradient, 0.1, 1e-30))
         stat.commit()

@@ -1,6 +1,6 @@
 """The few loops that touch every element of a parameter, and nothing else."""
 
-from optstate.kernels.chunks import chunk_elements, chunks
+from optstate.kernels.chunking import chunk_elements, chunks
 from optstate.kernels.eager import (
     WriteChunk,
     all_finite,

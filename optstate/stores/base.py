@@ -35,6 +35,7 @@ Requests = Generator[Any, Any, T]
 
 It yields the local sum and is sent back the total: a tensor stands for a sum over every dimension, a `Partial`
 for one over a single dimension, a tuple for several in one round. On one device each total is the local sum.
+The total is the receiver's own and may be overwritten.
 """
 
 
@@ -80,7 +81,10 @@ class Store:
         statistic.hold_ema_of_square(value, weight, eps)
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
-        """`max(statistic, floor**2) ** -0.5` as factors whose product it is."""
+        """`max(statistic, floor**2) ** -0.5` as factors whose product it is.
+
+        A factored store also bounds the overall mean it divides by, by `floor`, as `torch.optim.Adafactor` does.
+        """
         value = statistic.read()
         return ((value if floor == 0 else value.clamp(min=square_of(floor, value))).rsqrt(),)
 

@@ -74,7 +74,8 @@ class Factored(Store):
         rows, cols = yield Partial(rows, -1), Partial(cols, -2)
         guard = statistic.guard
         if not guard.checked:  # squares that overflow count as infinite: they would never leave the averages
-            guard.check(torch.isfinite(cols.sum()))
+            totals = rows if statistic.spec.is_sharded(-1) else cols  # whole on every device, so that all agree
+            guard.check(torch.isfinite(totals.sum()))
             weight = guard.masked(weight)
         self._hold(statistic, rows, cols, weight, eps)
 

@@ -12,19 +12,19 @@ from optstate.stores.base import Fields, Store
 
 __all__ = ["Full"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALLEST_BF16_WEIGHT = 2.0**-8
-"""bf16 keeps 8 significant bits: a step of less than half a unit in the last place, 2**-9 of the value, is lost."""
+"""bf16 keeps 8 significant bits: a step below half a unit in the last place, 2**-9 to 2**-8 of the value, is lost."""
 
 
 @dataclass(frozen=True)
 class Full(Store):
     """One number per element, as wide as `dtype`: None is fp32 (fp64 for fp64 parameters).
 
-    Bytes per element: 4 (fp32), 2 (bf16). Worst relative error of a stored value: none (fp32), 2**-9 (bf16).
+    Bytes per element: 4 (fp32), 2 (bf16). Worst relative error of a stored value: none (fp32), 2**-8 (bf16).
 
     Raises:
-        ValueError: for a dtype other than float32, bfloat16 or float64; and, when a chain is built, for a bf16
+        ValueError: for a dtype other than float32 and bfloat16; and, when a chain is built, for a bf16
             second moment whose average uses weights below 2**-8 (beta above 0.996): rounding to nearest would
             stop it from ever decaying.
     """

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from optstate.kernels import Scalar
+from optstate.spec import accumulator_dtype
 
 __all__ = ["Guard", "NonFiniteGradientError", "is_fake"]
 
@@ -28,10 +29,11 @@ class Guard:
     which leaves parameter and state as they were, and the optimizer reads the flag later.
     """
 
-    __slots__ = ("checked", "deferred", "finite", "name")
+    __slots__ = ("checked", "deferred", "dtype", "finite", "name")
 
     def __init__(self, name: str, grad: Tensor, deferred: bool | None = None) -> None:
         self.name = name
+        self.dtype = accumulator_dtype(grad.dtype)
         self.deferred = grad.device.type != "cpu" or is_fake(grad) if deferred is None else deferred
         self.checked = False
         self.finite: Tensor | None = None
@@ -49,7 +51,11 @@ class Guard:
 
     def masked(self, weight: Scalar) -> Scalar:
         """`weight`, or zero if the gradient is known on the device not to be finite."""
-        return weight if self.finite is None else torch.where(self.finite, weight, 0.0)
+        if self.finite is None:
+            return weight
+        if isinstance(weight, Tensor):
+            return torch.where(self.finite, weight, 0.0)
+        return self.finite.to(self.dtype) * weight
 
     def choose(self, new: Tensor, old: Tensor) -> Tensor:
         """`new`, or `old` if the gradient is known on the device not to be finite."""

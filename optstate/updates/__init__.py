@@ -1,7 +1,7 @@
 """What a gradient goes through on its way to becoming a step."""
 
 from optstate.updates.base import Context, State, Transform, Update
-from optstate.updates.chain import Chain, Route, as_route, chain, defaults_of, route
+from optstate.updates.chain import Chain, Route, as_route, chain, route
 from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.hyper import Hyper, Rule, hyper
 from optstate.updates.moments import momentum, scale_by_adam, scale_by_rms, sign_momentum
@@ -30,7 +30,6 @@ __all__ = [
     "clip_by_rms",
     "clip_by_value",
     "constant",
-    "defaults_of",
     "hyper",
     "momentum",
     "power_decay",

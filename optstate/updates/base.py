@@ -12,7 +12,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Product, Scalar
 from optstate.spec import ParamSpec
-from optstate.stores import Guard, Requests, Slot, Statistic
+from optstate.stores import Guard, Requests, Slot, Statistic, Store
 from optstate.updates.hyper import Hyper, Rule
 
 __all__ = ["Context", "State", "Transform", "Update", "run"]
@@ -43,16 +43,21 @@ class Update(Product):
         """The update without its decay times row, column or full factors."""
         return Update(self.dense, (*self.factors, *factors), self.scale, self.bound, self.finite, self.decay)
 
+    @property
+    def has_decay(self) -> bool:
+        """Whether there is a decay term, possibly of size zero if only the device knows."""
+        return isinstance(self.decay, Tensor) or self.decay != 0.0
+
     def is_gradient(self, ctx: Context) -> bool:
         """Whether this is still the gradient as it came, times nothing but the global clip's coefficient."""
-        return not self.factors and self.dense is ctx.grad and self.scale is ctx.grad_scale
+        return self.dense is ctx.grad and not self.factors and self.scale is ctx.grad_scale and not self.has_decay
 
     def whole(self, ctx: Context) -> Update:
         """The same update with the decay term added into the dense part, for transforms that are not linear in it.
 
         Costs one tensor of the parameter's (or slice's) size in fp32, and nothing if there is no decay.
         """
-        if isinstance(self.decay, float) and self.decay == 0.0:
+        if not self.has_decay:
             return self
         dense = kernels.evaluate(self).addcmul_(ctx.param.to(ctx.spec.accumulator), ctx.tensor(self.decay))
         return Update(dense, finite=self.finite)
@@ -130,8 +135,7 @@ class Transform:
             value = getattr(self, name)
             bound = rule.bind(value) if isinstance(rule, Rule) else bind_all(name, rule, value)
             object.__setattr__(self, name, bound)
-        for slot in self._declared_slots().values():
-            slot.store.check(slot.signed, slot.smallest_weight)
+        self.check_slots({})
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:
@@ -150,7 +154,18 @@ class Transform:
 
     def slots(self, spec: ParamSpec) -> dict[str, Slot]:
         """The statistics kept for this parameter."""
-        return self._declared_slots()
+        return self.declared_slots({})
+
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        """The statistics kept, with a group's hyper-parameters where it has them, else with the defaults."""
+        return {}
+
+    def check_slots(self, group: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError if a store cannot hold what it is given with these hyper-parameters."""
+        for name, slot in self.declared_slots(group).items():
+            if not isinstance(slot.store, Store):
+                raise TypeError(f"the store of {name!r} is {slot.store!r}: give one of optstate.stores, such as Full()")
+            slot.store.check(slot.signed, slot.smallest_weight)
 
     def guards(self, spec: ParamSpec) -> bool:
         """Whether the transform itself notices a gradient that is not finite, before it writes anything."""
@@ -165,9 +180,6 @@ class Transform:
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update | Requests[Update]:
         raise NotImplementedError
-
-    def _declared_slots(self) -> dict[str, Slot]:
-        return {}
 
 
 def bind_all(name: str, rules: tuple[Rule, ...], values: Any) -> tuple[Hyper | None, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -10,7 +10,7 @@ from typing import Any
 
 from optstate.spec import ParamSpec
 from optstate.stores import Requests, Slot
-from optstate.updates.base import Context, State, Transform, Update, collect, run
+from optstate.updates.base import Context, State, Transform, Update, run
 from optstate.updates.clip import clip_by_value
 from optstate.updates.hyper import Hyper
 from optstate.updates.scale import add_decayed_weights
@@ -37,7 +37,7 @@ class Chain(Transform):
         if len(applied) > 1:
             raise ValueError("the chain multiplies by the learning rate twice: keep one scale_by_learning_rate()")
         _ = self.hyper  # raises where two transforms disagree on a default
-        self._declared_slots()
+        self.declared_slots({})
 
     @cached_property
     def elementwise(self) -> bool:  # type: ignore[override]
@@ -75,8 +75,8 @@ class Chain(Transform):
             update = yield from run(transform, update, state, ctx)
         return update
 
-    def _declared_slots(self) -> dict[str, Slot]:
-        return _merge([t._declared_slots() for t in self.transforms])
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return _merge([t.declared_slots(group) for t in self.transforms])
 
     def __str__(self) -> str:
         return " > ".join(type(t).__name__ for t in self.transforms) or "gradient"
@@ -124,15 +124,6 @@ def route(rules: Sequence[tuple[Rule, Transform]], *, default: Transform) -> Rou
     return Route([(rule, as_chain(item)) for rule, item in rules], as_chain(default))
 
 
-def defaults_of(recipe: Route) -> dict[str, Any]:
-    """Param-group defaults of all chains of a route.
-
-    Raises:
-        ValueError: if two chains give one key different defaults.
-    """
-    return collect(tuple(h for c in recipe.chains for h in c.hypers))
-
-
 def as_chain(transform: Transform) -> Chain:
     """A chain of one transform, or the chain it already is."""
     return transform if isinstance(transform, Chain) else chain(transform)
@@ -152,7 +143,10 @@ def _merge(parts: list[dict[str, Slot]]) -> dict[str, Slot]:
     for part in parts:
         for name, slot in part.items():
             if name in merged:
-                raise ValueError(f'two transforms keep a slot named {name!r}: name one of them with slot="..."')
+                raise ValueError(
+                    f"two transforms keep a slot named {name!r}: give the scale_by_rms or momentum among them another "
+                    'name with slot="..."'
+                )
             if not name.isidentifier() or name == "step":
                 raise ValueError(f"slot={name!r} is not usable: give an identifier other than 'step'")
             merged[name] = slot

@@ -11,13 +11,16 @@ from torch import Tensor
 
 __all__ = ["Hyper", "Rule", "hyper"]
 
+RESERVED = {"lr", "params", "param_names", "role", "head_size"}
+
 
 @dataclass(frozen=True)
 class Hyper:
     """A hyper-parameter: its key in the param group and its default.
 
     index: set if the group's entry is a tuple and this is one of its numbers, as in `betas`.
-    low, high: the closed range of valid values; `optional` also allows None, which switches the step off.
+    low, high: the closed range of valid values, `below` an open upper end; `optional` also allows None, which
+        switches the step off.
     """
 
     name: str
@@ -25,7 +28,16 @@ class Hyper:
     index: int | None = None
     low: float = -math.inf
     high: float = math.inf
+    below: float = math.inf
     optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name in RESERVED:
+            raise ValueError(f"hyper({self.name!r}, ...) takes a key the optimizer itself uses: choose another name")
+
+    def get(self, group: Mapping[str, Any]) -> Any:
+        """The value in `group`, or the default if it has none."""
+        return self.read(group) if self.name in group else self.value
 
     def read(self, group: Mapping[str, Any]) -> Any:
         """The current value in `group`."""
@@ -49,9 +61,15 @@ class Hyper:
             return  # reading it would wait for its device
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{label}={value!r} is a {type(value).__name__}: it must be a number")
-        if not self.low <= value <= self.high:
-            bounds = f"from {self.low:g} to {self.high:g}" if self.high < math.inf else f"at least {self.low:g}"
-            raise ValueError(f"{label}={value!r} is out of range: it must be {bounds}")
+        if not (self.low <= value <= self.high and value < self.below and math.isfinite(value)):
+            raise ValueError(f"{label}={value!r} is out of range: it must be {self._bounds()}")
+
+    def _bounds(self) -> str:
+        if self.below < math.inf:
+            return f"at least {self.low:g} and below {self.below:g}"
+        if self.high < math.inf:
+            return f"from {self.low:g} to {self.high:g}"
+        return f"at least {self.low:g} and finite"
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,7 @@ class Rule:
     index: int | None = None
     low: float = 0.0
     high: float = math.inf
+    below: float = math.inf
     optional: bool = False
     omittable: bool = False
 
@@ -73,7 +92,7 @@ class Rule:
         if value is None and self.omittable:
             return None
         chosen = value if isinstance(value, Hyper) else Hyper(self.name, value, self.index)
-        bound = replace(chosen, low=self.low, high=self.high, optional=self.optional)
+        bound = replace(chosen, low=self.low, high=self.high, below=self.below, optional=self.optional)
         entry = (None,) * (bound.index or 0) + (bound.value,)
         bound.check({bound.name: bound.value if bound.index is None else entry})
         return bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,13 +18,12 @@ from optstate.updates.schedules import Schedule, power_decay
 
 __all__ = ["momentum", "scale_by_adam", "scale_by_rms", "sign_momentum"]
 
-BELOW_ONE = 1.0 - 1e-12
-BETAS = (Rule("betas", 0, high=BELOW_ONE), Rule("betas", 1, high=BELOW_ONE))
+BETAS = (Rule("betas", 0, below=1.0), Rule("betas", 1, below=1.0))
 
 
-def _smallest_weight(*betas: float | Hyper) -> float:
-    """The least `1 - beta` of the given defaults."""
-    return 1.0 - max(float(beta.value or 0.0) if isinstance(beta, Hyper) else beta for beta in betas)
+def _smallest_weight(beta: float | Hyper, group: Mapping[str, Any]) -> float:
+    """`1 - beta`, of the group's beta if it has one."""
+    return 1.0 - float(beta.get(group) if isinstance(beta, Hyper) else beta)
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class scale_by_rms(Transform):
         "floor": Rule("floor", omittable=True),
     }
 
-    def _declared_slots(self) -> dict[str, Slot]:
-        return {self.slot: Slot(self.store, signed=False, smallest_weight=self.decay.smallest_weight)}
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=self.decay.smallest_weight(group))}
 
     def guards(self, spec: ParamSpec) -> bool:
         store, _ = self.store.resolve(spec, signed=False)
@@ -89,10 +88,10 @@ class scale_by_adam(Transform):
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps")}
 
-    def _declared_slots(self) -> dict[str, Slot]:
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {
-            "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0])),
-            "exp_avg_sq": Slot(self.second, signed=False, smallest_weight=_smallest_weight(self.betas[1])),
+            "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0], group)),
+            "exp_avg_sq": Slot(self.second, signed=False, smallest_weight=_smallest_weight(self.betas[1], group)),
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
@@ -130,7 +129,7 @@ class momentum(Transform):
 
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
-        "beta": Rule("momentum", high=BELOW_ONE),
+        "beta": Rule("momentum", below=1.0),
         "dampening": Rule("dampening", high=1.0),
     }
 
@@ -139,8 +138,8 @@ class momentum(Transform):
             object.__setattr__(self, "slot", "momentum_buffer" if self.heavy_ball else "exp_avg")
         super().__post_init__()
 
-    def _declared_slots(self) -> dict[str, Slot]:
-        return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta))}
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta, group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2 * (self.heavy_ball + self.nesterov)
@@ -177,8 +176,8 @@ class sign_momentum(Transform):
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS}
 
-    def _declared_slots(self) -> dict[str, Slot]:
-        return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1]))}
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1], group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2

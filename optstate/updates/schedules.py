@@ -19,9 +19,8 @@ class Schedule:
         """The numbers it reads from the param group."""
         raise NotImplementedError
 
-    @property
-    def smallest_weight(self) -> float:
-        """The least weight it ever gives, by its defaults."""
+    def smallest_weight(self, group: Mapping[str, Any]) -> float:
+        """The least weight it ever gives, with the group's numbers where it has them, else the defaults."""
         raise NotImplementedError
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
@@ -41,6 +40,10 @@ class power_decay(Schedule):
 
     def __post_init__(self) -> None:
         given = self.exponent
+        if isinstance(given, int | float) and not 0.0 <= given <= 2.0:
+            raise ValueError(
+                f"decay_rate={-given!r} is out of range: it must be from -2 to 0 (power_decay takes it negated, {given!r})"
+            )
         value = given if isinstance(given, Hyper) else Hyper("decay_rate", -given)
         object.__setattr__(self, "exponent", Rule("decay_rate", low=-2.0, high=0.0).bind(value))
 
@@ -49,8 +52,7 @@ class power_decay(Schedule):
         assert isinstance(self.exponent, Hyper)
         return (self.exponent,)
 
-    @property
-    def smallest_weight(self) -> float:
+    def smallest_weight(self, group: Mapping[str, Any]) -> float:
         return 0.0
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
@@ -74,9 +76,8 @@ class constant(Schedule):
         assert isinstance(self.beta, Hyper)
         return (self.beta,)
 
-    @property
-    def smallest_weight(self) -> float:
-        return 1.0 - (self.hypers[0].value or 0.0)
+    def smallest_weight(self, group: Mapping[str, Any]) -> float:
+        return 1.0 - float(self.hypers[0].get(group))
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
         return float(1.0 - self.hypers[0].read(group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -97,15 +98,17 @@ def _signed(x: int) -> int:
 
 def _round_bf16(value: Tensor, bits: Tensor) -> Tensor:
     """fp32 values that bf16 holds exactly, in `value`'s memory: random bits are added below the last place, the
-    rest is cut off. Infinity and NaN stay what they are."""
+    rest is cut off. Infinity stays; NaN needs care, as adding to its bits can wrap around to zero."""
+    nan = value.isnan()
     pattern = value.view(torch.int32)
-    return pattern.add_(bits).add_(1 << 15).bitwise_and_(-0x10000).view(torch.float32)
+    pattern.add_(bits).add_(1 << 15).bitwise_and_(-0x10000)
+    return value.masked_fill_(nan, math.nan)
 
 
 def _round_fp16(value: Tensor, bits: Tensor) -> Tensor:
     """fp32 values that fp16 holds exactly; below its smallest normal number its spacing is 2**-24."""
     uniform = bits.to(torch.int32).add_(1 << 15)
     normal = (value.view(torch.int32) + (uniform >> 3)).bitwise_and_(-0x2000).view(torch.float32)
-    tiny = torch.floor(value * 2.0**24 + uniform * 2.0**-16) * 2.0**-24
+    tiny = torch.floor(value * 2.0**24 + (uniform >> 3) * 2.0**-13) * 2.0**-24
     rounded = torch.where(value.abs() < 2.0**-14, tiny, normal)
     return torch.where(value.isfinite(), rounded, value)
