@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo and return its exit code."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (%(default)s)")
+    parser.add_argument("--corpus", type=Path, help="a file or a folder of text (Python's standard library)")
     parser.add_argument("--steps", type=positive, default=Settings().steps, help="of each run (%(default)s)")
     parser.add_argument("--seed", type=int, default=Settings().seed, help="of weights and batches (%(default)s)")
     args = parser.parse_args(argv)
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def demonstrate(args: argparse.Namespace, console: Console) -> None:
     """Train twice, compare, resume, and write the results down."""
     begun = time.perf_counter()
-    corpus = read_corpus(None, GPTConfig().context)
+    corpus = read_corpus(args.corpus, GPTConfig().context)
     middle, checkpoint = args.steps // 2, args.out / "adalomo.pt"
     print(f"{corpus.source}: {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on", flush=True)
 

@@ -84,8 +84,8 @@ def build_optimizer(model: GPT, settings: Settings) -> optstate.Optimizer:
     """The recipe over the model's parameters, fused if asked for."""
     try:
         optimizer = optstate.recipes.get(settings.recipe)(model.named_parameters(), **options_of(settings))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(str(error.args[0])) from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
     if settings.fused:
         optstate.fuse_backward(optimizer)
     return optimizer

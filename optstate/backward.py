@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from optstate import engines, kernels
 from optstate.kernels import Product, Scalar
 from optstate.optimizer import Optimizer
-from optstate.stores import NonFiniteGradientError, is_fake
+from optstate.spec import is_fake
+from optstate.stores import NonFiniteGradientError
 
 __all__ = ["FusedBackward", "fuse_backward"]
 
@@ -89,7 +90,9 @@ class FusedBackward:
             engines.refuse_live_objects(missing)
         for param in missing:
             hook = _hook(weakref.ref(self))
-            self._handles[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            weakref.finalize(self, handle.remove).atexit = False  # an optimizer that is gone leaves nothing behind
+            self._handles[param] = handle
             if param.grad is not None:
                 self._kept.add(param)
 

@@ -29,8 +29,8 @@ def refuse_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
             raise RuntimeError(f"{name!r} already has an optimizer in its backward pass: remove that one first")
         if getattr(param, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
-                f"{name!r} already has a post-accumulate-grad hook, perhaps another fused optimizer: it would see "
-                "no gradient, or this one would; remove it first"
+                f"{name!r} already has a post-accumulate-grad hook: one of the two would see no gradient. Remove it "
+                "first; if it is an older fused optimizer, call optstate.fuse_backward(older).remove()"
             )
 
 

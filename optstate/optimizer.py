@@ -13,7 +13,8 @@ from optstate import groups, kernels, resume
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_alone
 from optstate.shortcuts import stepped_by_torch
-from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic, is_fake
+from optstate.spec import is_fake
+from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic
 from optstate.updates import Context, Route, Transform, Update, as_route
 from optstate.weights import Weights
 

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["FieldSpec", "ParamSpec", "accumulator_dtype", "is_matrix", "is_vector"]
+__all__ = ["FieldSpec", "ParamSpec", "accumulator_dtype", "is_fake", "is_matrix", "is_vector"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,3 +83,8 @@ def is_matrix(spec: ParamSpec) -> bool:
 def is_vector(spec: ParamSpec) -> bool:
     """Route predicate: parameters with at most one dimension (norms, biases, scalars)."""
     return spec.ndim <= 1
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has sizes and no values (FakeTensorMode)."""
+    return isinstance(tensor, FakeTensor)

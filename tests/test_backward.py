@@ -162,6 +162,10 @@ class TestMemory:
         assert ref() is None
         loss_of(model, 0).backward()
         assert model[0].weight.grad is not None
+        model.zero_grad()
+        again = AdaLomo(model.named_parameters(), fused_backward=True)
+        loss_of(model, 0).backward()
+        again.step()
 
 
 class TestHandle:

@@ -70,7 +70,7 @@ def sum_of_squares(product: Product) -> Tensor:
     limit = chunk_elements(dense.device)
     if dense.numel() <= limit and dense.numel():
         x = _multiply(dense, factors, product, _Buffer(dense, limit))
-        total = x.square().sum()
+        total = (x.square() if x is dense else x.square_()).sum()
         return total if _is_one(product.scale) else total * (product.scale * product.scale)
     total = dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)

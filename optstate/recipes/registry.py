@@ -9,9 +9,13 @@ from typing import Any, cast
 
 from optstate.optimizer import Optimizer
 
-__all__ = ["get", "names"]
+__all__ = ["UnknownRecipeError", "describe", "get", "names"]
 
 GROUP = "optstate.recipes"
+
+
+class UnknownRecipeError(LookupError):
+    """No installed package offers a recipe of this name."""
 
 
 def names() -> list[str]:
@@ -25,13 +29,13 @@ def get(name: str) -> Callable[..., Optimizer]:
     A package adds recipes by entry points of the group `optstate.recipes`.
 
     Raises:
-        KeyError: if there is none, naming the nearest.
+        UnknownRecipeError: if there is none, naming the nearest.
     """
     installed = _installed()
     if name not in installed:
         near = difflib.get_close_matches(name.lower(), installed, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(sorted(installed))}"
-        raise KeyError(f"no recipe named {name!r}; {hint}")
+        raise UnknownRecipeError(f"no recipe named {name!r}; {hint}")
     return cast("Callable[..., Optimizer]", installed[name].load())
 
 

@@ -3,7 +3,7 @@
 from optstate.stores.base import Fields, Partial, Requests, Slot, Store
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
-from optstate.stores.guard import Guard, NonFiniteGradientError, is_fake
+from optstate.stores.guard import Guard, NonFiniteGradientError
 from optstate.stores.statistic import Statistic
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "Slot",
     "Statistic",
     "Store",
-    "is_fake",
 ]

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from optstate.kernels import Scalar
-from optstate.spec import accumulator_dtype
+from optstate.spec import accumulator_dtype, is_fake
 
-__all__ = ["Guard", "NonFiniteGradientError", "is_fake"]
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has sizes and no values (FakeTensorMode)."""
-    return isinstance(tensor, FakeTensor)
+__all__ = ["Guard", "NonFiniteGradientError"]
 
 
 class NonFiniteGradientError(RuntimeError):
