@@ -42,7 +42,7 @@ class power_decay(Schedule):
         given = self.exponent
         if isinstance(given, int | float) and not 0.0 <= given <= 2.0:
             raise ValueError(
-                f"decay_rate={-given!r} is out of range: it must be from -2 to 0; power_decay takes it negated, {given!r}"
+                f"decay_rate={-given!r} is out of range: it must be from -2 to 0 (power_decay takes its negative)"
             )
         value = given if isinstance(given, Hyper) else Hyper("decay_rate", -given)
         object.__setattr__(self, "exponent", Rule("decay_rate", low=-2.0, high=0.0).bind(value))
