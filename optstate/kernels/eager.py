@@ -39,7 +39,9 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     dtype = accumulator_dtype(dense.dtype)
     limit = chunk_elements(dense.device)
     if dense.numel() <= limit and dense.numel():
-        x = evaluate(product).square_()
+        x = _square(product)
+        if not _is_one(product.scale):
+            x.mul_(product.scale * product.scale)
         return x.sum(-1, keepdim=True), x.sum(-2, keepdim=True)
     rows = dense.new_zeros((*dense.shape[:-1], 1), dtype=dtype)
     cols = dense.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]), dtype=dtype)
@@ -68,9 +70,8 @@ def sum_of_squares(product: Product) -> Tensor:
     """
     dense, factors = product.dense, product.factors
     limit = chunk_elements(dense.device)
-    if dense.numel() <= limit and dense.numel():
-        x = _multiply(dense, factors, product, _Buffer(dense, limit))
-        total = (x.square() if x is dense else x.square_()).sum()
+    if dense.numel() <= limit and dense.numel() and not _are_rows_and_cols(factors, dense):
+        total = _square(product).sum()
         return total if _is_one(product.scale) else total * (product.scale * product.scale)
     total = dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
@@ -214,6 +215,12 @@ def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer:
     for factor in factors:
         x = torch.mul(x, factor, out=out)
     return x if product.finite is None else x.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _square(product: Product) -> Tensor:
+    """The squared value of a product of at most one chunk, without the scale: a new tensor."""
+    x = _multiply(product.dense, product.factors, product, _Buffer(product.dense, product.dense.numel()))
+    return x.square() if x is product.dense else x.square_()
 
 
 def _fold_scale(product: Product) -> tuple[tuple[Tensor, ...], Scalar]:

@@ -36,7 +36,7 @@ class clip_by_rms(Transform):
             return update
         update = update.whole(ctx)
         mean_square = yield from ctx.mean_square(update)
-        return update.rescaled((mean_square.sqrt() / threshold).clamp_(min=1.0).reciprocal_())
+        return update.rescaled((mean_square / (threshold * threshold)).clamp_(min=1.0).rsqrt_())
 
 
 @dataclass(frozen=True)
