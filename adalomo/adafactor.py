@@ -61,6 +61,10 @@ class Adafactor(optstate.Optimizer):
         weights: Weights | str = "auto",
         fused_backward: bool = False,
     ) -> None:
+        if not isinstance(eps, tuple | list) or len(eps) != 2:
+            raise ValueError(f"eps={eps!r} must be two numbers: added to squared gradients, and least parameter RMS")
+        if isinstance(decay_rate, bool) or not isinstance(decay_rate, int | float):
+            raise TypeError(f"decay_rate={decay_rate!r} must be a number, such as -0.8")
         if relative_step is None:
             relative_step = lr is None
         _refuse_contradictions(lr, eps, beta1, scale_parameter, relative_step, warmup_init, torch_compatible)

@@ -49,6 +49,10 @@ class AdaLomo(optstate.Optimizer):
         weights: Weights | str = "auto",
         fused_backward: bool = False,
     ) -> None:
+        if not isinstance(eps, tuple | list) or len(eps) != 2:
+            raise ValueError(f"eps={eps!r} must be two numbers: added to squared gradients, and least parameter RMS")
+        if isinstance(decay_rate, bool) or not isinstance(decay_rate, int | float):
+            raise TypeError(f"decay_rate={decay_rate!r} must be a number, such as -0.8")
         least_square, least_rms = (updates.hyper("eps", value, index=i) for i, value in enumerate(eps))
         recipe = optstate.chain(
             updates.clip_by_value(clip_grad_value),

@@ -65,6 +65,7 @@ def main() -> int:
     print_goals(console, goals)
     results["goals"] = [goal.as_dict() for goal in goals]
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

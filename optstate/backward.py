@@ -41,8 +41,11 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"fuse_backward got a {type(optimizer).__name__}: it fuses optstate optimizers")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm={clip_grad_norm!r} must be positive, or None for no clipping")
+    if clip_grad_norm is not None:
+        if isinstance(clip_grad_norm, bool) or not isinstance(clip_grad_norm, int | float):
+            raise TypeError(f"clip_grad_norm={clip_grad_norm!r} is a {type(clip_grad_norm).__name__}: give a number")
+        if not 0 < clip_grad_norm < float("inf"):
+            raise ValueError(f"clip_grad_norm={clip_grad_norm!r} must be positive and finite, or None for no clipping")
     current = optimizer._fused
     if isinstance(current, FusedBackward):
         if current.clip_grad_norm != clip_grad_norm:
@@ -50,8 +53,13 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
         current.attach()
         return current
     fused = FusedBackward(optimizer, clip_grad_norm)
-    fused.attach()
     optimizer._fused = fused
+    try:
+        fused.attach()
+    except BaseException:
+        fused.remove()
+        raise
+    optimizer._clip_of_original = None
     return fused
 
 
@@ -74,6 +82,7 @@ class FusedBackward:
         self._squares: dict[Tensor, Tensor] = {}
         self._coefficient: Scalar | None = None
         self._engine_checked = False
+        self._in_backward = False
 
     # --- hooks ------------------------------------------------------------------------------------------------
 
@@ -84,12 +93,19 @@ class FusedBackward:
 
     def attach(self) -> None:
         """Hook every parameter that trains and has no hook of this optimizer: after unfreezing, for example."""
-        missing = [p for p in self._params() if p.requires_grad and not self._is_hooked(p)]
+        self._require_active("attach")
+        self._hook([p for p in self._params() if p.requires_grad and not self._is_hooked(p)])
+
+    def _attach_new(self) -> None:
+        """Hook parameters that began to train after fusing. Lost hooks are not healed: `close_step` reports them."""
+        self._hook([p for p in self._params() if p.requires_grad and p not in self._handles])
+
+    def _hook(self, missing: list[Tensor]) -> None:
         if missing:
             engines.refuse_parameters((self._name(p), p) for p in missing)
             engines.refuse_live_objects(missing)
         for param in missing:
-            hook = _hook(weakref.ref(self))
+            hook = _weak_hook(weakref.ref(self))
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             weakref.finalize(self, handle.remove).atexit = False  # an optimizer that is gone leaves nothing behind
             self._handles[param] = handle
@@ -103,15 +119,20 @@ class FusedBackward:
         self._handles.clear()
         if self.active:
             self.optimizer._fused = None
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         """Forget the step in progress: what was updated and measured since the last `step()`."""
         self._updated.clear()
         self._kept.clear()
         self._squares.clear()
         self._coefficient = None
+        self._in_backward = False
         self._mode = _Mode.UPDATE
+
+    def _require_active(self, action: str) -> None:
+        if not self.active:
+            raise RuntimeError(f"{action}() needs an active fused backward: this one was removed, fuse again")
 
     def _is_hooked(self, param: Tensor) -> bool:
         handle = self._handles.get(param)
@@ -126,7 +147,7 @@ class FusedBackward:
 
     # --- what a gradient triggers -----------------------------------------------------------------------------
 
-    def on_gradient(self, param: Tensor) -> None:
+    def _on_gradient(self, param: Tensor) -> None:
         """Called by autograd when `param.grad` is complete."""
         if param.grad is None:
             return
@@ -138,34 +159,62 @@ class FusedBackward:
                 self._measure(param)
             else:
                 self._update(param)
+        except BaseException:
+            self._abandon()
+            raise
         finally:
             param.grad = None
 
     def _update(self, param: Tensor) -> None:
         optimizer = self.optimizer
         optimizer._require_consistent("backward")
-        if not self._engine_checked:
-            engines.refuse_live_objects(self._handles)
-            self._engine_checked = True
+        if not self._in_backward:
+            self._begin_backward()
         if self.clip_grad_norm is not None and self._coefficient is None:
             raise RuntimeError(
                 f"clip_grad_norm={self.clip_grad_norm} needs the norm before the update: call fused.grad_norm(loss) "
                 "before loss.backward(), or run every micro-batch under fused.accumulate()"
             )
         if param in self._updated:
-            self.optimizer.break_off(len(self._updated), param, "its gradient arrived twice in one step")
+            optimizer._break_off(len(self._updated), param, "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {self._name(param)!r} arrived a second time before step(): call optimizer.step() "
-                "after each backward(), run all but the last micro-batch under fused.accumulate(), and use "
-                "checkpoint(..., use_reentrant=False) where checkpointed parts share a layer"
+                "after each backward(), run all but the last micro-batch under fused.accumulate(), freeze parameters "
+                "that a loss is not meant to train, and use checkpoint(..., use_reentrant=False) where checkpointed "
+                "parts share a layer"
             )
-        try:
-            optimizer.step_parameter(param, 1.0 if self._coefficient is None else self._coefficient)
-        except BaseException as error:
-            if self._updated:
-                self.optimizer.break_off(len(self._updated), param, str(error))
-            raise
+        optimizer._step_and_remember(param, self._scale(), done=len(self._updated))
         self._updated.add(param)
+
+    def _begin_backward(self) -> None:
+        """First update of a backward pass: look around, and leave a mark that only a completed pass removes."""
+        if not self._engine_checked:
+            engines.refuse_live_objects(self._handles)
+            self._engine_checked = True
+        self._attach_new()
+        self._in_backward = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._in_backward = False
+
+    def check_backward_completed(self) -> None:
+        """Remember it if the last backward pass updated parameters and then failed outside any hook."""
+        if self._in_backward:
+            self._in_backward = False
+            if self._updated and not self.optimizer._inconsistent:
+                count = len(self._updated)
+                self.optimizer._inconsistent = f"{count} parameters were updated, then the backward pass failed"
+                self._abandon()
+
+    def _abandon(self) -> None:
+        """A step failed: gradients it was collecting must not leak into the next one."""
+        for param in self._params():
+            param.grad = None
+        self._reset()
+
+    def _scale(self) -> Scalar:
+        return 1.0 if self._coefficient is None else self._coefficient
 
     @torch.no_grad()
     def _measure(self, param: Tensor) -> None:
@@ -182,9 +231,12 @@ class FusedBackward:
     def grad_norm(self, loss: Tensor) -> Tensor:
         """Measure the global L2 norm of all gradients of `loss` and change nothing.
 
-        Runs one backward pass that keeps the graph, so `loss.backward()` can follow; gradients are freed as they
-        come. With `clip_grad_norm` set, the next backward is scaled, once, by
-        `min(1, clip_grad_norm / (norm + 1e-6))` (LOMO, arXiv 2306.09782, section 3.3.1). Costs about one backward.
+        Runs one backward pass that keeps the graph, so `loss.backward()` can follow, and that computes gradients of
+        this optimizer's parameters only; they are freed as they come. With `clip_grad_norm` set, the next backward is
+        scaled, once, by `min(1, clip_grad_norm / (norm + 1e-6))` (LOMO, arXiv 2306.09782, section 3.3.1). Costs about
+        one backward.
+
+        A compiled model must allow a second backward: `torch._functorch.config.donated_buffer = False`.
 
         Returns:
             The norm before clipping, 0-d fp32.
@@ -193,23 +245,27 @@ class FusedBackward:
             NonFiniteGradientError: on a CPU, if the norm is not finite; nothing was changed.
             RuntimeError: while gradients are accumulated (`step()` clips those by itself), or after a backward.
         """
-        if not self.active:
-            raise RuntimeError("grad_norm() needs an active fused backward: this one was removed")
-        if self._updated or any(p.grad is not None for p in self._params()):
+        self._require_active("grad_norm")
+        if self._mode is _Mode.ACCUMULATE or self._updated or any(p.grad is not None for p in self._params()):
             raise RuntimeError(
                 "grad_norm() comes first in a step, but gradients were already used or are being accumulated: call "
                 "step() before it; under accumulate() run every micro-batch, step() then clips their sum"
             )
-        self.attach()
-        self._squares.clear()
+        if _has_reentrant_checkpoint(loss):
+            raise RuntimeError(
+                "grad_norm() cannot see gradients behind checkpoint(..., use_reentrant=True): use use_reentrant=False"
+            )
+        self._attach_new()
+        self._reset()
         self._mode = _Mode.MEASURE
         try:
-            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            inputs = [p for p in self._params() if p.requires_grad]
+            torch.autograd.backward(loss, retain_graph=True, inputs=inputs)
         finally:
             self._mode = _Mode.UPDATE
-        norm = self._norm(self._squares.values())
+        squares = list(self._squares.values())
         self._squares.clear()
-        return norm
+        return self._norm(squares)
 
     def _norm(self, squares: Iterable[Tensor]) -> Tensor:
         """The norm from sums of squares; sets the coefficient of this step."""
@@ -231,14 +287,15 @@ class FusedBackward:
         `step()` does. Divide the losses yourself. While it lasts every gradient is kept, so memory is that of
         ordinary training.
         """
+        self._require_active("accumulate")
         if self._updated:
             raise RuntimeError("accumulate() after a backward that updated: accumulate first, update last")
-        self.attach()
-        self._mode = _Mode.ACCUMULATE
+        self._attach_new()
+        outer, self._mode = self._mode, _Mode.ACCUMULATE
         try:
             yield
         finally:
-            self._mode = _Mode.UPDATE
+            self._mode = outer
 
     # --- closing a step ---------------------------------------------------------------------------------------
 
@@ -262,32 +319,44 @@ class FusedBackward:
                 "replaced (load_state_dict(assign=True), deepcopy, fully_shard) and the optimizer has the old ones; "
                 "build the optimizer and fuse after such changes"
             )
-        if held:
-            self._step_held(held)
-        self.reset()
-        self.attach()
+        try:
+            if held:
+                self._step_held(held)
+        except BaseException:
+            self._abandon()
+            raise
+        self._reset()
+        self._attach_new()
 
     def _step_held(self, held: list[Tensor]) -> None:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
         if self.clip_grad_norm is not None and self._coefficient is None:
             self._norm([kernels.sum_of_squares(Product(p.grad)) for p in held if p.grad is not None])
-        try:
-            self.optimizer.step_parameters(held, 1.0 if self._coefficient is None else self._coefficient)
-        except BaseException as error:
-            if self._updated and not self.optimizer._inconsistent:
-                self.optimizer.break_off(len(self._updated), held[0], str(error))
-            raise
-        finally:
-            for param in held:
-                param.grad = None
+        for done, param in enumerate(held, start=len(self._updated)):
+            self.optimizer._step_and_remember(param, self._scale(), done)
+            param.grad = None
 
 
-def _hook(reference: weakref.ref[FusedBackward]) -> Callable[[Tensor], None]:
+def _weak_hook(reference: weakref.ref[FusedBackward]) -> Callable[[Tensor], None]:
     """A hook that does not keep the optimizer alive. Returns None, as autograd demands."""
 
     def on_gradient(param: Tensor) -> None:
         fused = reference()
         if fused is not None:
-            fused.on_gradient(param)
+            fused._on_gradient(param)
 
     return on_gradient
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of `loss` hides a part behind a reentrant checkpoint, which autograd runs as one node."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunctionBackward" in node.name():
+            return True
+        seen.add(node)
+        waiting.extend(before for before, _ in node.next_functions)
+    return False

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate.spec import ParamSpec
+from optstate.spec import ParamSpec, accumulator_dtype, is_fake
 from optstate.updates import Chain, Route
 
 __all__ = ["check_values", "checked_gradient", "checked_group", "checked_params", "spec_of", "split_by_chain"]
 
 DECLARATIONS = {"params", "param_names", "role", "head_size"}
-SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "name"}
+SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name"}
 
 
 def checked_params(params: Any) -> list[Any]:
@@ -44,9 +46,15 @@ def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
     params = [given] if isinstance(given, Tensor) else list(given)
     if not params:
         raise ValueError("a param group has no parameters: leave it out, or fix the filter that made it")
+    if not isinstance(param_group.get("role", ""), str):
+        raise TypeError(f"role={param_group['role']!r} must be a string, such as 'embedding'")
+    if not (param_group.get("head_size") is None or param_group["head_size"] > 0):
+        raise ValueError(f"head_size={param_group['head_size']!r} must be positive")
     seen: dict[Tensor, str] = {}
     for i, item in enumerate(params):
         name, param = item if isinstance(item, tuple) else (f"number {i}", item)
+        if name in seen.values():
+            raise ValueError(f"two parameters are named {name!r}: give each its own name")
         _check_parameter(name, param)
         if param in seen:
             raise ValueError(f"parameter {name!r} is the same tensor as {seen[param]!r}: pass each parameter once")
@@ -123,16 +131,19 @@ def checked_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
         )
     if grad.is_complex():
         raise TypeError(f"the gradient of {name!r} is complex ({grad.dtype}): step torch.view_as_real(param) instead")
-    return grad
+    # Arithmetic follows the parameter: an fp64 gradient of an fp32 parameter is read in fp32, and the other way.
+    return grad if accumulator_dtype(grad.dtype) == spec.accumulator else grad.to(spec.accumulator)
 
 
 def _check_lr(lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise TypeError(f"lr has shape {tuple(lr.shape)}: a tensor must hold exactly one number")
-    elif isinstance(lr, bool) or not isinstance(lr, int | float):
+        if lr.device.type == "cpu" and not is_fake(lr):
+            _check_lr(lr.item())
+    elif isinstance(lr, bool) or not isinstance(lr, Real):
         raise TypeError(f"lr={lr!r} is a {type(lr).__name__}: it must be a number")
-    elif not 0.0 <= lr < float("inf"):
+    elif not 0.0 <= float(lr) < float("inf"):
         raise ValueError(f"lr={lr!r} is out of range: it must be at least 0 and finite")
 
 
@@ -143,6 +154,9 @@ def _check_parameter(name: str, param: Any) -> None:
         raise TypeError(f"parameter {name!r} is complex ({param.dtype}): pass torch.view_as_real(param) instead")
     if not param.is_floating_point():
         raise TypeError(f"parameter {name!r} is {param.dtype}: only floating-point tensors can be stepped")
+    sharding = sys.modules.get("torch.distributed.tensor")  # not imported for this: it costs half a second
+    if sharding is not None and isinstance(param, sharding.DTensor):
+        raise TypeError(f"parameter {name!r} is a DTensor: sharded parameters are not supported yet")
     if param.layout != torch.strided:
         raise TypeError(f"parameter {name!r} is {param.layout}: only dense tensors can be stepped")
     if not param.is_leaf:

@@ -13,8 +13,7 @@ from optstate import groups, kernels, resume
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_alone
 from optstate.shortcuts import stepped_by_torch
-from optstate.spec import is_fake
-from optstate.stores import Guard, NonFiniteGradientError, Requests, Statistic
+from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, Statistic
 from optstate.updates import Context, Route, Transform, Update, as_route
 from optstate.weights import Weights
 
@@ -36,9 +35,15 @@ class _Leaf:
 class _Fused(Protocol):
     """What the optimizer needs of the object that hooks it into the backward pass (`optstate.backward`)."""
 
+    clip_grad_norm: float | None
+
+    def attach(self) -> None: ...
+
+    def check_backward_completed(self) -> None: ...
+
     def close_step(self) -> None: ...
 
-    def reset(self) -> None: ...
+    def _reset(self) -> None: ...
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -72,9 +77,10 @@ class Optimizer(torch.optim.Optimizer):
         self._weights = weights
         self._leaves: dict[Tensor, _Leaf] = {}
         self._fused: _Fused | None = None
+        self._clip_of_original: float | None = None
         self._inconsistent = ""
-        self._flags: list[tuple[Tensor, Tensor]] = []
-        self._flags_of_last_step: list[tuple[Tensor, Tensor]] = []
+        self._writing = False
+        self._flags = DeferredFlags()
         shared = {} if self._route.rules else self._route.default.hyper
         super().__init__(groups.checked_params(params), {"lr": lr, **shared})
 
@@ -91,6 +97,13 @@ class Optimizer(torch.optim.Optimizer):
         for part in groups.split_by_chain(group, self._route, self.defaults["lr"]):
             super().add_param_group(part)
             self._adopt(len(self.param_groups) - 1)
+        if self._fused is not None:
+            self._fused.attach()
+
+    @property
+    def fused(self) -> Any:
+        """The handle of `optstate.fuse_backward`, or None while updates happen in `step()`."""
+        return self._fused
 
     @property
     def recipe(self) -> Route:
@@ -156,25 +169,30 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._require_consistent("step")
-        self._read_flags(self._flags_of_last_step)  # computed long ago: the device does not have to be waited for
+        if self._clip_of_original is not None:
+            raise RuntimeError(
+                f"this is a copy of an optimizer fused with clip_grad_norm={self._clip_of_original}, but not fused: "
+                "call optstate.fuse_backward(copy, ...) to say how it clips"
+            )
+        self._refuse_bad_flags(wait=False)
         if self._fused is not None:
             self._fused.close_step()
         else:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self.step_parameters(params)
-        self._flags_of_last_step, self._flags = self._flags, []
+            for done, param in enumerate(params):
+                self._step_and_remember(param, 1.0, done)
+        self._flags.close_step()
         return loss
 
-    @torch.no_grad()
-    def step_parameters(self, params: Iterable[Tensor], grad_scale: float | Tensor = 1.0) -> None:
-        """Update these parameters from their gradients times `grad_scale`, and remember if it breaks off half-way."""
-        for done, param in enumerate(params):
-            try:
-                self.step_parameter(param, grad_scale)
-            except BaseException as error:
-                if done:
-                    self.break_off(done, param, str(error))
-                raise
+    def _step_and_remember(self, param: Tensor, grad_scale: float | Tensor, done: int) -> None:
+        """Update one parameter after `done` others, and remember if that leaves the step half made."""
+        self._writing = False
+        try:
+            self.step_parameter(param, grad_scale)
+        except BaseException as error:
+            if done or (self._writing and not isinstance(error, NonFiniteGradientError)):
+                self._break_off(done, param, str(error) or type(error).__name__)
+            raise
 
     @torch.no_grad()
     def step_parameter(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> None:
@@ -182,14 +200,14 @@ class Optimizer(torch.optim.Optimizer):
 
         grad_scale: coefficient of a global norm clip.
         """
-        run_alone(self.requests(param, grad_scale))
+        run_alone(self._requests(param, grad_scale))
 
-    def requests(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> Requests[None]:
+    def _requests(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> Requests[None]:
         """One parameter's update as a computation that asks for sums over the whole parameter. Call under no_grad."""
         leaf = self._leaf(param)
         plan, spec = leaf.plan, leaf.plan.spec
         grad = groups.checked_gradient(param, spec)
-        state = self.state[param] if param in self.state else self._allocate(param)
+        state = self._state_of(param)
         step = state["step"] + 1
         if spec.numel:
             guard = Guard(spec.name, grad)
@@ -198,11 +216,22 @@ class Optimizer(torch.optim.Optimizer):
             if plan.guards and grad.dtype != spec.accumulator and grad.numel() <= kernels.chunk_elements(grad.device):
                 grad = grad.to(spec.accumulator)  # read several times: convert a small one once
             ctx = Context(spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
+            self._writing = True
             if not stepped_by_torch(plan, state, ctx):
                 yield from _run_slices(plan, state, ctx) if plan.sliced else _run(plan, state, ctx)
             if guard.finite is not None:
-                self._flags.append((param, guard.finite))
+                self._flags.add(param, guard.finite)
         state["step"] = step
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        """The state of one parameter, made if it just began to train, moved if the model was."""
+        if param not in self.state:
+            return self._allocate(param)
+        state: dict[str, Any] = self.state[param]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device != param.device:
+                state[key] = torch.empty_like(value, device=param.device).copy_(value)
+        return state
 
     def _name(self, param: Tensor) -> str:
         return self._leaf(param).plan.spec.name
@@ -216,9 +245,9 @@ class Optimizer(torch.optim.Optimizer):
             InconsistentStateError: if a step broke off half-way.
         """
         self._require_consistent("state_dict")
-        self._read_flags(self._flags_of_last_step)
-        self._read_flags(self._flags)
-        return {**super().state_dict(), resume.KEY: resume.header(self.plan())}
+        self._refuse_bad_flags(wait=True)
+        clip = self._fused.clip_grad_norm if self._fused is not None else None
+        return {**super().state_dict(), resume.KEY: resume.header(self.plan(), clip)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue exactly where the saved run stopped. Strict: nothing is cast, guessed or left out.
@@ -234,18 +263,16 @@ class Optimizer(torch.optim.Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         resume.check(self, self.plan(), state_dict)
         for param, saved in resume.entries(self, state_dict):
-            own = self.state[param] if param in self.state else self._allocate(param)
+            own = self._state_of(param)
             for key, value in saved.items():
                 if isinstance(own[key], Tensor):
                     own[key].copy_(value)
                 else:
                     own[key] = int(value)
         self.param_groups = resume.loaded_groups(self.param_groups, state_dict["param_groups"])
-        self._inconsistent = ""
-        self._flags.clear()
-        self._flags_of_last_step.clear()
-        if self._fused is not None:
-            self._fused.reset()
+        self._flags = DeferredFlags()
+        self.accept_partial_step()
+        resume.warn_if_unclipped(state_dict, self._fused.clip_grad_norm if self._fused is not None else None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -253,23 +280,24 @@ class Optimizer(torch.optim.Optimizer):
         """Go on after a step that broke off: parameters keep what they have, updated or not."""
         self._inconsistent = ""
         if self._fused is not None:
-            self._fused.reset()
+            self._fused._reset()
 
-    def break_off(self, updated: int, param: Tensor, reason: str) -> None:
+    def _break_off(self, updated: int, param: Tensor, reason: str) -> None:
         """Remember that a step failed at `param` after `updated` other parameters had been updated."""
         self._inconsistent = f"{updated} parameters were updated, then {self._name(param)!r} failed: {reason}"
 
     def _require_consistent(self, action: str) -> None:
+        if self._fused is not None and action != "backward":
+            self._fused.check_backward_completed()
         if self._inconsistent:
             raise InconsistentStateError(
                 f"{action}() refused, a step broke off half-way: {self._inconsistent}. "
                 "Load the last checkpoint, or call accept_partial_step() to go on with the weights as they are"
             )
 
-    def _read_flags(self, flags: list[tuple[Tensor, Tensor]]) -> None:
+    def _refuse_bad_flags(self, wait: bool) -> None:
         """Raise if a gradient on an accelerator turned out not to be finite; its update was a step of size zero."""
-        bad = [p for p, flag in flags if not is_fake(flag) and not flag]
-        flags.clear()
+        bad = self._flags.bad(wait)
         for param in bad:
             self.state[param]["step"] -= 1
         if bad:
@@ -280,12 +308,13 @@ class Optimizer(torch.optim.Optimizer):
             raise NonFiniteGradientError(self._inconsistent)
 
     def __getstate__(self) -> dict[str, Any]:
+        clip = self._fused.clip_grad_norm if self._fused is not None else self._clip_of_original
         own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._inconsistent}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._leaves, self._fused, self._flags, self._flags_of_last_step = {}, None, [], []
+        self._leaves, self._fused, self._flags, self._writing = {}, None, DeferredFlags(), False
         for index in range(len(self.param_groups)):
             self._adopt(index)
 

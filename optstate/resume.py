@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -12,16 +13,27 @@ from torch import Tensor
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 
-__all__ = ["KEY", "check", "entries", "header", "loaded_groups"]
+__all__ = ["KEY", "check", "entries", "header", "loaded_groups", "warn_if_unclipped"]
 
 KEY = "optstate"
 VERSION = 1
 
 
-def header(plan: Plan) -> dict[str, Any]:
-    """What `state_dict` says about formats: a version, and the store of every slot by parameter index."""
+def header(plan: Plan, clip_grad_norm: float | None) -> dict[str, Any]:
+    """What `state_dict` says besides: a version, the store of every slot by parameter index, the fused norm clip."""
     stores = {i: {name: str(slot.store) for name, slot in param.slots.items()} for i, param in enumerate(plan)}
-    return {"version": VERSION, "stores": stores}
+    return {"version": VERSION, "stores": stores, "clip_grad_norm": clip_grad_norm}
+
+
+def warn_if_unclipped(saved: Mapping[str, Any], clip_grad_norm: float | None) -> None:
+    """Warn if the saved run clipped by another norm than this one will: the run would go on differently."""
+    theirs = saved.get(KEY, {}).get("clip_grad_norm", clip_grad_norm)
+    if theirs != clip_grad_norm:
+        warnings.warn(
+            f"the saved run was fused with clip_grad_norm={theirs}, this optimizer has {clip_grad_norm}: "
+            f"call optstate.fuse_backward(optimizer, clip_grad_norm={theirs}) before loading to go on alike",
+            stacklevel=3,
+        )
 
 
 def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:

@@ -86,5 +86,5 @@ def is_vector(spec: ParamSpec) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has sizes and no values (FakeTensorMode)."""
-    return isinstance(tensor, FakeTensor)
+    """Whether a tensor has sizes and no values: under FakeTensorMode, or on the meta device."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta

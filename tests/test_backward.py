@@ -524,6 +524,233 @@ class TestBrokenBackward:
             optimizer.step()
 
 
+class FailsInBackward(torch.autograd.Function):
+    """Passes its input on and raises when a gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("out of memory")
+
+
+class TestBrokenOutsideOfHooks:
+    def test_a_backward_that_fails_between_two_updates_is_remembered(self) -> None:
+        for action in ("step", "state_dict"):
+            first, last = mlp(), nn.Linear(4, 1)
+            optimizer = AdaLomo([*first.parameters(), *last.parameters()], fused_backward=True)
+            weights = weights_of(first)
+            with pytest.raises(MemoryError):
+                last(FailsInBackward.apply(first(torch.ones(2, 8)))).sum().backward()
+            assert_same(weights_of(first), weights)
+            with pytest.raises(optstate.InconsistentStateError, match="2 parameters were updated, then the back"):
+                getattr(optimizer, action)()
+            optimizer.accept_partial_step()
+            last(first(torch.ones(2, 8))).sum().backward()
+            optimizer.step()
+            optimizer.state_dict()
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_parameter_half_written_is_remembered_even_if_it_was_the_first(
+        self, fused: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        param = nn.Parameter(torch.ones(3))
+        optimizer = AdaLomo([param], fused_backward=fused)
+
+        def interrupted(*_: Any) -> None:
+            param.data[0] = 7.0
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("optstate.kernels.apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            param.square().sum().backward()
+            optimizer.step()
+        with pytest.raises(optstate.InconsistentStateError, match="'param_0' failed: KeyboardInterrupt"):
+            optimizer.state_dict()
+
+    def test_gradients_of_a_failed_batch_do_not_reach_the_next(self) -> None:
+        """A last micro-batch that is not finite drops the sum of those before it."""
+        model, plain = mlp(), mlp()
+        optimizer, other = AdaLomo(model.named_parameters()), AdaLomo(plain.named_parameters())
+        fused = optstate.fuse_backward(optimizer)
+        with fused.accumulate():
+            loss_of(model, 0).backward()
+        with pytest.raises(optstate.NonFiniteGradientError):
+            (loss_of(model, 1) * float("nan")).backward()
+        assert all(p.grad is None for p in model.parameters())
+        for m, o in ((model, optimizer), (plain, other)):
+            loss_of(m, 2).backward()
+            o.step()
+        assert_same(weights_of(model), weights_of(plain))
+
+    def test_a_clipped_accumulation_that_is_not_finite_is_dropped_whole(self) -> None:
+        model = mlp()
+        optimizer = AdaLomo(model.named_parameters())
+        fused = optstate.fuse_backward(optimizer, clip_grad_norm=1.0)
+        weights = weights_of(model)
+        with fused.accumulate():
+            (loss_of(model, 0) * float("nan")).backward()
+        with pytest.raises(optstate.NonFiniteGradientError, match="skip the batch"):
+            optimizer.step()
+        assert_same(weights_of(model), weights)
+        with fused.accumulate():
+            loss_of(model, 0).backward()
+        optimizer.step()
+
+
+class TestSeveralOptimizers:
+    def test_measuring_leaves_other_parameters_alone(self) -> None:
+        """The norm pass computes gradients of its own optimizer's parameters only."""
+        body, head = mlp(), nn.Linear(4, 1)
+        fused = optstate.fuse_backward(AdaLomo(body.named_parameters()), clip_grad_norm=1.0)
+        loss = head(body(torch.ones(2, 8))).sum()
+        fused.grad_norm(loss)
+        assert head.weight.grad is None
+        loss.backward()
+        torch.testing.assert_close(head.bias.grad, torch.full((1,), 2.0), rtol=0, atol=0)  # once, not twice
+
+    def test_two_fused_and_clipped_optimizers_train_side_by_side(self) -> None:
+        models = [mlp(), nn.Linear(4, 1)]
+        optimizers = [AdaLomo(m.named_parameters(), lr=1e-2) for m in models]
+        handles = [optstate.fuse_backward(o, clip_grad_norm=0.1) for o in optimizers]
+        for _ in range(3):
+            loss = models[1](models[0](torch.ones(2, 8))).sum()
+            for handle in handles:
+                handle.grad_norm(loss)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert optimizers[0].state[models[0][0].weight]["step"] == 3
+
+    def test_reentrant_checkpoints_cannot_be_measured_and_say_so(self) -> None:
+        model = mlp()
+        fused = optstate.fuse_backward(AdaLomo(model.named_parameters()), clip_grad_norm=1.0)
+        x = torch.ones(2, 8, requires_grad=True)
+        with pytest.raises(RuntimeError, match="use use_reentrant=False"):
+            fused.grad_norm(checkpoint(model, x, use_reentrant=True).sum())
+        loss = checkpoint(model, x, use_reentrant=False).sum()
+        fused.grad_norm(loss)
+        loss.backward()
+        fused.optimizer.step()
+
+
+class TestClipIsNeverDroppedSilently:
+    def test_an_abandoned_measurement_is_not_used(self) -> None:
+        model = mlp()
+        fused = optstate.fuse_backward(Lomo(model.named_parameters()), clip_grad_norm=1.0)
+        fused.grad_norm(loss_of(model, 0))
+        with pytest.raises(optstate.NonFiniteGradientError):
+            fused.grad_norm(loss_of(model, 1) * float("nan"))
+        with pytest.raises(RuntimeError, match="needs the norm"):
+            loss_of(model, 2).backward()
+
+    def test_a_copy_must_be_told_how_to_clip(self) -> None:
+        model = mlp()
+        optimizer = Lomo(model.named_parameters())
+        optstate.fuse_backward(optimizer, clip_grad_norm=1.0)
+        twin, copied = copy.deepcopy((model, optimizer))
+        loss_of(twin, 0).backward()
+        with pytest.raises(RuntimeError, match=r"copy of an optimizer fused with clip_grad_norm=1.0"):
+            copied.step()
+        copied.zero_grad()
+        fused = optstate.fuse_backward(copied, clip_grad_norm=1.0)
+        loss = loss_of(twin, 0)
+        fused.grad_norm(loss)
+        loss.backward()
+        copied.step()
+
+    def test_resuming_without_the_clip_warns(self) -> None:
+        optimizer = Lomo(mlp().named_parameters())
+        optstate.fuse_backward(optimizer, clip_grad_norm=1.0)
+        saved = optimizer.state_dict()
+        with pytest.warns(UserWarning, match=r"clip_grad_norm=1.0, this optimizer has None"):
+            Lomo(mlp().named_parameters()).load_state_dict(saved)
+
+    def test_torchs_clip_after_a_fused_backward_finds_nothing(self) -> None:
+        """Gradients are gone: trainers that clip by default report a norm of 0."""
+        model = mlp()
+        AdaLomo(model.named_parameters(), fused_backward=True)
+        loss_of(model, 0).backward()
+        assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0
+
+
+class TestModes:
+    def test_nested_accumulation_lasts_until_the_outer_end(self) -> None:
+        model = mlp()
+        fused = optstate.fuse_backward(AdaLomo(model.named_parameters()))
+        with fused.accumulate():
+            with fused.accumulate():
+                loss_of(model, 0).backward()
+            loss_of(model, 1).backward()
+            assert model[0].weight.grad is not None
+            with pytest.raises(RuntimeError, match="comes first"):
+                fused.grad_norm(loss_of(model, 2))
+        fused.optimizer.step()
+
+    def test_a_removed_handle_does_nothing(self) -> None:
+        fused = optstate.fuse_backward(AdaLomo(mlp().named_parameters()))
+        fused.remove()
+        with pytest.raises(RuntimeError, match="was removed"):
+            fused.attach()
+        with pytest.raises(RuntimeError, match="was removed"), fused.accumulate():
+            pass
+
+    def test_the_optimizer_gives_the_handle(self) -> None:
+        optimizer = AdaLomo(mlp().named_parameters(), fused_backward=True)
+        assert optimizer.fused is optstate.fuse_backward(optimizer)
+        optimizer.fused.remove()
+        assert optimizer.fused is None
+
+    def test_a_group_added_while_fused_is_hooked(self) -> None:
+        model, extra = mlp(), nn.Linear(4, 1)
+        optimizer = AdaLomo(model.parameters(), fused_backward=True)
+        optimizer.add_param_group({"params": list(extra.parameters())})
+        extra(model(torch.ones(2, 8))).sum().backward()
+        assert extra.weight.grad is None
+        optimizer.step()
+        assert optimizer.state[extra.weight]["step"] == 1
+
+    def test_backward_with_inputs_updates_those_only(self) -> None:
+        model = mlp()
+        optimizer = AdaLomo(model.named_parameters(), fused_backward=True)
+        weights = weights_of(model)
+        loss_of(model, 0).backward(inputs=[model[3].weight])
+        optimizer.step()
+        moved = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
+        assert moved == ["3.weight"]
+
+    def test_swapped_data_keeps_its_hook(self) -> None:
+        model = mlp()
+        optimizer = AdaLomo(model.named_parameters(), fused_backward=True)
+        model[0].weight.data = model[0].weight.data.clone()
+        loss_of(model, 0).backward()
+        assert model[0].weight.grad is None
+        optimizer.step()
+
+    @pytest.mark.parametrize("scheduler", ["one cycle", "cyclic", "plateau"])
+    def test_schedulers_of_torch_drive_a_fused_run(self, scheduler: str) -> None:
+        model = mlp()
+        optimizer = optstate.Optimizer(model.named_parameters(), updates.chain(updates.momentum()), lr=1e-2)
+        optstate.fuse_backward(optimizer)
+        lr = torch.optim.lr_scheduler
+        make = {
+            "one cycle": lambda: lr.OneCycleLR(optimizer, max_lr=0.1, total_steps=8),
+            "cyclic": lambda: lr.CyclicLR(optimizer, base_lr=0.01, max_lr=0.1, step_size_up=2),
+            "plateau": lambda: lr.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0),
+        }
+        driver, seen = make[scheduler](), set()
+        for step in range(6):
+            loss = loss_of(model, step)
+            loss.backward()
+            optimizer.step()
+            driver.step(loss.detach()) if scheduler == "plateau" else driver.step()
+            seen.add(round(optimizer.param_groups[0]["lr"], 6))
+        assert len(seen) > 1
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
 class TestUnfreezing:
     def test_a_parameter_unfrozen_after_fusing_is_updated_and_hooked(self) -> None:
         model, plain = mlp(), mlp()

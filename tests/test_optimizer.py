@@ -270,6 +270,44 @@ class TestTorchConventions:
             for name in results[0]:
                 torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-6)
 
+    def test_numbers_of_numpy_are_numbers(self) -> None:
+        import numpy as np
+
+        assert AdaLomo(mlp().parameters(), lr=np.float32(0.5)).param_groups[0]["lr"] == 0.5
+
+    def test_state_follows_a_model_that_was_moved(self) -> None:
+        """As trainers do: build, move the model, load the state dict moved along. Here to the meta device."""
+        model = mlp()
+        optimizer = AdaLomo(model.named_parameters())
+        for p in model.parameters():
+            p.data = p.data.to("meta")
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        assert {v.device.type for s in state_of(optimizer) for v in s.values() if isinstance(v, torch.Tensor)} == {
+            "meta"
+        }
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def test_the_meta_device_steps_without_values(self) -> None:
+        for recipe in RECIPES:
+            params = [nn.Parameter(torch.empty(s, device="meta", dtype=torch.bfloat16)) for s in [(4, 5), (5,), ()]]
+            optimizer = recipe(params, fused_backward=True) if recipe is AdaLomo else recipe(params)
+            for _ in range(2):
+                sum(p.sum() for p in params).backward()
+                optimizer.step()
+            optimizer.state_dict()
+
+    def test_a_gradient_of_another_precision_is_read_in_the_parameters(self) -> None:
+        for recipe in RECIPES:
+            results = []
+            for dtype in (torch.float32, torch.float64):
+                p = nn.Parameter(torch.ones(4, 4))
+                p.grad_dtype = None
+                p.grad = torch.linspace(-1, 1, 16).view(4, 4).to(dtype)
+                recipe([p], lr=1e-2).step()
+                results.append(p.detach())
+            torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-7)
+
     def test_step_hooks_and_state_dict_hooks_run(self) -> None:
         model = mlp()
         optimizer = AdaLomo(model.named_parameters())
@@ -355,6 +393,18 @@ class TestBadArguments:
             (lambda: AdaLomo([nn.Parameter(torch.zeros(3)) * 2]), ValueError, "not a leaf"),
             (lambda: AdaLomo(["weights"]), TypeError, "steps tensors"),
             (lambda: AdaLomo(mlp().parameters(), weights="sometimes"), TypeError, "weights='sometimes'"),
+            (lambda: AdaLomo(mlp().parameters(), eps=1e-8), ValueError, "eps=1e-08 must be two numbers"),
+            (lambda: Adafactor(mlp().parameters(), eps=(1e-30,)), ValueError, "must be two numbers"),
+            (lambda: AdaLomo(mlp().parameters(), eps=(0.0, 1e-3)), ValueError, "eps=0 needs a floor"),
+            (lambda: AdaLomo(mlp().parameters(), decay_rate=None), TypeError, "decay_rate=None must be a number"),
+            (lambda: AdaLomo(mlp().parameters(), clip_grad_value=0.0), ValueError, "clip_grad_value=0.0"),
+            (lambda: AdaLomo(mlp().parameters(), lr=torch.tensor(-0.1)), ValueError, "lr=-0.1"),
+            (lambda: AdaLomo(mlp().parameters(), weight_decay=torch.tensor(0.1)), TypeError, "weight_decay=tensor"),
+            (lambda: AdaLomo([{"params": mlp().parameters(), "role": 3}]), TypeError, "role=3"),
+            (lambda: AdaLomo([{"params": mlp().parameters(), "head_size": -1}]), ValueError, "head_size=-1"),
+            (lambda: AdaLomo([("a", p) for p in mlp().parameters()]), ValueError, "two parameters are named 'a'"),
+            (lambda: optstate.fuse_backward(Lomo(mlp().parameters()), "1"), TypeError, "clip_grad_norm='1' is a str"),
+            (lambda: optstate.chain(updates.momentum(stores.Full)), TypeError, "give one of optstate.stores"),
             (lambda: optstate.Optimizer(mlp().parameters(), "adam"), TypeError, "the recipe is a str"),
             (lambda: optstate.chain(stores.Full()), TypeError, "give transforms"),
             (lambda: SGD(mlp().parameters(), nesterov=True), ValueError, "needs a momentum"),

@@ -633,11 +633,11 @@ def test_hyper_puts_a_number_into_a_tuple_of_the_param_group():
 
 
 def test_hyper_renames_the_exponent_of_power_decay_and_the_beta_of_constant():
-    powers = updates.scale_by_rms(Full(), decay=updates.power_decay(updates.hyper("power", -0.5)), eps=None)
-    assert powers.hyper == {"power": -0.5}
+    powers = updates.scale_by_rms(Full(), decay=updates.power_decay(updates.hyper("power", -0.5)), eps=1e-30)
+    assert powers.hyper == {"power": -0.5, "eps": 1e-30}
     agree(powers, lambda p, g, t, m: p - LR * g / np.sqrt(ema(m, "v", g * g, t**-0.5)), (4, 3))
-    steady = updates.scale_by_rms(Full(), decay=updates.constant(updates.hyper("memory", 0.9)), eps=None)
-    assert steady.hyper == {"memory": 0.9}
+    steady = updates.scale_by_rms(Full(), decay=updates.constant(updates.hyper("memory", 0.9)), eps=1e-30)
+    assert steady.hyper == {"memory": 0.9, "eps": 1e-30}
 
 
 def test_transforms_that_agree_on_a_default_share_a_key():

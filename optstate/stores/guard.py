@@ -8,7 +8,7 @@ from torch import Tensor
 from optstate.kernels import Scalar
 from optstate.spec import accumulator_dtype, is_fake
 
-__all__ = ["Guard", "NonFiniteGradientError"]
+__all__ = ["DeferredFlags", "Guard", "NonFiniteGradientError"]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -39,7 +39,7 @@ class Guard:
             self.finite = finite
         elif not finite:
             raise NonFiniteGradientError(
-                f"the gradient of {self.name!r} is not finite; its weight and state are unchanged. "
+                f"the gradient of {self.name!r} is not finite or its squares overflow; weight and state are unchanged. "
                 "Skip the batch, lower the learning rate, or find the loss that overflows"
             )
 
@@ -54,3 +54,48 @@ class Guard:
     def choose(self, new: Tensor, old: Tensor) -> Tensor:
         """`new`, or `old` if the gradient is known on the device not to be finite."""
         return new if self.finite is None else torch.where(self.finite, new, old)
+
+
+class DeferredFlags:
+    """Flags of gradients on accelerators, brought to the host once a step without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Tensor, Tensor]] = []
+        self._closed: list[tuple[list[Tensor], Tensor, torch.Event | None]] = []
+
+    def add(self, param: Tensor, finite: Tensor) -> None:
+        """Note the 0-d bool of one parameter in the step at hand."""
+        if not is_fake(finite):
+            self._open.append((param, finite))
+
+    def close_step(self) -> None:
+        """Start copying the flags of the step to the host."""
+        if not self._open:
+            return
+        params, flags = [p for p, _ in self._open], [flag for _, flag in self._open]
+        self._open = []
+        device = flags[0].device
+        stacked = torch.stack([flag.to(device, non_blocking=True) for flag in flags])
+        if device.type == "cpu":
+            self._closed.append((params, stacked, None))
+            return
+        host = torch.empty(stacked.shape, dtype=torch.bool, pin_memory=True).copy_(stacked, non_blocking=True)
+        event = torch.Event(device)
+        event.record()
+        self._closed.append((params, host, event))
+
+    def bad(self, wait: bool) -> list[Tensor]:
+        """Parameters whose gradient was not finite, of the steps whose flags have arrived; of all steps with `wait`."""
+        if wait:
+            self.close_step()
+        found: list[Tensor] = []
+        while self._closed:
+            params, host, event = self._closed[0]
+            if event is not None:
+                if wait:
+                    event.synchronize()
+                elif not event.query():
+                    break
+            found += [param for param, finite in zip(params, host.tolist(), strict=True) if not finite]
+            del self._closed[0]
+        return found

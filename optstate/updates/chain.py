@@ -17,7 +17,7 @@ from optstate.updates.scale import add_decayed_weights
 
 __all__ = ["Chain", "Route", "chain", "route"]
 
-Rule = str | Callable[[ParamSpec], bool]
+Selector = str | Callable[[ParamSpec], bool]
 """Selects parameters: a glob on the name, or a predicate on the spec."""
 
 
@@ -95,7 +95,7 @@ def chain(*transforms: Transform) -> Chain:
 class Route:
     """Chooses the chain of each parameter: the first rule that matches, else the default."""
 
-    def __init__(self, rules: Sequence[tuple[Rule, Chain]], default: Chain) -> None:
+    def __init__(self, rules: Sequence[tuple[Selector, Chain]], default: Chain) -> None:
         self.rules, self.default = tuple(rules), default
 
     @property
@@ -111,7 +111,7 @@ class Route:
         return self.default, "default" if self.rules else ""
 
 
-def route(rules: Sequence[tuple[Rule, Transform]], *, default: Transform) -> Route:
+def route(rules: Sequence[tuple[Selector, Transform]], *, default: Transform) -> Route:
     """Different chains for different parameters.
 
     rules: pairs of a rule and a chain, tried in order. A rule is a glob matched against the parameter's name

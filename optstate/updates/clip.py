@@ -52,7 +52,7 @@ class clip_by_norm(Transform):
 
     elementwise: ClassVar[bool] = False
     absorbs_decay: ClassVar[bool] = True
-    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"max_norm": Rule("clip_norm", optional=True)}
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"max_norm": Rule("clip_norm", low=1e-38, optional=True)}
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         max_norm = ctx.read(self.max_norm)
@@ -78,7 +78,9 @@ class clip_by_value(Transform):
     bound: float | Hyper | None = 1.0
 
     absorbs_decay: ClassVar[bool] = True
-    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"bound": Rule("clip_grad_value", optional=True)}
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
+        "bound": Rule("clip_grad_value", low=1e-38, optional=True)
+    }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 0 if head else 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
-
-from torch import Tensor
 
 __all__ = ["Hyper", "Rule", "hyper"]
 
@@ -55,13 +54,10 @@ class Hyper:
             ) from None
         if value is None and self.optional:
             return
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise TypeError(f"{label} has shape {tuple(value.shape)}: a tensor must hold exactly one number")
-            return  # reading it would wait for its device
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{label}={value!r} is a {type(value).__name__}: it must be a number")
-        if not (self.low <= value <= self.high and value < self.below and math.isfinite(value)):
+        number = float(value)
+        if not (self.low <= number <= self.high and number < self.below and math.isfinite(number)):
             raise ValueError(f"{label}={value!r} is out of range: it must be {self._bounds()}")
 
     def _bounds(self) -> str:

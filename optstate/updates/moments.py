@@ -35,7 +35,8 @@ class scale_by_rms(Transform):
 
     store: for the slot `exp_avg_sq`, never negative.
     decay: the averaging weight as a function of the step.
-    eps: added to every square before it is averaged; group key `eps`; None adds nothing.
+    eps: added to every square before it is averaged; group key `eps`; without one a floor is
+        needed, as elements that never had a gradient would be zero divided by zero.
     floor: bounds the mean square below by `floor**2`, as `torch.optim.Adafactor` does; group key `floor`. With a
         factored store this costs a tensor of the parameter's size in fp32.
     """
@@ -51,6 +52,12 @@ class scale_by_rms(Transform):
         "eps": Rule("eps", omittable=True),
         "floor": Rule("floor", omittable=True),
     }
+
+    def check_slots(self, group: Mapping[str, Any]) -> None:
+        super().check_slots(group)
+        bounds = [h.get(group) for h in (self.eps, self.floor) if isinstance(h, Hyper)]
+        if not any(bounds):
+            raise ValueError("scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by")
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {self.slot: Slot(self.store, signed=False, smallest_weight=self.decay.smallest_weight(group))}

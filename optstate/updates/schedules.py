@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from optstate.updates.hyper import Hyper, Rule
@@ -40,11 +41,13 @@ class power_decay(Schedule):
 
     def __post_init__(self) -> None:
         given = self.exponent
-        if isinstance(given, int | float) and not 0.0 <= given <= 2.0:
+        if not isinstance(given, Real | Hyper):
+            raise TypeError(f"power_decay({given!r}) needs a number: the exponent, such as 0.8")
+        if not isinstance(given, Hyper) and not 0.0 <= float(given) <= 2.0:
             raise ValueError(
-                f"decay_rate={-given!r} is out of range: it must be from -2 to 0 (power_decay takes its negative)"
+                f"decay_rate={-float(given)!r} is out of range: it must be from -2 to 0, power_decay takes it negated"
             )
-        value = given if isinstance(given, Hyper) else Hyper("decay_rate", -given)
+        value = given if isinstance(given, Hyper) else Hyper("decay_rate", -float(given))
         object.__setattr__(self, "exponent", Rule("decay_rate", low=-2.0, high=0.0).bind(value))
 
     @property
