@@ -193,6 +193,9 @@ def update_goals(rows: Rows, remark: str) -> list[Goal]:
         if row["name"] == peers.OUR_ADALOMO:
             what = f"AdaLomo / lomo-optim AdaLomo, update, {case}"
             goals.append(Goal(what, row["per_lomo_optim"], limits[row["dtype"]]))
+        if row["name"] == peers.OUR_ADALOMO_AUTO:
+            what = f"AdaLomo, stochastic rounding (the default) / lomo-optim AdaLomo, update, {case}"
+            goals.append(Goal(what, row["per_lomo_optim"], limits[row["dtype"]]))
         if row["name"] == peers.OUR_LOMO and row["dtype"] == "bf16":
             goals.append(Goal(f"Lomo / {peers.SGD_FUSED}, {remark}update, {case}", row["per_sgd_fused"], 1.5))
             goals.append(Goal(f"Lomo / {peers.SGD_LOOP}, update, {case}", row["per_sgd_loop"], 1.5))

@@ -10,9 +10,9 @@ import torch
 
 from optstate import kernels
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores import Store
-from optstate.updates import Chain, Route
-from optstate.weights import Weights, as_weights
+from optstate.stores import Full, Store
+from optstate.updates import Chain, Route, add_decayed_weights, scale_by_adam
+from optstate.weights import Plain, Weights, as_weights
 
 __all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
 
@@ -68,6 +68,19 @@ class ParamPlan:
             return False  # one pass in place
         return self.chain.elementwise and all(slot.store.elementwise for slot in self.slots.values())
 
+    @cached_property
+    def fused_adamw(self) -> tuple[scale_by_adam, add_decayed_weights | None] | None:
+        """The rule and the decay of a chain that is AdamW as PyTorch's fused kernel does it, else None."""
+        exact = self.spec.dtype == self.spec.accumulator and isinstance(self.weights, Plain)
+        if not exact or any(slot.store != Full() for slot in self.slots.values()):
+            return None
+        match self.chain.transforms:
+            case (scale_by_adam() as adam,):
+                return adam, None
+            case (scale_by_adam() as adam, add_decayed_weights() as decay):
+                return adam, decay
+        return None
+
     @property
     def scratch_bytes(self) -> int:
         """Bytes of temporaries a step needs beyond its chunks of a few MB, at most; 0 where nothing grows."""
@@ -85,6 +98,8 @@ class ParamPlan:
         notes = [f"{slot.name}: {slot.note}" for slot in self.slots.values() if slot.note]
         if not self.trainable:
             notes.append("frozen: no state until it gets a gradient")
+        if self.fused_adamw is not None:
+            notes.append("PyTorch's fused AdamW where contiguous and unclipped")
         if self.scratch_bytes:
             notes.append(f"up to {_bytes(self.scratch_bytes)} of temporaries in a step")
         return tuple(notes)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate.plan import ParamPlan
-from optstate.stores import Full
-from optstate.updates import Context, add_decayed_weights, scale_by_adam
-from optstate.weights import Plain
+from optstate.updates import Context
 
 __all__ = ["stepped_by_torch"]
 
@@ -22,11 +20,9 @@ def stepped_by_torch(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) ->
     That is Adam's rule and at most a decoupled decay after it, both moments in full and in the parameter's dtype,
     fp32 or fp64. In lower precision PyTorch keeps the moments in that precision too, which this library does not.
     """
-    adam, rate = _adam_and_decay(plan)
-    if adam is None or plan.spec.dtype != plan.spec.accumulator or not isinstance(plan.weights, Plain):
+    if plan.fused_adamw is None or ctx.param.device.type not in ("cpu", "cuda"):
         return False
-    if any(slot.store != Full() for slot in plan.slots.values()) or ctx.param.device.type not in ("cpu", "cuda"):
-        return False
+    adam, rate = plan.fused_adamw
     if not (ctx.param.is_contiguous() and ctx.grad.is_contiguous() and ctx.grad.dtype == ctx.param.dtype):
         return False
     lr, finite = ctx.group["lr"], ctx.guard.finite
@@ -50,12 +46,3 @@ def stepped_by_torch(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) ->
         found_inf=None if finite is None else finite.logical_not().float(),
     )
     return True
-
-
-def _adam_and_decay(plan: ParamPlan) -> tuple[scale_by_adam | None, add_decayed_weights | None]:
-    match plan.chain.transforms:
-        case (scale_by_adam() as adam,):
-            return adam, None
-        case (scale_by_adam() as adam, add_decayed_weights() as decay):
-            return adam, decay
-    return None, None
