@@ -52,7 +52,8 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
         x = torch.mul(x, x, out=square.like(part))
         row.add_(x.sum(-1, keepdim=True))
         if x.ndim == 2:  # a matrix-vector product sums columns faster than a strided reduction
-            col[0].addmv_(x.t(), ones[: x.shape[0]])
+            # Chunk by chunk: added straight to the totals, every row would round against the sum of all before it.
+            col[0].add_(torch.mv(x.t(), ones[: x.shape[0]]))
         else:  # a piece of one row adds straight to the columns it covers
             col.add_(x if x.ndim == 1 else x.sum(-2, keepdim=True))
     if not _is_one(product.scale):
@@ -73,7 +74,7 @@ def sum_of_squares(product: Product) -> Tensor:
     if dense.numel() <= limit and dense.numel() and not _are_rows_and_cols(factors, dense):
         total = _square(product).sum()
         return total if _is_one(product.scale) else total * (product.scale * product.scale)
-    total = dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))
+    parts = [dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))]
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
     if _are_rows_and_cols(factors, dense) and product.finite is None:
         for part, a, b in chunks((dense, factors[0], factors[1].square()), limit):
@@ -81,11 +82,12 @@ def sum_of_squares(product: Product) -> Tensor:
             x = torch.mul(x, x, out=square.like(part))
             # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
             root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
-            total.add_(torch.dot(root, root))
+            parts.append(root.square_().sum())
     else:
         for part, *fs in chunks((dense, *factors), limit):
             x = _multiply(part, fs, product, value)
-            total.add_(torch.mul(x, x, out=square.like(part)).sum())
+            parts.append(torch.mul(x, x, out=square.like(part)).sum())
+    total = torch.stack(parts).sum()
     return total if _is_one(product.scale) else total * (product.scale * product.scale)
 
 
