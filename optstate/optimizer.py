@@ -213,7 +213,11 @@ class Optimizer(torch.optim.Optimizer):
             guard = Guard(spec.name, grad)
             if not plan.guards:
                 guard.check(kernels.all_finite(grad))
-            if plan.guards and grad.dtype != spec.accumulator and grad.numel() <= kernels.chunk_elements(grad.device):
+            if (
+                plan.guards
+                and grad.dtype != spec.accumulator
+                and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device)
+            ):
                 grad = grad.to(spec.accumulator)  # read several times: convert a small one once
             ctx = Context(spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
             self._writing = True
@@ -325,7 +329,7 @@ def _run_slices(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requ
     if all(t.is_contiguous() for t in tensors):
         tensors = (tensors[0].view(-1), tensors[1].view(-1))
     start = 0
-    for param, grad in kernels.chunks(tensors, kernels.chunk_elements(ctx.param.device)):
+    for param, grad in kernels.chunks(tensors, kernels.slice_elements(ctx.param.device)):
         piece = slice(start, start + param.numel())
         fields = {k: v.view(-1)[piece].view(param.shape) for k, v in state.items() if isinstance(v, Tensor)}
         yield from _run(plan, fields, replace(ctx, param=param, grad=grad), start)

@@ -1,6 +1,6 @@
 """The few loops that touch every element of a parameter, and nothing else."""
 
-from optstate.kernels.chunking import chunk_elements, chunks
+from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.eager import (
     WriteChunk,
     all_finite,
@@ -24,6 +24,7 @@ __all__ = [
     "ema",
     "ema_of_square",
     "evaluate",
+    "slice_elements",
     "sum_of_squares",
     "sums",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optstate.kernels.chunking import chunk_elements, chunks
+from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.product import Product, Scalar
 from optstate.spec import accumulator_dtype
 
@@ -50,7 +50,10 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     for part, row, col, *factors in chunks((dense, rows, cols, *product.factors), limit):
         x = _multiply(part, factors, product, value)
         x = torch.mul(x, x, out=square.like(part))
-        row.add_(x.sum(-1, keepdim=True))
+        if x.ndim == 2 and row.shape[0] == x.shape[0] and x.shape[1] == dense.shape[-1]:
+            torch.sum(x, -1, keepdim=True, out=row)  # whole rows, each seen once
+        else:
+            row.add_(x.sum(-1, keepdim=True))
         if x.ndim == 2:  # a matrix-vector product sums columns faster than a strided reduction
             # Chunk by chunk: added straight to the totals, every row would round against the sum of all before it.
             col[0].add_(torch.mv(x.t(), ones[: x.shape[0]]))
@@ -142,7 +145,7 @@ def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChun
             param.addcmul_(dense, dense.new_ones(()), value=-scale)
         return
     in_place = write is None and param.dtype == accumulator_dtype(param.dtype)
-    limit = chunk_elements(param.device)
+    limit = chunk_elements(param.device) if write is None else slice_elements(param.device)
     value, new = _Buffer(dense, limit), _Buffer(param, limit)
     start = 0
     for part, p, *fs in chunks((dense, param, *factors), limit):
