@@ -285,7 +285,7 @@ class FusedBackward:
 
         Exact gradient accumulation: the next backward outside adds its own and updates from the sum; without one,
         `step()` does. Divide the losses yourself. While it lasts every gradient is kept, so memory is that of
-        ordinary training.
+        ordinary training. An exception inside drops the whole sum: part of a micro-batch may be in it.
         """
         self._require_active("accumulate")
         if self._updated:
@@ -294,6 +294,9 @@ class FusedBackward:
         outer, self._mode = self._mode, _Mode.ACCUMULATE
         try:
             yield
+        except BaseException:
+            self._abandon()
+            raise
         finally:
             self._mode = outer
 

@@ -585,6 +585,18 @@ class TestBrokenOutsideOfHooks:
             o.step()
         assert_same(weights_of(model), weights_of(plain))
 
+    def test_a_micro_batch_that_breaks_off_drops_the_sum_it_is_part_of(self) -> None:
+        first, last = mlp(), nn.Linear(4, 1)
+        optimizer = AdaLomo([*first.parameters(), *last.parameters()])
+        fused = optstate.fuse_backward(optimizer)
+        with fused.accumulate():
+            last(first(torch.ones(2, 8))).sum().backward()
+        with pytest.raises(MemoryError), fused.accumulate():
+            last(FailsInBackward.apply(first(torch.ones(2, 8)))).sum().backward()
+        assert all(p.grad is None for p in [*first.parameters(), *last.parameters()])
+        last(first(torch.ones(2, 8))).sum().backward()
+        optimizer.step()
+
     def test_a_clipped_accumulation_that_is_not_finite_is_dropped_whole(self) -> None:
         model = mlp()
         optimizer = AdaLomo(model.named_parameters())
