@@ -42,6 +42,22 @@ class Corpus:
     source: str
     fingerprint: str
 
+    def set_aside(self) -> tuple[Corpus, Corpus]:
+        """The same text in three parts instead of two, to choose hyper-parameters on text that nothing else sees.
+
+        Returns:
+            Two corpora with one training text, which is this one's without its end. The first has that end, as many
+            bytes as this corpus validates on, for its validation text; the second has this corpus's own.
+        """
+        cut = len(self.train) - len(self.valid)
+        train, selection = self.train[:cut], self.train[cut:]
+        return self._with(train, selection), self._with(train, self.valid)
+
+    def _with(self, train: Tensor, valid: Tensor) -> Corpus:
+        digest = hashlib.sha256(train.numpy())
+        digest.update(valid.numpy())
+        return Corpus(train, valid, self.source, digest.hexdigest())
+
     def description(self) -> dict[str, str | int]:
         """For a report."""
         sizes = {"training_bytes": len(self.train), "validation_bytes": len(self.valid)}

@@ -91,6 +91,10 @@ def build_optimizer(model: GPT, settings: Settings) -> optstate.Optimizer:
     return optimizer
 
 
+Build = Callable[[GPT, Settings], optstate.Optimizer]
+"""Makes the optimizer of a run."""
+
+
 def lr_factor(steps: int) -> Callable[[int], float]:
     """Linear warmup, then a cosine down to a tenth."""
     warmup = max(1, round(steps * WARMUP_SHARE))
@@ -106,18 +110,19 @@ def lr_factor(steps: int) -> Callable[[int], float]:
 
 @dataclass
 class Run:
-    """A training run: model, optimizer, schedule and position. Everything follows from corpus and settings."""
+    """A training run: model, optimizer, schedule and position. Everything follows from corpus, settings and build."""
 
     corpus: Corpus
     settings: Settings
     step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    build: Build = build_optimizer
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.settings.seed)
         self.model = GPT().to(getattr(torch, self.settings.dtype))
-        self.optimizer = build_optimizer(self.model, self.settings)
+        self.optimizer = self.build(self.model, self.settings)
         self.scheduler = LambdaLR(self.optimizer, lr_factor(self.settings.steps))
 
     @property
@@ -143,9 +148,9 @@ class Run:
         self.step += 1
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Validation loss in nats per byte."""
-        inputs, targets = self.corpus.validation(VALIDATION_WINDOWS, self.context)
+    def validate(self, windows: int = VALIDATION_WINDOWS) -> float:
+        """Validation loss in nats per byte, over so many windows of the validation text."""
+        inputs, targets = self.corpus.validation(windows, self.context)
         parts = zip(inputs.split(16), targets.split(16), strict=True)
         return sum(self.model.loss(x, y).item() * len(x) for x, y in parts) / len(inputs)
 
@@ -270,13 +275,13 @@ class Memory:
     backward_and_update: int
 
 
-def measure_memory(corpus: Corpus, settings: Settings) -> Memory:
+def measure_memory(corpus: Corpus, settings: Settings, build: Build = build_optimizer) -> Memory:
     """Measure a twin of a run, so that the run itself is not touched.
 
     The batch is 8 bytes of text. Gradients, state and scratch have the size of the parameters whatever the batch;
     activations and their gradients grow with it, and here they disappear beside the rest.
     """
-    twin = Run(corpus, settings)
+    twin = Run(corpus, settings, build=build)
     probe = corpus.batch(0, *PROBE, settings.seed)
     twin.update(*probe)  # the first step may allocate what later ones reuse
     gradients = _peak_gradient_bytes(twin, probe)

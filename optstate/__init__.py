@@ -4,6 +4,7 @@ are written, and whether the update happens inside the backward pass."""
 from optstate import recipes, stores, updates, weights
 from optstate.backward import FusedBackward, fuse_backward
 from optstate.optimizer import InconsistentStateError, Optimizer
+from optstate.roles import declare_roles
 from optstate.spec import ParamSpec, is_matrix, is_vector
 from optstate.stores import NonFiniteGradientError
 from optstate.updates import chain, route
@@ -15,6 +16,7 @@ __all__ = [
     "Optimizer",
     "ParamSpec",
     "chain",
+    "declare_roles",
     "fuse_backward",
     "is_matrix",
     "is_vector",

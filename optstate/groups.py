@@ -48,8 +48,9 @@ def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
         raise ValueError("a param group has no parameters: leave it out, or fix the filter that made it")
     if not isinstance(param_group.get("role", ""), str):
         raise TypeError(f"role={param_group['role']!r} must be a string, such as 'embedding'")
-    if not (param_group.get("head_size") is None or param_group["head_size"] > 0):
-        raise ValueError(f"head_size={param_group['head_size']!r} must be positive")
+    head_size = param_group.get("head_size")
+    if head_size is not None and (isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1):
+        raise ValueError(f"head_size={head_size!r} must be a whole number of rows, at least 1")
     seen: dict[Tensor, str] = {}
     for i, item in enumerate(params):
         name, param = item if isinstance(item, tuple) else (f"number {i}", item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from optstate import groups, kernels, resume
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_alone
 from optstate.shortcuts import stepped_by_torch
-from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, Statistic
-from optstate.updates import Context, Route, Transform, Update, as_route
+from optstate.stepping import context, run_chain
+from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests
+from optstate.updates import Route, Transform, as_route
 from optstate.weights import Weights
 
 __all__ = ["InconsistentStateError", "Optimizer"]
@@ -94,7 +95,10 @@ class Optimizer(torch.optim.Optimizer):
                 floating-point leaf tensors or are in a group already. Nothing is added then.
         """
         group = groups.checked_group(param_group, set(self._leaves))
-        for part in groups.split_by_chain(group, self._route, self.defaults["lr"]):
+        parts = groups.split_by_chain(group, self._route, self.defaults["lr"])
+        for part in parts:
+            self._plan_group(part, len(self._leaves))  # raises for what cannot be kept, before anything is added
+        for part in parts:
             super().add_param_group(part)
             self._adopt(len(self.param_groups) - 1)
         if self._fused is not None:
@@ -113,23 +117,28 @@ class Optimizer(torch.optim.Optimizer):
     def _adopt(self, index: int) -> None:
         """Plan and allocate the parameters of one group."""
         group = self.param_groups[index]
-        names = group.get("param_names")
-        for i, param in enumerate(group["params"]):
-            spec = groups.spec_of(names[i] if names else f"param_{len(self._leaves)}", param, group)
-            plan = plan_parameter(spec, self._route, self._weights, trainable=param.requires_grad)
+        for param, plan in zip(group["params"], self._plan_group(group, len(self._leaves)), strict=True):
             self._leaves[param] = _Leaf(plan, index)
             if param.requires_grad and param not in self.state:
                 self._allocate(param)
+
+    def _plan_group(self, group: dict[str, Any], first: int) -> list[ParamPlan]:
+        """The plans of a group's parameters, which are numbered from `first` where they have no names."""
+        plans = []
+        for i, item in enumerate(group["params"]):
+            name, param = item if isinstance(item, tuple) else (f"param_{first + i}", item)
+            name = group["param_names"][i] if "param_names" in group else name
+            spec = groups.spec_of(name, param, group)
+            plans.append(plan_parameter(spec, self._route, self._weights, param.requires_grad, group))
+        return plans
 
     def _allocate(self, param: Tensor) -> dict[str, Any]:
         """Create the state of one parameter: step 0 and zeros."""
         leaf = self._leaves[param]
         leaf.plan = replace(leaf.plan, trainable=True)
         state: dict[str, Any] = {"step": 0}
-        for slot in leaf.plan.slots.values():
-            for field, key in slot.keys.items():
-                spec = slot.fields[field]
-                state[key] = torch.zeros(spec.shape, dtype=spec.dtype, device=param.device)
+        for key, field in leaf.plan.fields.items():
+            state[key] = torch.zeros(field.shape, dtype=field.dtype, device=param.device)
         self.state[param] = state
         return state
 
@@ -219,10 +228,10 @@ class Optimizer(torch.optim.Optimizer):
                 and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device)
             ):
                 grad = grad.to(spec.accumulator)  # read several times: convert a small one once
-            ctx = Context(spec, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
+            ctx = context(plan, state, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
             self._writing = True
             if not stepped_by_torch(plan, state, ctx):
-                yield from _run_slices(plan, state, ctx) if plan.sliced else _run(plan, state, ctx)
+                yield from run_chain(plan, state, ctx)
             if guard.finite is not None:
                 self._flags.add(param, guard.finite)
         state["step"] = step
@@ -321,57 +330,3 @@ class Optimizer(torch.optim.Optimizer):
         self._leaves, self._fused, self._flags, self._writing = {}, None, DeferredFlags(), False
         for index in range(len(self.param_groups)):
             self._adopt(index)
-
-
-def _run_slices(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
-    """An elementwise chain, slice by slice: temporaries stay as small as a slice."""
-    tensors = (ctx.param.detach(), ctx.grad)
-    if all(t.is_contiguous() for t in tensors):
-        tensors = (tensors[0].view(-1), tensors[1].view(-1))
-    start = 0
-    for param, grad in kernels.chunks(tensors, kernels.slice_elements(ctx.param.device)):
-        piece = slice(start, start + param.numel())
-        fields = {k: v.view(-1)[piece].view(param.shape) for k, v in state.items() if isinstance(v, Tensor)}
-        yield from _run(plan, fields, replace(ctx, param=param, grad=grad), start)
-        start = piece.stop
-
-
-def _run(plan: ParamPlan, state: Mapping[str, Tensor], ctx: Context, start: int = 0) -> Requests[None]:
-    """Run the chain on a whole parameter or on the slice that begins at flat index `start`, and write the result."""
-    stats = {
-        name: Statistic(slot.store, {field: state[key] for field, key in slot.keys.items()}, ctx.spec, ctx.guard)
-        for name, slot in plan.slots.items()
-    }
-    update = yield from _with_param_squares(plan, Update(ctx.grad, scale=ctx.grad_scale), stats, ctx)
-    if not plan.chain.applies_lr:
-        update = update.scaled(ctx.group["lr"])
-    if ctx.guard.finite is not None:
-        masked = ctx.guard.masked
-        update = replace(update, scale=masked(update.scale), decay=masked(update.decay), finite=ctx.guard.finite)
-    write = plan.weights.writer(ctx.spec, ctx.step)
-    if write is not None and start:
-        write_at, first = write, start
-
-        def write(param: Tensor, value: Tensor, offset: int) -> None:
-            write_at(param, value, first + offset)
-
-    kernels.apply(ctx.param, update, update.decay, write)
-    for statistic in stats.values():
-        statistic.commit()
-
-
-def _with_param_squares(
-    plan: ParamPlan, update: Update, stats: Mapping[str, Statistic], ctx: Context
-) -> Requests[Update]:
-    """Run the chain; where shards must meet, ask for the parameter's own sum of squares in the first round."""
-    requests = plan.chain(update, stats, ctx)
-    if not (plan.chain.reads_param and ctx.spec.sharded_dims):
-        return (yield from requests)
-    try:
-        request = next(requests)
-        reply, ctx.param_squares = yield request, ctx.local_param_squares()
-        while True:
-            request = requests.send(reply)
-            reply = yield request
-    except StopIteration as stop:
-        return cast(Update, stop.value)

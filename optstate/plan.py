@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -51,10 +53,27 @@ class ParamPlan:
     weights: Weights
     trainable: bool = True
 
+    @cached_property
+    def weight_keys(self) -> dict[str, str]:
+        """Field name -> key in the state of what is kept for writing the weight itself."""
+        return {field: f"weight.{field}" for field in self.weights.fields(self.spec)}
+
+    @cached_property
+    def fields(self) -> dict[str, FieldSpec]:
+        """Every tensor in `optimizer.state[param]`, by key: the statistics, then what writing the weight keeps."""
+        of_slots = {key: slot.fields[field] for slot in self.slots.values() for field, key in slot.keys.items()}
+        return of_slots | {self.weight_keys[field]: spec for field, spec in self.weights.fields(self.spec).items()}
+
+    @property
+    def stores(self) -> dict[str, str]:
+        """The store of every slot in words, and how the weight is written if that keeps something."""
+        stores = {name: str(slot.store) for name, slot in self.slots.items()}
+        return stores | ({"weight": str(self.weights)} if self.weight_keys else {})
+
     @property
     def nbytes(self) -> int:
         """Bytes of state over all shards; none while the parameter is frozen."""
-        return sum(slot.nbytes for slot in self.slots.values()) if self.trainable else 0
+        return sum(field.nbytes for field in self.fields.values()) if self.trainable else 0
 
     @cached_property
     def guards(self) -> bool:
@@ -62,11 +81,43 @@ class ParamPlan:
         return self.chain.guards(self.spec)
 
     @cached_property
-    def sliced(self) -> bool:
-        """Whether the chain runs slice by slice, so that scratch memory does not grow with the parameter."""
-        if not (self.slots or self.chain.temporaries(self.spec)):
-            return False  # one pass in place
-        return self.chain.elementwise and all(slot.store.elementwise for slot in self.slots.values())
+    def first_sliced(self) -> int | None:
+        """The place in the chain from which on it runs slice by slice, so that scratch memory does not grow with the
+        parameter; None if nothing after the last sum over the whole parameter needs scratch.
+
+        Every transform before it keeps the update on paper or pays for temporaries. The one at this place may need
+        sums too, if it can take them beforehand (`Transform.prepare`).
+        """
+        first = 0
+        for i, transform in enumerate(self.chain.transforms):
+            stores = [self.slots[name].store for name in transform.slots(self.spec)]
+            if transform.elementwise and all(store.elementwise for store in stores):
+                continue
+            ready = transform.prepares and all(store.elementwise or store.exact_sums for store in stores)
+            first = i if ready else i + 1
+        rest = self.chain.transforms[first:]
+        if any(t.slots(self.spec) or t.temporaries(self.spec, head=i + first == 0) for i, t in enumerate(rest)):
+            return first
+        return None
+
+    @cached_property
+    def before_slices(self) -> Chain:
+        """The part of the chain that runs on the whole parameter."""
+        return Chain(self.chain.transforms[: self.first_sliced])
+
+    @cached_property
+    def in_slices(self) -> Chain:
+        """The part of the chain that runs slice by slice."""
+        return Chain(self.chain.transforms[self.first_sliced :])
+
+    @cached_property
+    def alignment(self) -> int:
+        """Slices begin at multiples of this many elements."""
+        return math.lcm(*(slot.store.alignment for slot in self.slots.values()))
+
+    def slice_elements(self, device: torch.device) -> int:
+        """How many elements a slice has: half as many if a statistic is in codes, whose making needs more buffers."""
+        return kernels.slice_elements(device) // (2 if self.alignment > 1 else 1)
 
     @cached_property
     def fused_adamw(self) -> tuple[scale_by_adam, add_decayed_weights | None] | None:
@@ -84,13 +135,13 @@ class ParamPlan:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of temporaries a step needs beyond its chunks of a few MB, at most; 0 where nothing grows."""
-        if self.sliced or self.spec.numel <= kernels.chunk_elements(torch.device("cpu")):
+        if self.spec.numel <= kernels.chunk_elements(torch.device("cpu")):
             return 0
-        full = self.chain.temporaries(self.spec) * self.spec.numel * self.spec.accumulator.itemsize
+        full = self.chain.temporaries(self.spec, until=self.first_sliced) * self.spec.numel
         # New row and column statistics, their factors and the squares of those: nothing for a matrix, but as much
         # as the parameter itself for convolutions, whose last two dimensions are small.
-        vectors = 4 * sum(slot.nbytes for slot in self.slots.values() if not slot.store.elementwise)
-        return full + (vectors if vectors > SMALL_SCRATCH else 0)
+        vectors = 4 * sum(slot.nbytes for slot in self.slots.values() if slot.store.exact_sums)
+        return full * self.spec.accumulator.itemsize + (vectors if vectors > SMALL_SCRATCH else 0)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,7 +182,7 @@ class Plan:
         chains = list(dict.fromkeys(str(param.chain) for param in self.params))
         rows = [("parameter", "shape", "dtype", "chain", "state", "bytes", "weights", "notes")]
         for param in self.params:
-            state = ", ".join(f"{slot.name}: {slot.store}" for slot in param.slots.values()) or "-"
+            state = ", ".join(f"{name}: {store}" for name, store in param.stores.items() if name != "weight") or "-"
             rows.append(
                 (
                     param.spec.name,
@@ -152,12 +203,18 @@ class Plan:
         return "\n".join([*legend, *table, total])
 
 
-def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, trainable: bool) -> ParamPlan:
-    """Decide everything about one parameter."""
+def plan_parameter(
+    spec: ParamSpec, route: Route, weights: Weights | str, trainable: bool, group: Mapping[str, Any]
+) -> ParamPlan:
+    """Decide everything about one parameter of a param group.
+
+    Raises:
+        ValueError: if a store or a way to write weights cannot be used for it.
+    """
     chain, rule = route.pick(spec)
-    slots = {}
+    slots, smallest = {}, {name: slot.smallest_weight for name, slot in chain.declared_slots(group).items()}
     for name, slot in chain.slots(spec).items():
-        store, note = slot.store.resolve(spec, slot.signed)
+        store, note = slot.store.resolve(spec, slot.signed, smallest[name])
         slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
     return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
 

@@ -21,7 +21,7 @@ VERSION = 1
 
 def header(plan: Plan, clip_grad_norm: float | None) -> dict[str, Any]:
     """What `state_dict` says besides: a version, the store of every slot by parameter index, the fused norm clip."""
-    stores = {i: {name: str(slot.store) for name, slot in param.slots.items()} for i, param in enumerate(plan)}
+    stores = {i: param.stores for i, param in enumerate(plan)}
     return {"version": VERSION, "stores": stores, "clip_grad_norm": clip_grad_norm}
 
 
@@ -107,14 +107,14 @@ def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:
-    own = {name: str(slot.store) for name, slot in param.slots.items()}
+    own = param.stores
     if saved is not None and dict(saved) != own:
         raise ValueError(f"{param.spec.name!r} was saved as {_listed(saved)}, here it is {_listed(own)}")
 
 
 def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
     name = param.spec.name
-    own = {key: slot.fields[field] for slot in param.slots.values() for field, key in slot.keys.items()}
+    own = param.fields
     if set(saved) != {"step", *own}:
         raise ValueError(f"{name!r} was saved with {_listed(saved)}, here it keeps {_listed(['step', *own])}")
     step = saved["step"]

@@ -63,11 +63,14 @@ class FieldSpec:
 
     `dims[i]` is the parameter dimension that dimension `i` of the field runs along, so a field is sharded
     exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
+    `per` is how many consecutive elements of the flattened parameter share one entry of the flattened field, where
+    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     dims: tuple[int, ...]
+    per: int = 1
 
     @property
     def nbytes(self) -> int:

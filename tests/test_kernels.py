@@ -383,14 +383,15 @@ def test_a_writer_sees_every_new_value_at_its_flat_index_and_alone_writes(case):
     param = case.param.clone()
     seen, starts = [], []
 
-    def write(chunk: Tensor, value: Tensor, start: int) -> None:
-        assert chunk.shape == value.shape
-        assert value.dtype == accumulator_dtype(chunk.dtype)
-        starts.append(start)
-        seen.append(value.flatten().clone())
+    class Recording(kernels.WeightCodec):
+        def write(self, param: Tensor, value: Tensor, start: int) -> None:
+            assert param.shape == value.shape
+            assert value.dtype == accumulator_dtype(param.dtype)
+            starts.append(start)
+            seen.append(value.flatten().clone())
 
-    with chunk_of(max(case.limit, 4)):  # where there is a writer, chunks are a quarter as large
-        kernels.apply(param, case.product, case.decay, write)
+    with chunk_of(max(case.limit, 4)):  # where there is a codec, chunks are smaller
+        kernels.apply(param, case.product, case.decay, Recording())
     assert torch.equal(param, case.param)
     assert starts == [sum(len(s) for s in seen[:i]) for i in range(len(seen))]
     flat = torch.cat(seen) if seen else torch.empty(0)
@@ -398,9 +399,13 @@ def test_a_writer_sees_every_new_value_at_its_flat_index_and_alone_writes(case):
 
 
 def test_a_writer_writes_into_the_parameter_whatever_its_strides():
+    class Rounding(kernels.WeightCodec):
+        def write(self, param: Tensor, value: Tensor, start: int) -> None:
+            param.copy_(value)
+
     param = torch.zeros(6, 5, dtype=BF16).t()
     with chunk_of(16):
-        kernels.apply(param, Product(torch.arange(30.0).view(5, 6)), write=lambda p, value, _: p.copy_(value))
+        kernels.apply(param, Product(torch.arange(30.0).view(5, 6)), codec=Rounding())
     assert torch.equal(param, -torch.arange(30.0).view(5, 6).bfloat16())
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from adalomo import AdaLomo
 from optstate import kernels
-from optstate.optimizer import _run
 from optstate.plan import ParamPlan, plan_parameter
 from optstate.sharding import lock_step, own_totals, run_alone
 from optstate.spec import ParamSpec
+from optstate.stepping import run_chain
 from optstate.stores import Guard, NonFiniteGradientError, Partial
 from optstate.updates import Context
 
@@ -41,7 +41,7 @@ class Halves:
         self.opt = AdaLomo([(name, self.param)], **{**HYPERS, **hypers})
         self.dim, self.sizes, self.shape, self.step = dim, sizes, shape, 0
         spec = ParamSpec(name=name, shape=shape, dtype=torch.float64, sharded_dims=frozenset({dim}))
-        self.plan: ParamPlan = plan_parameter(spec, self.opt.recipe, "auto", trainable=True)
+        self.plan: ParamPlan = plan_parameter(spec, self.opt.recipe, "auto", True, self.opt.param_groups[0])
         self.locals = [piece.clone() for piece in whole.split(sizes, dim)]
         self.states = [self._shard(i) for i in range(2)]
 
@@ -64,7 +64,9 @@ class Halves:
         if not self.plan.chain.guards(self.plan.spec):
             guard.check(kernels.all_finite(grad))
         group = self.opt.param_groups[0]
-        return _run(self.plan, self.states[i], Context(self.plan.spec, self.locals[i], grad, group, self.step, guard))
+        return run_chain(
+            self.plan, self.states[i], Context(self.plan.spec, self.locals[i], grad, group, self.step, guard)
+        )
 
     def _marked(self, requests: Any) -> Any:
         reply = None

@@ -22,10 +22,10 @@ from torch import Tensor
 import optstate
 from optstate import kernels, stores, updates, weights
 from optstate.kernels import Product
+from optstate.kernels.rounding import random_bits16
 from optstate.memory import peak_extra_bytes
 from optstate.spec import ParamSpec
 from optstate.weights import Plain, StochasticRounding, as_weights
-from optstate.weights.stochastic import random_bits16
 
 chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
 
@@ -44,9 +44,7 @@ def spec_of(dtype: torch.dtype, name: str = "p", shape: tuple[int, ...] = (N,)) 
 def rounded(value: Tensor, dtype: torch.dtype, *, seed: int = 0, name: str = "p", step: int = 1, start: int = 0):
     """fp32 `value` written to a parameter of `dtype` whose chunk begins at flat index `start`."""
     param = torch.full(value.shape, 7.0, dtype=dtype)
-    write = StochasticRounding(seed).writer(spec_of(dtype, name), step)
-    assert write is not None
-    write(param, value.clone(), start)
+    StochasticRounding(seed).codec(spec_of(dtype, name), step, {}).write(param, value.clone(), start)
     return param
 
 
@@ -54,7 +52,7 @@ def rounded(value: Tensor, dtype: torch.dtype, *, seed: int = 0, name: str = "p"
 def bits_of(uniform: Tensor) -> Iterator[None]:
     """Round with these numbers of 0 .. 65535 instead of random ones."""
     bits = (uniform - (1 << 15)).to(torch.int16)
-    with mock.patch("optstate.weights.stochastic.random_bits16", return_value=bits):
+    with mock.patch("optstate.kernels.rounding.random_bits16", return_value=bits):
         yield
 
 
@@ -234,7 +232,7 @@ def test_the_bits_do_not_depend_on_chunks_or_strides(chain, layout, dtype):
             pieces.append(random_bits16(key, start, count, device))
             return pieces[-1]
 
-        with chunk_of(limit), mock.patch("optstate.weights.stochastic.random_bits16", recorded):
+        with chunk_of(limit), mock.patch("optstate.kernels.rounding.random_bits16", recorded):
             for step in range(3):
                 param.grad = gaussians(5 + step, 210).view(14, 15).to(dtype)
                 opt.step()
@@ -414,8 +412,8 @@ def test_fp32_parameters_in_a_mixed_model_are_written_plainly_and_the_plan_says_
 
 def test_rounding_needs_little_scratch_whatever_the_parameter():
     param, grad = torch.ones(1 << 24, dtype=BF16), torch.ones(1 << 24, dtype=BF16)  # 67 MB in fp32
-    write = StochasticRounding().writer(spec_of(BF16), 1)
-    assert peak_extra_bytes(lambda: kernels.apply(param, Product(grad, scale=1e-3), 0.1, write)) <= 8_000_000
+    codec = StochasticRounding().codec(spec_of(BF16), 1, {})
+    assert peak_extra_bytes(lambda: kernels.apply(param, Product(grad, scale=1e-3), 0.1, codec)) <= 8_000_000
 
 
 @each_dtype

@@ -1,8 +1,9 @@
 """The few loops that touch every element of a parameter, and nothing else."""
 
-from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
+from optstate.kernels.chunking import Piece, chunk_elements, chunks, pieces, slice_elements
+from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
 from optstate.kernels.eager import (
-    WriteChunk,
+    WeightCodec,
     all_finite,
     apply,
     ema,
@@ -10,21 +11,36 @@ from optstate.kernels.eager import (
     evaluate,
     sum_of_squares,
     sums,
+    sums_of_difference,
+    sums_of_rows,
+    weight_sum_of_squares,
 )
 from optstate.kernels.product import Product, Scalar
+from optstate.kernels.rounding import Noise, round_bf16, round_fp16
 
 __all__ = [
+    "Codebook",
+    "Noise",
+    "Piece",
     "Product",
     "Scalar",
-    "WriteChunk",
+    "WeightCodec",
     "all_finite",
     "apply",
     "chunk_elements",
     "chunks",
+    "dynamic_map",
     "ema",
     "ema_of_square",
     "evaluate",
+    "linear_map",
+    "pieces",
+    "round_bf16",
+    "round_fp16",
     "slice_elements",
     "sum_of_squares",
     "sums",
+    "sums_of_difference",
+    "sums_of_rows",
+    "weight_sum_of_squares",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_elements", "chunks", "slice_elements"]
+__all__ = ["Piece", "chunk_elements", "chunks", "pieces", "slice_elements"]
 
 CPU_CHUNK = 1 << 19
 """One fp32 buffer of 2**19 elements is 2 MB: two stay near a core's L2 cache and well under the 8 MB scratch limit."""
@@ -48,3 +50,48 @@ def chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, ...]
         return
     for i in range(rows):
         yield from chunks([t[i] if t.shape[0] == rows else t[0] for t in tensors], limit)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous range of a parameter's elements in row-major order: what `pieces` cuts a shape into.
+
+    index, rows: places in the leading dimensions, then a range of the next one; every later dimension is whole.
+    start, stop: the range of flat indices.
+    """
+
+    index: tuple[int, ...]
+    rows: slice
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor with the parameter's dimensions, each of full size or 1 where it broadcasts."""
+        for i in self.index:
+            tensor = tensor[i if tensor.shape[0] > 1 else 0]
+        return tensor[self.rows] if tensor.shape[0] > 1 else tensor
+
+    def of_field(self, field: Tensor, per: int) -> Tensor:
+        """The entries, flat, of a contiguous tensor with one entry per `per` consecutive elements."""
+        return field.view(-1)[self.start // per : -(-self.stop // per)]
+
+
+def pieces(shape: Sequence[int], limit: int, align: int = 1) -> Iterator[Piece]:
+    """Cut a shape of at least one dimension into pieces of about `limit` elements that begin at multiples of `align`.
+
+    Where rows are not whole numbers of blocks a piece takes as many as are, even if that exceeds the limit.
+    """
+    yield from _pieces(tuple(shape), limit, align, (), 0)
+
+
+def _pieces(shape: tuple[int, ...], limit: int, align: int, index: tuple[int, ...], start: int) -> Iterator[Piece]:
+    rows, inner = shape[0], math.prod(shape[1:])
+    if inner > limit and (rows == 1 or inner % align == 0):
+        for i in range(rows):
+            yield from _pieces(shape[1:], limit, align, (*index, i), start + i * inner)
+        return
+    together = align // math.gcd(inner, align)
+    step = max(limit // inner // together, 1) * together
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield Piece(index, slice(first, last), start + first * inner, start + last * inner)

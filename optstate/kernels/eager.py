@@ -7,6 +7,7 @@ chunk inside a buffer, never the whole tensor, is what keeps scratch independent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +16,37 @@ from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.product import Product, Scalar
 from optstate.spec import accumulator_dtype
 
-__all__ = ["WriteChunk", "all_finite", "apply", "ema", "ema_of_square", "evaluate", "sum_of_squares", "sums"]
+__all__ = [
+    "WeightCodec",
+    "all_finite",
+    "apply",
+    "ema",
+    "ema_of_square",
+    "evaluate",
+    "sum_of_squares",
+    "sums",
+    "sums_of_difference",
+    "sums_of_rows",
+    "weight_sum_of_squares",
+]
 
-WriteChunk = Callable[[Tensor, Tensor, int], None]
-"""Writes `(chunk of the parameter, its new fp32 value, flat index of its first element)`; may overwrite the value."""
+
+class WeightCodec:
+    """How the value of a weight is read from and written to a parameter of low precision, chunk by chunk.
+
+    start: flat index of the chunk's first element in the whole parameter; chunks are ranges in row-major order.
+    """
+
+    adds_bits: ClassVar[bool] = False
+    """The value is more than what the parameter alone holds."""
+
+    def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
+        """The chunk's value, fp32, in `out`."""
+        return out.copy_(param)
+
+    def write(self, param: Tensor, value: Tensor, start: int) -> None:
+        """Make `value`, fp32 and free to be overwritten, the chunk's value."""
+        raise NotImplementedError
 
 
 def all_finite(grad: Tensor) -> Tensor:
@@ -62,6 +90,35 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     if not _is_one(product.scale):
         square_scale = product.scale * product.scale
         rows, cols = rows.mul_(square_scale), cols.mul_(square_scale)
+    return rows, cols
+
+
+def sums_of_rows(product: Product) -> Tensor:
+    """Sums of the squared value at each index of the first dimension, `[m, 1, ...]`; fp32 (fp64 for fp64 operands)."""
+    dense = product.dense
+    rows = dense.new_zeros((dense.shape[0], *(1,) * (dense.ndim - 1)), dtype=accumulator_dtype(dense.dtype))
+    limit = chunk_elements(dense.device)
+    value, square = _Buffer(dense, limit), _Buffer(dense, limit)
+    for part, row, *factors in chunks((dense, rows, *product.factors), limit):
+        x = _multiply(part, factors, product, value)
+        row.add_(torch.mul(x, x, out=square.like(part)).sum_to_size(row.shape))
+    return rows if _is_one(product.scale) else rows.mul_(product.scale * product.scale)
+
+
+def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Like `sums`, of the value minus `other`, a tensor of the same shape in the accumulator dtype."""
+    dense = product.dense
+    rows = other.new_zeros((*dense.shape[:-1], 1))
+    cols = other.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]))
+    factors, scale = _fold_scale(product)
+    limit = chunk_elements(dense.device)
+    value, square = _Buffer(dense, limit), _Buffer(dense, limit)
+    for part, o, row, col, *fs in chunks((dense, other, rows, cols, *factors), limit):
+        x = _multiply(part, fs, product, value)
+        difference = torch.mul(x, scale, out=square.like(part)) if not _is_one(scale) else square.like(part).copy_(x)
+        difference.sub_(o).square_()
+        row.add_(difference.sum_to_size(row.shape))
+        col.add_(difference.sum_to_size(col.shape))
     return rows, cols
 
 
@@ -126,17 +183,19 @@ def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float =
     _update(target, product, step)
 
 
-def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChunk | None = None) -> None:
+def apply(
+    param: Tensor, product: Product, decay: Scalar = 0.0, codec: WeightCodec | None = None, start: int = 0
+) -> None:
     """`param <- param * (1 - decay) - value`, in fp32 and rounded once to the parameter's dtype.
 
     The two operations keep this form and order because the official AdaLomo and LOMO code rounds so.
-    `write` replaces the rounding to nearest; it sees the chunks in row-major order.
+    `codec` replaces reading and rounding to nearest; it sees the chunks in row-major order, the first at `start`.
     """
     dense = product.dense
     factors, scale = _fold_scale(product)
     keep = None if _is_zero(decay) else 1 - decay
     as_is = product.bound is None and product.finite is None and dense.dtype == param.dtype
-    if not factors and keep is None and write is None and as_is and isinstance(scale, float):
+    if not factors and keep is None and codec is None and as_is and isinstance(scale, float):
         if param.dtype == accumulator_dtype(param.dtype):
             param.add_(dense, alpha=-scale)
         else:
@@ -144,12 +203,14 @@ def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChun
             # round alpha to the parameter's dtype first: in bf16 a learning rate of 0.1 became 0.1001.
             param.addcmul_(dense, dense.new_ones(()), value=-scale)
         return
-    in_place = write is None and param.dtype == accumulator_dtype(param.dtype)
-    limit = chunk_elements(param.device) if write is None else slice_elements(param.device)
+    in_place = codec is None and param.dtype == accumulator_dtype(param.dtype)
+    limit = chunk_elements(param.device) if codec is None else slice_elements(param.device)
     value, new = _Buffer(dense, limit), _Buffer(param, limit)
-    start = 0
     for part, p, *fs in chunks((dense, param, *factors), limit):
-        target = p if in_place else new.like(p).copy_(p)
+        if codec is not None:
+            target = codec.read(p, start, new.like(p))
+        else:
+            target = p if in_place else new.like(p).copy_(p)
         if keep is not None:
             target.mul_(keep)
         if fs and product.finite is None:
@@ -158,11 +219,23 @@ def apply(param: Tensor, product: Product, decay: Scalar = 0.0, write: WriteChun
             target.add_(_multiply(part, fs, product, value), alpha=-scale)
         else:
             target.addcmul_(_multiply(part, fs, product, value), scale, value=-1)
-        if write is not None:
-            write(p, target, start)
+        if codec is not None:
+            codec.write(p, target, start)
         elif not in_place:
             p.copy_(target)
         start += p.numel()
+
+
+def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
+    """0-d sum of squares of a parameter's value, as `sum_of_squares`; of the exact value if a codec keeps more bits."""
+    if codec is None or not codec.adds_bits:
+        return sum_of_squares(Product(param))
+    limit = slice_elements(param.device)
+    new, parts, start = _Buffer(param, limit), [param.new_zeros((), dtype=torch.float32)], 0
+    for (p,) in chunks((param,), limit):
+        parts.append(codec.read(p, start, new.like(p)).square_().sum())
+        start += p.numel()
+    return torch.stack(parts).sum()
 
 
 def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], None]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optstate.kernels.chunking import Piece
+
 __all__ = ["Product", "Scalar"]
 
 Scalar = float | Tensor
@@ -38,3 +40,8 @@ class Product:
     def shape(self) -> torch.Size:
         """Shape of the value: that of `dense`."""
         return self.dense.shape
+
+    def piece(self, piece: Piece) -> Product:
+        """The same product of a piece of the tensor."""
+        factors = tuple(piece.of(factor) for factor in self.factors)
+        return Product(piece.of(self.dense), factors, self.scale, self.bound, self.finite)

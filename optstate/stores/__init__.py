@@ -1,20 +1,30 @@
 """How one statistic is kept between steps."""
 
-from optstate.stores.base import Fields, Partial, Requests, Slot, Store
+from optstate.stores.axes import AxisMax
+from optstate.stores.base import Fields, Partial, Requests, Shape, Slot, Store
+from optstate.stores.blockwise import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
+from optstate.stores.grouped import Grouped
 from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError
-from optstate.stores.statistic import Statistic
+from optstate.stores.statistic import MovedStatistic, Statistic
 
 __all__ = [
+    "AxisMax",
+    "Block4",
+    "Block8",
     "DeferredFlags",
     "Factored",
     "Fields",
+    "Float8",
     "Full",
+    "Grouped",
     "Guard",
+    "MovedStatistic",
     "NonFiniteGradientError",
     "Partial",
     "Requests",
+    "Shape",
     "Slot",
     "Statistic",
     "Store",

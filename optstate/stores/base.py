@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from optstate import kernels
 from optstate.describe import short
-from optstate.kernels import Product, Scalar
+from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
 
 if TYPE_CHECKING:
     from optstate.stores.statistic import Statistic
 
-__all__ = ["Fields", "Partial", "Requests", "Slot", "Store"]
+__all__ = ["Fields", "Partial", "Requests", "Shape", "Slot", "Store", "difference", "square_of"]
+
+NO_NOISE = Noise("", 0)
 
 T = TypeVar("T")
+Shape = Sequence[int]
 Fields = Mapping[str, Tensor]
 """The tensors of one statistic by field name. A store with a single field names it `""`."""
 
 
 class Partial(NamedTuple):
-    """A sum over dimension `dim` of a local shard (negative, counted from the end)."""
+    """A sum over dimension `dim`, or several, of a local shard (negative, counted from the end)."""
 
     local: Tensor
-    dim: int
+    dim: int | tuple[int, ...]
 
 
 Requests = Generator[Any, Any, T]
@@ -48,11 +52,25 @@ class Store:
     def __str__(self) -> str:
         return short(self)
 
-    elementwise: bool = True
-    """Each element of the statistic belongs to one element of the parameter, so slices are independent."""
+    elementwise: ClassVar[bool] = True
+    """Elements, or blocks of `alignment` elements, are kept independently of each other, so slices are too."""
 
-    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
-        """The store used for this parameter and, if it is another one, why."""
+    exact_sums: ClassVar[bool] = False
+    """Not elementwise, but an average is exact on the stored sums, which are moved before anything is updated and
+    notice a gradient that is not finite. What the store holds is then a product of small factors."""
+
+    @property
+    def alignment(self) -> int:
+        """A slice must begin at a multiple of this many elements of the flattened parameter."""
+        return 1
+
+    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+        """The store used for this parameter, fitted to the statistic's kind (see `Slot`), and, if that is not
+        what a reader of the recipe would expect, why.
+
+        Raises:
+            ValueError: if the parameter cannot be kept in this format.
+        """
         return self, ""
 
     def check(self, signed: bool, smallest_weight: float) -> None:
@@ -62,31 +80,60 @@ class Store:
         """Name, global shape, dtype and placement of every tensor kept."""
         raise NotImplementedError
 
-    def read(self, fields: Fields) -> Tensor:
-        """The statistic in the parameter's local shape, fp32. May be the stored tensor: do not write to it."""
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        """The statistic in the parameter's local shape, fp32. May be the stored tensor: do not write to it.
+
+        An elementwise store is also given a slice: a shape, and flat fields of the elements in it.
+        """
         raise NotImplementedError
 
-    def write(self, fields: Fields, value: Tensor) -> None:
-        """Store `value`, fp32 in the parameter's local shape, in place."""
+    def encode(self, value: Tensor, noise: Noise) -> Fields:
+        """What the fields become when the statistic is `value`, fp32 in a local shape or a slice's; each tensor
+        flat, in the field's shape, or anything that can be copied into it. May overwrite `value`.
+
+        noise: random bits for formats that round stochastically.
+        """
         raise NotImplementedError
+
+    def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, ...]:
+        """The statistic as factors whose product it is, with the parameter's dimensions, each of full size or 1."""
+        return (self.read(fields, shape),)
+
+    def write(self, fields: Fields, value: Tensor, noise: Noise = NO_NOISE) -> None:
+        """Store `value` in place; see `encode`."""
+        for name, new in self.encode(value, noise).items():
+            fields[name].copy_(new.view(fields[name].shape))
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         """Move the statistic towards `value` by `weight` of the distance."""
         yield from ()
         statistic.hold_ema(value, weight)
 
-    def ema_of_square(self, statistic: Statistic, value: Product, weight: Scalar, eps: float) -> Requests[None]:
-        """Move the statistic towards `value**2 + eps` by `weight` of the distance."""
+    def ema_of_square(
+        self, statistic: Statistic, value: Product, weight: Scalar, eps: float, minus: Tensor | None = None
+    ) -> Requests[None]:
+        """Move the statistic towards `(value - minus)**2 + eps` by `weight` of the distance."""
         yield from ()
-        statistic.hold_ema_of_square(value, weight, eps)
+        statistic.hold_ema_of_square(value if minus is None else difference(value, minus), weight, eps)
+
+    def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
+        """Add `value**2` to the statistic."""
+        yield from ()
+        x = kernels.evaluate(value)
+        statistic.hold(torch.addcmul(statistic.read(), x, x))
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
         """`max(statistic, floor**2) ** -0.5` as factors whose product it is.
 
         A factored store also bounds the overall mean it divides by, by `floor`, as `torch.optim.Adafactor` does.
         """
-        value = statistic.read()
+        value = statistic.compact()
         return ((value if floor == 0 else value.clamp(min=square_of(floor, value))).rsqrt(),)
+
+
+def difference(value: Product, minus: Tensor) -> Product:
+    """`value - minus`, multiplied out."""
+    return Product(kernels.evaluate(value).sub_(minus), finite=value.finite)
 
 
 def square_of(floor: float, like: Tensor) -> float:

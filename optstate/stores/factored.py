@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from optstate import kernels
-from optstate.kernels import Product, Scalar
+from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Partial, Requests, Store, square_of
+from optstate.stores.base import Fields, Partial, Requests, Shape, Store, square_of
 from optstate.stores.full import Full
 from optstate.stores.statistic import Statistic
 
@@ -33,9 +34,10 @@ class Factored(Store):
         ValueError: when a chain puts a statistic into it that can be negative.
     """
 
-    elementwise = False
+    elementwise: ClassVar[bool] = False
+    exact_sums: ClassVar[bool] = True
 
-    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
+    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
         if spec.ndim < 2:
             return Full(), f"{spec.ndim}-D: nothing to factor, kept in full"
         return self, ""
@@ -55,29 +57,33 @@ class Factored(Store):
             "col": FieldSpec((*batch, cols), spec.accumulator, (*dims[:-2], dims[-1])),
         }
 
-    def read(self, fields: Fields) -> Tensor:
-        row, col = fields["row"], fields["col"]
-        share = row / row.mean(-1, keepdim=True)
-        return rearrange(share, "... m -> ... m 1") * rearrange(col, "... n -> ... 1 n")
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        share, col = self.factors(fields, shape)
+        return share * col
 
-    def write(self, fields: Fields, value: Tensor) -> None:
-        fields["row"].copy_(value.mean(-1))
-        fields["col"].copy_(value.mean(-2))
+    def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, Tensor]:
+        row, col = fields["row"], fields["col"]
+        mean = row.mean(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)  # all zeros: 0, not 0 / 0
+        return rearrange(row / mean, "... m -> ... m 1"), rearrange(col, "... n -> ... 1 n")
+
+    def encode(self, value: Tensor, noise: Noise) -> Fields:
+        return {"row": value.mean(-1), "col": value.mean(-2)}
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         dense = kernels.evaluate(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)
-        self._hold(statistic, rows, cols, weight, eps=0.0)
+        row, col = self._means(statistic, rows, cols)
+        self._hold_ema(statistic, row, col, weight)
 
-    def ema_of_square(self, statistic: Statistic, value: Product, weight: Scalar, eps: float) -> Requests[None]:
-        rows, cols = kernels.sums(value)
-        rows, cols = yield Partial(rows, -1), Partial(cols, -2)
-        guard = statistic.guard
-        if not guard.checked:  # squares that overflow count as infinite: they would never leave the averages
-            totals = rows if statistic.spec.is_sharded(-1) else cols  # whole on every device, so that all agree
-            guard.check(torch.isfinite(totals.sum()))
-            weight = guard.masked(weight)
-        self._hold(statistic, rows, cols, weight, eps)
+    def ema_of_square(
+        self, statistic: Statistic, value: Product, weight: Scalar, eps: float, minus: Tensor | None = None
+    ) -> Requests[None]:
+        row, col = yield from self._means_of_square(statistic, value, minus)
+        self._hold_ema(statistic, row.add_(eps), col.add_(eps), statistic.guard.masked(weight))
+
+    def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
+        row, col = yield from self._means_of_square(statistic, value)
+        statistic.hold_fields(row=row.add_(statistic.fields["row"]), col=col.add_(statistic.fields["col"]))
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
         row, col = statistic.current["row"], statistic.current["col"]
@@ -92,12 +98,24 @@ class Factored(Store):
             col.rsqrt().unsqueeze(-2),
         )
 
+    def _means_of_square(
+        self, statistic: Statistic, value: Product, minus: Tensor | None = None
+    ) -> Requests[tuple[Tensor, Tensor]]:
+        """Row and column means of `(value - minus)**2` over the whole parameter; refuses what is not finite."""
+        rows, cols = kernels.sums(value) if minus is None else kernels.sums_of_difference(value, minus)
+        rows, cols = yield Partial(rows, -1), Partial(cols, -2)
+        if not statistic.guard.checked:  # squares that overflow count as infinite: they would never leave the averages
+            totals = rows if statistic.spec.is_sharded(-1) else cols  # whole on every device, so that all agree
+            statistic.guard.check(torch.isfinite(totals.sum()))
+        return self._means(statistic, rows, cols)
+
     @staticmethod
-    def _hold(statistic: Statistic, rows: Tensor, cols: Tensor, weight: Scalar, eps: float) -> None:
-        """Average the totals `[..., m, 1]` and `[..., 1, n]` into the means, by global counts."""
-        fields, (m, n) = statistic.fields, statistic.spec.shape[-2:]
-        row_means = rows.squeeze(-1).div_(n).add_(eps)
-        col_means = cols.squeeze(-2).div_(m).add_(eps)
-        statistic.hold_fields(
-            row=torch.lerp(fields["row"], row_means, weight), col=torch.lerp(fields["col"], col_means, weight)
-        )
+    def _means(statistic: Statistic, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        """Means from the totals `[..., m, 1]` and `[..., 1, n]`, by global counts."""
+        m, n = statistic.spec.shape[-2:]
+        return rows.squeeze(-1).div_(n), cols.squeeze(-2).div_(m)
+
+    @staticmethod
+    def _hold_ema(statistic: Statistic, row: Tensor, col: Tensor, weight: Scalar) -> None:
+        fields = statistic.fields
+        statistic.hold_fields(row=torch.lerp(fields["row"], row, weight), col=torch.lerp(fields["col"], col, weight))

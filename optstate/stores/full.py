@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from optstate import kernels
+from optstate.kernels import Noise
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Store
+from optstate.stores.base import Fields, Shape, Store
 
 __all__ = ["Full"]
 
@@ -21,15 +23,20 @@ SMALLEST_BF16_WEIGHT = 2.0**-8
 class Full(Store):
     """One number per element, as wide as `dtype`: None is fp32 (fp64 for fp64 parameters).
 
-    Bytes per element: 4 (fp32), 2 (bf16). Worst relative error of a stored value: none (fp32), 2**-8 (bf16).
+    Bytes per element: 4 (fp32), 2 (bf16). Worst relative error of a stored value: none (fp32), 2**-8 (bf16 rounded
+    to nearest), 2**-7 (bf16 rounded stochastically, right on average).
+
+    stochastic: round to bf16 at random, up or down, so that the mean is the exact value. None does so where it is
+        needed: for an average with weights below 2**-8 (beta above 0.996), whose steps rounding to nearest would
+        swallow, so that a second moment would never decay. The random bits are a function of parameter name, slot,
+        step and element; nothing needs to be saved.
 
     Raises:
-        ValueError: for a dtype other than float32 and bfloat16; and, when a chain is built, for a bf16
-            second moment whose average uses weights below 2**-8 (beta above 0.996): rounding to nearest would
-            stop it from ever decaying.
+        ValueError: for a dtype other than float32 and bfloat16, or for a stochastic fp32.
     """
 
     dtype: str | None = None
+    stochastic: bool | None = None
 
     def __post_init__(self) -> None:
         name = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
@@ -37,22 +44,34 @@ class Full(Store):
             raise ValueError(
                 f"Full(dtype={self.dtype!r}) is not a format for statistics: use one of {', '.join(DTYPES)}"
             )
+        if self.stochastic and name != "bfloat16":
+            raise ValueError(f"Full(dtype={self.dtype!r}, stochastic=True): only bfloat16 is rounded stochastically")
         object.__setattr__(self, "dtype", name)
 
+    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+        if self.dtype == "bfloat16" and self.stochastic is None and smallest_weight < SMALLEST_BF16_WEIGHT:
+            why = f"averaging weights down to {smallest_weight:.3g} would be rounded away: rounded stochastically"
+            return replace(self, stochastic=True), why
+        return self, ""
+
     def check(self, signed: bool, smallest_weight: float) -> None:
-        if self.dtype == "bfloat16" and not signed and smallest_weight < SMALLEST_BF16_WEIGHT:
+        if self.stochastic is False and self.dtype == "bfloat16" and smallest_weight < SMALLEST_BF16_WEIGHT:
             raise ValueError(
-                f"a bfloat16 second moment does not decay with an averaging weight of {smallest_weight:.3g} "
-                f"(less than {SMALLEST_BF16_WEIGHT:.3g} is rounded away): keep it in Full(), or lower beta2"
+                f"a bfloat16 statistic rounded to nearest does not decay with an averaging weight of "
+                f"{smallest_weight:.3g} (less than {SMALLEST_BF16_WEIGHT:.3g} is rounded away): leave out "
+                "stochastic=False, keep it in Full(), or lower beta"
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         dtype = spec.accumulator if self.dtype is None else DTYPES[self.dtype]
         return {"": FieldSpec(spec.shape, dtype, tuple(range(spec.ndim)))}
 
-    def read(self, fields: Fields) -> Tensor:
-        stored = fields[""]
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        stored = fields[""].view(shape)
         return stored.float() if stored.dtype == torch.bfloat16 else stored
 
-    def write(self, fields: Fields, value: Tensor) -> None:
-        fields[""].copy_(value)
+    def encode(self, value: Tensor, noise: Noise) -> Fields:
+        if self.stochastic:
+            value = value.float().contiguous()
+            value = kernels.round_bf16(value, noise.bits16(value.numel(), value.device).view(value.shape))
+        return {"": value}

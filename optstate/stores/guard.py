@@ -53,7 +53,11 @@ class Guard:
 
     def choose(self, new: Tensor, old: Tensor) -> Tensor:
         """`new`, or `old` if the gradient is known on the device not to be finite."""
-        return new if self.finite is None else torch.where(self.finite, new, old)
+        if self.finite is None:
+            return new
+        if old.dtype.itemsize == 1 and old.is_floating_point():  # where() does not know 8-bit floats
+            return torch.where(self.finite, new.view(torch.uint8), old.view(torch.uint8)).view(old.dtype)
+        return torch.where(self.finite, new, old)
 
 
 class DeferredFlags:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.kernels import Product, Scalar
+from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import ParamSpec
-from optstate.stores.base import Fields, Requests, Store
+from optstate.stores.base import NO_NOISE, Fields, Requests, Shape, Store
+from optstate.stores.full import Full
 from optstate.stores.guard import Guard
 
-__all__ = ["Statistic"]
+__all__ = ["MovedStatistic", "Statistic"]
 
 
 class Statistic:
@@ -22,17 +25,34 @@ class Statistic:
     chain that needs sums over the parameter: holding it back would cost a second copy, so it moves at once.
     """
 
-    __slots__ = ("_held", "_held_fields", "fields", "guard", "spec", "store")
+    __slots__ = ("_held", "_held_fields", "fields", "guard", "noise", "shape", "spec", "store")
 
-    def __init__(self, store: Store, fields: Fields, spec: ParamSpec, guard: Guard) -> None:
-        self.store, self.fields, self.spec, self.guard = store, fields, spec, guard
+    def __init__(
+        self,
+        store: Store,
+        fields: Fields,
+        spec: ParamSpec,
+        guard: Guard,
+        shape: Shape | None = None,
+        noise: Noise = NO_NOISE,
+    ) -> None:
+        self.store, self.fields, self.spec, self.guard, self.noise = store, fields, spec, guard, noise
+        self.shape = spec.shape if shape is None else shape
         self._held: Tensor | None = None
         self._held_fields: dict[str, Tensor] = {}
 
     def read(self) -> Tensor:
         """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
-        value = self._held if self._held is not None else self.store.read(self.current)
+        value = self._held if self._held is not None else self.store.read(self.current, self.shape)
         return value.to(self.spec.accumulator)
+
+    def compact(self) -> Tensor:
+        """Like `read`, but of size 1 in the dimensions along which the statistic does not vary."""
+        return self.read() if self._held is not None else multiplied(self.factors())
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The statistic as of this step as small factors whose product it is."""
+        return self.store.factors(self.current, self.shape)
 
     @property
     def current(self) -> Fields:
@@ -43,9 +63,15 @@ class Statistic:
         """Move towards `value` by `weight` of the distance; drive with `yield from`."""
         return self.store.ema(self, value, self.guard.masked(weight))
 
-    def ema_of_square(self, value: Product, weight: Scalar, eps: float = 0.0) -> Requests[None]:
-        """Move towards `value**2 + eps` by `weight` of the distance; drive with `yield from`."""
-        return self.store.ema_of_square(self, value, self.guard.masked(weight), eps)
+    def ema_of_square(
+        self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
+    ) -> Requests[None]:
+        """Move towards `(value - minus)**2 + eps` by `weight` of the distance; drive with `yield from`."""
+        return self.store.ema_of_square(self, value, self.guard.masked(weight), eps, minus)
+
+    def add_square(self, value: Product) -> Requests[None]:
+        """Add `value**2`; drive with `yield from`."""
+        return self.store.add_square(self, value)
 
     def inverse_root(self, floor: float = 0.0) -> tuple[Tensor, ...]:
         """`max(statistic, floor**2) ** -0.5` as factors whose product it is."""
@@ -76,15 +102,41 @@ class Statistic:
         self.hold(torch.lerp(self.read(), square, weight))
 
     def commit(self) -> None:
-        """Write what was held back. A step whose gradient turned out not to be finite writes the old values."""
-        for name, value in self._held_fields.items():
-            self.fields[name].copy_(self.guard.choose(value, self.fields[name]))
-        if self._held is not None:
-            finite = self.guard.finite
-            value = self._held if finite is None else torch.where(finite, self._held, self.store.read(self.fields))
-            self.store.write(self.fields, value)
+        """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
+        held = self._held_fields if self._held is None else self.store.encode(self._held, self.noise)
+        for name, value in held.items():
+            field = self.fields[name]
+            field.copy_(self.guard.choose(value.view(field.shape), field))
 
     @property
     def _moves_in_place(self) -> bool:
-        stored = self.fields.get("")
-        return stored is not None and stored.numel() > kernels.chunk_elements(stored.device)
+        if not isinstance(self.store, Full) or self.store.stochastic:
+            return False
+        stored = self.fields[""]
+        return stored.numel() > kernels.chunk_elements(stored.device)
+
+
+class MovedStatistic(Statistic):
+    """A slice of a statistic that has been moved already, for all slices at once: it can only be read."""
+
+    __slots__ = ("_factors",)
+
+    def __init__(self, whole: Statistic, factors: tuple[Tensor, ...], shape: Shape) -> None:
+        super().__init__(whole.store, {}, whole.spec, whole.guard, shape)
+        self._factors = factors
+
+    def read(self) -> Tensor:
+        return self.compact().expand(*self.shape)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return self._factors
+
+    def ema_of_square(
+        self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
+    ) -> Requests[None]:
+        yield from ()
+
+
+def multiplied(factors: tuple[Tensor, ...]) -> Tensor:
+    """The product of all factors, broadcast."""
+    return reduce(torch.mul, factors)

@@ -4,7 +4,14 @@ from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.chain import Chain, Route, as_route, chain, route
 from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.hyper import Hyper, Rule, hyper
-from optstate.updates.moments import momentum, scale_by_adam, scale_by_rms, sign_momentum
+from optstate.updates.moments import (
+    momentum,
+    scale_by_adam,
+    scale_by_confidence,
+    scale_by_rms,
+    scale_by_rss,
+    sign_momentum,
+)
 from optstate.updates.scale import (
     add_decayed_weights,
     scale_by_learning_rate,
@@ -35,9 +42,11 @@ __all__ = [
     "power_decay",
     "route",
     "scale_by_adam",
+    "scale_by_confidence",
     "scale_by_learning_rate",
     "scale_by_param_rms",
     "scale_by_rms",
+    "scale_by_rss",
     "scale_by_schedule",
     "sign_momentum",
 ]

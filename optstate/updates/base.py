@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.kernels import Product, Scalar
+from optstate.kernels import Piece, Product, Scalar, WeightCodec
 from optstate.spec import ParamSpec
 from optstate.stores import Guard, Requests, Slot, Statistic, Store
 from optstate.updates.hyper import Hyper, Rule
@@ -52,6 +53,11 @@ class Update(Product):
         """Whether this is still the gradient as it came, times nothing but the global clip's coefficient."""
         return self.dense is ctx.grad and not self.factors and self.scale is ctx.grad_scale and not self.has_decay
 
+    def piece(self, piece: Piece) -> Update:
+        """The same update of a piece of the parameter."""
+        of = Product.piece(self, piece)
+        return Update(of.dense, of.factors, of.scale, of.bound, of.finite, self.decay)
+
     def whole(self, ctx: Context) -> Update:
         """The same update with the decay term added into the dense part, for transforms that are not linear in it.
 
@@ -59,7 +65,7 @@ class Update(Product):
         """
         if not self.has_decay:
             return self
-        dense = kernels.evaluate(self).addcmul_(ctx.param.to(ctx.spec.accumulator), ctx.tensor(self.decay))
+        dense = kernels.evaluate(self).addcmul_(ctx.weight(), ctx.tensor(self.decay))
         return Update(dense, finite=self.finite)
 
 
@@ -71,6 +77,7 @@ class Context:
     group: the param group's hyper-parameters.
     step: 1-based count of this parameter's updates.
     grad_scale: coefficient of a global norm clip, already in the first update's scale.
+    codec: how the parameter's value is read and written, None for plainly; start: flat index of the slice at hand.
     """
 
     spec: ParamSpec
@@ -80,6 +87,8 @@ class Context:
     step: int
     guard: Guard
     grad_scale: Scalar = 1.0
+    codec: WeightCodec | None = None
+    start: int = 0
     param_squares: Tensor | None = field(default=None, repr=False)
 
     def read(self, number: float | Hyper | None) -> Any:
@@ -105,7 +114,14 @@ class Context:
 
     def local_param_squares(self) -> Tensor:
         """This shard's part of the parameter's sum of squares."""
-        return kernels.sum_of_squares(Product(self.param.detach()))
+        return kernels.weight_sum_of_squares(self.param.detach(), self.codec)
+
+    def weight(self) -> Tensor:
+        """The value of the parameter, or of the slice at hand, in fp32 and as exactly as it is kept. Not to be written."""
+        if self.codec is None or not self.codec.adds_bits:
+            return self.param.to(self.spec.accumulator)
+        out = torch.empty_like(self.param, dtype=self.spec.accumulator, memory_format=torch.contiguous_format)
+        return self.codec.read(self.param.detach(), self.start, out)
 
 
 class Transform:
@@ -126,6 +142,9 @@ class Transform:
 
     applies_lr: ClassVar[bool] = False
     """Multiplies by the learning rate itself, so the optimizer does not do so at the end."""
+
+    prepares: ClassVar[bool] = False
+    """Implements `prepare`: with stores of exact sums it may run slice by slice although it is not elementwise."""
 
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {}
     """Fields that are hyper-parameters, or tuples of them."""
@@ -177,6 +196,11 @@ class Transform:
         head: whether it gets the gradient itself, at most clipped by value.
         """
         return 0
+
+    def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
+        """Move the statistics that need sums over the whole parameter, before the transform is called slice by slice
+        with `MovedStatistic`s in their place."""
+        yield from ()
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update | Requests[Update]:
         raise NotImplementedError

@@ -62,9 +62,12 @@ class Chain(Transform):
         first = next((t for t in self.transforms if not isinstance(t, clip_by_value)), None)
         return first is not None and first.guards(spec)
 
-    def temporaries(self, spec: ParamSpec, head: bool = True) -> int:
+    def temporaries(self, spec: ParamSpec, head: bool = True, until: int | None = None) -> int:
+        """As for any transform; of the transforms before place `until`, the rest runs slice by slice."""
         count, decayed = 0, False
-        for transform in self.transforms:
+        for i, transform in enumerate(self.transforms):
+            if i == until:  # its sums may come first: they need a decay multiplied out
+                return count + (decayed and transform.absorbs_decay and transform.prepares)
             count += transform.temporaries(spec, head) + (decayed and transform.absorbs_decay)
             decayed = isinstance(transform, add_decayed_weights) or (decayed and not transform.absorbs_decay)
             head = head and isinstance(transform, clip_by_value)

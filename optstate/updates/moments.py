@@ -11,12 +11,12 @@ import torch
 
 from optstate import kernels
 from optstate.spec import ParamSpec
-from optstate.stores import Full, Requests, Slot, Store
+from optstate.stores import Factored, Full, Requests, Slot, Store
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.hyper import Hyper, Rule
 from optstate.updates.schedules import Schedule, power_decay
 
-__all__ = ["momentum", "scale_by_adam", "scale_by_rms", "sign_momentum"]
+__all__ = ["momentum", "scale_by_adam", "scale_by_confidence", "scale_by_rms", "scale_by_rss", "sign_momentum"]
 
 BETAS = (Rule("betas", 0, below=1.0), Rule("betas", 1, below=1.0))
 
@@ -64,11 +64,13 @@ class scale_by_rms(Transform):
 
     def guards(self, spec: ParamSpec) -> bool:
         store, _ = self.store.resolve(spec, signed=False)
-        return not store.elementwise
+        return store.exact_sums
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         store, _ = self.store.resolve(spec, signed=False)
-        return 2 * (store.elementwise or self.floor is not None)
+        if store.exact_sums:
+            return 2 * (self.floor is not None)
+        return 2 + kept_in_codes(store)
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -93,6 +95,7 @@ class scale_by_adam(Transform):
     eps: float | Hyper = 1e-8
 
     absorbs_decay: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps")}
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
@@ -102,16 +105,22 @@ class scale_by_adam(Transform):
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2
+        return 2 + kept_in_codes(self.first.resolve(spec, True)[0]) + kept_in_codes(self.second.resolve(spec, False)[0])
+
+    def guards(self, spec: ParamSpec) -> bool:
+        return self.second.resolve(spec, signed=False)[0].exact_sums
+
+    def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
+        yield from state["exp_avg_sq"].ema_of_square(update.whole(ctx), 1 - ctx.read(self.betas[1]))
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
         beta1, beta2 = map(ctx.read, self.betas)
         first, second = state["exp_avg"], state["exp_avg_sq"]
+        yield from second.ema_of_square(update, 1 - beta2)  # first: it may refuse the gradient
         yield from first.ema(update, 1 - beta1)
-        yield from second.ema_of_square(update, 1 - beta2)
         correction = math.sqrt(1 - beta2**ctx.step)
-        inverse_root = second.read().sqrt().div_(correction).add_(ctx.read(self.eps)).reciprocal_()
+        inverse_root = second.compact().sqrt().div_(correction).add_(ctx.read(self.eps)).reciprocal_()
         return Update(first.read(), (inverse_root,), scale=1 / (1 - beta1**ctx.step), finite=update.finite)
 
 
@@ -149,7 +158,7 @@ class momentum(Transform):
         return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta, group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 * (self.heavy_ball + self.nesterov)
+        return 2 * (self.heavy_ball + self.nesterov + kept_in_codes(self.store.resolve(spec, True)[0]))
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         carried = update.decay if self.decoupled else 0.0
@@ -187,7 +196,7 @@ class sign_momentum(Transform):
         return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1], group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2
+        return 2 + 2 * kept_in_codes(self.store.resolve(spec, True)[0])
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -195,3 +204,93 @@ class sign_momentum(Transform):
         direction = torch.lerp(statistic.read(), kernels.evaluate(update), 1 - beta1).sign_()
         yield from statistic.ema(update, 1 - beta2)
         return Update(direction, finite=update.finite)
+
+
+@dataclass(frozen=True)
+class scale_by_rss(Transform):
+    """Divide by the root of the sum of all squares so far: `update / sqrt(sum(update**2) + eps)`.
+
+    With `Full()` this is Adagrad's rule (Duchi et al. 2011); with `AxisMax()` SM3-II (Anil et al. 2019, arXiv
+    1901.11150, algorithm 2), where the sum is only known from above: `nu = min over dimensions of the kept maxima +
+    update**2` divides the update and gives the new maxima. Never decays, so steps only become smaller.
+
+    store: for the slot `accumulator`, never negative.
+    eps: added under the root; group key `eps`.
+    """
+
+    store: Store
+    eps: float | Hyper = 1e-30
+    slot: str = "accumulator"
+
+    absorbs_decay: ClassVar[bool] = True
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"eps": Rule("eps", low=1e-38)}
+
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        # A sum of t squares grows by a share of about 1 / t, which becomes arbitrarily small.
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0)}
+
+    def guards(self, spec: ParamSpec) -> bool:
+        return self.store.resolve(spec, signed=False)[0].exact_sums
+
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
+        store = self.store.resolve(spec, signed=False)[0]
+        return 0 if store.exact_sums else 3
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        update = update.whole(ctx)
+        yield from state[self.slot].add_square(update)
+        inverse_root = state[self.slot].compact().add(ctx.read(self.eps)).rsqrt_()
+        return update.times(inverse_root)
+
+
+@dataclass(frozen=True)
+class scale_by_confidence(Transform):
+    """CAME's second half: average the update, divide by how far updates stray from the average (Luo et al. 2023,
+    arXiv 2307.02047, algorithm 2).
+
+    `m <- beta1 m + (1 - beta1) u`; `s <- beta3 s + (1 - beta3) ((u - m)**2 + eps)`; the step is `m / sqrt(s)`, or `m`
+    for parameters below two dimensions, which keep no `s`. Neither average is corrected for starting at zero.
+
+    first: store of the slot `exp_avg`. residual: of `exp_avg_res`, never negative.
+    betas: beta1 and beta3; group key `betas`, a pair unless given with `updates.hyper`.
+    eps: added to squared residuals; group key `eps`.
+    """
+
+    first: Store = Full()
+    residual: Store = Factored()
+    betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.9999)
+    eps: float | Hyper = 1e-16
+
+    elementwise: ClassVar[bool] = True
+    absorbs_decay: ClassVar[bool] = True
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps", low=1e-38)}
+
+    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        declared = super().slots(spec)
+        return declared if spec.ndim >= 2 else {"exp_avg": declared["exp_avg"]}
+
+    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return {
+            "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0], group)),
+            "exp_avg_res": Slot(self.residual, signed=False, smallest_weight=_smallest_weight(self.betas[1], group)),
+        }
+
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
+        coded = kept_in_codes(self.first.resolve(spec, True)[0])
+        residual = self.residual.resolve(spec, signed=False)[0]
+        return 2 * coded + (0 if spec.ndim < 2 or isinstance(residual, Factored) else 3)
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        update = update.whole(ctx)
+        yield from state["exp_avg"].ema(update, 1 - ctx.read(self.betas[0]))
+        average = state["exp_avg"].read()
+        if "exp_avg_res" not in state:
+            return Update(average, finite=update.finite)
+        weight, eps = 1 - ctx.read(self.betas[1]), ctx.read(self.eps)
+        yield from state["exp_avg_res"].ema_of_square(update, weight, eps, minus=average)
+        return Update(average, state["exp_avg_res"].inverse_root(), finite=update.finite)
+
+
+def kept_in_codes(store: Store) -> bool:
+    """Whether reading the store makes a tensor of the parameter's size, where the chain cannot run slice by slice."""
+    return not (isinstance(store, Full) and store.dtype is None) and not store.exact_sums

@@ -2,10 +2,12 @@
 
 from optstate.spec import ParamSpec
 from optstate.weights.base import Weights
+from optstate.weights.kahan import Kahan
 from optstate.weights.plain import Plain
+from optstate.weights.split import Split
 from optstate.weights.stochastic import StochasticRounding
 
-__all__ = ["Plain", "StochasticRounding", "Weights", "as_weights"]
+__all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weights"]
 
 
 def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
@@ -13,9 +15,13 @@ def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
 
     Raises:
         TypeError: for anything that is not a way to write weights.
+        ValueError: if a parameter of this dtype cannot be written so.
     """
     if weights == "auto":
         weights = StochasticRounding()
     if not isinstance(weights, Weights):
-        raise TypeError(f'weights={weights!r}: give "auto", weights.Plain() or weights.StochasticRounding(seed)')
+        raise TypeError(
+            f'weights={weights!r}: give "auto", weights.Plain(), weights.StochasticRounding(seed), weights.Kahan() or '
+            "weights.Split(bits)"
+        )
     return weights.resolve(spec)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from optstate.describe import short
-from optstate.kernels import WriteChunk
-from optstate.spec import ParamSpec
+from optstate.kernels import WeightCodec
+from optstate.spec import FieldSpec, ParamSpec
 
 __all__ = ["Weights"]
 
@@ -16,9 +20,17 @@ class Weights:
         return short(self)
 
     def resolve(self, spec: ParamSpec) -> Weights:
-        """The way this parameter is written: itself, or `Plain` where results need no rounding."""
+        """The way this parameter is written: itself, or `Plain` where results need no rounding.
+
+        Raises:
+            ValueError: if a parameter of this dtype cannot be written so.
+        """
         return self
 
-    def writer(self, spec: ParamSpec, step: int) -> WriteChunk | None:
-        """Writes one chunk of the parameter at this step; None rounds to nearest, as PyTorch does."""
+    def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
+        """Tensors kept in the state besides the parameter, under the slot `weight`: one number per element each."""
+        return {}
+
+    def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec | None:
+        """Reads and writes chunks of the parameter at this step; None rounds to nearest, as PyTorch does."""
         return None

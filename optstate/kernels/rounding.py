@@ -1,0 +1,102 @@
+"""Unbiased rounding whose random bits are a function of what is rounded, not of a generator's state."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from optstate.spec import is_fake
+
+__all__ = ["Noise", "random_bits16", "round_bf16", "round_fp16"]
+
+MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random bits for the elements of one tensor at one step: a hash of (seed, name, step, global element index).
+
+    start: global flat index of the first element at hand.
+    """
+
+    name: str
+    step: int
+    seed: int = 0
+    start: int = 0
+
+    def at(self, start: int) -> Noise:
+        """The same bits, seen from another first element."""
+        return replace(self, start=start)
+
+    def bits16(self, count: int, device: torch.device) -> Tensor:
+        """int16 `[count]`, uniform over all its values."""
+        key = _mix(_mix(_mix(zlib.crc32(self.name.encode())) ^ (self.seed & MASK32)) ^ (self.step & MASK32))
+        return random_bits16(key, self.start, count, device)
+
+
+def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """int16 `[count]`, uniform over all its values: element i depends on `key` and `start + i` alone.
+
+    Two neighbours are the halves of one 32-bit hash. The hash is the finalizer of MurmurHash3, a bijection that
+    spreads every input bit.
+    """
+    first = start // 2
+    words = (start + count + 1) // 2 - first
+    parts = [_hash_words(key, lo, hi, device) for lo, hi in _same_high_word(first, first + words)]
+    hashed = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return hashed.view(torch.int16)[start - 2 * first :][:count]
+
+
+def round_bf16(value: Tensor, bits: Tensor) -> Tensor:
+    """fp32 values that bf16 holds exactly, in `value`'s memory: random bits are added below the last place, the
+    rest is cut off. Infinity stays; NaN needs care, as adding to its bits can wrap around to zero."""
+    on_host = value.device.type == "cpu" and not is_fake(value)
+    nan = None if on_host and value.sum().isfinite() else value.isnan()
+    value.view(torch.int32).add_(bits).add_(1 << 15).bitwise_and_(-0x10000)
+    return value if nan is None else value.masked_fill_(nan, math.nan)
+
+
+def round_fp16(value: Tensor, bits: Tensor) -> Tensor:
+    """fp32 values that fp16 holds exactly; below its smallest normal number its spacing is 2**-24."""
+    uniform = bits.to(torch.int32).add_(1 << 15)
+    normal = (value.view(torch.int32) + (uniform >> 3)).bitwise_and_(-0x2000).view(torch.float32)
+    tiny = torch.floor(value * 2.0**24 + (uniform >> 3) * 2.0**-13) * 2.0**-24
+    rounded = torch.where(value.abs() < 2.0**-14, tiny, normal)
+    return torch.where(value.isfinite(), rounded, value)
+
+
+def _same_high_word(lo: int, hi: int) -> list[tuple[int, int]]:
+    """Split a range of 64-bit indices where their upper 32 bits change."""
+    cut = ((lo >> 32) + 1) << 32
+    return [(lo, hi)] if hi <= cut else [(lo, cut), *_same_high_word(cut, hi)]
+
+
+def _hash_words(key: int, lo: int, hi: int, device: torch.device) -> Tensor:
+    """int32 hashes of the indices lo .. hi - 1, which share their upper 32 bits."""
+    seed = _mix(key ^ (lo >> 32))
+    x = torch.arange(hi - lo, dtype=torch.int32, device=device).add_(_signed(lo & MASK32)).bitwise_xor_(_signed(seed))
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        # The shift carries the sign along: the mask makes it the unsigned one.
+        torch.bitwise_right_shift(x, shift, out=shifted).bitwise_and_((1 << (32 - shift)) - 1)
+        x.bitwise_xor_(shifted)
+        if factor != 1:
+            x.mul_(_signed(factor))
+    return x
+
+
+def _mix(x: int) -> int:
+    """The same hash of one Python number."""
+    x &= MASK32
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK32
+    return x ^ (x >> 16)
+
+
+def _signed(x: int) -> int:
+    """A 32-bit pattern as the int32 with the same bits."""
+    return x - (1 << 32) if x >= 1 << 31 else x

@@ -1,0 +1,80 @@
+"""One number per index of every dimension, and the statistic they bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import Noise
+from optstate.spec import FieldSpec, ParamSpec
+from optstate.stores.base import Fields, Shape, Store
+from optstate.stores.full import Full
+
+__all__ = ["AxisMax", "axis_fields", "axis_maxima", "least_of_axes"]
+
+
+def axis_names(ndim: int) -> list[str]:
+    """`row` and `col` for the last two dimensions, `axis0`, `axis1`, ... for those before."""
+    return [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
+
+
+def axis_fields(spec: ParamSpec, dtype: torch.dtype) -> dict[str, FieldSpec]:
+    """A vector along every dimension of the parameter."""
+    return {name: FieldSpec((spec.shape[i],), dtype, (i,)) for i, name in enumerate(axis_names(spec.ndim))}
+
+
+def axis_maxima(value: Tensor) -> dict[str, Tensor]:
+    """The largest element at every index of every dimension."""
+    others = [[d for d in range(value.ndim) if d != i] for i in range(value.ndim)]
+    return {name: value.amax(dims) for name, dims in zip(axis_names(value.ndim), others, strict=True)}
+
+
+def least_of_axes(fields: Mapping[str, Tensor], shape: Shape) -> Tensor:
+    """For every element the smallest of its dimensions' numbers; `[m, n]` from `[m]` and `[n]`."""
+    ndim = len(shape)
+    vectors = [fields[name].view([-1 if d == i else 1 for d in range(ndim)]) for i, name in enumerate(axis_names(ndim))]
+    return reduce(torch.minimum, vectors)
+
+
+@dataclass(frozen=True)
+class AxisMax(Store):
+    """The largest value at every index of every dimension; an element is read as the smallest of its own (SM3,
+    arXiv 1901.11150, section 4: a bound from above on what was stored).
+
+    Bytes: `4 (m + n)` per matrix. Relative error of an element: never below what was stored; unbounded above. Exact
+    where one of an element's row or column holds nothing larger.
+
+    Made for `scale_by_rss`, where it is SM3. Parameters with fewer than two dimensions keep the statistic in full.
+    Large parameters need temporaries, as the plan says.
+
+    Raises:
+        ValueError: when a chain puts a statistic into it that can be negative.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+        if spec.ndim < 2:
+            return Full(), f"{spec.ndim}-D: one number per element already, kept in full"
+        return self, ""
+
+    def check(self, signed: bool, smallest_weight: float) -> None:
+        if signed:
+            raise ValueError(
+                "AxisMax() bounds a statistic that is never negative, such as a sum of squares; keep a first moment "
+                "or momentum in Full(), Block8() or Block4()"
+            )
+
+    def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
+        return axis_fields(spec, spec.accumulator)
+
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        return least_of_axes(fields, shape)
+
+    def encode(self, value: Tensor, noise: Noise) -> Fields:
+        return axis_maxima(value)

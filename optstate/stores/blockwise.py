@@ -1,0 +1,230 @@
+"""Statistics kept in few bits per element, with one scale per block of consecutive elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import Codebook, Noise, dynamic_map, linear_map
+from optstate.spec import FieldSpec, ParamSpec
+from optstate.stores.axes import axis_fields, axis_maxima, least_of_axes
+from optstate.stores.base import Fields, Shape, Store
+from optstate.stores.full import Full
+
+__all__ = ["Block4", "Block8", "Float8"]
+
+FEWEST_ELEMENTS = 4096
+"""Smaller parameters stay in fp32, as in bitsandbytes and torchao: they weigh nothing and are the sensitive ones."""
+
+SMALLEST_MAXIMUM = 2.0**-120
+"""The least block maximum that is kept: the smallest code times a smaller one would underflow to zero."""
+
+LARGEST_E4M3 = 448.0
+SMALLEST_E4M3 = 2.0**-9
+
+SIGNED_8, UNSIGNED_8 = Codebook(dynamic_map(True)), Codebook(dynamic_map(False), keeps_positive=True)
+SIGNED_4, LINEAR_4 = Codebook(dynamic_map(True, bits=4)), Codebook(linear_map(4))
+E4M3 = Codebook((torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / LARGEST_E4M3).tolist())
+"""Only read: PyTorch writes 8-bit floats itself, and reads them five times as slowly as this table."""
+
+
+@dataclass(frozen=True)
+class _Blockwise(Store):
+    """A code per element and the largest magnitude, `absmax` in fp32, of every `block` consecutive elements.
+
+    Blocks run along the flattened parameter; the last may be short. The optimizer fits `signed` to the statistic.
+    """
+
+    block: int = 256
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2 or self.block % 2:
+            raise ValueError(f"{type(self).__name__}(block={self.block!r}): a block is an even number of elements")
+
+    @property
+    def alignment(self) -> int:
+        return self.block
+
+    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+        if spec.numel < FEWEST_ELEMENTS:
+            return Full(), f"under {FEWEST_ELEMENTS} elements: kept in full"
+        return replace(self, signed=signed), ""
+
+    def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
+        absmax = FieldSpec((-(-spec.numel // self.block),), torch.float32, (), per=self.block)
+        return {"codes": self._codes(spec), "absmax": absmax}
+
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        values = self._decode(fields["codes"], torch.Size(shape).numel())
+        for part, absmax in _blocks(values, fields["absmax"], self.block):
+            part.mul_(absmax)
+        return values.view(shape)
+
+    def encode(self, value: Tensor, noise: Noise) -> Fields:
+        flat = value.to(torch.float32).reshape(-1)
+        absmax = _maxima(flat, self.block)
+        scaled = flat if self.signed else flat.clone()
+        for part, maximum in _blocks(scaled, absmax, self.block):
+            part.div_(maximum)
+        return {"codes": self._encode(scaled, flat), "absmax": absmax}
+
+    def _codes(self, spec: ParamSpec) -> FieldSpec:
+        return FieldSpec(spec.shape, torch.uint8, tuple(range(spec.ndim)))
+
+    def _decode(self, codes: Tensor, count: int) -> Tensor:
+        """Values in [-1, 1] of `count` elements, flat and new."""
+        raise NotImplementedError
+
+    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
+        """Codes of `scaled = value / absmax`, both flat and free to be overwritten, and one if the statistic is signed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Block8(_Blockwise):
+    """8-bit codes of bitsandbytes' dynamic map, signed for first moments, unsigned for second ones.
+
+    Bytes per element: `1 + 4 / block`, 1.016 at 256. The nearest code is taken, so the error of an element is at most
+    0.0071 (signed) or 0.0036 (unsigned) of its block's largest magnitude; relative to the element itself 6.2 %
+    (3.3 %) down to a tenth of the maximum, 11 % (6.2 %) down to a hundredth, and about double per decade below;
+    the map has no -1, so a block whose largest element is negative loses 0.7 % of that one.
+    Zero stays zero, and a second moment above zero never becomes zero, so nothing is divided by it.
+
+    The map is that of arXiv 2110.02861 as bitsandbytes builds it; codes differ from bitsandbytes' CPU code, which
+    does not keep zeros and rounds small values wrongly.
+
+    block: elements per scale, even. Parameters with fewer than 4096 elements keep the statistic in full.
+
+    Raises:
+        ValueError: for a block that is not an even number of elements.
+    """
+
+    block: int = 256
+
+    def _decode(self, codes: Tensor, count: int) -> Tensor:
+        return (SIGNED_8 if self.signed else UNSIGNED_8).decode(codes)
+
+    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
+        if self.signed:
+            return SIGNED_8.encode(scaled)
+        # A quotient may underflow to zero; the value itself, however small, still tells that it was positive.
+        return UNSIGNED_8.encode(torch.maximum(scaled, value.clamp_(max=1e-37), out=scaled))
+
+
+@dataclass(frozen=True)
+class Block4(_Blockwise):
+    """4-bit codes, two a byte: the dynamic-exponent map for first moments, `1/16 ... 16/16` for second ones.
+
+    Bytes per element: `0.5 + 4 / block`, 0.531 at 128. Worst error of an element: 0.12 of its block's largest magnitude
+    for first moments (values below 0.3 % of it become zero), 1/32 for second ones, which are never below 1/16 of it,
+    a zero included (arXiv 2309.01507: a zero code would divide by zero); a block of zeros reads as 2**-124.
+    The first of two codes is in a byte's upper half, as in torchao.
+
+    block: elements per scale, even.
+    rank1: scale each element by the smaller of its row's and its column's largest magnitude instead of its block's
+        (arXiv 2309.01507, section 4.2; more dimensions: the smallest over all). Not for vectors, which keep blocks.
+        Bytes: `0.5` per element and 4 per row and column. Large parameters need temporaries, as the plan says.
+
+    Raises:
+        ValueError: for a block that is not an even number of elements.
+    """
+
+    block: int = 128
+    rank1: bool = False
+
+    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+        store, why = super().resolve(spec, signed, smallest_weight)
+        if self.rank1 and isinstance(store, Block4):
+            if spec.ndim >= 2:
+                return RankOne4(signed), ""
+            return replace(store, rank1=False), "a vector has no rows and columns: blocks"
+        return store, why
+
+    def _codes(self, spec: ParamSpec) -> FieldSpec:
+        return FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
+
+    def _decode(self, codes: Tensor, count: int) -> Tensor:
+        return (SIGNED_4 if self.signed else LINEAR_4).decode_nibbles(codes, count)
+
+    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
+        return (SIGNED_4 if self.signed else LINEAR_4).encode_nibbles(scaled)
+
+
+@dataclass(frozen=True)
+class RankOne4(Store):
+    """What `Block4(rank1=True)` becomes: 4-bit codes, and the largest magnitude along every dimension in fp32."""
+
+    signed: bool = True
+
+    elementwise: ClassVar[bool] = False
+
+    def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
+        codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
+        return {"codes": codes, **axis_fields(spec, torch.float32)}
+
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        book = SIGNED_4 if self.signed else LINEAR_4
+        values = book.decode_nibbles(fields["codes"], torch.Size(shape).numel()).view(shape)
+        return values.mul_(least_of_axes(fields, shape))
+
+    def encode(self, value: Tensor, noise: Noise) -> Fields:
+        book = SIGNED_4 if self.signed else LINEAR_4
+        maxima = {
+            name: axis.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
+            for name, axis in axis_maxima(value.float().abs()).items()
+        }
+        scaled = torch.div(value, least_of_axes(maxima, value.shape)).float().contiguous()
+        return {"codes": book.encode_nibbles(scaled), **maxima}
+
+
+@dataclass(frozen=True)
+class Float8(_Blockwise):
+    """8-bit floats, e4m3, scaled so that a block's largest magnitude is 448: torchao's format.
+
+    Bytes per element: `1 + 4 / block`, 1.016 at 256. Worst relative error: 6.25 % down to 3.5e-5 of the block's
+    largest magnitude, below that an absolute 2.2e-6 of it. Zero stays zero, and a second moment above zero
+    never becomes zero.
+
+    block: elements per scale, even. Parameters with fewer than 4096 elements keep the statistic in full.
+
+    Raises:
+        ValueError: for a block that is not an even number of elements.
+    """
+
+    block: int = 256
+
+    def _codes(self, spec: ParamSpec) -> FieldSpec:
+        return replace(super()._codes(spec), dtype=torch.float8_e4m3fn)
+
+    def _decode(self, codes: Tensor, count: int) -> Tensor:
+        return E4M3.decode(codes)
+
+    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
+        scaled.mul_(LARGEST_E4M3)
+        if not self.signed:
+            scaled = torch.where(value > 0, scaled.clamp(min=SMALLEST_E4M3), scaled)
+        return scaled.to(torch.float8_e4m3fn)
+
+
+# --- maxima --------------------------------------------------------------------------------------------------------
+
+
+def _maxima(flat: Tensor, block: int) -> Tensor:
+    """The largest magnitude of every block, kept within what codes can be multiplied by without becoming 0 or inf."""
+    whole = flat.numel() // block * block
+    magnitude = flat.abs()
+    maxima = magnitude[:whole].view(-1, block).amax(-1)
+    if whole < flat.numel():
+        maxima = torch.cat([maxima, magnitude[whole:].amax().view(1)])
+    return maxima.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
+
+
+def _blocks(flat: Tensor, absmax: Tensor, block: int) -> list[tuple[Tensor, Tensor]]:
+    """The full blocks as `[blocks, block]` beside their maxima `[blocks, 1]`, then the short block at the end."""
+    whole = flat.numel() // block
+    parts = [(flat[: whole * block].view(-1, block), absmax[:whole, None])]
+    return [*parts, (flat[whole * block :], absmax[-1:])] if whole * block < flat.numel() else parts

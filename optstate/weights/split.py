@@ -1,0 +1,92 @@
+"""A master weight in two parts: the bf16 parameter and the bits it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import WeightCodec
+from optstate.spec import FieldSpec, ParamSpec, is_fake
+from optstate.weights.base import Weights
+from optstate.weights.plain import Plain
+
+__all__ = ["Split"]
+
+QUIET_NAN = 0x7FC00000
+
+
+@dataclass(frozen=True)
+class Split(Weights):
+    """A bf16 parameter plus correction bits in the state, `weight.correction`: together one master weight.
+
+    bits: 16 keeps an exact fp32 master weight in 2 bytes per element beside the parameter, where a separate copy
+        costs 4; the parameter is that weight rounded to bf16, to nearest with ties away from zero. 8 keeps 24 of its
+        32 bits in 1 byte: each write rounds the master weight to 16 significant bits, an error of at most 2**-16
+        of the weight, so steps below that are lost.
+
+    The correction is in units of the bits below the parameter's last place and starts at zero. A parameter that is
+    overwritten from outside, by loading other weights, keeps a correction of at most half of that last place.
+
+    fp32 and fp64 parameters hold results exactly and are written plainly.
+
+    Raises:
+        ValueError: for other numbers of bits; when an optimizer is built, for fp16 parameters.
+    """
+
+    bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 16) or isinstance(self.bits, bool):
+            raise ValueError(f"Split(bits={self.bits!r}): give 8 or 16 correction bits")
+
+    def resolve(self, spec: ParamSpec) -> Weights:
+        if spec.dtype == torch.float16:
+            raise ValueError(
+                f"{spec.name!r} is fp16, whose bits are not the upper half of an fp32 number: train it in bf16 to use "
+                "Split, or write it with weights.Kahan() or weights.StochasticRounding()"
+            )
+        return self if spec.dtype == torch.bfloat16 else Plain()
+
+    def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
+        dtype = torch.int16 if self.bits == 16 else torch.int8
+        return {"correction": FieldSpec(spec.shape, dtype, tuple(range(spec.ndim)))}
+
+    def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
+        return _Halves(fields["correction"].view(-1), dropped=16 - self.bits)
+
+
+@dataclass(frozen=True)
+class _Halves(WeightCodec):
+    """correction: of the whole parameter, flat. dropped: low bits of fp32 that are not kept at all.
+
+    As integers, `master = (param << 16) + (correction << dropped)`.
+    """
+
+    correction: Tensor
+    dropped: int
+
+    adds_bits = True
+
+    def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
+        word = out.view(torch.int32)
+        word.copy_(param.view(torch.int16)).bitwise_left_shift_(16)
+        word.add_(self._of(param, start), alpha=1 << self.dropped)
+        return out
+
+    def write(self, param: Tensor, value: Tensor, start: int) -> None:
+        word = value.view(torch.int32)
+        on_host = value.device.type == "cpu" and not is_fake(value)
+        if not on_host or not value.sum().isfinite():  # the lower bits of a NaN could carry into its sign
+            word.masked_fill_(value.isnan(), QUIET_NAN)
+        if self.dropped:
+            word.add_(1 << (self.dropped - 1)).bitwise_and_(-1 << self.dropped)
+        upper = (word + (1 << 15)).bitwise_right_shift_(16)
+        param.copy_(upper.to(torch.int16).view(torch.bfloat16))
+        word.sub_(upper.bitwise_left_shift_(16)).bitwise_right_shift_(self.dropped)
+        self._of(param, start).copy_(word)
+
+    def _of(self, param: Tensor, start: int) -> Tensor:
+        return self.correction[start : start + param.numel()].view(param.shape)
