@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench quality clean
 
 demo: .venv/ready-examples ## train AdamW and fused AdaLomo side by side on real text
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,10 @@ check: .venv/ready-test ## format, lint, types, import layers
 
 bench: .venv/ready-bench ## speed and memory beside the peers, with goals
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
+	$(BIN)/python benchmarks/low_bit.py --json benchmarks/results/low_bit.json
+
+quality: .venv/ready-examples ## what compressed state costs in loss, on a small language model: about an hour
+	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
 
 # torch first: a package that only asks for "torch" must find the pinned one in place.
 .venv/ready-%: pyproject.toml constraints.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from statistics import fmean, stdev
 from typing import Any
 
@@ -66,6 +67,7 @@ class RowResult:
         return f"diverged: {', '.join(ends)}" if ends else None
 
 
+@cache
 def model_size() -> int:
     """Parameters of the demo's model."""
     return sum(p.numel() for p in GPT().parameters())

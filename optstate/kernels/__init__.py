@@ -13,10 +13,11 @@ from optstate.kernels.eager import (
     sums,
     sums_of_difference,
     sums_of_rows,
+    values,
     weight_sum_of_squares,
 )
 from optstate.kernels.product import Product, Scalar
-from optstate.kernels.rounding import Noise, round_bf16, round_fp16
+from optstate.kernels.rounding import Noise, known_finite, round_bf16, round_fp16
 
 __all__ = [
     "Codebook",
@@ -33,6 +34,7 @@ __all__ = [
     "ema",
     "ema_of_square",
     "evaluate",
+    "known_finite",
     "linear_map",
     "pieces",
     "round_bf16",
@@ -42,5 +44,6 @@ __all__ = [
     "sums",
     "sums_of_difference",
     "sums_of_rows",
+    "values",
     "weight_sum_of_squares",
 ]

@@ -77,13 +77,12 @@ class Codebook:
         self._tables: dict[torch.device, _Tables] = {}
 
     def encode(self, x: Tensor) -> Tensor:
-        """uint8 codes of fp32 numbers, flat; `x` is contiguous, within [-1, 1], and may be overwritten."""
+        """uint8 codes of contiguous fp32 numbers, flat. Numbers beyond the first and the last value get their codes."""
         tables, x = self._on(x), x.view(-1)
         pattern = x.to(torch.float16).view(torch.int16).to(torch.int32).add_(HALF_OFFSET)
         code = tables.codes.index_select(0, pattern)
-        # The sign bit of bound - x, spread over the integer: -1 where x is above the bound.
         bound = tables.bounds.index_select(0, pattern.copy_(code))
-        return code.sub_(bound.sub_(x).view(torch.int32).bitwise_right_shift_(31))
+        return code.add_(torch.gt(x, bound).view(torch.uint8))
 
     def decode(self, codes: Tensor) -> Tensor:
         """fp32 values of contiguous 8-bit codes (uint8 or an 8-bit float's bits), flat: a new tensor."""

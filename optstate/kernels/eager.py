@@ -27,6 +27,7 @@ __all__ = [
     "sums",
     "sums_of_difference",
     "sums_of_rows",
+    "values",
     "weight_sum_of_squares",
 ]
 
@@ -165,6 +166,13 @@ def evaluate(product: Product) -> Tensor:
     return result
 
 
+def values(product: Product) -> Tensor:
+    """Like `evaluate`, but `dense` itself where that is the value already: not to be written."""
+    dense = product.dense
+    as_is = not product.factors and product.bound is None and product.finite is None and _is_one(product.scale)
+    return dense if as_is and dense.dtype == accumulator_dtype(dense.dtype) else evaluate(product)
+
+
 def ema(target: Tensor, product: Product, weight: Scalar) -> None:
     """`target += weight * (value - target)`, in place; arithmetic in fp32, one rounding to `target`'s dtype."""
 
@@ -209,8 +217,10 @@ def apply(
     for part, p, *fs in chunks((dense, param, *factors), limit):
         if codec is not None:
             target = codec.read(p, start, new.like(p))
+        elif in_place:
+            target = p
         else:
-            target = p if in_place else new.like(p).copy_(p)
+            target = new.like(p).copy_(p)
         if keep is not None:
             target.mul_(keep)
         if fs and product.finite is None:
@@ -230,7 +240,7 @@ def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
     """0-d sum of squares of a parameter's value, as `sum_of_squares`; of the exact value if a codec keeps more bits."""
     if codec is None or not codec.adds_bits:
         return sum_of_squares(Product(param))
-    limit = slice_elements(param.device)
+    limit = chunk_elements(param.device)  # as for an fp32 parameter: the same sum to the last bit
     new, parts, start = _Buffer(param, limit), [param.new_zeros((), dtype=torch.float32)], 0
     for (p,) in chunks((param,), limit):
         parts.append(codec.read(p, start, new.like(p)).square_().sum())
@@ -244,7 +254,7 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
     factors, scale = _fold_scale(product)
     limit = chunk_elements(target.device)
     value, new = _Buffer(dense, limit), _Buffer(dense, limit)
-    in_place = target.dtype == accumulator_dtype(dense.dtype)
+    in_place = product.finite is None and target.dtype == accumulator_dtype(dense.dtype)
     for part, t, *fs in chunks((dense, target, *factors), limit):
         x = _multiply(part, fs, product, value)
         if not _is_one(scale):
@@ -252,7 +262,8 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
         current = t if in_place else new.like(t).copy_(t)
         step(current, x)
         if not in_place:
-            t.copy_(current)
+            # A weight of zero does not keep the target: its distance from a square that overflows is infinite.
+            t.copy_(current if product.finite is None else torch.where(product.finite, current, t))
 
 
 class _Buffer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate.spec import is_fake
 
-__all__ = ["Noise", "random_bits16", "round_bf16", "round_fp16"]
+__all__ = ["Noise", "known_finite", "random_bits16", "round_bf16", "round_fp16"]
 
 MASK32 = 0xFFFFFFFF
 
@@ -51,11 +51,15 @@ def random_bits16(key: int, start: int, count: int, device: torch.device) -> Ten
     return hashed.view(torch.int16)[start - 2 * first :][:count]
 
 
+def known_finite(value: Tensor) -> bool:
+    """Whether all elements are sure to be finite; False where to know it would mean waiting for a device."""
+    return value.device.type == "cpu" and not is_fake(value) and bool(value.sum().isfinite())
+
+
 def round_bf16(value: Tensor, bits: Tensor) -> Tensor:
     """fp32 values that bf16 holds exactly, in `value`'s memory: random bits are added below the last place, the
     rest is cut off. Infinity stays; NaN needs care, as adding to its bits can wrap around to zero."""
-    on_host = value.device.type == "cpu" and not is_fake(value)
-    nan = None if on_host and value.sum().isfinite() else value.isnan()
+    nan = None if known_finite(value) else value.isnan()
     value.view(torch.int32).add_(bits).add_(1 << 15).bitwise_and_(-0x10000)
     return value if nan is None else value.masked_fill_(nan, math.nan)
 

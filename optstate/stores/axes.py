@@ -15,7 +15,7 @@ from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.full import Full
 
-__all__ = ["AxisMax", "axis_fields", "axis_maxima", "least_of_axes"]
+__all__ = ["AxisMax", "axis_fields", "axis_maxima", "broadcast_axes"]
 
 
 def axis_names(ndim: int) -> list[str]:
@@ -28,17 +28,17 @@ def axis_fields(spec: ParamSpec, dtype: torch.dtype) -> dict[str, FieldSpec]:
     return {name: FieldSpec((spec.shape[i],), dtype, (i,)) for i, name in enumerate(axis_names(spec.ndim))}
 
 
-def axis_maxima(value: Tensor) -> dict[str, Tensor]:
-    """The largest element at every index of every dimension."""
+def axis_maxima(value: Tensor, largest: bool = True) -> dict[str, Tensor]:
+    """The largest element, or the smallest, at every index of every dimension."""
     others = [[d for d in range(value.ndim) if d != i] for i in range(value.ndim)]
-    return {name: value.amax(dims) for name, dims in zip(axis_names(value.ndim), others, strict=True)}
+    extreme = torch.amax if largest else torch.amin
+    return {name: extreme(value, dims) for name, dims in zip(axis_names(value.ndim), others, strict=True)}
 
 
-def least_of_axes(fields: Mapping[str, Tensor], shape: Shape) -> Tensor:
-    """For every element the smallest of its dimensions' numbers; `[m, n]` from `[m]` and `[n]`."""
+def broadcast_axes(fields: Mapping[str, Tensor], shape: Shape) -> list[Tensor]:
+    """The vector of every dimension in a shape that broadcasts: `[m, 1]` and `[1, n]` from `[m]` and `[n]`."""
     ndim = len(shape)
-    vectors = [fields[name].view([-1 if d == i else 1 for d in range(ndim)]) for i, name in enumerate(axis_names(ndim))]
-    return reduce(torch.minimum, vectors)
+    return [fields[name].view([-1 if d == i else 1 for d in range(ndim)]) for i, name in enumerate(axis_names(ndim))]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AxisMax(Store):
         return axis_fields(spec, spec.accumulator)
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        return least_of_axes(fields, shape)
+        return reduce(torch.minimum, broadcast_axes(fields, shape))
 
     def encode(self, value: Tensor, noise: Noise) -> Fields:
         return axis_maxima(value)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optstate.kernels import Codebook, Noise, dynamic_map, linear_map
+from optstate import kernels
+from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.axes import axis_fields, axis_maxima, least_of_axes
+from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes
 from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.full import Full
 
@@ -59,18 +62,43 @@ class _Blockwise(Store):
         return {"codes": self._codes(spec), "absmax": absmax}
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        values = self._decode(fields["codes"], torch.Size(shape).numel())
-        for part, absmax in _blocks(values, fields["absmax"], self.block):
-            part.mul_(absmax)
-        return values.view(shape)
+        count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"]
+        ranges = self._ranges(count, absmax.device)
+        if len(ranges) == 1:
+            return self._read(codes, absmax, count).view(shape)
+        value = absmax.new_empty(count)
+        per_code = -(-count // codes.numel())
+        for first, last in ranges:
+            part = codes[first // per_code : -(-last // per_code)]
+            maxima = absmax[first // self.block : -(-last // self.block)]
+            value[first:last] = self._read(part, maxima, last - first)
+        return value.view(shape)
 
     def encode(self, value: Tensor, noise: Noise) -> Fields:
         flat = value.to(torch.float32).reshape(-1)
-        absmax = _maxima(flat, self.block)
-        scaled = flat if self.signed else flat.clone()
+        parts = [self._encode(flat[first:last]) for first, last in self._ranges(flat.numel(), flat.device)]
+        codes, maxima = zip(*parts, strict=True)
+        return {"codes": joined(codes), "absmax": joined(maxima)}
+
+    def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
+        """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""
+        step = max(kernels.slice_elements(device) // 2 // self.block, 1) * self.block
+        return [(first, min(first + step, count)) for first in range(0, count, step)]
+
+    def _read(self, codes: Tensor, absmax: Tensor, count: int) -> Tensor:
+        """`count` elements, flat and new."""
+        values = self._decode(codes, count)
+        for part, maximum in _blocks(values, absmax, self.block):
+            part.mul_(maximum)
+        return values
+
+    def _encode(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and maxima of a flat value, which may be overwritten."""
+        absmax = _maxima(value, self.block)
+        scaled = value if self.signed else value.clone()
         for part, maximum in _blocks(scaled, absmax, self.block):
             part.div_(maximum)
-        return {"codes": self._encode(scaled, flat), "absmax": absmax}
+        return self._codes_of(scaled, value), absmax
 
     def _codes(self, spec: ParamSpec) -> FieldSpec:
         return FieldSpec(spec.shape, torch.uint8, tuple(range(spec.ndim)))
@@ -79,8 +107,8 @@ class _Blockwise(Store):
         """Values in [-1, 1] of `count` elements, flat and new."""
         raise NotImplementedError
 
-    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
-        """Codes of `scaled = value / absmax`, both flat and free to be overwritten, and one if the statistic is signed."""
+    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
+        """Codes of `scaled = value / absmax`; both may be overwritten, and are one tensor if signed."""
         raise NotImplementedError
 
 
@@ -108,7 +136,7 @@ class Block8(_Blockwise):
     def _decode(self, codes: Tensor, count: int) -> Tensor:
         return (SIGNED_8 if self.signed else UNSIGNED_8).decode(codes)
 
-    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
+    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
         if self.signed:
             return SIGNED_8.encode(scaled)
         # A quotient may underflow to zero; the value itself, however small, still tells that it was positive.
@@ -150,7 +178,7 @@ class Block4(_Blockwise):
     def _decode(self, codes: Tensor, count: int) -> Tensor:
         return (SIGNED_4 if self.signed else LINEAR_4).decode_nibbles(codes, count)
 
-    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
+    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
         return (SIGNED_4 if self.signed else LINEAR_4).encode_nibbles(scaled)
 
 
@@ -167,18 +195,32 @@ class RankOne4(Store):
         return {"codes": codes, **axis_fields(spec, torch.float32)}
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        book = SIGNED_4 if self.signed else LINEAR_4
-        values = book.decode_nibbles(fields["codes"], torch.Size(shape).numel()).view(shape)
-        return values.mul_(least_of_axes(fields, shape))
+        value = fields["row"].new_empty(tuple(shape))
+        axes, codes = broadcast_axes(fields, shape), fields["codes"]
+        for piece in self._pieces(shape, value.device):
+            part = piece.of(value)
+            part.copy_(self._book.decode_nibbles(piece.of_field(codes, 2), part.numel()).view(part.shape))
+            part.mul_(reduce(torch.minimum, map(piece.of, axes)))
+        return value
 
     def encode(self, value: Tensor, noise: Noise) -> Fields:
-        book = SIGNED_4 if self.signed else LINEAR_4
-        maxima = {
-            name: axis.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
-            for name, axis in axis_maxima(value.float().abs()).items()
-        }
-        scaled = torch.div(value, least_of_axes(maxima, value.shape)).float().contiguous()
-        return {"codes": book.encode_nibbles(scaled), **maxima}
+        pieces = list(self._pieces(value.shape, value.device))
+        largest, smallest = axis_maxima(value), axis_maxima(value, largest=False)
+        maxima = {name: _safe(torch.maximum(largest[name], -smallest[name]).float()) for name in largest}
+        axes, codes = broadcast_axes(maxima, value.shape), []
+        for piece in pieces:
+            scaled = torch.div(piece.of(value), reduce(torch.minimum, map(piece.of, axes)))
+            codes.append(self._book.encode_nibbles(scaled.float().contiguous()))
+        return {"codes": joined(codes), **maxima}
+
+    @property
+    def _book(self) -> Codebook:
+        return SIGNED_4 if self.signed else LINEAR_4
+
+    @staticmethod
+    def _pieces(shape: Shape, device: torch.device) -> Iterator[Piece]:
+        """Pieces that begin at whole bytes."""
+        return kernels.pieces(shape, kernels.slice_elements(device) // 2, align=2)
 
 
 @dataclass(frozen=True)
@@ -203,8 +245,8 @@ class Float8(_Blockwise):
     def _decode(self, codes: Tensor, count: int) -> Tensor:
         return E4M3.decode(codes)
 
-    def _encode(self, scaled: Tensor, value: Tensor) -> Tensor:
-        scaled.mul_(LARGEST_E4M3)
+    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
+        scaled.mul_(LARGEST_E4M3).clamp_(-LARGEST_E4M3, LARGEST_E4M3)  # PyTorch before 2.13 makes infinity NaN
         if not self.signed:
             scaled = torch.where(value > 0, scaled.clamp(min=SMALLEST_E4M3), scaled)
         return scaled.to(torch.float8_e4m3fn)
@@ -214,13 +256,23 @@ class Float8(_Blockwise):
 
 
 def _maxima(flat: Tensor, block: int) -> Tensor:
-    """The largest magnitude of every block, kept within what codes can be multiplied by without becoming 0 or inf."""
+    """The largest magnitude of every block of a flat value."""
     whole = flat.numel() // block * block
     magnitude = flat.abs()
     maxima = magnitude[:whole].view(-1, block).amax(-1)
     if whole < flat.numel():
         maxima = torch.cat([maxima, magnitude[whole:].amax().view(1)])
+    return _safe(maxima)
+
+
+def _safe(maxima: Tensor) -> Tensor:
+    """Kept within what codes can be multiplied by without becoming zero or infinite."""
     return maxima.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of several."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _blocks(flat: Tensor, absmax: Tensor, block: int) -> list[tuple[Tensor, Tensor]]:

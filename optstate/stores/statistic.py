@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -88,18 +89,17 @@ class Statistic:
     def hold_ema(self, value: Product, weight: Scalar) -> None:
         """Elementwise moving average towards `value`."""
         if self._moves_in_place:
-            kernels.ema(self.fields[""], value, weight)
+            kernels.ema(self.fields[""], self._flagged(value), weight)
         else:
-            self.hold(torch.lerp(self.read(), kernels.evaluate(value), weight))
+            self.hold(torch.lerp(self.read(), kernels.values(value), weight))
 
     def hold_ema_of_square(self, value: Product, weight: Scalar, eps: float) -> None:
         """Elementwise moving average towards `value**2 + eps`."""
         if self._moves_in_place:
-            kernels.ema_of_square(self.fields[""], value, weight, eps)
+            kernels.ema_of_square(self.fields[""], self._flagged(value), weight, eps)
             return
-        x = kernels.evaluate(value)
-        square = x.mul_(x) if eps == 0 else x.mul_(x).add_(eps)
-        self.hold(torch.lerp(self.read(), square, weight))
+        square = kernels.values(value).square()
+        self.hold(torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight))
 
     def commit(self) -> None:
         """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
@@ -107,6 +107,10 @@ class Statistic:
         for name, value in held.items():
             field = self.fields[name]
             field.copy_(self.guard.choose(value.view(field.shape), field))
+
+    def _flagged(self, value: Product) -> Product:
+        """The value, with word for the kernel of a gradient that may not be finite: nothing is held back in place."""
+        return value if self.guard.finite is None else replace(value, finite=self.guard.finite)
 
     @property
     def _moves_in_place(self) -> bool:

@@ -117,7 +117,7 @@ class Context:
         return kernels.weight_sum_of_squares(self.param.detach(), self.codec)
 
     def weight(self) -> Tensor:
-        """The value of the parameter, or of the slice at hand, in fp32 and as exactly as it is kept. Not to be written."""
+        """The value of the parameter or of the slice at hand, fp32, as exactly as it is kept. Not to be written."""
         if self.codec is None or not self.codec.adds_bits:
             return self.param.to(self.spec.accumulator)
         out = torch.empty_like(self.param, dtype=self.spec.accumulator, memory_format=torch.contiguous_format)

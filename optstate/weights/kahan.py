@@ -21,8 +21,10 @@ class Kahan(Weights):
     """Compensated summation (Kahan 1965): the rounding error of each write is kept and added at the next step.
 
     The error is kept in the parameter's dtype, 2 bytes per element in bf16 and fp16, as `weight.compensation`. The
-    weight that is stepped, `param + compensation`, has 8 more significant bits than bf16 alone (11 more than fp16): a write
-    rounds it by at most 2**-16 of itself in bf16; `Split(16)` is exact for the same bytes.
+    weight that is stepped is `param + compensation`, and the parameter is that sum rounded to nearest. A write rounds
+    the sum by at most 2**-17 of itself in bf16, in fp16 by 2**-23 of itself or by 2**-25, whichever is more;
+    `Split(16)` is exact for the same bytes. A parameter that is overwritten from outside keeps a compensation of at
+    most 2**-8 of its old value (2**-11 in fp16).
 
     fp32 and fp64 parameters are written plainly.
     """
@@ -49,9 +51,14 @@ class _Compensated(WeightCodec):
         return out.copy_(param).add_(self._of(param, start))
 
     def write(self, param: Tensor, value: Tensor, start: int) -> None:
+        compensation = self._of(param, start)
         param.copy_(value)
-        lost = value.sub_(param)  # infinity minus infinity, where a weight overflowed, must not become NaN
-        self._of(param, start).copy_(lost.nan_to_num_(0.0, 0.0, 0.0))
+        # Infinity minus infinity, where a weight overflowed, must not become NaN.
+        compensation.copy_(torch.sub(value, param).nan_to_num_(0.0, 0.0, 0.0))
+        # A compensation rounded up to half a place may call for the parameter's neighbour. Taking that one makes the
+        # parameter what the sum rounds to, so that a step of size zero changes no bit.
+        param.add_(compensation)
+        compensation.copy_(value.sub_(param).nan_to_num_(0.0, 0.0, 0.0))
 
     def _of(self, param: Tensor, start: int) -> Tensor:
         return self.compensation[start : start + param.numel()].view(param.shape)

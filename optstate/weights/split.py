@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optstate.kernels import WeightCodec
-from optstate.spec import FieldSpec, ParamSpec, is_fake
+from optstate.kernels import WeightCodec, known_finite
+from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
 from optstate.weights.plain import Plain
 
@@ -28,7 +28,8 @@ class Split(Weights):
         of the weight, so steps below that are lost.
 
     The correction is in units of the bits below the parameter's last place and starts at zero. A parameter that is
-    overwritten from outside, by loading other weights, keeps a correction of at most half of that last place.
+    overwritten from outside, by loading other weights, keeps a correction of at most half of that last place; a zero
+    is zero.
 
     fp32 and fp64 parameters hold results exactly and are written plainly.
 
@@ -71,22 +72,24 @@ class _Halves(WeightCodec):
     adds_bits = True
 
     def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
-        word = out.view(torch.int32)
-        word.copy_(param.view(torch.int16)).bitwise_left_shift_(16)
-        word.add_(self._of(param, start), alpha=1 << self.dropped)
+        word, correction = out.view(torch.int32), self._of(param, start)
+        word.copy_(correction).add_(param.view(torch.int16), alpha=1 << (16 - self.dropped))
+        if self.dropped:
+            word.bitwise_left_shift_(self.dropped)
+        if not known_finite(out):  # below a zero that came from outside, a correction counts down into the NaNs
+            word.masked_fill_((param == 0) & (correction < 0), 0)
         return out
 
     def write(self, param: Tensor, value: Tensor, start: int) -> None:
         word = value.view(torch.int32)
-        on_host = value.device.type == "cpu" and not is_fake(value)
-        if not on_host or not value.sum().isfinite():  # the lower bits of a NaN could carry into its sign
+        if not known_finite(value):  # the lower bits of a NaN could carry into its sign
             word.masked_fill_(value.isnan(), QUIET_NAN)
         if self.dropped:
-            word.add_(1 << (self.dropped - 1)).bitwise_and_(-1 << self.dropped)
-        upper = (word + (1 << 15)).bitwise_right_shift_(16)
-        param.copy_(upper.to(torch.int16).view(torch.bfloat16))
-        word.sub_(upper.bitwise_left_shift_(16)).bitwise_right_shift_(self.dropped)
-        self._of(param, start).copy_(word)
+            word.add_(1 << (self.dropped - 1))
+        param.view(torch.int16).copy_((word + (1 << 15)).bitwise_right_shift_(16))
+        if self.dropped:
+            word.bitwise_right_shift_(self.dropped)
+        self._of(param, start).copy_(word)  # only the low bits fit: a signed number, below zero where p was rounded up
 
     def _of(self, param: Tensor, start: int) -> Tensor:
         return self.correction[start : start + param.numel()].view(param.shape)
