@@ -8,13 +8,10 @@ are met or missed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,7 +20,7 @@ os.environ["KINETO_LOG_LEVEL"] = "99"  # the memory profiler announces each star
 import bitsandbytes
 import peers
 import torch
-from report import Goal, environment, number, print_goals, print_table, text
+from report import Goal, environment, number, parse_arguments, print_goals, print_table, text, write_json
 from rich.console import Console
 from shapes import SETS, gradients_of, module_of
 from timing import DTYPES, Action, interleaved, ratio, spread
@@ -78,7 +75,7 @@ KEPT = [
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = parse_arguments(__doc__.splitlines()[0], "2 rounds", quick_rounds=2, rounds=5)
     torch.set_num_threads(1)
     console = Console(width=120)
     results: dict[str, Any] = {"schema": "optstate.benchmark.low_bit/1", **environment()}
@@ -96,23 +93,8 @@ def main() -> int:
     goals = [*byte_goals(results["bytes"]), *update_goals(results["update"])]
     print_goals(console, goals)
     results["goals"] = [goal.as_dict() for goal in goals]
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.json, results)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 rounds")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds of each measurement (default 5)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured to PATH")
-    options = parser.parse_args()
-    if options.rounds is None:
-        options.rounds = 2 if options.quick else 5
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    return options
 
 
 def measure_bytes() -> Rows:

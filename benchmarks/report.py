@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +18,30 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
+
+
+def parse_arguments(description: str, quick: str, quick_rounds: int, rounds: int) -> argparse.Namespace:
+    """The options of a benchmark in rounds: `quick`, `rounds` and `json`.
+
+    quick: what `--quick` does, for the help; it also sets the rounds to `quick_rounds`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--rounds", type=int, help=f"interleaved rounds of each measurement (default {rounds})")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured to PATH")
+    options = parser.parse_args()
+    if options.rounds is None:
+        options.rounds = quick_rounds if options.quick else rounds
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return options
+
+
+def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
+    """Write what was measured, if a path was given."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ are met or missed; 1 if two implementations of one rule do not agree, before any
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # the memory profiler announces each start and stop otherwise
@@ -22,7 +19,7 @@ import fused
 import hooks
 import peers
 import torch
-from report import Goal, environment, number, print_goals, print_table, text
+from report import Goal, environment, number, parse_arguments, print_goals, print_table, text, write_json
 from rich.console import Console
 from shapes import SETS
 from timing import DTYPES
@@ -36,7 +33,7 @@ Rows = list[dict[str, Any]]
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = parse_arguments(__doc__.splitlines()[0], "3 rounds and the 25M set only", quick_rounds=3, rounds=9)
     torch.set_num_threads(1)
     console = Console(width=120)
     results: dict[str, Any] = {"schema": "optstate.benchmark.step/1", **environment()}
@@ -64,23 +61,8 @@ def main() -> int:
     ]
     print_goals(console, goals)
     results["goals"] = [goal.as_dict() for goal in goals]
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.json, results)
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 rounds and the 25M set only")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds of each measurement (default 9)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured to PATH")
-    options = parser.parse_args()
-    if options.rounds is None:
-        options.rounds = 3 if options.quick else 9
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    return options
 
 
 def check_agreement(rows: Rows) -> bool:

@@ -26,20 +26,23 @@ from optstate.memory import peak_extra_bytes
 
 __all__ = ["OPTIONS", "Memory", "Run", "Settings", "measure_memory", "options_of", "train"]
 
+ADAM, LION, SGD = {"lr": 2e-3, "betas": (0.9, 0.95)}, {"lr": 3e-4}, {"lr": 0.03, "momentum": 0.9}
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "adalomo": {"lr": 5e-2},
     "adafactor": {"lr": 5e-2},
-    "adamw": {"lr": 2e-3, "betas": (0.9, 0.95)},
-    "lion": {"lr": 3e-4},
+    **dict.fromkeys(("adamw", "adamw8bit", "adamw4bit", "adamfactor", "adammini"), ADAM),
+    **dict.fromkeys(("lion", "lion8bit"), LION),
     "lomo": {"lr": 0.1},
-    "sgd": {"lr": 0.03, "momentum": 0.9},
+    **dict.fromkeys(("sgd", "sgdm8bit"), SGD),
 }
 """What each recipe is called with; one that is not listed runs with its own defaults.
 
 The learning rates come from a small search with this model, seed 0, by validation loss. After 800 steps adalomo with
 0.03, 0.05, 0.08 had 2.045, 1.971, 2.053, and adamw with 0.001, 0.002, 0.004 had 1.980, 1.940, 1.956. After 200 steps
 lomo with 0.1, 0.3 had 2.60, 3.13 (1.0 diverged), sgd with 0.03, 0.1, 0.3 had 2.82, 2.84, 3.12, and lion with 0.0003,
-0.001, 0.002 had 2.62, 2.98, 2.79. adafactor with a learning rate is adalomo's rule. The betas are those customary for
+0.001, 0.002 had 2.62, 2.98, 2.79. adafactor with a learning rate is adalomo's rule. What compresses another's state
+takes that one's rate. The betas are those customary for
 language models, not searched.
 """
 
