@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from numbers import Real
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.spec import ParamSpec, accumulator_dtype, is_fake
+from optstate.spec import ROLES, ParamSpec, accumulator_dtype, is_fake
 from optstate.updates import Chain, Route
 
 __all__ = ["check_values", "checked_gradient", "checked_group", "checked_params", "spec_of", "split_by_chain"]
@@ -48,6 +49,10 @@ def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
         raise ValueError("a param group has no parameters: leave it out, or fix the filter that made it")
     if not isinstance(param_group.get("role", ""), str):
         raise TypeError(f"role={param_group['role']!r} must be a string, such as 'embedding'")
+    role = param_group.get("role", "")
+    near = difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)
+    if near and role not in ROLES:
+        raise ValueError(f"role={role!r} in a param group is nearly {near[0]!r}: spell it so, or choose another name")
     head_size = param_group.get("head_size")
     if head_size is not None and (isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1):
         raise ValueError(f"head_size={head_size!r} must be a whole number of rows, at least 1")
@@ -138,8 +143,8 @@ def checked_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
 
 def _check_lr(lr: Any) -> None:
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise TypeError(f"lr has shape {tuple(lr.shape)}: a tensor must hold exactly one number")
+        if lr.ndim:
+            raise TypeError(f"lr has shape {tuple(lr.shape)}: a tensor must hold one number and have no dimensions")
         if lr.device.type == "cpu" and not is_fake(lr):
             _check_lr(lr.item())
     elif isinstance(lr, bool) or not isinstance(lr, Real):

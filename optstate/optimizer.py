@@ -129,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
             name, param = item if isinstance(item, tuple) else (f"param_{first + i}", item)
             name = group["param_names"][i] if "param_names" in group else name
             spec = groups.spec_of(name, param, group)
-            plans.append(plan_parameter(spec, self._route, self._weights, param.requires_grad, group))
+            plans.append(plan_parameter(spec, self._route, self._weights, param.requires_grad or param in self.state))
         return plans
 
     def _allocate(self, param: Tensor) -> dict[str, Any]:
@@ -217,18 +217,18 @@ class Optimizer(torch.optim.Optimizer):
         plan, spec = leaf.plan, leaf.plan.spec
         grad = groups.checked_gradient(param, spec)
         state = self._state_of(param)
-        step = state["step"] + 1
+        step, group = state["step"] + 1, self.param_groups[leaf.group]
         if spec.numel:
             guard = Guard(spec.name, grad)
             if not plan.guards:
-                guard.check(kernels.all_finite(grad))
+                guard.check(kernels.all_finite(grad, plan.largest_gradient(group)))
             if (
                 plan.guards
                 and grad.dtype != spec.accumulator
                 and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device)
             ):
                 grad = grad.to(spec.accumulator)  # read several times: convert a small one once
-            ctx = context(plan, state, param, grad, self.param_groups[leaf.group], step, guard, grad_scale)
+            ctx = context(plan, state, param, grad, group, step, guard, grad_scale)
             self._writing = True
             if not stepped_by_torch(plan, state, ctx):
                 yield from run_chain(plan, state, ctx)
@@ -285,6 +285,7 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups = resume.loaded_groups(self.param_groups, state_dict["param_groups"])
         self._flags = DeferredFlags()
         self.accept_partial_step()
+        resume.warn_if_written_otherwise(state_dict, self.plan())
         resume.warn_if_unclipped(state_dict, self._fused.clip_grad_norm if self._fused is not None else None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -297,7 +298,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _break_off(self, updated: int, param: Tensor, reason: str) -> None:
         """Remember that a step failed at `param` after `updated` other parameters had been updated."""
-        self._inconsistent = f"{updated} parameters were updated, then {self._name(param)!r} failed: {reason}"
+        name = self._name(param)
+        half = " and may itself be updated in part" if self._writing else ""
+        self._inconsistent = f"{updated} parameters were updated, then {name!r} failed{half}: {reason}"
 
     def _require_consistent(self, action: str) -> None:
         if self._fused is not None and action != "backward":

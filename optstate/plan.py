@@ -13,7 +13,7 @@ import torch
 from optstate import kernels
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores import Full, Store
-from optstate.updates import Chain, Route, add_decayed_weights, scale_by_adam
+from optstate.updates import Chain, Hyper, Route, add_decayed_weights, clip_by_value, scale_by_adam
 from optstate.weights import Plain, Weights, as_weights
 
 __all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
@@ -81,6 +81,19 @@ class ParamPlan:
         return self.chain.guards(self.spec)
 
     @cached_property
+    def largest_square_root(self) -> float:
+        """The largest element whose square the statistics can hold; infinite if none is of squares."""
+        squared = [self.slots[name].store for name, slot in self.chain.slots(self.spec).items() if slot.of_squares]
+        coded = any(store.alignment > 1 for store in squared)  # scales are fp32, whatever the parameter is
+        return math.sqrt(torch.finfo(torch.float32 if coded else self.spec.accumulator).max) if squared else math.inf
+
+    def largest_gradient(self, group: Mapping[str, Any]) -> float:
+        """The largest magnitude of a gradient element that a step with the group's hyper-parameters can take."""
+        clip = self.chain.transforms[0] if self.chain.transforms else None
+        clipped = isinstance(clip, clip_by_value) and isinstance(clip.bound, Hyper) and clip.bound.read(group)
+        return math.inf if clipped else self.largest_square_root
+
+    @cached_property
     def first_sliced(self) -> int | None:
         """The place in the chain from which on it runs slice by slice, so that scratch memory does not grow with the
         parameter; None if nothing after the last sum over the whole parameter needs scratch.
@@ -93,7 +106,8 @@ class ParamPlan:
             stores = [self.slots[name].store for name in transform.slots(self.spec)]
             if transform.elementwise and all(store.elementwise for store in stores):
                 continue
-            ready = transform.prepares and all(store.elementwise or store.exact_sums for store in stores)
+            ready = transform.elementwise and transform.prepares
+            ready = ready and all(store.elementwise or store.exact_sums for store in stores)
             first = i if ready else i + 1
         rest = self.chain.transforms[first:]
         if any(t.slots(self.spec) or t.temporaries(self.spec, head=i + first == 0) for i, t in enumerate(rest)):
@@ -203,18 +217,16 @@ class Plan:
         return "\n".join([*legend, *table, total])
 
 
-def plan_parameter(
-    spec: ParamSpec, route: Route, weights: Weights | str, trainable: bool, group: Mapping[str, Any]
-) -> ParamPlan:
-    """Decide everything about one parameter of a param group.
+def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, trainable: bool) -> ParamPlan:
+    """Decide everything about one parameter.
 
     Raises:
         ValueError: if a store or a way to write weights cannot be used for it.
     """
     chain, rule = route.pick(spec)
-    slots, smallest = {}, {name: slot.smallest_weight for name, slot in chain.declared_slots(group).items()}
+    slots = {}
     for name, slot in chain.slots(spec).items():
-        store, note = slot.store.resolve(spec, slot.signed, smallest[name])
+        store, note = slot.store.resolve(spec, slot.signed)
         slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
     return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
 

@@ -13,16 +13,26 @@ from torch import Tensor
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 
-__all__ = ["KEY", "check", "entries", "header", "loaded_groups", "warn_if_unclipped"]
+__all__ = [
+    "KEY",
+    "check",
+    "entries",
+    "header",
+    "loaded_groups",
+    "warn_if_unclipped",
+    "warn_if_written_otherwise",
+]
 
 KEY = "optstate"
 VERSION = 1
 
 
 def header(plan: Plan, clip_grad_norm: float | None) -> dict[str, Any]:
-    """What `state_dict` says besides: a version, the store of every slot by parameter index, the fused norm clip."""
+    """What `state_dict` says besides: a version, by parameter index the store of every slot and how the weight is
+    written, the fused norm clip."""
     stores = {i: param.stores for i, param in enumerate(plan)}
-    return {"version": VERSION, "stores": stores, "clip_grad_norm": clip_grad_norm}
+    weights = {i: str(param.weights) for i, param in enumerate(plan)}
+    return {"version": VERSION, "stores": stores, "weights": weights, "clip_grad_norm": clip_grad_norm}
 
 
 def warn_if_unclipped(saved: Mapping[str, Any], clip_grad_norm: float | None) -> None:
@@ -34,6 +44,19 @@ def warn_if_unclipped(saved: Mapping[str, Any], clip_grad_norm: float | None) ->
             f"call optstate.fuse_backward(optimizer, clip_grad_norm={theirs}) before loading to go on alike",
             stacklevel=3,
         )
+
+
+def warn_if_written_otherwise(saved: Mapping[str, Any], plan: Plan) -> None:
+    """Warn if the saved run rounded weights in another way than this one will: the run would go on differently."""
+    theirs = saved.get(KEY, {}).get("weights", {})
+    for i, param in enumerate(plan):
+        if theirs.get(i, str(param.weights)) != str(param.weights):
+            warnings.warn(
+                f"{param.spec.name!r} was written by {theirs[i]} in the saved run, here it is by {param.weights}: "
+                "give the optimizer the same weights=... to go on alike",
+                stacklevel=3,
+            )
+            return
 
 
 def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from optstate.spec import ParamSpec
+from optstate.spec import ROLES, ParamSpec
 
 __all__ = ["declare_roles"]
-
-ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
-"""The order of the groups. A parameter with several roles (tied weights) gets the first of them."""
 
 # Child attributes that hold the projection to queries and the one to keys, as models spell them: Llama and most others,
 # BERT, Meta's Llama, diffusers, DistilBERT, T5, DeBERTa-v2, Conformers.

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["FieldSpec", "ParamSpec", "accumulator_dtype", "is_fake", "is_matrix", "is_vector"]
+__all__ = ["ROLES", "FieldSpec", "ParamSpec", "accumulator_dtype", "is_fake", "is_matrix", "is_vector"]
+
+
+ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
+"""The roles a recipe of this library may ask for. A parameter with several (tied weights) gets the first of them."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

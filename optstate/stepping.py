@@ -56,12 +56,12 @@ def _run_slices(
     plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context, limit: int
 ) -> Requests[None]:
     """The sliced part of the chain. Leaves in `statistics` only those that are still to be committed."""
-    chain, names = plan.in_slices, plan.in_slices.slots(plan.spec)
+    names = plan.in_slices.slots(plan.spec)
     independent = {name: statistics.pop(name) for name in names if plan.slots[name].store.elementwise}
     moved = {name: statistics[name] for name in names if name in statistics}
     param, grad, is_gradient = ctx.param.detach(), ctx.grad, update.is_gradient(ctx)
     if moved:
-        yield from chain.transforms[0].prepare(update, moved | independent, ctx)
+        yield from plan.in_slices.transforms[0].prepare(update, moved, ctx)
     elif not update.factors and all(t.is_contiguous() for t in (param, grad, update.dense)):
         param, grad, update = param.view(-1), grad.view(-1), replace(update, dense=update.dense.view(-1))
     factors = {name: statistic.factors() for name, statistic in moved.items()}
@@ -72,9 +72,22 @@ def _run_slices(
         slices = {name: _slice_of(s, plan.slots[name], piece, of_param) for name, s in independent.items()}
         for name, statistic in moved.items():
             slices[name] = MovedStatistic(statistic, tuple(map(piece.of, factors[name])), of_param.shape)
-        _write(plan, (yield from chain(of_update, slices, here)), here)
+        _write(plan, _without_sums(plan, plan.in_slices(of_update, slices, here)), here)
+        piece.write_back(param, of_param)
         for statistic in slices.values():
             statistic.commit()
+
+
+def _without_sums(plan: ParamPlan, requests: Requests[Update]) -> Update:
+    """Run a chain on a slice, where no transform may ask for a sum over the whole parameter."""
+    try:
+        next(requests)
+    except StopIteration as stop:
+        return cast(Update, stop.value)
+    raise TypeError(
+        f"a transform of the chain {plan.in_slices} asked for a sum over the whole parameter while it ran on a slice: "
+        "its class must declare elementwise = False"
+    )
 
 
 def _write(plan: ParamPlan, update: Update, ctx: Context) -> None:

@@ -127,7 +127,9 @@ BYTES: list[tuple[Store, float, bool]] = [  # as documented, per element; whethe
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize(("store", "per_element", "signed"), BYTES, ids=lambda x: str(x) if isinstance(x, Store) else "")
+@pytest.mark.parametrize(
+    ("store", "per_element", "signed"), BYTES, ids=lambda x: str(x) if isinstance(x, Store) else ""
+)
 def test_a_statistic_has_the_documented_bytes(
     store: Store, per_element: float, signed: bool, dtype: torch.dtype
 ) -> None:
@@ -395,7 +397,9 @@ def test_gradients_whose_squares_overflow_leave_finite_numbers(store: Store) -> 
             assert torch.equal(param[5], before)
         before = param[5].detach().clone()
     far = torch.arange(64) > 5 + math.ceil(256 / 80)  # rows that share no block with the large ones
-    assert ((param.detach() - start)[far].abs() <= 4 * 4e-3).all()  # four steps of at most about lr, four times in 4 bits
+    assert (
+        (param.detach() - start)[far].abs() <= 4 * 4e-3
+    ).all()  # four steps of at most about lr, four times in 4 bits
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -452,7 +456,8 @@ def test_rank_1_reads_code_times_the_smallest_of_the_axes(shape: Shape, signed: 
     fields["codes"] = codes[::2] * 16 + codes[1::2]
     book = torch.tensor(dynamic_map(True, 4) if signed else linear_map(4)).double()
     want = book[codes[:count].long()].view(shape) * reduce(
-        torch.minimum, [fields[name].double().view([-1 if d == i else 1 for d in range(len(shape))]) for i, name in enumerate(names)]
+        torch.minimum,
+        [fields[name].double().view([-1 if d == i else 1 for d in range(len(shape))]) for i, name in enumerate(names)],
     )
     with chunk_of(limit):
         assert torch.equal(RankOne4(signed).read(fields, shape), want.float())

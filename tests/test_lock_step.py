@@ -41,7 +41,7 @@ class Halves:
         self.opt = AdaLomo([(name, self.param)], **{**HYPERS, **hypers})
         self.dim, self.sizes, self.shape, self.step = dim, sizes, shape, 0
         spec = ParamSpec(name=name, shape=shape, dtype=torch.float64, sharded_dims=frozenset({dim}))
-        self.plan: ParamPlan = plan_parameter(spec, self.opt.recipe, "auto", True, self.opt.param_groups[0])
+        self.plan: ParamPlan = plan_parameter(spec, self.opt.recipe, "auto", trainable=True)
         self.locals = [piece.clone() for piece in whole.split(sizes, dim)]
         self.states = [self._shard(i) for i in range(2)]
 

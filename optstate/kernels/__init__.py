@@ -4,6 +4,7 @@ from optstate.kernels.chunking import Piece, chunk_elements, chunks, pieces, sli
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
 from optstate.kernels.eager import (
     WeightCodec,
+    add_weight,
     all_finite,
     apply,
     ema,
@@ -26,6 +27,7 @@ __all__ = [
     "Product",
     "Scalar",
     "WeightCodec",
+    "add_weight",
     "all_finite",
     "apply",
     "chunk_elements",

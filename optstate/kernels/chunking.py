@@ -75,13 +75,59 @@ class Piece:
         """The entries, flat, of a contiguous tensor with one entry per `per` consecutive elements."""
         return field.view(-1)[self.start // per : -(-self.stop // per)]
 
+    def write_back(self, tensor: Tensor, part: Tensor) -> None:
+        """Make `part`, which `of` gave and which may have been written to, this piece of the tensor."""
 
-def pieces(shape: Sequence[int], limit: int, align: int = 1) -> Iterator[Piece]:
+
+@dataclass(frozen=True)
+class GatheredPiece(Piece):
+    """A range that is no sub-tensor, as a flat copy: for blocks that neither begin nor end where rows do."""
+
+    shape: tuple[int, ...] = ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        views = _views(tensor.expand(self.shape), self.start, self.stop)
+        return torch.cat([view.reshape(-1) for view in views])
+
+    def write_back(self, tensor: Tensor, part: Tensor) -> None:
+        done = 0
+        for view in _views(tensor, self.start, self.stop):
+            view.copy_(part[done : done + view.numel()].view(view.shape))
+            done += view.numel()
+
+
+def pieces(shape: Sequence[int], limit: int, align: int = 1) -> list[Piece]:
     """Cut a shape of at least one dimension into pieces of about `limit` elements that begin at multiples of `align`.
 
-    Where rows are not whole numbers of blocks a piece takes as many as are, even if that exceeds the limit.
+    Pieces are sub-tensors as long as that keeps them within the limit.
     """
-    yield from _pieces(tuple(shape), limit, align, (), 0)
+    shape = tuple(shape)
+    found = list(_pieces(shape, limit, align, (), 0))
+    if all(piece.stop - piece.start <= max(limit, align) for piece in found):
+        return found
+    step, numel = max(limit // align, 1) * align, math.prod(shape)
+    ranges = [(start, min(start + step, numel)) for start in range(0, numel, step)]
+    return [GatheredPiece((), slice(0), start, stop, shape) for start, stop in ranges]
+
+
+def _views(tensor: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+    """Views that follow each other in row-major order and together are the elements `start` to `stop`."""
+    if tensor.ndim <= 1:
+        yield tensor[start:stop]
+        return
+    inner = math.prod(tensor.shape[1:])
+    first, last = start // inner, (stop - 1) // inner
+    if first == last:
+        yield from _views(tensor[first], start - first * inner, stop - first * inner)
+        return
+    if start % inner:
+        yield from _views(tensor[first], start - first * inner, inner)
+        first += 1
+    whole = stop // inner
+    if whole > first:
+        yield tensor[first:whole]
+    if stop % inner:
+        yield from _views(tensor[whole], 0, stop - whole * inner)
 
 
 def _pieces(shape: tuple[int, ...], limit: int, align: int, index: tuple[int, ...], start: int) -> Iterator[Piece]:

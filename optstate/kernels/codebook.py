@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from optstate.spec import is_fake
 __all__ = ["Codebook", "dynamic_map", "linear_map"]
 
 HALF_OFFSET = 1 << 15
+
+FP32_ON_HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Tables are the same whatever torch's default dtype and device are."""
 
 
 def dynamic_map(signed: bool, bits: int = 8, exponent_bits: int | None = None) -> tuple[float, ...]:
@@ -28,7 +32,7 @@ def dynamic_map(signed: bool, bits: int = 8, exponent_bits: int | None = None) -
     exponents = bits - 1 if exponent_bits is None else exponent_bits
     values = [0.0, 1.0]
     for i in range(exponents):
-        edges = torch.linspace(0.1, 1, 2 ** (i + (bits - 1 - exponents) + (0 if signed else 1)) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i + (bits - 1 - exponents) + (0 if signed else 1)) + 1, **FP32_ON_HOST)
         decade = (10.0 ** (i - (exponents - 1))) * ((edges[:-1] + edges[1:]) / 2.0)
         values += decade.tolist() + ((-decade).tolist() if signed else [])
     return tuple(sorted(values))
@@ -70,7 +74,7 @@ class Codebook:
     """
 
     def __init__(self, values: Sequence[float], keeps_positive: bool = False) -> None:
-        self.values = torch.tensor(values, dtype=torch.float32)
+        self.values = torch.tensor(values, **FP32_ON_HOST)
         self.bounds = _bounds_of(self.values)
         if keeps_positive:
             self.bounds[0] = 0.0
@@ -120,8 +124,9 @@ class Codebook:
         )
 
     def _build(self, device: torch.device) -> _Tables:
-        codes, bounds = _codes_by_pattern(self.bounds), torch.cat([self.bounds, torch.tensor([torch.inf])])
-        byte, two = torch.arange(256), _every_int16().view(torch.uint8).view(-1, 2)
+        last = torch.tensor([torch.inf], **FP32_ON_HOST)
+        codes, bounds = _codes_by_pattern(self.bounds), torch.cat([self.bounds, last])
+        byte, two = torch.arange(256, device="cpu"), _every_int16().view(torch.uint8).view(-1, 2)
         nibbles = self.values[torch.stack([byte >> 4, byte & 15], dim=1).clamp(max=len(self.values) - 1)]
         tables = (codes, bounds, self.values, nibbles.view(torch.float64).view(-1), (two[:, 0] << 4) | (two[:, 1] & 15))
         return _Tables(*(table.to(device) for table in tables))
@@ -129,7 +134,7 @@ class Codebook:
 
 def _every_int16() -> Tensor:
     """All int16 numbers, ascending: entry i is `i - HALF_OFFSET`."""
-    return torch.arange(-HALF_OFFSET, HALF_OFFSET, dtype=torch.int32).to(torch.int16)
+    return torch.arange(-HALF_OFFSET, HALF_OFFSET, dtype=torch.int32, device="cpu").to(torch.int16)
 
 
 def _bounds_of(values: Tensor) -> Tensor:
@@ -137,7 +142,7 @@ def _bounds_of(values: Tensor) -> Tensor:
     middle = (values[:-1].double() + values[1:].double()) / 2
     rounded = middle.float()
     above = rounded.double() > middle
-    return torch.where(above, torch.nextafter(rounded, torch.tensor(-torch.inf)), rounded)
+    return torch.where(above, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
 
 
 def _codes_by_pattern(bounds: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ chunk inside a buffer, never the whole tensor, is what keeps scratch independent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from optstate.spec import accumulator_dtype
 
 __all__ = [
     "WeightCodec",
+    "add_weight",
     "all_finite",
     "apply",
     "ema",
@@ -50,13 +52,13 @@ class WeightCodec:
         raise NotImplementedError
 
 
-def all_finite(grad: Tensor) -> Tensor:
-    """0-d bool: no element of `grad` is infinite or NaN.
-
-    One read: a sum is finite only if every element is. Elements so large that their sum overflows count as infinite.
-    fp16 is summed in fp32.
-    """
-    return torch.isfinite(grad.sum(dtype=torch.float32) if grad.dtype == torch.float16 else grad.sum())
+def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
+    """0-d bool: no element of `grad` is infinite, NaN, or beyond `largest` in magnitude. One read."""
+    if not grad.numel():
+        return torch.ones((), dtype=torch.bool, device=grad.device)
+    least, most = torch.aminmax(grad)  # NaN if any element is, and compares as False
+    limit = min(largest, torch.finfo(grad.dtype).max)
+    return (most <= limit) & (least >= -limit)
 
 
 def sums(product: Product) -> tuple[Tensor, Tensor]:
@@ -233,6 +235,17 @@ def apply(
             codec.write(p, target, start)
         elif not in_place:
             p.copy_(target)
+        start += p.numel()
+
+
+def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec | None, start: int) -> None:
+    """`target += scale * value of param`, in place; `target` is fp32 (fp64 for fp64 parameters) and contiguous."""
+    limit = slice_elements(param.device)
+    new = _Buffer(param, limit)
+    for out, p in chunks((target, param), limit):
+        exact = codec is not None and codec.adds_bits
+        value = codec.read(p, start, new.like(p)) if codec is not None and exact else new.like(p).copy_(p)
+        out.add_(value.mul_(scale))
         start += p.numel()
 
 

@@ -20,7 +20,7 @@ class AdamW(Optimizer):
         params: as `optstate.Optimizer` takes them.
         lr, betas, eps, weight_decay: as in torch.
         first, second: stores of the two moments, fp32 by default whatever the parameter's dtype (torch keeps them
-            in the parameter's). `Full("bfloat16")` for the second is refused: it would not decay.
+            in the parameter's). `Full("bfloat16")` is rounded stochastically where steps would be lost.
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.
     """
 

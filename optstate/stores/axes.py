@@ -58,7 +58,7 @@ class AxisMax(Store):
 
     elementwise: ClassVar[bool] = False
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if spec.ndim < 2:
             return Full(), f"{spec.ndim}-D: one number per element already, kept in full"
         return self, ""
@@ -76,5 +76,5 @@ class AxisMax(Store):
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return reduce(torch.minimum, broadcast_axes(fields, shape))
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         return axis_maxima(value)

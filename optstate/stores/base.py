@@ -64,9 +64,9 @@ class Store:
         """A slice must begin at a multiple of this many elements of the flattened parameter."""
         return 1
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
-        """The store used for this parameter, fitted to the statistic's kind (see `Slot`), and, if that is not
-        what a reader of the recipe would expect, why.
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
+        """The store used for this parameter, fitted to the statistic's sign, and, if there is something that a reader
+        of the recipe would not expect, what and why.
 
         Raises:
             ValueError: if the parameter cannot be kept in this format.
@@ -87,11 +87,12 @@ class Store:
         """
         raise NotImplementedError
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         """What the fields become when the statistic is `value`, fp32 in a local shape or a slice's; each tensor
         flat, in the field's shape, or anything that can be copied into it. May overwrite `value`.
 
-        noise: random bits for formats that round stochastically.
+        noise: random bits for formats that round stochastically. weight: the least weight that this step's average
+        gave to what is new; a format with few mantissa bits rounds steps of a small weight away.
         """
         raise NotImplementedError
 
@@ -102,7 +103,7 @@ class Store:
     def write(self, fields: Fields, value: Tensor, noise: Noise = NO_NOISE) -> None:
         """Store `value` in place; see `encode`."""
         for name, new in self.encode(value, noise).items():
-            fields[name].copy_(new.view(fields[name].shape))
+            fields[name].copy_(new.reshape(fields[name].shape))
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         """Move the statistic towards `value` by `weight` of the distance."""
@@ -120,7 +121,7 @@ class Store:
         """Add `value**2` to the statistic."""
         yield from ()
         x = kernels.evaluate(value)
-        statistic.hold(torch.addcmul(statistic.read(), x, x))
+        statistic.hold(torch.addcmul(statistic.read(), x, x), weight=0.0)  # a sum of t squares grows by about 1 / t
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
         """`max(statistic, floor**2) ** -0.5` as factors whose product it is.
@@ -148,8 +149,10 @@ class Slot:
     signed: whether it can be negative; second moments cannot.
     smallest_weight: the least `1 - beta` its moving average ever uses; a format with few mantissa bits rounds
         steps of a small weight away.
+    of_squares: whether squares of the update go into it, so that a gradient must be refused whose squares overflow.
     """
 
     store: Store
     signed: bool = True
     smallest_weight: float = 1.0
+    of_squares: bool = False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optstate import kernels
+from optstate.describe import HIDDEN
 from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes
@@ -22,6 +23,9 @@ __all__ = ["Block4", "Block8", "Float8"]
 FEWEST_ELEMENTS = 4096
 """Smaller parameters stay in fp32, as in bitsandbytes and torchao: they weigh nothing and are the sensitive ones."""
 
+LARGEST_BLOCK = 1 << 16
+"""A slice of a parameter holds at least one block."""
+
 SMALLEST_MAXIMUM = 2.0**-120
 """The least block maximum that is kept: the smallest code times a smaller one would underflow to zero."""
 
@@ -30,7 +34,8 @@ SMALLEST_E4M3 = 2.0**-9
 
 SIGNED_8, UNSIGNED_8 = Codebook(dynamic_map(True)), Codebook(dynamic_map(False), keeps_positive=True)
 SIGNED_4, LINEAR_4 = Codebook(dynamic_map(True, bits=4)), Codebook(linear_map(4))
-E4M3 = Codebook((torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / LARGEST_E4M3).tolist())
+EVERY_E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
+E4M3 = Codebook((EVERY_E4M3 / LARGEST_E4M3).tolist())
 """Only read: PyTorch writes 8-bit floats itself, and reads them five times as slowly as this table."""
 
 
@@ -42,17 +47,20 @@ class _Blockwise(Store):
     """
 
     block: int = 256
-    signed: bool = True
+    signed: bool = field(default=True, kw_only=True, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2 or self.block % 2:
-            raise ValueError(f"{type(self).__name__}(block={self.block!r}): a block is an even number of elements")
+        if type(self.block) is not int or self.block % 2 or not 2 <= self.block <= LARGEST_BLOCK:
+            raise ValueError(
+                f"{type(self).__name__}(block={self.block!r}): a block is an even number of elements up to "
+                f"{LARGEST_BLOCK}, such as 256"
+            )
 
     @property
     def alignment(self) -> int:
         return self.block
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if spec.numel < FEWEST_ELEMENTS:
             return Full(), f"under {FEWEST_ELEMENTS} elements: kept in full"
         return replace(self, signed=signed), ""
@@ -74,11 +82,11 @@ class _Blockwise(Store):
             value[first:last] = self._read(part, maxima, last - first)
         return value.view(shape)
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         flat = value.to(torch.float32).reshape(-1)
         parts = [self._encode(flat[first:last]) for first, last in self._ranges(flat.numel(), flat.device)]
         codes, maxima = zip(*parts, strict=True)
-        return {"codes": joined(codes), "absmax": joined(maxima)}
+        return {"codes": _joined(codes), "absmax": _joined(maxima)}
 
     def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
         """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""
@@ -128,7 +136,7 @@ class Block8(_Blockwise):
     block: elements per scale, even. Parameters with fewer than 4096 elements keep the statistic in full.
 
     Raises:
-        ValueError: for a block that is not an even number of elements.
+        ValueError: for a block that is not an even number of elements up to 65536.
     """
 
     block: int = 256
@@ -148,8 +156,9 @@ class Block4(_Blockwise):
     """4-bit codes, two a byte: the dynamic-exponent map for first moments, `1/16 ... 16/16` for second ones.
 
     Bytes per element: `0.5 + 4 / block`, 0.531 at 128. Worst error of an element: 0.12 of its block's largest magnitude
-    for first moments (values below 0.3 % of it become zero), 1/32 for second ones, which are never below 1/16 of it,
-    a zero included (arXiv 2309.01507: a zero code would divide by zero); a block of zeros reads as 2**-124.
+    for first moments (values below 0.3 % of it become zero); for second ones 1/32, below 1/16 of it up to 1/16, as
+    none is read as less than that, a zero included (arXiv 2309.01507: a zero code would divide by zero); a block of
+    zeros reads as 2**-124.
     The first of two codes is in a byte's upper half, as in torchao.
 
     block: elements per scale, even.
@@ -158,17 +167,22 @@ class Block4(_Blockwise):
         Bytes: `0.5` per element and 4 per row and column. Large parameters need temporaries, as the plan says.
 
     Raises:
-        ValueError: for a block that is not an even number of elements.
+        ValueError: for a block that is not an even number of elements up to 65536.
     """
 
     block: int = 128
     rank1: bool = False
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
-        store, why = super().resolve(spec, signed, smallest_weight)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rank1, bool):
+            raise TypeError(f"Block4(rank1={self.rank1!r}): give True or False")
+
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
+        store, why = super().resolve(spec, signed)
         if self.rank1 and isinstance(store, Block4):
             if spec.ndim >= 2:
-                return RankOne4(signed), ""
+                return _RankOne4(signed=signed), ""
             return replace(store, rank1=False), "a vector has no rows and columns: blocks"
         return store, why
 
@@ -183,12 +197,15 @@ class Block4(_Blockwise):
 
 
 @dataclass(frozen=True)
-class RankOne4(Store):
+class _RankOne4(Store):
     """What `Block4(rank1=True)` becomes: 4-bit codes, and the largest magnitude along every dimension in fp32."""
 
-    signed: bool = True
+    signed: bool
 
     elementwise: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return str(Block4(rank1=True))
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
@@ -201,24 +218,25 @@ class RankOne4(Store):
             part = piece.of(value)
             part.copy_(self._book.decode_nibbles(piece.of_field(codes, 2), part.numel()).view(part.shape))
             part.mul_(reduce(torch.minimum, map(piece.of, axes)))
+            piece.write_back(value, part)
         return value
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
-        pieces = list(self._pieces(value.shape, value.device))
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
+        pieces = self._pieces(value.shape, value.device)
         largest, smallest = axis_maxima(value), axis_maxima(value, largest=False)
         maxima = {name: _safe(torch.maximum(largest[name], -smallest[name]).float()) for name in largest}
         axes, codes = broadcast_axes(maxima, value.shape), []
         for piece in pieces:
             scaled = torch.div(piece.of(value), reduce(torch.minimum, map(piece.of, axes)))
             codes.append(self._book.encode_nibbles(scaled.float().contiguous()))
-        return {"codes": joined(codes), **maxima}
+        return {"codes": _joined(codes), **maxima}
 
     @property
     def _book(self) -> Codebook:
         return SIGNED_4 if self.signed else LINEAR_4
 
     @staticmethod
-    def _pieces(shape: Shape, device: torch.device) -> Iterator[Piece]:
+    def _pieces(shape: Shape, device: torch.device) -> list[Piece]:
         """Pieces that begin at whole bytes."""
         return kernels.pieces(shape, kernels.slice_elements(device) // 2, align=2)
 
@@ -228,13 +246,13 @@ class Float8(_Blockwise):
     """8-bit floats, e4m3, scaled so that a block's largest magnitude is 448: torchao's format.
 
     Bytes per element: `1 + 4 / block`, 1.016 at 256. Worst relative error: 6.25 % down to 3.5e-5 of the block's
-    largest magnitude, below that an absolute 2.2e-6 of it. Zero stays zero, and a second moment above zero
-    never becomes zero.
+    largest magnitude; below that an absolute 2.2e-6 of it, or 4.4e-6 for second moments, where none above zero
+    becomes zero. Zero stays zero.
 
     block: elements per scale, even. Parameters with fewer than 4096 elements keep the statistic in full.
 
     Raises:
-        ValueError: for a block that is not an even number of elements.
+        ValueError: for a block that is not an even number of elements up to 65536.
     """
 
     block: int = 256
@@ -270,7 +288,7 @@ def _safe(maxima: Tensor) -> Tensor:
     return maxima.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """One flat tensor of several."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 

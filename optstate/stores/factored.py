@@ -37,7 +37,7 @@ class Factored(Store):
     elementwise: ClassVar[bool] = False
     exact_sums: ClassVar[bool] = True
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if spec.ndim < 2:
             return Full(), f"{spec.ndim}-D: nothing to factor, kept in full"
         return self, ""
@@ -46,7 +46,7 @@ class Factored(Store):
         if signed:
             raise ValueError(
                 "Factored() holds row and column means of a statistic that is never negative, such as a second "
-                "moment; keep a first moment or momentum in Full()"
+                "moment; keep a first moment or momentum in Full(), Block8() or Block4()"
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
@@ -66,7 +66,7 @@ class Factored(Store):
         mean = row.mean(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)  # all zeros: 0, not 0 / 0
         return rearrange(row / mean, "... m -> ... m 1"), rearrange(col, "... n -> ... 1 n")
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         return {"row": value.mean(-1), "col": value.mean(-2)}
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ class Full(Store):
     Bytes per element: 4 (fp32), 2 (bf16). Worst relative error of a stored value: none (fp32), 2**-8 (bf16 rounded
     to nearest), 2**-7 (bf16 rounded stochastically, right on average).
 
-    stochastic: round to bf16 at random, up or down, so that the mean is the exact value. None does so where it is
-        needed: for an average with weights below 2**-8 (beta above 0.996), whose steps rounding to nearest would
-        swallow, so that a second moment would never decay. The random bits are a function of parameter name, slot,
+    stochastic: round to bf16 at random, up or down, so that the mean is the exact value. None does so in steps where it
+        is needed: where the averaging weight is below 2**-8 (beta above 0.996), so that rounding to nearest would
+        swallow the step and a second moment would never decay. The random bits are a function of parameter name, slot,
         step and element; nothing needs to be saved.
 
     Raises:
@@ -44,14 +44,15 @@ class Full(Store):
             raise ValueError(
                 f"Full(dtype={self.dtype!r}) is not a format for statistics: use one of {', '.join(DTYPES)}"
             )
+        if not (self.stochastic is None or isinstance(self.stochastic, bool)):
+            raise TypeError(f"Full(stochastic={self.stochastic!r}): give True, False or None")
         if self.stochastic and name != "bfloat16":
             raise ValueError(f"Full(dtype={self.dtype!r}, stochastic=True): only bfloat16 is rounded stochastically")
         object.__setattr__(self, "dtype", name)
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
-        if self.dtype == "bfloat16" and self.stochastic is None and smallest_weight < SMALLEST_BF16_WEIGHT:
-            why = f"averaging weights down to {smallest_weight:.3g} would be rounded away: rounded stochastically"
-            return replace(self, stochastic=True), why
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
+        if self.dtype == "bfloat16" and self.stochastic is None:
+            return self, f"rounded stochastically where an averaging weight is below {SMALLEST_BF16_WEIGHT:.2g}"
         return self, ""
 
     def check(self, signed: bool, smallest_weight: float) -> None:
@@ -70,8 +71,9 @@ class Full(Store):
         stored = fields[""].view(shape)
         return stored.float() if stored.dtype == torch.bfloat16 else stored
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
-        if self.stochastic:
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
+        swallows = self.dtype == "bfloat16" and weight < SMALLEST_BF16_WEIGHT
+        if self.stochastic or (self.stochastic is None and swallows):
             value = value.float().contiguous()
             value = kernels.round_bf16(value, noise.bits16(value.numel(), value.device).view(value.shape))
         return {"": value}

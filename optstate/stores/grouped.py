@@ -44,7 +44,7 @@ class Grouped(Store):
         if not number and self.by not in ("row", "head", "tensor"):
             raise ValueError(f'Grouped(by={self.by!r}): give "row", "head", "tensor" or a number of rows')
 
-    def resolve(self, spec: ParamSpec, signed: bool, smallest_weight: float = 1.0) -> tuple[Store, str]:
+    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if self.by == "head":
             if spec.head_size is None:
                 raise ValueError(
@@ -85,7 +85,7 @@ class Grouped(Store):
             return (mean.view(1, *ones),)
         return (mean.repeat_interleave(self._rows_per_group(shape)).view(-1, *ones),)
 
-    def encode(self, value: Tensor, noise: Noise) -> Fields:
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         if self.by == "tensor":
             return {"mean": value.mean()}
         return {"mean": value.reshape(value.shape[0] // self._rows_per_group(value.shape), -1).mean(-1)}

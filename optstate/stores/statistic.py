@@ -11,8 +11,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import ParamSpec
-from optstate.stores.base import NO_NOISE, Fields, Requests, Shape, Store
-from optstate.stores.full import Full
+from optstate.stores.base import NO_NOISE, Fields, Requests, Shape, Store, square_of
 from optstate.stores.guard import Guard
 
 __all__ = ["MovedStatistic", "Statistic"]
@@ -22,11 +21,11 @@ class Statistic:
     """A store bound to its tensors. What a step computes is held back and written by `commit`.
 
     A transform that fails therefore leaves the statistic as it was, and a lossy store gives the step the exact
-    new value, not the encoded one. The exception is a statistic kept in full that is larger than one chunk in a
+    new value, not the encoded one. The exception is a statistic kept in full, fp32, that is larger than one chunk in a
     chain that needs sums over the parameter: holding it back would cost a second copy, so it moves at once.
     """
 
-    __slots__ = ("_held", "_held_fields", "fields", "guard", "noise", "shape", "spec", "store")
+    __slots__ = ("_held", "_held_fields", "_weight", "fields", "guard", "noise", "shape", "spec", "store")
 
     def __init__(
         self,
@@ -41,6 +40,7 @@ class Statistic:
         self.shape = spec.shape if shape is None else shape
         self._held: Tensor | None = None
         self._held_fields: dict[str, Tensor] = {}
+        self._weight = 1.0
 
     def read(self) -> Tensor:
         """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
@@ -62,12 +62,14 @@ class Statistic:
 
     def ema(self, value: Product, weight: Scalar) -> Requests[None]:
         """Move towards `value` by `weight` of the distance; drive with `yield from`."""
+        self._note(weight)
         return self.store.ema(self, value, self.guard.masked(weight))
 
     def ema_of_square(
         self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
     ) -> Requests[None]:
         """Move towards `(value - minus)**2 + eps` by `weight` of the distance; drive with `yield from`."""
+        self._note(weight)
         return self.store.ema_of_square(self, value, self.guard.masked(weight), eps, minus)
 
     def add_square(self, value: Product) -> Requests[None]:
@@ -78,9 +80,13 @@ class Statistic:
         """`max(statistic, floor**2) ** -0.5` as factors whose product it is."""
         return self.store.inverse_root(self, floor)
 
-    def hold(self, value: Tensor) -> None:
-        """Make `value` (fp32, local shape) the statistic's value, to be written at `commit`."""
+    def hold(self, value: Tensor, weight: float = 1.0) -> None:
+        """Make `value` (fp32, local shape) the statistic's value, to be written at `commit`, which may overwrite it.
+
+        weight: about which share of the value is new; see `Store.encode`.
+        """
         self._held = value
+        self._note(weight)
 
     def hold_fields(self, **fields: Tensor) -> None:
         """Make these the stored tensors, to be written at `commit`."""
@@ -91,7 +97,7 @@ class Statistic:
         if self._moves_in_place:
             kernels.ema(self.fields[""], self._flagged(value), weight)
         else:
-            self.hold(torch.lerp(self.read(), kernels.values(value), weight))
+            self._held = torch.lerp(self.read(), kernels.values(value), weight)
 
     def hold_ema_of_square(self, value: Product, weight: Scalar, eps: float) -> None:
         """Elementwise moving average towards `value**2 + eps`."""
@@ -99,14 +105,18 @@ class Statistic:
             kernels.ema_of_square(self.fields[""], self._flagged(value), weight, eps)
             return
         square = kernels.values(value).square()
-        self.hold(torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight))
+        self._held = torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight)
 
     def commit(self) -> None:
         """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
-        held = self._held_fields if self._held is None else self.store.encode(self._held, self.noise)
+        held = self._held_fields if self._held is None else self.store.encode(self._held, self.noise, self._weight)
         for name, value in held.items():
             field = self.fields[name]
-            field.copy_(self.guard.choose(value.view(field.shape), field))
+            field.copy_(self.guard.choose(value.reshape(field.shape), field))
+
+    def _note(self, weight: Scalar) -> None:
+        """Keep the least weight of this step; one that only a device knows counts as zero."""
+        self._weight = min(self._weight, weight if isinstance(weight, float) else 0.0)
 
     def _flagged(self, value: Product) -> Product:
         """The value, with word for the kernel of a gradient that may not be finite: nothing is held back in place."""
@@ -114,9 +124,9 @@ class Statistic:
 
     @property
     def _moves_in_place(self) -> bool:
-        if not isinstance(self.store, Full) or self.store.stochastic:
+        stored = self.fields.get("")
+        if stored is None or stored.dtype != self.spec.accumulator:
             return False
-        stored = self.fields[""]
         return stored.numel() > kernels.chunk_elements(stored.device)
 
 
@@ -135,10 +145,20 @@ class MovedStatistic(Statistic):
     def factors(self) -> tuple[Tensor, ...]:
         return self._factors
 
+    def ema(self, value: Product, weight: Scalar) -> Requests[None]:
+        yield from ()
+
     def ema_of_square(
         self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
     ) -> Requests[None]:
         yield from ()
+
+    def add_square(self, value: Product) -> Requests[None]:
+        yield from ()
+
+    def inverse_root(self, floor: float = 0.0) -> tuple[Tensor, ...]:
+        value = self.compact()
+        return ((value if floor == 0 else value.clamp(min=square_of(floor, value))).rsqrt(),)
 
 
 def multiplied(factors: tuple[Tensor, ...]) -> Tensor:

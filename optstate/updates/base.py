@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor
 
 from optstate import kernels
@@ -65,7 +64,8 @@ class Update(Product):
         """
         if not self.has_decay:
             return self
-        dense = kernels.evaluate(self).addcmul_(ctx.weight(), ctx.tensor(self.decay))
+        dense = kernels.evaluate(self)
+        kernels.add_weight(dense, ctx.param.detach(), self.decay, ctx.codec, ctx.start)
         return Update(dense, finite=self.finite)
 
 
@@ -116,13 +116,6 @@ class Context:
         """This shard's part of the parameter's sum of squares."""
         return kernels.weight_sum_of_squares(self.param.detach(), self.codec)
 
-    def weight(self) -> Tensor:
-        """The value of the parameter or of the slice at hand, fp32, as exactly as it is kept. Not to be written."""
-        if self.codec is None or not self.codec.adds_bits:
-            return self.param.to(self.spec.accumulator)
-        out = torch.empty_like(self.param, dtype=self.spec.accumulator, memory_format=torch.contiguous_format)
-        return self.codec.read(self.param.detach(), self.start, out)
-
 
 class Transform:
     """One thing that happens to a gradient on its way to becoming a step. Subclasses are frozen dataclasses.
@@ -144,7 +137,7 @@ class Transform:
     """Multiplies by the learning rate itself, so the optimizer does not do so at the end."""
 
     prepares: ClassVar[bool] = False
-    """Implements `prepare`: with stores of exact sums it may run slice by slice although it is not elementwise."""
+    """Implements `prepare`: apart from statistics in stores of exact sums, which are moved there, it is elementwise."""
 
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {}
     """Fields that are hyper-parameters, or tuples of them."""
@@ -198,8 +191,8 @@ class Transform:
         return 0
 
     def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
-        """Move the statistics that need sums over the whole parameter, before the transform is called slice by slice
-        with `MovedStatistic`s in their place."""
+        """Move the statistics in stores of exact sums, the only ones in `state`. The transform is then called slice by
+        slice, with `MovedStatistic`s in their place."""
         yield from ()
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update | Requests[Update]:

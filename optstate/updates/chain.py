@@ -81,18 +81,25 @@ class Chain(Transform):
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return _merge([t.declared_slots(group) for t in self.transforms])
 
+    def check_slots(self, group: Mapping[str, Any]) -> None:
+        for transform in self.transforms:
+            transform.check_slots(group)
+
     def __str__(self) -> str:
         return " > ".join(type(t).__name__ for t in self.transforms) or "gradient"
 
 
 def chain(*transforms: Transform) -> Chain:
-    """A recipe: what the gradient goes through, in order. `chain()` is plain gradient descent.
+    """A recipe: what the gradient goes through, in order; chains in it are flattened. `chain()` is gradient descent.
 
     Raises:
         TypeError: if something that is not a transform is given.
         ValueError: if two transforms keep a slot of the same name or disagree on a hyper-parameter's default.
     """
-    return Chain(tuple(transforms))
+    flat: list[Transform] = []
+    for transform in transforms:
+        flat += transform.transforms if isinstance(transform, Chain) else [transform]
+    return Chain(tuple(flat))
 
 
 class Route:
@@ -150,7 +157,7 @@ def _merge(parts: list[dict[str, Slot]]) -> dict[str, Slot]:
                     f"two transforms keep a slot named {name!r}: give the scale_by_rms or momentum among them another "
                     'name with slot="..."'
                 )
-            if not name.isidentifier() or name == "step":
-                raise ValueError(f"slot={name!r} is not usable: give an identifier other than 'step'")
+            if not name.isidentifier() or name in ("step", "weight"):
+                raise ValueError(f"slot={name!r} is not usable: give an identifier other than 'step' and 'weight'")
             merged[name] = slot
     return merged

@@ -60,7 +60,8 @@ class scale_by_rms(Transform):
             raise ValueError("scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by")
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {self.slot: Slot(self.store, signed=False, smallest_weight=self.decay.smallest_weight(group))}
+        smallest = self.decay.smallest_weight(group)
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=smallest, of_squares=True)}
 
     def guards(self, spec: ParamSpec) -> bool:
         store, _ = self.store.resolve(spec, signed=False)
@@ -70,7 +71,7 @@ class scale_by_rms(Transform):
         store, _ = self.store.resolve(spec, signed=False)
         if store.exact_sums:
             return 2 * (self.floor is not None)
-        return 2 + kept_in_codes(store)
+        return 2 + 2 * reads_anew(store)
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -101,11 +102,11 @@ class scale_by_adam(Transform):
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {
             "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0], group)),
-            "exp_avg_sq": Slot(self.second, signed=False, smallest_weight=_smallest_weight(self.betas[1], group)),
+            "exp_avg_sq": Slot(self.second, False, _smallest_weight(self.betas[1], group), of_squares=True),
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 + kept_in_codes(self.first.resolve(spec, True)[0]) + kept_in_codes(self.second.resolve(spec, False)[0])
+        return 2 + reads_anew(self.first.resolve(spec, True)[0]) + reads_anew(self.second.resolve(spec, False)[0])
 
     def guards(self, spec: ParamSpec) -> bool:
         return self.second.resolve(spec, signed=False)[0].exact_sums
@@ -158,7 +159,7 @@ class momentum(Transform):
         return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta, group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 * (self.heavy_ball + self.nesterov + kept_in_codes(self.store.resolve(spec, True)[0]))
+        return 2 * (self.heavy_ball + self.nesterov) + 3 * reads_anew(self.store.resolve(spec, True)[0])
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         carried = update.decay if self.decoupled else 0.0
@@ -167,7 +168,7 @@ class momentum(Transform):
         if self.heavy_ball:
             share = 1.0 if ctx.step == 1 else 1 - ctx.read(self.dampening)
             value = kernels.evaluate(update)
-            statistic.hold(statistic.read().mul(beta).add_(value, alpha=share))
+            statistic.hold(statistic.read().mul(beta).add_(value, alpha=share), weight=1 - beta)
             ahead = statistic.read().mul(beta).add_(value) if self.nesterov else statistic.read()
         else:
             yield from statistic.ema(update, 1 - beta)
@@ -196,7 +197,7 @@ class sign_momentum(Transform):
         return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1], group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 + 2 * kept_in_codes(self.store.resolve(spec, True)[0])
+        return 2 + 2 * reads_anew(self.store.resolve(spec, True)[0])
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -227,14 +228,14 @@ class scale_by_rss(Transform):
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         # A sum of t squares grows by a share of about 1 / t, which becomes arbitrarily small.
-        return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0)}
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0, of_squares=True)}
 
     def guards(self, spec: ParamSpec) -> bool:
         return self.store.resolve(spec, signed=False)[0].exact_sums
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         store = self.store.resolve(spec, signed=False)[0]
-        return 0 if store.exact_sums else 3
+        return 2 if isinstance(store, Factored) else 0 if store.exact_sums else 3
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -261,7 +262,6 @@ class scale_by_confidence(Transform):
     betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.9999)
     eps: float | Hyper = 1e-16
 
-    elementwise: ClassVar[bool] = True
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps", low=1e-38)}
 
@@ -276,9 +276,9 @@ class scale_by_confidence(Transform):
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        coded = kept_in_codes(self.first.resolve(spec, True)[0])
-        residual = self.residual.resolve(spec, signed=False)[0]
-        return 2 * coded + (0 if spec.ndim < 2 or isinstance(residual, Factored) else 3)
+        average, residual = self.first.resolve(spec, True)[0], self.residual.resolve(spec, signed=False)[0]
+        of_residual = 0 if spec.ndim < 2 or isinstance(residual, Factored) else 2 if residual.exact_sums else 4
+        return 3 * reads_anew(average) + of_residual
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -291,6 +291,6 @@ class scale_by_confidence(Transform):
         return Update(average, state["exp_avg_res"].inverse_root(), finite=update.finite)
 
 
-def kept_in_codes(store: Store) -> bool:
+def reads_anew(store: Store) -> bool:
     """Whether reading the store makes a tensor of the parameter's size, where the chain cannot run slice by slice."""
-    return not (isinstance(store, Full) and store.dtype is None) and not store.exact_sums
+    return not (isinstance(store, Full) and store.dtype != "bfloat16") and not store.exact_sums

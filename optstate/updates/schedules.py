@@ -72,7 +72,7 @@ class constant(Schedule):
     beta: float | Hyper = 0.99
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "beta", Rule("beta2", high=1.0).bind(self.beta))
+        object.__setattr__(self, "beta", Rule("beta2", below=1.0).bind(self.beta))
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:

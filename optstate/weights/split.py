@@ -40,7 +40,7 @@ class Split(Weights):
     bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 16) or isinstance(self.bits, bool):
+        if type(self.bits) is not int or self.bits not in (8, 16):
             raise ValueError(f"Split(bits={self.bits!r}): give 8 or 16 correction bits")
 
     def resolve(self, spec: ParamSpec) -> Weights:
