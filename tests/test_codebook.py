@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -266,3 +268,22 @@ def test_the_tables_cannot_be_changed_by_what_is_read() -> None:
             IN_USE[name].decode(torch.arange(256).to(torch.uint8)).mul_(3)
             again = IN_USE[name].decode(torch.arange(256).to(torch.uint8))
         assert torch.equal(again, before)
+
+
+def test_tables_do_not_depend_on_torchs_defaults() -> None:
+    """A checkpoint written by a process with another default dtype must decode to the same numbers here."""
+    code = (
+        "import torch\n"
+        "torch.set_default_dtype(torch.bfloat16)\n"
+        "torch.set_default_device('meta')\n"
+        "from optstate.stores import blockwise as b\n"
+        "books = (b.SIGNED_8, b.UNSIGNED_8, b.SIGNED_4, b.LINEAR_4, b.E4M3)\n"
+        "x = torch.linspace(0, 1, 64, dtype=torch.float32, device='cpu')\n"
+        "print([book.values.double().tolist() for book in books], [book.encode(x).tolist() for book in books])\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    books = (blockwise.SIGNED_8, blockwise.UNSIGNED_8, blockwise.SIGNED_4, blockwise.LINEAR_4, blockwise.E4M3)
+    x = torch.linspace(0, 1, 64)
+    assert printed.strip() == (
+        f"{[book.values.double().tolist() for book in books]} {[book.encode(x).tolist() for book in books]}"
+    )

@@ -70,7 +70,7 @@ class scale_by_rms(Transform):
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         store, _ = self.store.resolve(spec, signed=False)
         if store.exact_sums:
-            return 2 * (self.floor is not None)
+            return 2 * (self.floor is not None and isinstance(store, Factored))
         return 2 + 2 * reads_anew(store)
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
@@ -159,7 +159,7 @@ class momentum(Transform):
         return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta, group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 * (self.heavy_ball + self.nesterov) + 3 * reads_anew(self.store.resolve(spec, True)[0])
+        return max(2 * (self.heavy_ball + self.nesterov), 3 * reads_anew(self.store.resolve(spec, True)[0]))
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         carried = update.decay if self.decoupled else 0.0
@@ -277,7 +277,7 @@ class scale_by_confidence(Transform):
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         average, residual = self.first.resolve(spec, True)[0], self.residual.resolve(spec, signed=False)[0]
-        of_residual = 0 if spec.ndim < 2 or isinstance(residual, Factored) else 2 if residual.exact_sums else 4
+        of_residual = 0 if spec.ndim < 2 or isinstance(residual, Factored) else 1 if residual.exact_sums else 4
         return 3 * reads_anew(average) + of_residual
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
