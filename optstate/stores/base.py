@@ -60,6 +60,11 @@ class Store:
     notice a gradient that is not finite. What the store holds is then a product of small factors."""
 
     @property
+    def reads_anew(self) -> bool:
+        """Whether reading it makes a tensor of the parameter's size, in a chain that cannot run slice by slice."""
+        return not self.exact_sums
+
+    @property
     def alignment(self) -> int:
         """A slice must begin at a multiple of this many elements of the flattened parameter."""
         return 1

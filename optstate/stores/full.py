@@ -50,6 +50,10 @@ class Full(Store):
             raise ValueError(f"Full(dtype={self.dtype!r}, stochastic=True): only bfloat16 is rounded stochastically")
         object.__setattr__(self, "dtype", name)
 
+    @property
+    def reads_anew(self) -> bool:
+        return self.dtype == "bfloat16"
+
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if self.dtype == "bfloat16" and self.stochastic is None:
             return self, f"rounded stochastically where an averaging weight is below {SMALLEST_BF16_WEIGHT:.2g}"

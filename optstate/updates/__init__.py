@@ -3,11 +3,11 @@
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.chain import Chain, Route, as_route, chain, route
 from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
+from optstate.updates.confidence import scale_by_confidence
 from optstate.updates.hyper import Hyper, Rule, hyper
 from optstate.updates.moments import (
     momentum,
     scale_by_adam,
-    scale_by_confidence,
     scale_by_rms,
     scale_by_rss,
     sign_momentum,

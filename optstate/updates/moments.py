@@ -16,12 +16,12 @@ from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.hyper import Hyper, Rule
 from optstate.updates.schedules import Schedule, power_decay
 
-__all__ = ["momentum", "scale_by_adam", "scale_by_confidence", "scale_by_rms", "scale_by_rss", "sign_momentum"]
+__all__ = ["momentum", "scale_by_adam", "scale_by_rms", "scale_by_rss", "sign_momentum"]
 
 BETAS = (Rule("betas", 0, below=1.0), Rule("betas", 1, below=1.0))
 
 
-def _smallest_weight(beta: float | Hyper, group: Mapping[str, Any]) -> float:
+def smallest_weight(beta: float | Hyper, group: Mapping[str, Any]) -> float:
     """`1 - beta`, of the group's beta if it has one."""
     return 1.0 - float(beta.get(group) if isinstance(beta, Hyper) else beta)
 
@@ -71,7 +71,7 @@ class scale_by_rms(Transform):
         store, _ = self.store.resolve(spec, signed=False)
         if store.exact_sums:
             return 2 * (self.floor is not None and isinstance(store, Factored))
-        return 2 + 2 * reads_anew(store)
+        return 2 + 2 * store.reads_anew
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -101,12 +101,12 @@ class scale_by_adam(Transform):
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {
-            "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0], group)),
-            "exp_avg_sq": Slot(self.second, False, _smallest_weight(self.betas[1], group), of_squares=True),
+            "exp_avg": Slot(self.first, signed=True, smallest_weight=smallest_weight(self.betas[0], group)),
+            "exp_avg_sq": Slot(self.second, False, smallest_weight(self.betas[1], group), of_squares=True),
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 + reads_anew(self.first.resolve(spec, True)[0]) + reads_anew(self.second.resolve(spec, False)[0])
+        return 2 + self.first.resolve(spec, True)[0].reads_anew + self.second.resolve(spec, False)[0].reads_anew
 
     def guards(self, spec: ParamSpec) -> bool:
         return self.second.resolve(spec, signed=False)[0].exact_sums
@@ -156,10 +156,10 @@ class momentum(Transform):
         super().__post_init__()
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {self.slot: Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.beta, group))}
+        return {self.slot: Slot(self.store, signed=True, smallest_weight=smallest_weight(self.beta, group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return max(2 * (self.heavy_ball + self.nesterov), 3 * reads_anew(self.store.resolve(spec, True)[0]))
+        return max(2 * (self.heavy_ball + self.nesterov), 3 * self.store.resolve(spec, True)[0].reads_anew)
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         carried = update.decay if self.decoupled else 0.0
@@ -194,10 +194,10 @@ class sign_momentum(Transform):
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS}
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {"exp_avg": Slot(self.store, signed=True, smallest_weight=_smallest_weight(self.betas[1], group))}
+        return {"exp_avg": Slot(self.store, signed=True, smallest_weight=smallest_weight(self.betas[1], group))}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        return 2 + 2 * reads_anew(self.store.resolve(spec, True)[0])
+        return 2 + 2 * self.store.resolve(spec, True)[0].reads_anew
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -242,55 +242,3 @@ class scale_by_rss(Transform):
         yield from state[self.slot].add_square(update)
         inverse_root = state[self.slot].compact().add(ctx.read(self.eps)).rsqrt_()
         return update.times(inverse_root)
-
-
-@dataclass(frozen=True)
-class scale_by_confidence(Transform):
-    """CAME's second half: average the update, divide by how far updates stray from the average (Luo et al. 2023,
-    arXiv 2307.02047, algorithm 2).
-
-    `m <- beta1 m + (1 - beta1) u`; `s <- beta3 s + (1 - beta3) ((u - m)**2 + eps)`; the step is `m / sqrt(s)`, or `m`
-    for parameters below two dimensions, which keep no `s`. Neither average is corrected for starting at zero.
-
-    first: store of the slot `exp_avg`. residual: of `exp_avg_res`, never negative.
-    betas: beta1 and beta3; group key `betas`, a pair unless given with `updates.hyper`.
-    eps: added to squared residuals; group key `eps`.
-    """
-
-    first: Store = Full()
-    residual: Store = Factored()
-    betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.9999)
-    eps: float | Hyper = 1e-16
-
-    absorbs_decay: ClassVar[bool] = True
-    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps", low=1e-38)}
-
-    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
-        declared = super().slots(spec)
-        return declared if spec.ndim >= 2 else {"exp_avg": declared["exp_avg"]}
-
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {
-            "exp_avg": Slot(self.first, signed=True, smallest_weight=_smallest_weight(self.betas[0], group)),
-            "exp_avg_res": Slot(self.residual, signed=False, smallest_weight=_smallest_weight(self.betas[1], group)),
-        }
-
-    def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        average, residual = self.first.resolve(spec, True)[0], self.residual.resolve(spec, signed=False)[0]
-        of_residual = 0 if spec.ndim < 2 or isinstance(residual, Factored) else 1 if residual.exact_sums else 4
-        return 3 * reads_anew(average) + of_residual
-
-    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
-        update = update.whole(ctx)
-        yield from state["exp_avg"].ema(update, 1 - ctx.read(self.betas[0]))
-        average = state["exp_avg"].read()
-        if "exp_avg_res" not in state:
-            return Update(average, finite=update.finite)
-        weight, eps = 1 - ctx.read(self.betas[1]), ctx.read(self.eps)
-        yield from state["exp_avg_res"].ema_of_square(update, weight, eps, minus=average)
-        return Update(average, state["exp_avg_res"].inverse_root(), finite=update.finite)
-
-
-def reads_anew(store: Store) -> bool:
-    """Whether reading the store makes a tensor of the parameter's size, where the chain cannot run slice by slice."""
-    return not (isinstance(store, Full) and store.dtype != "bfloat16") and not store.exact_sums
