@@ -51,7 +51,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main() -> int:
     options = parse_arguments()
-    console = Console(width=120, highlight=False)
+    console = Console(width=128, highlight=False)
     try:
         bench = Benchmark(options)
         console.print(header(bench.description()), soft_wrap=True)

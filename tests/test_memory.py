@@ -64,7 +64,6 @@ def test_scratch_is_as_announced_for_every_shape(shape: tuple[int, ...]) -> None
         updates.chain(updates.sign_momentum(), updates.scale_by_param_rms()),
         updates.chain(updates.scale_by_rms(optstate.stores.Full()), updates.clip_by_rms()),
         updates.chain(updates.scale_by_rms(optstate.stores.Factored(), floor=1e-6), updates.clip_by_rms()),
-        updates.chain(updates.scale_by_adam(second=optstate.stores.Factored())),
         updates.chain(updates.add_decayed_weights(0.1), updates.clip_by_rms()),
         updates.chain(updates.clip_by_rms(), updates.clip_by_value(0.1), updates.clip_by_rms(updates.hyper("b", 1.0))),
     ],
