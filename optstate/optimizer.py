@@ -299,7 +299,8 @@ class Optimizer(torch.optim.Optimizer):
     def _break_off(self, updated: int, param: Tensor, reason: str) -> None:
         """Remember that a step failed at `param` after `updated` other parameters had been updated."""
         name = self._name(param)
-        half = " and may itself be updated in part" if self._writing else ""
+        sliced = self._writing and self._leaf(param).plan.is_sliced(param.device)
+        half = " and may itself be updated in part" if sliced else ""
         self._inconsistent = f"{updated} parameters were updated, then {name!r} failed{half}: {reason}"
 
     def _require_consistent(self, action: str) -> None:

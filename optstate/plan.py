@@ -129,6 +129,10 @@ class ParamPlan:
         """Slices begin at multiples of this many elements."""
         return math.lcm(*(slot.store.alignment for slot in self.slots.values()))
 
+    def is_sliced(self, device: torch.device) -> bool:
+        """Whether a part of the chain runs slice by slice, on a device of this kind."""
+        return self.first_sliced is not None and self.spec.numel > self.slice_elements(device)
+
     def slice_elements(self, device: torch.device) -> int:
         """How many elements a slice has: half as many if a statistic is in codes, whose making needs more buffers."""
         return kernels.slice_elements(device) // (2 if self.alignment > 1 else 1)

@@ -39,22 +39,19 @@ def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Reques
     Where a part of the chain can run slice by slice, and the parameter is larger than a slice, temporaries stay as
     small as one. What comes before that part runs on the whole parameter, with the update still on paper.
     """
-    limit = plan.slice_elements(ctx.param.device)
     statistics = {name: _statistic(slot, state, ctx) for name, slot in plan.slots.items()}
-    sliced = plan.first_sliced is not None and ctx.param.numel() > limit
+    sliced = plan.is_sliced(ctx.param.device)
     update = Update(ctx.grad, scale=ctx.grad_scale)
     update = yield from _with_param_squares(plan.before_slices if sliced else plan.chain, update, statistics, ctx)
     if sliced:
-        yield from _run_slices(plan, update, statistics, ctx, limit)
+        yield from _run_slices(plan, update, statistics, ctx)
     else:
         _write(plan, update, ctx)
     for statistic in statistics.values():
         statistic.commit()
 
 
-def _run_slices(
-    plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context, limit: int
-) -> Requests[None]:
+def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context) -> Requests[None]:
     """The sliced part of the chain. Leaves in `statistics` only those that are still to be committed."""
     names = plan.in_slices.slots(plan.spec)
     independent = {name: statistics.pop(name) for name in names if plan.slots[name].store.elementwise}
@@ -65,7 +62,7 @@ def _run_slices(
     elif not update.factors and all(t.is_contiguous() for t in (param, grad, update.dense)):
         param, grad, update = param.view(-1), grad.view(-1), replace(update, dense=update.dense.view(-1))
     factors = {name: statistic.factors() for name, statistic in moved.items()}
-    for piece in kernels.pieces(param.shape, limit, plan.alignment):
+    for piece in kernels.pieces(param.shape, plan.slice_elements(param.device), plan.alignment):
         of_update, of_param = update.piece(piece), piece.of(param)
         of_grad = of_update.dense if is_gradient else piece.of(grad)
         here = replace(ctx, param=of_param, grad=of_grad, start=piece.start)

@@ -64,7 +64,7 @@ def as_updates(name: str, words: str, chain: updates.Chain) -> Case:
     return Case(name, words, lambda p, **kw: optstate.Optimizer(p, chain, **kw))
 
 
-FIRST: list[Store] = [LOW_BF16, STOCHASTIC, Block8(), Block8(64), Block4(), Block4(rank1=True), Float8()]
+FIRST: list[Store] = [LOW_BF16, STOCHASTIC, Block8(), Block4(), Block4(rank1=True), Float8()]
 SECOND: list[Store] = [
     LOW_BF16,
     STOCHASTIC,

@@ -217,6 +217,9 @@ TRAINED: dict[str, Any] = {
     "adamw4bit rank1": lambda p, **kw: AdamW4bit(p, rank1=True, **kw),
     "adamw8bit": AdamW8bit,
     "came": lambda p, **kw: CAME(p, weight_decay=0.1, **kw),
+    "clipped l2": lambda p, **kw: optstate.Optimizer(
+        p, updates.chain(updates.add_decayed_weights(0.1), updates.clip_by_rms(0.5)), **kw
+    ),
     "lion": lambda p, **kw: Lion(p, weight_decay=0.1, **kw),
     "lion8bit": Lion8bit,
     "lomo": Lomo,

@@ -60,9 +60,12 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
     """
     if largest == math.inf or not grad.numel():
         return torch.isfinite(grad.sum(dtype=torch.float32) if grad.dtype == torch.float16 else grad.sum())
-    least, most = torch.aminmax(grad)  # NaN if any element is, and compares as False
     limit = min(largest, torch.finfo(grad.dtype).max)
-    return (most <= limit) & (least >= -limit)
+    # aminmax() copies what is not contiguous: chunk by chunk that is little.
+    parts = [grad] if grad.is_contiguous() else [part for (part,) in chunks((grad,), chunk_elements(grad.device))]
+    found = [torch.aminmax(part) for part in parts]  # NaN if any element is, and compares as False
+    within = [(most <= limit) & (least >= -limit) for least, most in found]
+    return within[0] if len(within) == 1 else torch.stack(within).all()
 
 
 def sums(product: Product) -> tuple[Tensor, Tensor]:
