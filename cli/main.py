@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, help="Optimizer state: recipes and what they keep.")
+from .check import check
+from .inspect import inspect
+from .output import JSON, print_json, print_table
 
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+HELP = "Optimizer state: what a checkpoint holds, whether it is sound, and which recipes there are."
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=HELP)
 
 
 def show_version(value: bool) -> None:
     """Print the version and stop."""
     if value:
+        from importlib.metadata import version
+
         typer.echo(f"optstate {version('optstate')}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=HELP)
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Optimizer state: recipes and what they keep."""
+    """Options of the command itself."""
+
+
+app.command()(inspect)
+app.command()(check)
 
 
 @app.command()
@@ -37,19 +45,9 @@ def recipes(as_json: JSON = False) -> None:
 
     rows = [describe(name) for name in names()]
     if as_json:
-        typer.echo(json.dumps({"schema": "optstate.recipes/1", "recipes": rows}))
+        print_json({"schema": "optstate.recipes/1", "recipes": rows})
     elif sys.stdout.isatty():
-        _print_table(rows)
+        print_table(("recipe", "class", "what it does"), [(r["name"], r["class"], r["summary"]) for r in rows])
     else:
-        for row in rows:
+        for row in rows:  # without a heading
             typer.echo(f"{row['name']}\t{row['class']}\t{row['summary']}")
-
-
-def _print_table(rows: list[dict[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("recipe", "class", "what it does")
-    for row in rows:
-        table.add_row(row["name"], row["class"], row["summary"])
-    Console().print(table)

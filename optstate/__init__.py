@@ -1,15 +1,22 @@
 """Composable optimizer state for PyTorch: choose how statistics are kept, what a gradient goes through, how weights
 are written, and whether the update happens inside the backward pass."""
 
-from optstate import recipes, stores, updates, weights
-from optstate.backward import FusedBackward, fuse_backward
-from optstate.optimizer import InconsistentStateError, Optimizer
-from optstate.roles import declare_roles
-from optstate.spec import ParamSpec, is_matrix, is_vector
-from optstate.stores import NonFiniteGradientError
-from optstate.updates import chain, route
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optstate import recipes, stores, updates, weights
+    from optstate.backward import FusedBackward, fuse_backward
+    from optstate.checkpoint.errors import CheckpointError
+    from optstate.checkpoint.native import load, save
+    from optstate.optimizer import InconsistentStateError, Optimizer
+    from optstate.roles import declare_roles
+    from optstate.spec import ParamSpec, is_matrix, is_vector
+    from optstate.stores import NonFiniteGradientError
+    from optstate.updates.chain import chain, route
 
 __all__ = [
+    "CheckpointError",
     "FusedBackward",
     "InconsistentStateError",
     "NonFiniteGradientError",
@@ -20,9 +27,45 @@ __all__ = [
     "fuse_backward",
     "is_matrix",
     "is_vector",
+    "load",
     "recipes",
     "route",
+    "save",
     "stores",
     "updates",
     "weights",
 ]
+
+# Names are looked up when first used (PEP 562): the command line reads checkpoints with `optstate.checkpoint` and must
+# not wait for torch, which takes ten times as long to import.
+_HOMES = {
+    "CheckpointError": "optstate.checkpoint.errors",
+    "FusedBackward": "optstate.backward",
+    "InconsistentStateError": "optstate.optimizer",
+    "NonFiniteGradientError": "optstate.stores",
+    "Optimizer": "optstate.optimizer",
+    "ParamSpec": "optstate.spec",
+    "chain": "optstate.updates",
+    "declare_roles": "optstate.roles",
+    "fuse_backward": "optstate.backward",
+    "is_matrix": "optstate.spec",
+    "is_vector": "optstate.spec",
+    "load": "optstate.checkpoint.native",
+    "route": "optstate.updates",
+    "save": "optstate.checkpoint.native",
+}
+_MODULES = ("recipes", "stores", "updates", "weights")
+
+if not TYPE_CHECKING:  # a type checker takes any name for granted where it sees a `__getattr__`
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return import_module(f"optstate.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'optstate' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -274,21 +274,36 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        resume.check(self, self.plan(), state_dict)
-        for param, saved in resume.entries(self, state_dict):
-            own = self._state_of(param)
-            for key, value in saved.items():
-                if isinstance(own[key], Tensor):
-                    own[key].copy_(value)
-                else:
-                    own[key] = int(value)
-        self.param_groups = resume.loaded_groups(self.param_groups, state_dict["param_groups"])
-        self._flags = DeferredFlags()
-        self.accept_partial_step()
-        resume.warn_if_written_otherwise(state_dict, self.plan())
-        resume.warn_if_unclipped(state_dict, self._fused.clip_grad_norm if self._fused is not None else None)
+        self.load_with(state_dict, Tensor.copy_)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def load_with(self, saved: Mapping[str, Any], copy: Callable[[Tensor, Tensor], Any]) -> None:
+        """What `load_state_dict` does between its hooks, with `copy(own, theirs)` bringing the values of each tensor:
+        `theirs` needs only shape and dtype, so that a file can be read into place.
+
+        Raises:
+            ValueError: as `load_state_dict`. If `copy` raises, the optimizer is inconsistent from then on.
+        """
+        resume.check(self, self.plan(), saved)
+        for param, state in resume.entries(self, saved):
+            own = self._state_of(param)
+            for key, value in state.items():
+                if isinstance(own[key], Tensor):
+                    try:
+                        copy(own[key], value)
+                    except BaseException as error:
+                        self._inconsistent = (
+                            f"loading ended at {self._name(param)!r}: {str(error) or type(error).__name__}"
+                        )
+                        raise
+                else:
+                    own[key] = int(value)
+        self.param_groups = resume.loaded_groups(self.param_groups, saved["param_groups"])
+        self._flags = DeferredFlags()
+        self.accept_partial_step()
+        resume.warn_if_written_otherwise(saved, self.plan())
+        resume.warn_if_unclipped(saved, self._fused.clip_grad_norm if self._fused is not None else None)
 
     def accept_partial_step(self) -> None:
         """Go on after a step that broke off: parameters keep what they have, updated or not."""

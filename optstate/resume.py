@@ -42,7 +42,7 @@ def warn_if_unclipped(saved: Mapping[str, Any], clip_grad_norm: float | None) ->
         warnings.warn(
             f"the saved run was fused with clip_grad_norm={theirs}, this optimizer has {clip_grad_norm}: "
             f"call optstate.fuse_backward(optimizer, clip_grad_norm={theirs}) before loading to go on alike",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -54,7 +54,7 @@ def warn_if_written_otherwise(saved: Mapping[str, Any], plan: Plan) -> None:
             warnings.warn(
                 f"{param.spec.name!r} was written by {theirs[i]} in the saved run, here it is by {param.weights}: "
                 "give the optimizer the same weights=... to go on alike",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from optstate.kernels import Codebook, dynamic_map, linear_map
 from optstate.stores import blockwise
 
-COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 UP, DOWN = torch.tensor(math.inf), torch.tensor(-math.inf)
 SMALLEST = 2.0**-149
 

@@ -33,7 +33,7 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
     for path in re.findall(r"(?:docs|examples|benchmarks)/[\w./]+\w", text):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake (demo|test|check|bench)\b", text)):
+    for target in set(re.findall(r"\bmake (demo|test|check|bench|quality)\b", text)):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 

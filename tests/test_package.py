@@ -29,6 +29,20 @@ def test_importing_optstate_does_not_import_what_it_only_sometimes_needs() -> No
     assert found.strip() == "[]"
 
 
+def test_names_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, optstate; names = dir(optstate); assert 'torch' not in sys.modules\n"
+        "import optstate.checkpoint.container; assert 'torch' not in sys.modules\n"
+        "from optstate import *; from optstate import Optimizer as O; import pickle\n"
+        "assert set(optstate.__all__) <= set(names) & set(globals())\n"
+        "assert O is optstate.Optimizer is Optimizer\n"
+        "assert stores.Full() == pickle.loads(pickle.dumps(stores.Full()))\n"
+        "try: optstate.nothing\n"
+        "except AttributeError as error: print(error)"
+    )
+    assert run_python(code).strip() == "module 'optstate' has no attribute 'nothing'"
+
+
 def test_importing_optstate_works_without_bitsandbytes() -> None:
     run_python("import sys; sys.modules['bitsandbytes'] = None\nimport optstate, adalomo")
 

@@ -26,7 +26,7 @@ chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chun
 
 FP32, BF16 = torch.float32, torch.bfloat16
 Shape = tuple[int, ...]
-COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=200)
+COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=120)
 WHOLE, SMALL = 1 << 19, 1 << 11
 """Chunks larger than every parameter here, and so small that a slice holds 512 or 1024 elements."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,14 +74,23 @@ class Codebook:
 
     values: 16 or 256 of them.
     keeps_positive: code 0 stands for 0 and for nothing above it, however small.
+    name: what a checkpoint calls it.
     """
 
-    def __init__(self, values: Sequence[float], keeps_positive: bool = False) -> None:
+    def __init__(self, values: Sequence[float], keeps_positive: bool = False, name: str = "") -> None:
+        self.name = name
         self.values = torch.tensor(values, **FP32_ON_HOST)
         self.bounds = _bounds_of(self.values)
         if keeps_positive:
             self.bounds[0] = 0.0
         self._tables: dict[torch.device, _Tables] = {}
+
+    @cached_property
+    def id(self) -> str:
+        """Its name and 16 digits of the SHA-256 of its values as little-endian fp32, so that what codes in a file mean
+        does not depend on a name alone."""
+        numbers = struct.pack(f"<{len(self.values)}f", *self.values.tolist())
+        return f"{self.name or 'values'}:{hashlib.sha256(numbers).hexdigest()[:16]}"
 
     def encode(self, x: Tensor) -> Tensor:
         """uint8 codes of contiguous fp32 numbers, flat. Numbers beyond the first and the last value get their codes."""

@@ -69,6 +69,11 @@ class Store:
         """A slice must begin at a multiple of this many elements of the flattened parameter."""
         return 1
 
+    @property
+    def codebook_id(self) -> str:
+        """What codes stand for, for checkpoints; empty where the tensors hold numbers."""
+        return ""
+
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         """The store used for this parameter, fitted to the statistic's sign, and, if there is something that a reader
         of the recipe would not expect, what and why.

@@ -32,8 +32,10 @@ SMALLEST_MAXIMUM = 2.0**-120
 LARGEST_E4M3 = 448.0
 SMALLEST_E4M3 = 2.0**-9
 
-SIGNED_8, UNSIGNED_8 = Codebook(dynamic_map(True)), Codebook(dynamic_map(False), keeps_positive=True)
-SIGNED_4, LINEAR_4 = Codebook(dynamic_map(True, bits=4)), Codebook(linear_map(4))
+SIGNED_8 = Codebook(dynamic_map(True), name="dynamic8_signed")
+UNSIGNED_8 = Codebook(dynamic_map(False), keeps_positive=True, name="dynamic8_unsigned")
+SIGNED_4 = Codebook(dynamic_map(True, bits=4), name="dynamic4_signed")
+LINEAR_4 = Codebook(linear_map(4), name="linear4")
 EVERY_E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 E4M3 = Codebook((EVERY_E4M3 / LARGEST_E4M3).tolist())
 """Only read: PyTorch writes 8-bit floats itself, and reads them five times as slowly as this table."""
@@ -141,6 +143,10 @@ class Block8(_Blockwise):
 
     block: int = 256
 
+    @property
+    def codebook_id(self) -> str:
+        return (SIGNED_8 if self.signed else UNSIGNED_8).id
+
     def _decode(self, codes: Tensor, count: int) -> Tensor:
         return (SIGNED_8 if self.signed else UNSIGNED_8).decode(codes)
 
@@ -186,6 +192,10 @@ class Block4(_Blockwise):
             return replace(store, rank1=False), "a vector has no rows and columns: blocks"
         return store, why
 
+    @property
+    def codebook_id(self) -> str:
+        return (SIGNED_4 if self.signed else LINEAR_4).id
+
     def _codes(self, spec: ParamSpec) -> FieldSpec:
         return FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
 
@@ -206,6 +216,10 @@ class _RankOne4(Store):
 
     def __str__(self) -> str:
         return str(Block4(rank1=True))
+
+    @property
+    def codebook_id(self) -> str:
+        return self._book.id
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)

@@ -1,0 +1,86 @@
+"""What every command shares: tables and JSON on stdout, errors on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from optstate.checkpoint.errors import CheckpointError, escaped
+
+__all__ = ["FINDINGS", "JSON", "bytes_text", "failing", "print_json", "print_lines", "print_table"]
+
+FINDINGS, UNREADABLE, REFUSED, INTERRUPTED = 1, 3, 4, 130
+"""Exit codes; 2, a wrong use of the command, is typer's."""
+
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Turn an unreadable or refused file into one line on stderr and the exit code for it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if os.environ.get("OPTSTATE_DEBUG") == "1":
+            raise
+        _stop(str(error), REFUSED if error.refused else UNREADABLE)
+    except BrokenPipeError:
+        # `optstate inspect ... | head`: Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except OSError as error:
+        _stop(escaped(str(error)), UNREADABLE)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _stop(message: str, code: int) -> None:
+    typer.echo(f"optstate: {message}", err=True)
+    raise typer.Exit(code) from None
+
+
+def print_json(tree: Mapping[str, Any]) -> None:
+    """One object on one line; ASCII, so that no name in a file reaches the terminal as it is."""
+    typer.echo(json.dumps(tree, allow_nan=False))
+
+
+def print_lines(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one pair a line."""
+    width = max(len(name) for name, _ in pairs) if sys.stdout.isatty() else 0
+    for name, value in pairs:
+        typer.echo(f"{name.ljust(width)}  {escaped(value)}" if width else f"{name}\t{escaped(value)}")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for a person on a terminal, else tab-separated columns under their names. Text from files is escaped."""
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for line in (columns, *cells):
+            typer.echo("\t".join(line))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    numbers = [all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(columns))]
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, right in zip(columns, numbers, strict=True):
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))  # Text: no markup in names
+    Console().print(table)
+
+
+def bytes_text(count: int) -> str:
+    """A size for people: "1.50 MiB"."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,142 @@
+"""Whether the tensors of an optstate file are what its document says. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+from optstate.checkpoint.container import Entry, Header, Issue
+from optstate.checkpoint.document import WEIGHT, Document, Parameter, SlotRecord
+from optstate.checkpoint.errors import shown
+
+__all__ = ["inconsistencies", "store_name"]
+
+Shape = tuple[int, ...]
+
+FLOATS = {"F32", "F64"}
+
+
+def store_name(store: str) -> str:
+    """The kind of a store given in words: "Block8" of "Block8(signed=False)"."""
+    return store.partition("(")[0]
+
+
+def inconsistencies(header: Header, document: Document) -> list[Issue]:
+    """Every difference between the document and the tensors beside it, by names, shapes and dtypes alone."""
+    entries = {entry.name: entry for entry in header.tensors}
+    issues: list[Issue] = []
+    claimed: set[str] = set()
+    for param in document.parameters:
+        for name, slot in param.slots.items():
+            claimed.update(slot.fields.values())
+            where = shown(f"{param.name}/{name}")
+            issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, entries)]
+    issues += [
+        Issue("error", shown(entry.name), "belongs to no statistic in the document")
+        for entry in header.tensors
+        if entry.name not in claimed
+    ]
+    issues += _uneven_steps(document)
+    return issues
+
+
+def _uneven_steps(document: Document) -> list[Issue]:
+    steps = Counter(param.step for param in document.parameters if param.step is not None)
+    if len(steps) < 2:
+        return []
+    usual, count = steps.most_common(1)[0]
+    odd = next(param for param in document.parameters if param.step not in (None, usual))
+    what = (
+        f"{count} parameters were updated {usual} times, {sum(steps.values()) - count} another number of times, such "
+        f"as '{shown(odd.name)}': {odd.step}"
+    )
+    return [Issue("warning", "step", what)]
+
+
+def _slot_problems(param: Parameter, name: str, slot: SlotRecord, entries: Mapping[str, Entry]) -> Iterator[str]:
+    expected = _expected(param, slot, store_name(slot.store)) if name != WEIGHT else _of_weights(param, slot)
+    for field, key in slot.fields.items():
+        entry = entries.get(key)
+        if entry is None:
+            yield f"the tensor '{shown(key)}' is missing"
+        elif expected is not None and field in expected:
+            shape, dtypes = expected[field]
+            if shape is not None and entry.shape != shape:
+                here = f"{slot.store} of {_sizes(param)} has {list(shape)}"
+                yield f"{field or 'it'} has shape {list(entry.shape)}, {here}"
+            if entry.dtype not in dtypes:
+                yield f"{field or 'it'} has dtype {entry.dtype}, {slot.store} has {' or '.join(sorted(dtypes))}"
+    if expected is not None:
+        for field in expected.keys() - slot.fields.keys():
+            yield f"{slot.store} without {field or 'its tensor'}"
+        for field in slot.fields.keys() - expected.keys():
+            yield f"{slot.store} has no field {shown(field)!r}"
+
+
+def _sizes(param: Parameter) -> str:
+    return "x".join(map(str, param.shape)) or "a scalar"
+
+
+# --- what each store keeps ----------------------------------------------------------------------------------------
+
+Expected = dict[str, tuple[Shape | None, set[str]]]
+"""Field name -> its shape, None if the document does not tell, and the dtypes it may have."""
+
+
+def _expected(param: Parameter, slot: SlotRecord, kind: str) -> Expected | None:
+    """What a store of optstate's own keeps; None for others, which this cannot judge."""
+    rule = _STORES.get(kind)
+    return rule(param, slot) if rule is not None else None
+
+
+def _full(param: Parameter, slot: SlotRecord) -> Expected:
+    return {"": (param.shape, {"BF16"} if "bfloat16" in slot.store else FLOATS)}
+
+
+def _factored(param: Parameter, slot: SlotRecord) -> Expected:
+    if len(param.shape) < 2:
+        return {"row": (None, FLOATS), "col": (None, FLOATS)}
+    return {"row": (param.shape[:-1], FLOATS), "col": ((*param.shape[:-2], param.shape[-1]), FLOATS)}
+
+
+def _blocks(param: Parameter, slot: SlotRecord) -> Expected:
+    count = -(-param.numel // slot.block) if slot.block else None
+    packed: Expected = {"codes": ((-(-param.numel // 2),), {"U8"})}
+    whole: Expected = {"codes": (param.shape, {"F8_E4M3"} if store_name(slot.store) == "Float8" else {"U8"})}
+    codes = packed if store_name(slot.store) == "Block4" else whole
+    return {**codes, "absmax": ((count,) if count is not None else None, {"F32"})}
+
+
+def _axes(param: Parameter, slot: SlotRecord) -> Expected:
+    ndim = len(param.shape)
+    names = [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
+    return {name: ((size,), FLOATS | {"BF16"}) for name, size in zip(names, param.shape, strict=False)}
+
+
+def _rank_one(param: Parameter, slot: SlotRecord) -> Expected:
+    return {"codes": ((-(-param.numel // 2),), {"U8"}), **_axes(param, slot)}
+
+
+def _grouped(param: Parameter, slot: SlotRecord) -> Expected:
+    return {"mean": (None, FLOATS)}
+
+
+_STORES: dict[str, Callable[[Parameter, SlotRecord], Expected | None]] = {
+    "AxisMax": _axes,
+    "Block4": _blocks,
+    "Block8": _blocks,
+    "Factored": _factored,
+    "Float8": _blocks,
+    "Full": _full,
+    "Grouped": _grouped,
+    "RankOne4": _rank_one,
+}
+
+
+def _of_weights(param: Parameter, slot: SlotRecord) -> Expected | None:
+    match store_name(slot.store):
+        case "Kahan":
+            return {"compensation": (param.shape, {"BF16", "F16"})}
+        case "Split":
+            return {"correction": (param.shape, {"I8"} if "bits=8" in slot.store else {"I16"})}
+    return None

@@ -1,0 +1,72 @@
+"""Safetensors files and sharded sets: their headers, what they are, and what is wrong with them. Imports no torch.
+
+No tensor data are read here: `Entry.start` and `Entry.stop` say where they are.
+"""
+
+from __future__ import annotations
+
+import os
+
+from optstate.checkpoint import header, index
+from optstate.checkpoint.header import BITS, METADATA, Entry, Header, Issue, Report, raising
+from optstate.checkpoint.index import Index
+from optstate.checkpoint.kinds import MAX_HEADER, SAFETENSORS, identify
+
+__all__ = [
+    "BITS",
+    "MAX_HEADER",
+    "METADATA",
+    "SAFETENSORS",
+    "Entry",
+    "Header",
+    "Index",
+    "Issue",
+    "identify",
+    "read_header",
+    "read_index",
+    "structural_issues",
+]
+
+MOST_ISSUES = 1000  # a hostile file may have millions
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a safetensors file; raises CheckpointError unless the whole file agrees with it."""
+    return header.read(path, raising(path))
+
+
+def read_index(path: str | os.PathLike[str]) -> Index:
+    """The index of a sharded set and the headers of its shards; `path` is the *.index.json or the folder with it.
+
+    Raises CheckpointError unless every shard is a valid file in the folder of the index, or below it, and holds the
+    tensors that the index says it holds.
+    """
+    return index.read(path, raising(path))
+
+
+def structural_issues(path: str | os.PathLike[str]) -> list[Issue]:
+    """Everything that is wrong or odd in the structure of a safetensors file, a sharded index or its folder.
+
+    "error" is what `read_header` and `read_index` refuse, "warning" what they accept although it is odd. Raises
+    CheckpointError if there is nothing to go through: no such file, another kind of file, no JSON.
+    """
+    issues: list[Issue] = []
+
+    def collect(issue: Issue) -> None:
+        issues.append(issue)
+        if len(issues) == MOST_ISSUES:
+            raise _EnoughError
+
+    sharded = os.path.isdir(path) or os.fspath(path).endswith(".json")
+    try:
+        if sharded:
+            index.read(path, Report(collect))
+        else:
+            header.read(path, Report(collect))
+    except _EnoughError:
+        issues.append(Issue("error", "file", f"more than {MOST_ISSUES} findings: the rest was not looked at"))
+    return issues
+
+
+class _EnoughError(Exception):
+    """Ends a search that finds no end."""

@@ -1,0 +1,49 @@
+"""The one error of checkpoint files, and how text from a file is shown to a person."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["CheckpointError", "escaped", "shown"]
+
+LONGEST = 200  # characters of one name or path in a message
+
+
+class CheckpointError(Exception):
+    """A file that cannot be read or written, or an operation on it that is refused.
+
+    Args:
+        path: the file or folder concerned.
+        reason: what is wrong, without the path and without a full stop.
+        hint: what to do about it, or an empty string.
+        refused: True if the file is readable but the operation is not carried out, as overwriting without consent
+            (exit code 4 of the command line); False if the file is unreadable or invalid (exit code 3).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, hint: str = "", refused: bool = False) -> None:
+        super().__init__(os.fspath(path), reason, hint, refused)
+        self.path: str = os.fspath(path)
+        self.reason = reason
+        self.hint = hint
+        self.refused = refused
+
+    def __str__(self) -> str:
+        text = f"{shown(self.path)}: {escaped(self.reason)}"
+        return f"{text}; {escaped(self.hint)}" if self.hint else text
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, without the control, formatting and surrogate characters that would reach a terminal.
+
+    A tensor may be called "\\x1b[31mred\\n" in a file that every reader accepts; "\\u202e" reverses what follows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """`text` escaped and, if it is very long, with its middle left out."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
+    return escaped(text)

@@ -1,0 +1,357 @@
+"""The header of one safetensors file: read it, and say exactly what is wrong with it.
+
+The format (https://github.com/huggingface/safetensors, section "Format"): eight bytes with the length of the header
+(little endian), the header as JSON, then the tensors' bytes without a gap up to the end of the file. No tensor data
+are read here and torch is not imported. The parser is our own since the library names neither the tensor nor the
+numbers in half of its errors, keeps the last of two equal names silently, and calls a zip file "header too large".
+
+Memory stays within a small multiple of the header that is really in the file: a length is compared with the size of
+the file before it is read, and an entry is decoded alone, so no number in a file makes this module allocate.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.kinds import (
+    FOLDER,
+    HINTS,
+    MAX_HEADER,
+    SAFETENSORS,
+    UNKNOWN,
+    kind_of,
+    open_file,
+    read_bytes,
+    size_of,
+    special_kind,
+)
+from optstate.checkpoint.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object
+
+__all__ = ["BITS", "METADATA", "Entry", "Header", "Issue", "Report", "raising", "read"]
+
+# Bits of one element, in the order of the library's own list: the writer sorts by it.
+BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+MAX_COUNT = (1 << 63) - 1  # no framework counts further
+METADATA = "__metadata__"
+FIELDS = ("dtype", "shape", "data_offsets")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file. `start` and `stop` count from the beginning of the file, not of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.stop - self.start
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the tensor."""
+        return self.nbytes * 8 // BITS[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says before its data; `tensors` are in the order of their bytes."""
+
+    path: str
+    metadata: dict[str, str]
+    tensors: tuple[Entry, ...]
+    data_start: int
+    file_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """One finding: `severity` is "error" (no reader should accept it) or "warning" (valid but odd)."""
+
+    severity: str
+    where: str
+    what: str
+
+
+class Report:
+    """Where a reader puts what it finds: `add` may raise, to stop at once, or keep the issue, to find more."""
+
+    def __init__(self, add: Callable[[Issue], None], within: str = "") -> None:
+        self._add = add
+        self._within = within
+
+    def error(self, where: str, what: str) -> None:
+        """What no reader should accept."""
+        self._add(Issue("error", self._within + where, what))
+
+    def warning(self, where: str, what: str) -> None:
+        """What is valid but odd."""
+        self._add(Issue("warning", self._within + where, what))
+
+    def within(self, where: str) -> Report:
+        """The same for the parts of `where`."""
+        return Report(self._add, f"{self._within}{where}, ")
+
+
+def raising(path: str | os.PathLike[str]) -> Report:
+    """A report that raises CheckpointError at the first error and passes over warnings."""
+
+    def add(issue: Issue) -> None:
+        if issue.severity == "error":
+            raise CheckpointError(path, f"{issue.where}: {issue.what}")
+
+    return Report(add)
+
+
+def tensor_place(name: str) -> str:
+    """How a message calls a tensor."""
+    return f"tensor '{shown(name)}'"
+
+
+def read(path: str | os.PathLike[str], report: Report) -> Header:
+    """The header of a file, all findings given to `report`; raises CheckpointError if there is none."""
+    special = special_kind(path)
+    if special is not None:
+        raise CheckpointError(path, f"{special}, not a safetensors file", _special_hint(path, special))
+    with open_file(path) as file:
+        size = size_of(file)
+        first = read_bytes(path, file, min(size, 512))
+        length = _header_length(path, first, size)
+        header = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
+    if len(header) < length:
+        raise CheckpointError(path, "the file became shorter while it was read")
+    text = _header_text(path, first, header)
+    parser = _Parser(text, report)
+    try:
+        parser.parse()
+    except NotJSONError as error:
+        raise CheckpointError(path, f"the header is not valid JSON: {error}") from None
+    start = 8 + length
+    if start % 8:
+        report.warning("header", f"not padded: the data begin at byte {start}, which is no multiple of 8")
+    tensors = _in_file_order(parser, start, size)
+    return Header(os.fspath(path), parser.metadata, tensors, start, size)
+
+
+def _special_hint(path: str | os.PathLike[str], special: str) -> str:
+    if special != FOLDER:
+        return "copy it into a regular file first"
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return ""
+    if ".metadata" in names:
+        return "this is a checkpoint of torch.distributed.checkpoint"
+    return "give one of its files" if names else "it is empty"
+
+
+def _header_length(path: str | os.PathLike[str], first: bytes, size: int) -> int:
+    kind = kind_of(first, size)
+    if kind not in (SAFETENSORS, UNKNOWN):
+        raise CheckpointError(path, f"{kind}, not a safetensors file", HINTS.get(kind, ""))
+    if size < 8:
+        raise CheckpointError(path, f"not a safetensors file: {size} bytes are too short for the header's length")
+    length = int.from_bytes(first[:8], "little")
+    if length > MAX_HEADER:
+        reason = f"the header's length is {length} bytes, above the format's limit of {MAX_HEADER}"
+        raise CheckpointError(path, f"not a safetensors file: {reason}")
+    if length > size - 8:
+        reason = f"the header's length is {length} bytes, but only {size - 8} follow"
+        kind = "truncated" if first[8:9] == b"{" else "truncated or not a safetensors file"
+        raise CheckpointError(path, f"{kind}: {reason}")
+    if length == 0:
+        zeros = not first.strip(b"\0")
+        raise CheckpointError(
+            path,
+            "the header's length is 0" + (", and the file begins with zeros only" if zeros and size > 8 else ""),
+            "the write or the download was cut short" if zeros else "",
+        )
+    return length
+
+
+def _header_text(path: str | os.PathLike[str], first: bytes, header: bytes) -> str:
+    try:
+        return header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(path, f"the header is not UTF-8: {error.reason} at byte {8 + error.start}") from None
+
+
+class _Parser:
+    """Goes through a header once; `entries` have offsets from the beginning of the data."""
+
+    def __init__(self, text: str, report: Report) -> None:
+        self.text = text
+        self.report = report
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, Entry] = {}
+        self.tensors = 0
+        self._names: set[str] = set()
+        self._has_metadata = False
+
+    def parse(self) -> None:
+        if not self.text.startswith("{") and self.text.lstrip(" \t\r\n").startswith("{"):
+            self.report.warning("header", "begins with white space; the format asks for '{' as its first character")
+        only_object(self.text, self._member)
+        self._odd_names()
+
+    def _member(self, name: str, at: int) -> int:
+        if name == METADATA:
+            if self._has_metadata:
+                self.report.error("metadata", f"{METADATA} occurs twice in the header")
+            self._has_metadata = True
+            return self._metadata(at)
+        if name in self._names:
+            self.report.error(tensor_place(name), "occurs twice in the header")
+        self._names.add(name)
+        self.tensors += 1
+        if not self.text.startswith("{", at):
+            self.report.error(tensor_place(name), "its entry is not an object")
+            return decode(self.text, at)[1]
+        fields, end = decode(self.text, at)
+        entry = self._entry(name, fields)
+        if entry is not None:
+            self.entries[name] = entry
+        return end
+
+    def _metadata(self, at: int) -> int:
+        if self.text.startswith("null", at):
+            self.report.warning("metadata", f"{METADATA} is null")
+            return at + 4
+        if not self.text.startswith("{", at):
+            self.report.error("metadata", f"{METADATA} is not an object of strings")
+            return decode(self.text, at)[1]
+        return members(self.text, at, self._metadata_value)
+
+    def _metadata_value(self, key: str, at: int) -> int:
+        where = f"metadata '{shown(key)}'"
+        if key in self.metadata:
+            self.report.error(where, "occurs twice in the header")
+        if not self.text.startswith('"', at):
+            self.report.error(where, "its value is not a string")
+            self.metadata[key] = ""
+            return decode(self.text, at)[1]
+        self.metadata[key], end = decode_string(self.text, at)
+        return end
+
+    def _entry(self, name: str, fields: Pairs) -> Entry | None:
+        """One tensor's entry, or None after an error that leaves nothing to go on with."""
+        where = tensor_place(name)
+        found = dict(fields)
+        counts = Counter(key for key, _ in fields)
+        for field in FIELDS:
+            if counts[field] != 1:
+                self.report.error(where, f"its entry has {'no' if not counts[field] else 'two'} {field}")
+                return None
+        if len(counts) > len(FIELDS):
+            extra = ", ".join(f"'{shown(key)}'" for key in list(counts) if key not in FIELDS)
+            self.report.warning(where, f"its entry has fields the format does not know: {extra}")
+        dtype, shape, offsets = (found[field] for field in FIELDS)
+        if not isinstance(dtype, str) or dtype not in BITS:
+            self.report.error(where, f"unknown dtype {value_text(dtype)}")
+            return None
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in shape):
+            self.report.error(where, f"shape {value_text(shape)} is not a list of counts")
+            return None
+        pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
+        if not pair or offsets[0] > offsets[1]:
+            self.report.error(where, f"data_offsets {value_text(offsets)} are not a beginning and an end")
+            return None
+        start, stop = offsets
+        self._size(where, dtype, shape, stop - start)
+        return Entry(name, dtype, tuple(shape), start, stop)
+
+    def _size(self, where: str, dtype: str, shape: list[int], nbytes: int) -> None:
+        elements = 1
+        for n in shape:
+            elements *= max(n, 1)
+            if elements > MAX_COUNT:  # at once: the product of a thousand such numbers would take long
+                self.report.error(where, f"shape {value_text(shape)} has more elements than can be counted")
+                return
+        bits = BITS[dtype] * (0 if 0 in shape else elements)
+        if bits % 8:
+            self.report.error(where, f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
+        elif bits // 8 != nbytes:
+            what = f"shape {value_text(shape)} of {dtype} takes {bits // 8} bytes, its data_offsets span {nbytes}"
+            self.report.error(where, what)
+
+    def _odd_names(self) -> None:
+        normal: dict[str, str] = {}
+        for name in self._names:
+            if not name:
+                self.report.warning(tensor_place(name), "its name is empty")
+            elif not name.isprintable():
+                self.report.warning(tensor_place(name), "its name has characters that cannot be printed")
+            if not name.isascii():
+                other = normal.setdefault(unicodedata.normalize("NFC", name), name)
+                if other != name:
+                    self.report.warning(
+                        tensor_place(name), f"looks the same as '{shown(other)}' but is spelt differently"
+                    )
+
+
+def value_text(value: object) -> str:
+    """A value from a file as it goes into a message."""
+    if isinstance(value, Pairs):
+        return "an object"
+    return shown(repr(value[:50]) if isinstance(value, list | str) else repr(value))
+
+
+def _in_file_order(parser: _Parser, start: int, size: int) -> tuple[Entry, ...]:
+    """The entries by position with offsets from the beginning of the file; reports gaps, overlaps, missing bytes."""
+    report = parser.report
+    ordered = sorted(parser.entries.values(), key=lambda entry: (entry.start, entry.stop))
+    complete = len(ordered) == parser.tensors  # otherwise a gap may be that of a tensor already reported
+    reached = 0
+    last = "the header"
+    unaligned = []
+    for entry in ordered:
+        if entry.start > reached and complete:
+            what = f"{entry.start - reached} bytes between {last} and this tensor belong to none"
+            report.error(tensor_place(entry.name), what)
+        elif entry.start < reached:
+            report.error(tensor_place(entry.name), f"overlaps {last} by {min(reached, entry.stop) - entry.start} bytes")
+        if entry.nbytes and (start + entry.start) % max(BITS[entry.dtype] // 8, 1):
+            unaligned.append(entry.name)
+        if entry.stop >= reached:
+            reached, last = entry.stop, tensor_place(entry.name)
+    if unaligned:
+        more = f" and {len(unaligned) - 1} more" if len(unaligned) > 1 else ""
+        report.warning(tensor_place(unaligned[0]) + more, "not aligned to the size of an element")
+    present = size - start
+    if reached > present:
+        report.error("data", f"truncated: {reached - present} of {reached} bytes are missing at the end of the file")
+    elif reached < present and complete:
+        report.error("data", f"{present - reached} bytes after the last tensor belong to none")
+    return tuple(Entry(e.name, e.dtype, e.shape, start + e.start, start + e.stop) for e in ordered)

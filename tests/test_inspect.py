@@ -1,0 +1,415 @@
+"""`optstate inspect` and `optstate check`: text, JSON, what they find in broken files, a start without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from optstate_cli import app
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import optstate
+from adalomo import AdaLomo
+from optstate.checkpoint.document import KEY
+from optstate.recipes import AdamW, AdamW8bit
+from tests.models import EveryShape, loss_of, mlp
+
+DATA = Path(__file__).parent / "data"
+
+
+def run(*arguments: Any, code: int = 0) -> str:
+    """Standard output of the command, which must end with this exit code and, if it is 0 or 1, say nothing else."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    if code < 2:
+        assert result.stderr == ""
+    return result.stdout if code < 2 else result.stderr
+
+
+def as_json(*arguments: Any, code: int = 0) -> dict[str, Any]:
+    tree = json.loads(run(*arguments, "--json", code=code))
+    assert isinstance(tree, dict)
+    return tree
+
+
+def table(text: str, first: str) -> list[dict[str, str]]:
+    """The rows under the heading line that begins with `first`."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"{first}\t"))
+    names = lines[start].split("\t")
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line:
+            break
+        rows.append(dict(zip(names, line.split("\t"), strict=True)))
+    return rows
+
+
+def trained(build: Callable[[nn.Module], Any], dtype: torch.dtype = torch.float32) -> Any:
+    model = mlp(dtype, 600)
+    optimizer = build(model)
+    for step in range(3):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.fixture(scope="module")
+def eight_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("native") / "opt.safetensors"
+    model_groups = lambda m: AdamW8bit(optstate.declare_roles(m), lr=1e-3)  # noqa: E731
+    optstate.save(trained(model_groups), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("native") / "opt.safetensors"
+    optstate.save(trained(lambda m: AdaLomo(m.named_parameters())), path)
+    return path
+
+
+class TestInspect:
+    def test_text(self, eight_bit: Path) -> None:
+        text = run("inspect", eight_bit)
+        facts = dict(line.split("\t", 1) for line in text.split("\n\n")[0].splitlines())
+        assert facts["kind"] == "optstate (says the file)"
+        assert facts["recipe"] == "adamw8bit"
+        assert facts["chain"] == "scale_by_adam > add_decayed_weights"
+        assert facts["step"] == "3"
+        assert facts["parameters"] == "6, 9004 elements with state"
+        assert facts["fp32 AdamW"].startswith("72032 bytes: this is ")
+        groups = table(text, "GROUP")
+        assert [row["ROLE"] for row in groups] == ["norm", "bias", "matrix"]
+        assert groups[0]["HYPER-PARAMETERS"] == "betas=(0.9, 0.999) eps=1e-08 lr=0.001 weight_decay=0.01"
+        slots = {(row["SLOT"], row["STORE"]): row for row in table(text, "SLOT")}
+        codes = slots["exp_avg", "Block8()"]
+        # 4800 codes of a byte and 19 maxima of four: the matrix of 600 x 8.
+        assert (codes["TENSORS"], codes["ELEMENTS"], codes["BYTES"]) == ("2", "4800", str(4800 + 19 * 4))
+        assert codes["DTYPE"] == "uint8+float32"
+        assert codes["B/PARAM"] == f"{(4800 + 76) / 4800:.4f}"
+        assert slots["exp_avg_sq", "Full()"]["B/PARAM"] == "4.0000"
+
+    def test_json_has_every_key_and_adds_up(self, eight_bit: Path) -> None:
+        tree = as_json("inspect", eight_bit, "--tensors")
+        assert tree["schema"] == "optstate.inspect/1"
+        required = {"kind", "recipe", "step", "parameters", "state_bytes", "slots", "groups", "issues", "tensors"}
+        assert required <= set(tree)
+        read = safetensors.torch.load_file(eight_bit)
+        total = sum(tensor.numel() * tensor.element_size() for tensor in read.values())
+        assert (tree["kind"], tree["recipe"], tree["step"], tree["parameters"]) == ("optstate", "adamw8bit", 3, 6)
+        assert tree["state_bytes"] == total
+        assert tree["issues"] == []
+        for slot in tree["slots"]:
+            assert set(slot) >= {"slot", "store", "dtype", "tensors", "elements", "bytes"}
+        assert sum(slot["bytes"] for slot in tree["slots"]) == total
+        assert {tensor["name"] for tensor in tree["tensors"]} == set(read)
+        for tensor in tree["tensors"]:
+            assert set(tensor) >= {"parameter", "slot", "field", "dtype", "shape", "bytes"}
+            own = read[tensor["name"]]
+            assert tensor["shape"] == list(own.shape)
+            assert tensor["dtype"] == str(own.dtype).removeprefix("torch.")
+        assert tree["groups"][2]["hyper"]["betas"] == [0.9, 0.999]
+        assert "tensors" not in as_json("inspect", eight_bit)
+
+    def test_stats_are_torchs(self, factored: Path) -> None:
+        tree = as_json("inspect", factored, "--stats")
+        read = safetensors.torch.load_file(factored)
+        for tensor in tree["tensors"]:
+            own, stats = read[tensor["name"]].double(), tensor["stats"]
+            assert stats["minimum"] == own.min().item()
+            assert stats["maximum"] == own.max().item()
+            assert stats["mean"] == pytest.approx(own.mean().item(), rel=1e-12)
+            assert (stats["zeros"], stats["nan"], stats["infinite"]) == (int((own == 0).sum()), 0, 0)
+
+    def test_stats_of_what_is_not_finite_and_longer_than_a_piece(self, tmp_path: Path) -> None:
+        inf, nan = float("inf"), float("nan")
+        long = torch.arange(600_001, dtype=torch.float32)
+        long[[0, 300_000, 600_000]] = torch.tensor([nan, inf, -inf])
+        tensors = {"long": long, "nan": torch.full((3,), nan), "none": torch.zeros(0), "b": torch.tensor([True, False])}
+        safetensors.torch.save_file(tensors, tmp_path / "a")
+        found = {t["name"]: t["stats"] for t in as_json("inspect", tmp_path / "a", "--stats")["tensors"]}
+        finite = long[long.isfinite()].double()
+        assert found["long"]["mean"] == pytest.approx(finite.mean().item(), rel=1e-12)
+        assert (found["long"]["minimum"], found["long"]["maximum"]) == (1.0, 599_999.0)
+        assert (found["long"]["nan"], found["long"]["infinite"]) == (1, 2)
+        assert (found["nan"]["mean"], found["nan"]["nan"]) == (None, 3)
+        assert (found["none"]["minimum"], found["none"]["zeros"]) == (None, 0)
+        assert (found["b"]["mean"], found["b"]["zeros"]) == (0.5, 1)
+
+    def test_filter_and_sort_are_about_the_list(self, eight_bit: Path) -> None:
+        text = run("inspect", eight_bit, "--filter", "0.weight", "--sort", "bytes")
+        names = [(row["NAME"], row["SLOT"]) for row in table(text, "NAME")]
+        assert names == [
+            ("0.weight", "exp_avg.codes"),
+            ("0.weight", "exp_avg_sq.codes"),
+            ("0.weight", "exp_avg.absmax"),
+            ("0.weight", "exp_avg_sq.absmax"),
+        ]
+        assert table(text, "SLOT") == table(run("inspect", eight_bit), "SLOT")
+        globbed = as_json("inspect", eight_bit, "--filter", "*/exp_avg_sq*")["tensors"]
+        assert {tensor["slot"] for tensor in globbed} == {"exp_avg_sq"}
+        by_name = [t["name"] for t in as_json("inspect", eight_bit, "--sort", "name")["tensors"]]
+        assert by_name == sorted(by_name)
+        assert as_json("inspect", eight_bit, "--filter", "nothing")["tensors"] == []
+        run("inspect", eight_bit, "--sort", "colour", code=2)
+
+    def test_frozen_parameters_and_uneven_steps(self, tmp_path: Path) -> None:
+        model = EveryShape()
+        optimizer = AdamW(model.named_parameters())
+        model(0).backward()
+        optimizer.step()
+        optstate.save(optimizer, tmp_path / "a")
+        tree = as_json("inspect", tmp_path / "a")
+        assert (tree["frozen"], tree["step"], tree["steps"]) == (1, 1, [0, 1])
+        assert [issue["where"] for issue in tree["issues"]] == ["step"]
+        checked = as_json("check", tmp_path / "a")
+        assert checked["ok"] is True
+        assert [(issue["severity"], issue["where"]) for issue in checked["issues"]] == [("warning", "step")]
+        assert "'unused': 0" in checked["issues"][0]["what"]
+
+    def test_a_chain_without_a_recipe(self, tmp_path: Path) -> None:
+        chain = optstate.updates.momentum()
+        optstate.save(optstate.Optimizer(mlp().named_parameters(), chain), tmp_path / "a")
+        assert as_json("inspect", tmp_path / "a")["recipe"] is None
+        assert "a chain of its own" in run("inspect", tmp_path / "a")
+
+    def test_lerobots_layout(self, tmp_path: Path) -> None:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        loss_of(model, 0).backward()
+        optimizer.step()
+        state = optimizer.state_dict()
+        tensors = {f"state/{i}/{slot}": value for i, slots in state["state"].items() for slot, value in slots.items()}
+        safetensors.torch.save_file(tensors, tmp_path / "optimizer_state.safetensors")
+        file = tmp_path / "optimizer_state.safetensors"
+        alone = as_json("inspect", file)
+        assert alone["groups"] == []
+        (tmp_path / "optimizer_param_groups.json").write_text(json.dumps(state["param_groups"]))
+        tree = as_json("inspect", file)
+        assert (tree["kind"], tree["certainty"], tree["recipe"]) == ("lerobot", "layout", None)
+        assert tree["looks_like"] == "Adam or AdamW"
+        assert (tree["step"], tree["parameters"]) == (1, 6)
+        assert tree["groups"][0]["hyper"]["lr"] == 1e-3
+        assert {slot["slot"]: slot["tensors"] for slot in tree["slots"]} == {"exp_avg": 6, "exp_avg_sq": 6, "step": 6}
+        assert {slot["store"] for slot in tree["slots"]} == {"unknown"}
+        assert as_json("check", file)["ok"] is True
+        (tmp_path / "optimizer_param_groups.json").write_text("[[")
+        assert "param groups beside the file cannot be read" in run("inspect", file, code=3)
+
+    def test_any_other_file_is_not_taken_for_state(self) -> None:
+        tree = as_json("inspect", DATA / "common.safetensors")
+        assert (tree["kind"], tree["certainty"], tree["recipe"]) == ("safetensors", "unknown", None)
+        assert (tree["step"], tree["parameters"]) == (None, None)
+        assert "not an optimizer's file" in tree["notes"][0]
+
+    def test_a_sharded_set(self, tmp_path: Path) -> None:
+        for i in (1, 2):
+            safetensors.torch.save_file({f"w{i}": torch.zeros(i)}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+        weight_map = {f"w{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {"total_size": 12}, "weight_map": weight_map}))
+        assert as_json("inspect", tmp_path)["state_bytes"] == 12
+        assert as_json("check", index)["ok"] is True
+
+    @pytest.mark.parametrize("arguments", [(), ("--json",), ("--tensors",), ("--stats", "--json")])
+    def test_hostile_names_reach_no_terminal(self, arguments: tuple[str, ...], tmp_path: Path) -> None:
+        hostile = "\x1b[31mred\n\t\r\u202e\x9b"
+        model = nn.ParameterDict({hostile: nn.Parameter(torch.ones(2))})
+        optstate.save(
+            AdamW([{"params": list(model.named_parameters()), "name": hostile, "role": hostile}]), tmp_path / "a"
+        )
+        safetensors.torch.save_file({hostile: torch.zeros(1)}, tmp_path / "b", {hostile: hostile})
+        for path in (tmp_path / "a", tmp_path / "b"):
+            text = run("inspect", path, *arguments)
+            text += CliRunner().invoke(app, ["check", str(path)]).output
+            assert all(c.isprintable() or c in "\n\t" for c in text)
+            assert "\u202e" not in text
+        assert "\\x1b[31mred\\n" in run("inspect", tmp_path / "b", "--tensors")
+
+    def test_no_colour_outside_a_terminal(self, eight_bit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        assert "\x1b" not in run("inspect", eight_bit)
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, no_color: bool) -> None:
+    import os
+    import pty
+
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "150"}
+    environment |= {"NO_COLOR": "1"} if no_color else {}
+    main, other = pty.openpty()
+    with subprocess.Popen([sys.executable, *command("inspect", eight_bit)], stdout=other, env=environment) as process:
+        os.close(other)
+        output = b""
+        try:
+            while part := os.read(main, 65536):
+                output += part
+        except OSError:  # the end, on Linux
+            pass
+        assert process.wait() == 0
+    text = output.decode()
+    assert "Block8()" in text
+    assert "\t" not in text
+    assert ("\x1b[3" in text) is False  # no colours at all; bold headings at most
+    os.close(main)
+
+
+def command(*arguments: Any) -> list[str]:
+    return ["-c", "from optstate_cli import app; app()", *map(str, arguments)]
+
+
+def test_looking_into_a_file_does_not_import_torch(eight_bit: Path) -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); from optstate_cli import app\n"
+        f"try: app(['inspect', {str(eight_bit)!r}, '--tensors', '--json'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print([m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules], time.perf_counter() - t)"
+    )
+    last = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()[
+        -1
+    ]
+    modules, _, seconds = last.rpartition(" ")
+    print(f"inspect took {float(seconds):.3f} s with its imports")
+    assert modules == "[]"
+
+
+def test_a_closed_pipe_ends_quietly(eight_bit: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, *command("inspect", eight_bit, "--tensors")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+class TestCheck:
+    def changed(self, source: Path, folder: Path, change: Callable[[dict[str, Tensor], Any], Any]) -> Path:
+        """A copy with other tensors or another document, written by the library."""
+        with safetensors.safe_open(source, "pt") as file:
+            metadata = file.metadata()
+        tensors, document = safetensors.torch.load_file(source), json.loads(metadata[KEY])
+        change(tensors, document)
+        safetensors.torch.save_file(tensors, folder / "changed", {KEY: json.dumps(document)})
+        return folder / "changed"
+
+    def test_sound_files(self, eight_bit: Path, factored: Path) -> None:
+        for path in (eight_bit, factored):
+            assert as_json("check", path) == {"schema": "optstate.check/1", "path": str(path), "ok": True, "issues": []}
+            assert run("check", path) == "no issues\n"
+
+    BROKEN: ClassVar[dict[str, tuple[str, Callable[[dict[str, Tensor], Any], Any], str, str]]] = {
+        "absmax count": (
+            "eight_bit",
+            lambda t, d: t.update({"0.weight/exp_avg.absmax": torch.ones(18)}),
+            "0.weight/exp_avg",
+            "absmax has shape [18], Block8() of 600x8 has [19]",
+        ),
+        "codes without absmax": (
+            "eight_bit",
+            lambda t, d: (
+                t.pop("0.weight/exp_avg.absmax"),
+                next(p for p in d["parameters"] if p["name"] == "0.weight")["slots"]["exp_avg"]["fields"].pop("absmax"),
+            ),
+            "0.weight/exp_avg",
+            "Block8() without absmax",
+        ),
+        "missing": (
+            "eight_bit",
+            lambda t, d: t.pop("0.weight/exp_avg.codes"),
+            "0.weight/exp_avg",
+            "the tensor '0.weight/exp_avg.codes' is missing",
+        ),
+        "stray": ("eight_bit", lambda t, d: t.update(x=torch.zeros(1)), "x", "belongs to no statistic in the document"),
+        "dtype": (
+            "factored",
+            lambda t, d: t.update({"0.weight/exp_avg_sq.row": t["0.weight/exp_avg_sq.row"].half()}),
+            "0.weight/exp_avg_sq",
+            "row has dtype F16, Factored() has F32 or F64",
+        ),
+        "negative absmax": (
+            "eight_bit",
+            lambda t, d: t["0.weight/exp_avg.absmax"][3].neg_(),
+            "0.weight/exp_avg.absmax",
+            "1 of 19 numbers are negative",
+        ),
+        "negative second moment": (
+            "eight_bit",
+            lambda t, d: t["0.bias/exp_avg_sq"][:2].fill_(-1.5),
+            "0.bias/exp_avg_sq",
+            "2 of 600 numbers are negative, the least is -1.5",
+        ),
+        "nan": (
+            "eight_bit",
+            lambda t, d: t["0.bias/exp_avg"][0].fill_(float("nan")),
+            "0.bias/exp_avg",
+            "1 of 600 numbers are NaN",
+        ),
+        "infinite": (
+            "factored",
+            lambda t, d: t["0.bias/exp_avg_sq"][0].fill_(float("inf")),
+            "0.bias/exp_avg_sq",
+            "infinite",
+        ),
+        "means differ": (
+            "factored",
+            lambda t, d: t["0.weight/exp_avg_sq.row"].mul_(1.01),
+            "0.weight/exp_avg_sq",
+            "the means differ: ",
+        ),
+    }
+
+    @pytest.mark.parametrize("name", BROKEN)
+    def test_what_is_broken_is_the_one_thing_found(self, name: str, tmp_path: Path, request: Any) -> None:
+        source, change, where, what = self.BROKEN[name]
+        path = self.changed(request.getfixturevalue(source), tmp_path, change)
+        tree = as_json("check", path, code=1)
+        assert tree["ok"] is False
+        assert [(issue["severity"], issue["where"]) for issue in tree["issues"]] == [("error", where)]
+        assert what in tree["issues"][0]["what"]
+        assert table(run("check", path, code=1), "SEVERITY")[0]["WHERE"] == where
+
+    def test_a_first_moment_may_be_negative(self, eight_bit: Path, tmp_path: Path) -> None:
+        path = self.changed(eight_bit, tmp_path, lambda t, d: t["0.bias/exp_avg"].fill_(-1))
+        assert as_json("check", path)["ok"] is True
+
+    def test_an_unreadable_document_is_invalid_input(self, eight_bit: Path, tmp_path: Path) -> None:
+        path = self.changed(eight_bit, tmp_path, lambda t, d: d.update(format_version=2))
+        for name in ("check", "inspect"):
+            message = run(name, path, code=3)
+            reason = "it has format version 2, this optstate reads up to 1: upgrade optstate"
+            assert message == f"optstate: {path}: metadata 'optstate': {reason}\n"
+
+    def test_a_broken_structure_is_a_finding_and_no_file_is_invalid_input(
+        self, eight_bit: Path, tmp_path: Path
+    ) -> None:
+        cut = tmp_path / "cut"
+        cut.write_bytes(eight_bit.read_bytes()[:-3])
+        assert "truncated" in as_json("check", cut, code=1)["issues"][0]["what"]
+        assert "truncated" in run("inspect", cut, code=3)
+        torch.save({"state": {}}, tmp_path / "opt.pt")
+        shutil.copy(tmp_path / "opt.pt", tmp_path / "renamed.safetensors")
+        for path in (tmp_path / "renamed.safetensors", tmp_path / "absent", tmp_path):
+            message = run("check", path, code=3)
+            assert message.startswith(f"optstate: {path}: ")
+            assert message.count("\n") == 1
+
+    def test_other_formats_by_the_names_of_their_statistics(self, tmp_path: Path) -> None:
+        tensors = {"state/0/exp_avg": -torch.ones(2), "state/0/exp_avg_sq": -torch.ones(2)}
+        safetensors.torch.save_file(tensors, tmp_path / "a")
+        issues = as_json("check", tmp_path / "a", code=1)["issues"]
+        assert [issue["where"] for issue in issues] == ["state/0/exp_avg_sq"]
