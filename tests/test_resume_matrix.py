@@ -233,9 +233,9 @@ def adamw(weights: Weights = Plain(), **given: Any) -> tuple[Tiny, optstate.Opti
 
 OTHERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({"weights": Split(8)}, {"weights": Kahan()}, "weight in Split(bits=8)", "weight in Kahan()"),
-    ({"weights": Kahan()}, {"weights": Split(16)}, "weight in Kahan()", "weight in Split()"),
-    ({"weights": Split(16)}, {"weights": Split(8)}, "weight in Split()", "weight in Split(bits=8)"),
-    ({"weights": Split(8)}, {"weights": Split(16)}, "weight in Split(bits=8)", "weight in Split()"),
+    ({"weights": Kahan()}, {"weights": Split(16)}, "weight in Kahan()", "weight in Split(bits=16)"),
+    ({"weights": Split(16)}, {"weights": Split(8)}, "weight in Split(bits=16)", "weight in Split(bits=8)"),
+    ({"weights": Split(8)}, {"weights": Split(16)}, "weight in Split(bits=8)", "weight in Split(bits=16)"),
     ({}, {"weights": Split(8)}, "exp_avg_sq in Full(),", "weight in Split(bits=8)"),
     ({"weights": Kahan()}, {"weights": StochasticRounding()}, "weight in Kahan(),", "exp_avg_sq in Full()"),
     ({"first": Block8()}, {}, "exp_avg in Block8()", "exp_avg in Full()"),

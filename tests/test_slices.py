@@ -26,7 +26,7 @@ chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chun
 
 FP32, BF16 = torch.float32, torch.bfloat16
 Shape = tuple[int, ...]
-COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=120)
+COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=80)
 WHOLE, SMALL = 1 << 19, 1 << 11
 """Chunks larger than every parameter here, and so small that a slice holds 512 or 1024 elements."""
 
@@ -167,6 +167,7 @@ PLACES = [  # shape, layouts of parameter and gradient
     ((8, 4, 12, 12), "contiguous", "channels last"),
     ((5000,), "every second", "contiguous"),
 ]
+MATRICES = [place for place in PLACES if len(place[0]) >= 2]
 
 
 def stepped(
@@ -196,7 +197,7 @@ every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_an_elementwise_chain_gives_the_same_bits_in_slices(name: str, dtype: torch.dtype) -> None:
     """Rows that are no whole number of blocks, single rows and columns, experts, convolutions, whatever the strides."""
-    for place in PLACES:
+    for place in PLACES if dtype == FP32 else PLACES[::2]:
         (whole, of_whole), (sliced, of_sliced) = (
             stepped(ELEMENTWISE[name], place, dtype, chunk) for chunk in (WHOLE, SMALL)
         )
@@ -265,7 +266,7 @@ SUMMED: dict[str, Build] = {
 def test_a_chain_with_sums_differs_in_slices_by_their_rounding(name: str, dtype: torch.dtype) -> None:
     """Sums of 6000 numbers, chunk by chunk or not, differ by 1e-5 at most. So do steps, relative to the parameter
     by a hundredth of that; in bf16 a few stochastic roundings fall the other way, and in codes a few ties."""
-    for place in [place for place in PLACES if len(place[0]) >= 2]:
+    for place in MATRICES if dtype == FP32 else MATRICES[::2]:
         (whole, of_whole), (sliced, of_sliced) = (
             stepped(SUMMED[name], place, dtype, chunk) for chunk in (WHOLE, SMALL)
         )

@@ -43,6 +43,9 @@ class Split(Weights):
         if type(self.bits) is not int or self.bits not in (8, 16):
             raise ValueError(f"Split(bits={self.bits!r}): give 8 or 16 correction bits")
 
+    def __str__(self) -> str:
+        return f"Split(bits={self.bits})"
+
     def resolve(self, spec: ParamSpec) -> Weights:
         if spec.dtype == torch.float16:
             raise ValueError(
