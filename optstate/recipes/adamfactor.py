@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from optstate import updates
-from optstate.optimizer import Optimizer
+from optstate.recipes.adamw import AdamW
 from optstate.stores import Block8, Factored, Store
 from optstate.weights import Weights
 
 __all__ = ["AdamFactor"]
 
 
-class AdamFactor(Optimizer):
+class AdamFactor(AdamW):
     """AdamW with its first moment in 8-bit blocks and its second as row and column means.
 
     1.02 bytes of state per element instead of 8, and no second moment to quantise: the "Factor" variant of arXiv
@@ -36,7 +35,4 @@ class AdamFactor(Optimizer):
         first: Store = Block8(),
         weights: Weights | str = "auto",
     ) -> None:
-        recipe = updates.chain(
-            updates.scale_by_adam(first, Factored(), betas=betas, eps=eps), updates.add_decayed_weights(weight_decay)
-        )
-        super().__init__(params, recipe, lr=lr, weights=weights)
+        super().__init__(params, lr, betas, eps, weight_decay, first=first, second=Factored(), weights=weights)
