@@ -11,9 +11,10 @@ import torch
 
 import optstate
 from adalomo import AdaLomo
-from optstate import InconsistentStateError, updates
+from optstate import InconsistentStateError, stores, updates
 from optstate.recipes import AdamMini, AdamW
 from optstate.weights import StochasticRounding, Weights
+from tests.models import assert_same, state_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,19 @@ def test_other_ways_of_writing_weights_are_announced_when_loading() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(StochasticRounding(1)).load_state_dict(saved)
+
+
+def test_a_rate_that_bf16_would_swallow_is_refused_whenever_it_comes() -> None:
+    param = torch.nn.Parameter(torch.ones(4, 4))
+    second = stores.Full("bfloat16", stochastic=False)
+    opt = optstate.Optimizer([("p", param)], updates.scale_by_adam(second=second, betas=(0.9, 0.99)))
+    param.grad = torch.ones(4, 4)
+    opt.step()
+    before = state_of(opt)
+    opt.param_groups[0]["betas"] = (0.9, 0.9999)
+    with pytest.raises(ValueError, match="does not decay with an averaging weight of 0.0001"):
+        opt.step()
+    assert_same(state_of(opt), before)
 
 
 def test_a_sum_asked_for_in_a_slice_is_refused() -> None:

@@ -115,8 +115,15 @@ class Statistic:
             field.copy_(self.guard.choose(value.reshape(field.shape), field))
 
     def _note(self, weight: Scalar) -> None:
-        """Keep the least weight of this step; one that only a device knows counts as zero."""
-        self._weight = min(self._weight, weight if isinstance(weight, float) else 0.0)
+        """Keep the least weight of this step; one that only a device knows counts as zero.
+
+        Raises:
+            ValueError: if the store would swallow such a step: hyper-parameters may have changed since it was chosen.
+        """
+        if isinstance(weight, Tensor):
+            weight = 0.0
+        self.store.check(signed=False, smallest_weight=weight)
+        self._weight = min(self._weight, weight)
 
     def _flagged(self, value: Product) -> Product:
         """The value, with word for the kernel of a gradient that may not be finite: nothing is held back in place."""
