@@ -1,0 +1,95 @@
+"""Where the numbers of a tensor lie in a file. Imports no torch."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from typing import BinaryIO
+
+from optstate.checkpoint.header import BITS, Entry
+from optstate.checkpoint.kinds import open_file
+
+__all__ = ["Stored", "numbers", "stored_entry"]
+
+MOST_NUMBERS = 1024
+"""Elements of a tensor that is read as plain numbers: a step, a learning rate, not a statistic."""
+
+_FORMATS = {
+    "BOOL": "?",
+    "U8": "B",
+    "I8": "b",
+    "I16": "h",
+    "U16": "H",
+    "F16": "e",
+    "I32": "i",
+    "U32": "I",
+    "F32": "f",
+    "F64": "d",
+    "I64": "q",
+    "U64": "Q",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: nothing of it has been read.
+
+    start: the byte of its first element, from the beginning of the file. dtype: the safetensors format's name of it.
+    stride: elements between neighbours along each dimension; None if it is contiguous in C order.
+    """
+
+    path: str
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the tensor."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers, without what lies between them if it is not contiguous."""
+        return self.elements * BITS[self.dtype] // 8
+
+    @property
+    def span(self) -> int:
+        """Bytes from its first to the end of its last element."""
+        if self.stride is None:
+            return self.nbytes
+        if not self.elements:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * BITS[self.dtype] // 8
+
+
+def stored_entry(path: str, entry: Entry) -> Stored:
+    """The place of a safetensors file's tensor."""
+    return Stored(path, entry.start, entry.dtype, entry.shape)
+
+
+def numbers(stored: Stored, file: BinaryIO | None = None) -> tuple[float | int, ...]:
+    """All numbers of a small contiguous tensor, flat.
+
+    Raises:
+        ValueError: for a large one, one that is not contiguous, or one of a dtype that is no number's.
+        OSError: if the file ends early.
+    """
+    if stored.elements > MOST_NUMBERS or stored.span != stored.nbytes:
+        raise ValueError(f"a tensor of shape {stored.shape} is not one of a few numbers")
+    if stored.dtype != "BF16" and stored.dtype not in _FORMATS:
+        raise ValueError(f"{stored.dtype} numbers cannot be read here")
+    if file is None:
+        with open_file(stored.path) as opened:
+            return numbers(stored, opened)
+    file.seek(stored.start)
+    data = file.read(stored.nbytes)
+    if len(data) != stored.nbytes:
+        raise OSError("the file ends within a tensor")
+    if stored.dtype == "BF16":  # the upper half of an fp32 number
+        data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
+    code = _FORMATS.get(stored.dtype, "f")
+    return struct.unpack(f"<{stored.elements}{code}", data)
