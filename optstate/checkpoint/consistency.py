@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 
 from optstate.checkpoint.container import Entry, Header, Issue
 from optstate.checkpoint.document import WEIGHT, Document, Parameter, SlotRecord
@@ -74,7 +75,7 @@ def _slot_problems(param: Parameter, name: str, slot: SlotRecord, entries: Mappi
 
 
 def _sizes(param: Parameter) -> str:
-    return "x".join(map(str, param.shape)) or "a scalar"
+    return "x".join(map(str, param.shape or ())) or "a scalar"
 
 
 # --- what each store keeps ----------------------------------------------------------------------------------------
@@ -86,42 +87,43 @@ Expected = dict[str, tuple[Shape | None, set[str]]]
 def _expected(param: Parameter, slot: SlotRecord, kind: str) -> Expected | None:
     """What a store of optstate's own keeps; None for others, which this cannot judge."""
     rule = _STORES.get(kind)
-    return rule(param, slot) if rule is not None else None
+    return rule(param.shape, slot) if rule is not None and param.shape is not None else None
 
 
-def _full(param: Parameter, slot: SlotRecord) -> Expected:
-    return {"": (param.shape, {"BF16"} if "bfloat16" in slot.store else FLOATS)}
+def _full(shape: Shape, slot: SlotRecord) -> Expected:
+    dtypes = {"bfloat16": {"BF16"}, "float16": {"F16"}}
+    return {"": (shape, next((found for name, found in dtypes.items() if name in slot.store), FLOATS))}
 
 
-def _factored(param: Parameter, slot: SlotRecord) -> Expected:
-    if len(param.shape) < 2:
+def _factored(shape: Shape, slot: SlotRecord) -> Expected:
+    if len(shape) < 2:
         return {"row": (None, FLOATS), "col": (None, FLOATS)}
-    return {"row": (param.shape[:-1], FLOATS), "col": ((*param.shape[:-2], param.shape[-1]), FLOATS)}
+    return {"row": (shape[:-1], FLOATS), "col": ((*shape[:-2], shape[-1]), FLOATS)}
 
 
-def _blocks(param: Parameter, slot: SlotRecord) -> Expected:
-    count = -(-param.numel // slot.block) if slot.block else None
-    packed: Expected = {"codes": ((-(-param.numel // 2),), {"U8"})}
-    whole: Expected = {"codes": (param.shape, {"F8_E4M3"} if store_name(slot.store) == "Float8" else {"U8"})}
+def _blocks(shape: Shape, slot: SlotRecord) -> Expected:
+    count = -(-prod(shape) // slot.block) if slot.block else None
+    packed: Expected = {"codes": ((-(-prod(shape) // 2),), {"U8"})}
+    whole: Expected = {"codes": (shape, {"F8_E4M3"} if store_name(slot.store) == "Float8" else {"U8"})}
     codes = packed if store_name(slot.store) == "Block4" else whole
-    return {**codes, "absmax": ((count,) if count is not None else None, {"F32"})}
+    scales = "scale" if "scale" in slot.fields else "absmax"  # torchao's 8-bit floats have the maximum / 448
+    return {**codes, scales: ((count,) if count is not None else None, {"F32"})}
 
 
-def _axes(param: Parameter, slot: SlotRecord) -> Expected:
-    ndim = len(param.shape)
-    names = [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
-    return {name: ((size,), FLOATS | {"BF16"}) for name, size in zip(names, param.shape, strict=False)}
+def _axes(shape: Shape, slot: SlotRecord) -> Expected:
+    names = [*(f"axis{i}" for i in range(len(shape) - 2)), "row", "col"]
+    return {name: ((size,), FLOATS | {"BF16"}) for name, size in zip(names, shape, strict=False)}
 
 
-def _rank_one(param: Parameter, slot: SlotRecord) -> Expected:
-    return {"codes": ((-(-param.numel // 2),), {"U8"}), **_axes(param, slot)}
+def _rank_one(shape: Shape, slot: SlotRecord) -> Expected:
+    return {"codes": ((-(-prod(shape) // 2),), {"U8"}), **_axes(shape, slot)}
 
 
-def _grouped(param: Parameter, slot: SlotRecord) -> Expected:
+def _grouped(shape: Shape, slot: SlotRecord) -> Expected:
     return {"mean": (None, FLOATS)}
 
 
-_STORES: dict[str, Callable[[Parameter, SlotRecord], Expected | None]] = {
+_STORES: dict[str, Callable[[Shape, SlotRecord], Expected]] = {
     "AxisMax": _axes,
     "Block4": _blocks,
     "Block8": _blocks,

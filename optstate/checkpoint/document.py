@@ -63,8 +63,11 @@ class SlotRecord:
     store: the store in words, as `str(store)`.
     signed: whether the statistic can be negative.
     fields: field name -> tensor in the file; a store with one field names it "".
-    codebook: id of the values that codes stand for, "" where they are numbers themselves.
+    codebook: id of the values that codes stand for, a key of the document's `codebooks`; "" where codes are numbers
+    themselves.
     block: consecutive elements per scale, 0 where there are no blocks.
+    of: what is averaged or summed (`optstate.stores.MEANINGS`), "" where that is unknown.
+    beta: where it is `1 - beta**step` times an average, since that began at zero; else None.
     """
 
     store: str
@@ -72,19 +75,24 @@ class SlotRecord:
     fields: dict[str, str]
     codebook: str = ""
     block: int = 0
+    of: str = ""
+    beta: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
     """One parameter and what is kept for it.
 
-    shape: global. dtype: torch's name, "bfloat16". group: index of its group. step: its own count of updates, None
-    where it has no state (frozen). chain: its transforms in words. weights: how it is written, in words.
-    tied: other names of the same parameter, as far as the writer knew them.
+    name: `#<place>` for one without. shape: global, None where it is unknown. dtype: torch's name, "bfloat16". group:
+    index of its group. step: its own count of updates, None where it has no state (frozen) or nobody counted. chain:
+    its transforms in words. weights: how it is written, in words. tied: other names of the same parameter, as far as
+    the writer knew them. extra: what else was kept for it that is no statistic.
+
+    Files of other tools do not say dtype, chain and weights: these are "" then.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: str
     group: int
     step: int | None
@@ -92,11 +100,17 @@ class Parameter:
     weights: str
     slots: dict[str, SlotRecord] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        """Number of elements; 0 where the shape is unknown."""
+        return math.prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def has_state(self) -> bool:
+        """Whether anything is kept for it."""
+        return self.step is not None or bool(self.slots)
 
     @property
     def keys(self) -> list[str]:
@@ -122,6 +136,7 @@ class Document:
     parameters: in the optimizer's order, group by group.
     clip_grad_norm: the norm clip of a fused backward pass, None for none.
     source: the tool that wrote the file. history: what converted it since, oldest first.
+    codebooks: the values that codes stand for, by id, each once. extra: what else the source kept for all.
     """
 
     recipe: str
@@ -130,6 +145,8 @@ class Document:
     clip_grad_norm: float | None = None
     source: dict[str, Any] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
+    codebooks: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -164,6 +181,11 @@ def to_json(document: Document) -> str:
         "source": _encoded(document.source, "source"),
         "history": [_encoded(entry, f"history[{i}]") for i, entry in enumerate(document.history)],
     }
+    optional = {
+        "codebooks": {key: list(values) for key, values in document.codebooks.items()},
+        "extra": _encoded(document.extra, "extra"),
+    }
+    tree |= {key: value for key, value in optional.items() if value}
     return json.dumps(tree, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
@@ -176,7 +198,7 @@ def _group_tree(group: Group, place: str) -> dict[str, Any]:
 def _parameter_tree(param: Parameter) -> dict[str, Any]:
     tree = {
         "name": param.name,
-        "shape": list(param.shape),
+        "shape": None if param.shape is None else list(param.shape),
         "dtype": param.dtype,
         "group": param.group,
         "step": param.step,
@@ -184,13 +206,15 @@ def _parameter_tree(param: Parameter) -> dict[str, Any]:
         "weights": param.weights,
         "slots": {name: _slot_tree(slot) for name, slot in param.slots.items()},
     }
-    return tree | ({"tied": list(param.tied)} if param.tied else {})
+    optional = {"tied": list(param.tied), "extra": _encoded(param.extra, f"{param.name}.extra")}
+    return tree | {key: value for key, value in optional.items() if value}
 
 
 def _slot_tree(slot: SlotRecord) -> dict[str, Any]:
     tree = {"store": slot.store, "signed": slot.signed, "fields": slot.fields}
-    optional = {"codebook": slot.codebook, "block": slot.block}
-    return tree | {key: value for key, value in optional.items() if value}
+    optional = {"codebook": slot.codebook, "block": slot.block, "of": slot.of}
+    tree |= {key: value for key, value in optional.items() if value}
+    return tree if slot.beta is None else tree | {"beta": slot.beta}
 
 
 def _encoded(value: Any, place: str, depth: int = 0) -> Any:
@@ -273,6 +297,8 @@ def _checked(tree: _Node) -> Document:
         clip_grad_norm=clip,
         source=cast("dict[str, Any]", _decoded(tree.optional("source", {}, dict))),
         history=tuple(_decoded(node) for node in tree.optional("history", [], list).items(dict)),
+        codebooks={key: _codebook_of(node) for key, node in tree.optional("codebooks", {}, dict).entries(list).items()},
+        extra=cast("dict[str, Any]", _decoded(tree.optional("extra", {}, dict))),
         format_version=version.value,
     )
     _check_together(document)
@@ -362,11 +388,12 @@ def _parameter_of(node: _Node) -> Parameter:
     slots = {key: _slot_of(item, name.value, key) for key, item in node.at("slots", dict).entries(dict).items()}
     if step.value is not None:
         step.count()
-    elif slots:
+    elif slots and node.at("chain", str).value:
         raise step.wrong("must be a whole number where there is state")
+    shape = node.optional("shape", None)
     return Parameter(
         name=name.value,
-        shape=tuple(item.count() for item in node.at("shape", list).items(int)),
+        shape=None if shape.value is None else tuple(item.count() for item in shape.of(list).items(int)),
         dtype=node.at("dtype", str).value,
         group=node.at("group", int).count(),
         step=step.value,
@@ -374,6 +401,7 @@ def _parameter_of(node: _Node) -> Parameter:
         weights=node.at("weights", str).value,
         slots=slots,
         tied=node.optional("tied", [], list).strings(),
+        extra=cast("dict[str, Any]", _decoded(node.optional("extra", {}, dict))),
     )
 
 
@@ -392,7 +420,27 @@ def _slot_of(node: _Node, parameter: str, slot: str) -> SlotRecord:
         fields=fields,
         codebook=node.optional("codebook", "", str).value,
         block=node.optional("block", 0, int).count(),
+        of=node.optional("of", "", str).value,
+        beta=_beta_of(node.optional("beta", None)),
     )
+
+
+def _beta_of(node: _Node) -> float | None:
+    if node.value is None:
+        return None
+    if isinstance(node.value, bool) or not isinstance(node.value, int | float) or not 0 <= node.value < 1:
+        raise node.wrong("must be a number from 0 to below 1")
+    return float(node.value)
+
+
+def _codebook_of(node: _Node) -> tuple[float, ...]:
+    """16 or 256 ascending numbers."""
+    for value in node.value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DocumentError(f"{node.place} holds {_shortened(value)} among its numbers")
+    if len(node.value) not in (16, 256) or any(a > b for a, b in pairwise(node.value)):
+        raise DocumentError(f"{node.place} has {len(node.value)} values: it must be 16 or 256 ascending numbers")
+    return tuple(map(float, node.value))
 
 
 def _check_together(document: Document) -> None:

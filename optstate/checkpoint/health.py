@@ -74,7 +74,7 @@ def _number_problems(entry: Entry, found: Statistics, unsigned: bool) -> Iterato
 def _different_means(file: Any, param: Parameter, slot: SlotRecord, entries: Mapping[str, Entry]) -> str:
     """Where the mean over rows and the mean over columns of one matrix differ, in words; "" if they agree."""
     row, col = (entries.get(slot.fields.get(field, "")) for field in ("row", "col"))
-    batch = math.prod(param.shape[:-2])
+    batch = math.prod((param.shape or ())[:-2])
     if row is None or col is None or not batch or row.elements % batch or col.elements % batch:
         return ""
     if not row.elements or not col.elements:

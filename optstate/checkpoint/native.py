@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -112,17 +113,26 @@ def _described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Do
         role, head_size = hyper.pop("role", ""), hyper.pop("head_size", None)
         inside = tuple(names[i] for i in members)
         groups.append(Group(hyper=hyper, parameters=inside, role=role, head_size=head_size))
-        parameters += [_parameter(names[i], g, plan.params[i], saved["state"].get(i)) for i in members]
+        parameters += [_parameter(names[i], g, plan.params[i], saved["state"].get(i), group) for i in members]
     return Document(
         recipe=_recipe(optimizer),
         groups=tuple(groups),
         parameters=tuple(parameters),
         clip_grad_norm=saved[resume.KEY]["clip_grad_norm"],
         source={"tool": "optstate", "version": _version()},
+        codebooks=_codebooks(plan),
     )
 
 
-def _parameter(name: str, group: int, plan: ParamPlan, state: Mapping[str, Any] | None) -> Parameter:
+def _codebooks(plan: Plan) -> dict[str, tuple[float, ...]]:
+    """The values of all codes in use, so that the file can be read by those who do not have them."""
+    books = (slot.store.codebook for param in plan for slot in param.slots.values())
+    return {book.id: tuple(book.values.tolist()) for book in books if book is not None}
+
+
+def _parameter(
+    name: str, group: int, plan: ParamPlan, state: Mapping[str, Any] | None, hyper: Mapping[str, Any]
+) -> Parameter:
     return Parameter(
         name=name,
         shape=plan.spec.shape,
@@ -131,20 +141,23 @@ def _parameter(name: str, group: int, plan: ParamPlan, state: Mapping[str, Any] 
         step=None if state is None else int(state["step"]),
         chain=str(plan.chain),
         weights=str(plan.weights),
-        slots={} if state is None else _slots(name, plan),
+        slots={} if state is None else _slots(name, plan, hyper),
     )
 
 
-def _slots(name: str, plan: ParamPlan) -> dict[str, SlotRecord]:
-    """What the plan keeps for a parameter, as the document says it."""
-    declared, slots = plan.chain.slots(plan.spec), {}
+def _slots(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[str, SlotRecord]:
+    """What the plan keeps for a parameter of a group with these hyper-parameters, as the document says it."""
+    declared, slots = plan.chain.declared_slots(hyper), {}
     for key, slot in plan.slots.items():
+        book = slot.store.codebook
         slots[key] = SlotRecord(
             store=str(slot.store),
             signed=declared[key].signed,
             fields={field: tensor_key(name, key, field) for field in slot.fields},
-            codebook=slot.store.codebook_id,
+            codebook="" if book is None else book.id,
             block=slot.fields["absmax"].per if "absmax" in slot.fields else 0,
+            of=declared[key].of,
+            beta=declared[key].beta,
         )
     if plan.weight_keys:
         fields = {field: tensor_key(name, WEIGHT, field) for field in plan.weight_keys}
@@ -238,7 +251,7 @@ def _match_parameter(own: ParamPlan, saved: Parameter) -> None:
         raise ValueError(f"{name!r} was written by {saved.weights}, here it is by {own.weights}")
     if saved.step is None:
         return
-    kept = _slots(name, own)
+    kept = _slots(name, own, {})
     if saved.slots.keys() != kept.keys():
         raise ValueError(f"{name!r} was saved with {_listed(saved.slots)}, here it keeps {_listed(kept)}")
     for slot, ours in kept.items():
@@ -248,7 +261,7 @@ def _match_parameter(own: ParamPlan, saved: Parameter) -> None:
             raise ValueError(f"{name!r}: {slot} was saved in {theirs.store}, here it is kept in {ours.store}; {what}")
         if theirs.codebook != ours.codebook:
             raise ValueError(f"{name!r}: {slot} has codes of {theirs.codebook or 'no map'}, here of {ours.codebook}")
-        if theirs != ours:
+        if replace(theirs, of=ours.of, beta=ours.beta) != ours:  # these two say only what the chain says, too
             raise ValueError(f"{name!r}: {slot} was saved as {theirs}, here it is {ours}")
 
 

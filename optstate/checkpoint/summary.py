@@ -169,7 +169,7 @@ def _of_native(header: Header, document: Document) -> Summary:
                     rows.append(Row(param.name, name, part, slot.store, entries[key], header.path))
                     found.add(key)
     rows += [Row("", "", "", "unknown", entry, header.path) for entry in header.tensors if entry.name not in found]
-    with_state = [param for param in document.parameters if param.step is not None]
+    with_state = [param for param in document.parameters if param.has_state]
     groups = []
     for i, group in enumerate(document.groups):
         elements = sum(param.numel for param in document.parameters if param.group == i)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.describe import short
-from optstate.kernels import Noise, Product, Scalar
+from optstate.kernels import Codebook, Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
 
 if TYPE_CHECKING:
     from optstate.stores.statistic import Statistic
 
-__all__ = ["Fields", "Partial", "Requests", "Shape", "Slot", "Store", "difference", "square_of"]
+__all__ = ["MEANINGS", "Fields", "Partial", "Requests", "Shape", "Slot", "Store", "difference", "square_of"]
 
 NO_NOISE = Noise("", 0)
 
@@ -70,9 +70,9 @@ class Store:
         return 1
 
     @property
-    def codebook_id(self) -> str:
-        """What codes stand for, for checkpoints; empty where the tensors hold numbers."""
-        return ""
+    def codebook(self) -> Codebook | None:
+        """What codes stand for; None where the tensors hold numbers."""
+        return None
 
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         """The store used for this parameter, fitted to the statistic's sign, and, if there is something that a reader
@@ -159,10 +159,29 @@ class Slot:
     signed: whether it can be negative; second moments cannot.
     smallest_weight: the least `1 - beta` its moving average ever uses; a format with few mantissa bits rounds
         steps of a small weight away.
-    of_squares: whether squares of the update go into it, so that a gradient must be refused whose squares overflow.
+    of: what is averaged or summed, in the words of `MEANINGS`; "" for anything else.
+    beta: set for an average that began at zero and gives the past this weight at every step: after t steps it is
+        `1 - beta**t` times the average proper, whether or not its transform corrects for that.
     """
 
     store: Store
     signed: bool = True
     smallest_weight: float = 1.0
-    of_squares: bool = False
+    of: str = ""
+    beta: float | None = None
+
+    @property
+    def of_squares(self) -> bool:
+        """Whether squares of the update go into it, so that a gradient must be refused whose squares overflow."""
+        return self.of in ("square", "square_sum")
+
+
+MEANINGS = {
+    "gradient": "average of gradients",
+    "update": "average of updates",
+    "update_sum": "decaying sum of updates",
+    "square": "average of squared gradients",
+    "square_sum": "sum of squared gradients",
+    "distance": "average of squared distances of updates from their average",
+}
+"""What a statistic can be, so that state can go from one recipe to another that keeps the same."""

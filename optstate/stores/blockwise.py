@@ -144,17 +144,17 @@ class Block8(_Blockwise):
     block: int = 256
 
     @property
-    def codebook_id(self) -> str:
-        return (SIGNED_8 if self.signed else UNSIGNED_8).id
+    def codebook(self) -> Codebook:
+        return SIGNED_8 if self.signed else UNSIGNED_8
 
     def _decode(self, codes: Tensor, count: int) -> Tensor:
-        return (SIGNED_8 if self.signed else UNSIGNED_8).decode(codes)
+        return self.codebook.decode(codes)
 
     def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
         if self.signed:
-            return SIGNED_8.encode(scaled)
+            return self.codebook.encode(scaled)
         # A quotient may underflow to zero; the value itself, however small, still tells that it was positive.
-        return UNSIGNED_8.encode(torch.maximum(scaled, value.clamp_(max=1e-37), out=scaled))
+        return self.codebook.encode(torch.maximum(scaled, value.clamp_(max=1e-37), out=scaled))
 
 
 @dataclass(frozen=True)
@@ -193,17 +193,17 @@ class Block4(_Blockwise):
         return store, why
 
     @property
-    def codebook_id(self) -> str:
-        return (SIGNED_4 if self.signed else LINEAR_4).id
+    def codebook(self) -> Codebook:
+        return SIGNED_4 if self.signed else LINEAR_4
 
     def _codes(self, spec: ParamSpec) -> FieldSpec:
         return FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
 
     def _decode(self, codes: Tensor, count: int) -> Tensor:
-        return (SIGNED_4 if self.signed else LINEAR_4).decode_nibbles(codes, count)
+        return self.codebook.decode_nibbles(codes, count)
 
     def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
-        return (SIGNED_4 if self.signed else LINEAR_4).encode_nibbles(scaled)
+        return self.codebook.encode_nibbles(scaled)
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,6 @@ class _RankOne4(Store):
     def __str__(self) -> str:
         return str(Block4(rank1=True))
 
-    @property
-    def codebook_id(self) -> str:
-        return self._book.id
-
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
         return {"codes": codes, **axis_fields(spec, torch.float32)}
@@ -230,7 +226,7 @@ class _RankOne4(Store):
         axes, codes = broadcast_axes(fields, shape), fields["codes"]
         for piece in self._pieces(shape, value.device):
             part = piece.of(value)
-            part.copy_(self._book.decode_nibbles(piece.of_field(codes, 2), part.numel()).view(part.shape))
+            part.copy_(self.codebook.decode_nibbles(piece.of_field(codes, 2), part.numel()).view(part.shape))
             part.mul_(reduce(torch.minimum, map(piece.of, axes)))
             piece.write_back(value, part)
         return value
@@ -242,11 +238,11 @@ class _RankOne4(Store):
         axes, codes = broadcast_axes(maxima, value.shape), []
         for piece in pieces:
             scaled = torch.div(piece.of(value), reduce(torch.minimum, map(piece.of, axes)))
-            codes.append(self._book.encode_nibbles(scaled.float().contiguous()))
+            codes.append(self.codebook.encode_nibbles(scaled.float().contiguous()))
         return {"codes": _joined(codes), **maxima}
 
     @property
-    def _book(self) -> Codebook:
+    def codebook(self) -> Codebook:
         return SIGNED_4 if self.signed else LINEAR_4
 
     @staticmethod

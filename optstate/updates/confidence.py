@@ -10,7 +10,7 @@ from optstate.spec import ParamSpec
 from optstate.stores import Factored, Full, Requests, Slot, Store
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.hyper import Hyper, Rule
-from optstate.updates.moments import BETAS, smallest_weight
+from optstate.updates.moments import BETAS, average
 
 __all__ = ["scale_by_confidence"]
 
@@ -42,8 +42,8 @@ class scale_by_confidence(Transform):
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {
-            "exp_avg": Slot(self.first, signed=True, smallest_weight=smallest_weight(self.betas[0], group)),
-            "exp_avg_res": Slot(self.residual, signed=False, smallest_weight=smallest_weight(self.betas[1], group)),
+            "exp_avg": average(self.first, True, "update", self.betas[0], group),
+            "exp_avg_res": average(self.residual, False, "distance", self.betas[1], group),
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:

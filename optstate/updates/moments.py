@@ -21,9 +21,10 @@ __all__ = ["momentum", "scale_by_adam", "scale_by_rms", "scale_by_rss", "sign_mo
 BETAS = (Rule("betas", 0, below=1.0), Rule("betas", 1, below=1.0))
 
 
-def smallest_weight(beta: float | Hyper, group: Mapping[str, Any]) -> float:
-    """`1 - beta`, of the group's beta if it has one."""
-    return 1.0 - float(beta.get(group) if isinstance(beta, Hyper) else beta)
+def average(store: Store, signed: bool, of: str, beta: float | Hyper, group: Mapping[str, Any]) -> Slot:
+    """The slot of an average that begins at zero, with the group's beta if it has one."""
+    value = float(beta.get(group) if isinstance(beta, Hyper) else beta)
+    return Slot(store, signed, smallest_weight=1.0 - value, of=of, beta=value)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class scale_by_rms(Transform):
             raise ValueError("scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by")
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        smallest = self.decay.smallest_weight(group)
-        return {self.slot: Slot(self.store, signed=False, smallest_weight=smallest, of_squares=True)}
+        smallest, beta = self.decay.smallest_weight(group), self.decay.beta_from_zero(group)
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=smallest, of="square", beta=beta)}
 
     def guards(self, spec: ParamSpec) -> bool:
         store, _ = self.store.resolve(spec, signed=False)
@@ -101,8 +102,8 @@ class scale_by_adam(Transform):
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {
-            "exp_avg": Slot(self.first, signed=True, smallest_weight=smallest_weight(self.betas[0], group)),
-            "exp_avg_sq": Slot(self.second, False, smallest_weight(self.betas[1], group), of_squares=True),
+            "exp_avg": average(self.first, True, "gradient", self.betas[0], group),
+            "exp_avg_sq": average(self.second, False, "square", self.betas[1], group),
         }
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
@@ -156,7 +157,8 @@ class momentum(Transform):
         super().__post_init__()
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {self.slot: Slot(self.store, signed=True, smallest_weight=smallest_weight(self.beta, group))}
+        slot = average(self.store, True, "update", self.beta, group)
+        return {self.slot: replace(slot, of="update_sum", beta=None) if self.heavy_ball else slot}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return max(2 * (self.heavy_ball + self.nesterov), 3 * self.store.resolve(spec, True)[0].reads_anew)
@@ -194,7 +196,7 @@ class sign_momentum(Transform):
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS}
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {"exp_avg": Slot(self.store, signed=True, smallest_weight=smallest_weight(self.betas[1], group))}
+        return {"exp_avg": average(self.store, True, "gradient", self.betas[1], group)}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2 + 2 * self.store.resolve(spec, True)[0].reads_anew
@@ -228,7 +230,7 @@ class scale_by_rss(Transform):
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         # A sum of t squares grows by a share of about 1 / t, which becomes arbitrarily small.
-        return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0, of_squares=True)}
+        return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0, of="square_sum")}
 
     def guards(self, spec: ParamSpec) -> bool:
         return self.store.resolve(spec, signed=False)[0].exact_sums

@@ -24,6 +24,10 @@ class Schedule:
         """The least weight it ever gives, with the group's numbers where it has them, else the defaults."""
         raise NotImplementedError
 
+    def beta_from_zero(self, group: Mapping[str, Any]) -> float | None:
+        """The beta of every step if it is one and the average begins at zero with it; see `Slot.beta`."""
+        return None
+
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
         """`1 - beta(step)`."""
         raise NotImplementedError
@@ -81,6 +85,9 @@ class constant(Schedule):
 
     def smallest_weight(self, group: Mapping[str, Any]) -> float:
         return 1.0 - float(self.hypers[0].get(group))
+
+    def beta_from_zero(self, group: Mapping[str, Any]) -> float | None:
+        return float(self.hypers[0].get(group))
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
         return float(1.0 - self.hypers[0].read(group))
