@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from optstate.checkpoint.container import Entry
+from optstate.checkpoint.kinds import open_file
+from optstate.checkpoint.stored import Stored
 
-__all__ = ["DTYPES", "Statistics", "bytes_of", "pieces", "read_into", "statistics"]
+__all__ = ["DTYPES", "Statistics", "bytes_of", "load", "pieces", "read_into", "statistics"]
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -50,6 +52,25 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
+def load(stored: Stored) -> Tensor:
+    """A tensor of a file, contiguous and the caller's own.
+
+    Raises:
+        ValueError: for a dtype that torch does not have.
+        OSError: if the file ends early or cannot be read.
+    """
+    dtype = next((own for own, name in DTYPES.items() if name == stored.dtype), None)
+    if dtype is None:
+        raise ValueError(f"{stored.dtype} numbers cannot be read")
+    flat = torch.empty(stored.span // dtype.itemsize, dtype=dtype)
+    with open_file(stored.path) as file:
+        file.seek(stored.start)
+        _fill(_memory(flat), file, stored.path)
+    if stored.stride is None:
+        return flat.view(stored.shape)
+    return flat.as_strided(stored.shape, stored.stride).contiguous() if stored.elements else flat.view(stored.shape)
+
+
 def read_into(own: Tensor, file: Any, entry: Entry) -> None:
     """Fill `own` with one tensor of the file, by way of a copy only if it is not plain memory.
 
@@ -58,17 +79,17 @@ def read_into(own: Tensor, file: Any, entry: Entry) -> None:
     """
     target = own if own.device.type == "cpu" and own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype)
     file.seek(entry.start)
-    _fill(_memory(target), file, entry)
+    _fill(_memory(target), file, entry.name)
     if target is not own:
         own.copy_(target)
 
 
-def _fill(buffer: memoryview, file: Any, entry: Entry) -> None:
+def _fill(buffer: memoryview, file: Any, what: str) -> None:
     done = 0
     while done < len(buffer):
         count = file.readinto(buffer[done:])
         if not count:
-            raise OSError(f"the file ends within the tensor '{entry.name}'")
+            raise OSError(f"the file ends within the tensor '{what}'")
         done += count
 
 
@@ -94,7 +115,7 @@ def pieces(file: Any, entry: Entry) -> Iterator[Tensor]:
     file.seek(entry.start)
     for first in range(0, entry.elements, PIECE):
         piece = torch.empty(min(PIECE, entry.elements - first), dtype=dtype)
-        _fill(_memory(piece), file, entry)
+        _fill(_memory(piece), file, entry.name)
         yield piece.double()
 
 
