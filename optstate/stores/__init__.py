@@ -1,7 +1,7 @@
 """How one statistic is kept between steps."""
 
 from optstate.stores.axes import AxisMax
-from optstate.stores.base import Fields, Partial, Requests, Shape, Slot, Store
+from optstate.stores.base import MEANINGS, Fields, Partial, Requests, Shape, Slot, Store
 from optstate.stores.blockwise import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
@@ -10,6 +10,7 @@ from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError
 from optstate.stores.statistic import MovedStatistic, Statistic
 
 __all__ = [
+    "MEANINGS",
     "AxisMax",
     "Block4",
     "Block8",

@@ -1,0 +1,92 @@
+"""What a conversion loses: errors of statistics, and of the updates that follow from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["Figures", "compared", "update"]
+
+
+@dataclass
+class Figures:
+    """Sums over the elements of statistics, from which the errors follow; figures of parts add up.
+
+    `value`, `error`: sums of squares of the statistic and of its error. `update`, `update_error`, `new_update`, `dot`:
+    of the update that it gives, of that update's error, of the new update, and the product of the two updates. `zeros`:
+    elements that became zero. `inflation`: the most that an element's update grew, as a factor.
+    """
+
+    elements: int = 0
+    value: float = 0.0
+    error: float = 0.0
+    update: float = 0.0
+    update_error: float = 0.0
+    new_update: float = 0.0
+    dot: float = 0.0
+    zeros: int = 0
+    worst: float = 0.0
+    inflation: float = 1.0
+
+    def add(self, other: Figures) -> None:
+        """Take in the figures of another part."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, theirs) if f.name in ("worst", "inflation") else mine + theirs)
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of the error over that of the statistic; 0 for nothing lost, also of zeros."""
+        return _ratio(self.error, self.value)
+
+    @property
+    def update_relative_error(self) -> float:
+        """The same of the update."""
+        return _ratio(self.update_error, self.update)
+
+    @property
+    def update_cosine(self) -> float:
+        """Cosine between the two updates; 1 if both are zero."""
+        if self.update == self.new_update == 0.0:
+            return 1.0
+        return self.dot / math.sqrt(self.update * self.new_update) if self.update and self.new_update else 0.0
+
+
+def _ratio(error: float, whole: float) -> float:
+    return 0.0 if error == 0.0 else math.sqrt(error / whole) if whole else math.inf
+
+
+def update(first: Tensor, second: Tensor | None, eps: float) -> Tensor:
+    """The step that two moments give, both without bias: `first / (sqrt(second) + eps)`; `first` without a second."""
+    return first if second is None else first / second.sqrt().add_(eps)
+
+
+def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, squares: bool) -> Figures:
+    """Figures of one statistic, or a piece of it, flat and of its update.
+
+    squares: whether it is a mean of squares that updates are divided by the root of.
+    """
+    error, change = new - old, new_update - old_update
+    figures = Figures(
+        elements=old.numel(),
+        value=_sum(old, old),
+        error=_sum(error, error),
+        update=_sum(old_update, old_update),
+        update_error=_sum(change, change),
+        new_update=_sum(new_update, new_update),
+        dot=_sum(old_update, new_update),
+        zeros=int(torch.count_nonzero(old)) - int(torch.count_nonzero(torch.where(old != 0, new, 0))),
+        worst=float(error.abs_().max()) if old.numel() else 0.0,
+    )
+    if squares and old.numel():
+        growth = (old / new.clamp_(min=torch.finfo(new.dtype).tiny)).max()
+        figures.inflation = max(1.0, math.sqrt(float(growth)))
+    return figures
+
+
+def _sum(a: Tensor, b: Tensor) -> float:
+    """Sum of products in fp64 over pieces that fp32 sums well."""
+    return float(torch.dot(a, b)) if a.dtype == torch.float64 else float((a * b).view(-1).sum(dtype=torch.float64))
