@@ -52,7 +52,9 @@ class Figures:
         """Cosine between the two updates; 1 if both are zero."""
         if self.update == self.new_update == 0.0:
             return 1.0
-        return self.dot / math.sqrt(self.update * self.new_update) if self.update and self.new_update else 0.0
+        if not self.update or not self.new_update:
+            return 0.0
+        return max(-1.0, min(1.0, self.dot / math.sqrt(self.update * self.new_update)))  # sums round, too
 
 
 def _ratio(error: float, whole: float) -> float:
@@ -88,5 +90,5 @@ def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, s
 
 
 def _sum(a: Tensor, b: Tensor) -> float:
-    """Sum of products in fp64 over pieces that fp32 sums well."""
-    return float(torch.dot(a, b)) if a.dtype == torch.float64 else float((a * b).view(-1).sum(dtype=torch.float64))
+    """Sum of products; pieces are short enough for fp32 to sum them to a few units in the last place."""
+    return float(torch.dot(a, b))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from optstate import resume
 from optstate.checkpoint.container import Entry, read_header
+from optstate.checkpoint.describing import described, dtype_name, parameter_names, slot_records, with_tensors
 from optstate.checkpoint.document import (
     KEY,
     WEIGHT,
     Document,
-    DocumentError,
-    Group,
     Parameter,
     SlotRecord,
-    TensorValue,
     document_of,
     tensor_key,
     to_json,
@@ -54,12 +51,12 @@ def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True) -> None:
     saved, plan = optimizer.state_dict(), optimizer.plan()
     try:
         resume.check(optimizer, plan, saved)  # what could not be loaded again is not written either
-        document = _described(optimizer, plan, saved)
+        document = described(optimizer, plan, saved)
         text = to_json(document)
     except ValueError as error:
         raise CheckpointError(path, f"not saved: {error}", refused=True) from None
     tensors = {
-        tensor_key(_names(optimizer, plan)[i], key): value
+        tensor_key(parameter_names(optimizer, plan)[i], key): value
         for i, state in saved["state"].items()
         for key, value in state.items()
         if key != "step"
@@ -100,112 +97,6 @@ def load(optimizer: Optimizer, path: Path) -> None:
         raise CheckpointError(path, reason, "the state is incomplete: load again before the next step") from error
 
 
-# --- what is saved ------------------------------------------------------------------------------------------------
-
-
-def _described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Document:
-    names = _names(optimizer, plan)
-    groups, parameters, first = [], [], 0
-    for g, group in enumerate(saved["param_groups"]):
-        members = range(first, first + len(group["params"]))
-        first += len(members)
-        hyper = {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
-        role, head_size = hyper.pop("role", ""), hyper.pop("head_size", None)
-        inside = tuple(names[i] for i in members)
-        groups.append(Group(hyper=hyper, parameters=inside, role=role, head_size=head_size))
-        parameters += [_parameter(names[i], g, plan.params[i], saved["state"].get(i), group) for i in members]
-    return Document(
-        recipe=_recipe(optimizer),
-        groups=tuple(groups),
-        parameters=tuple(parameters),
-        clip_grad_norm=saved[resume.KEY]["clip_grad_norm"],
-        source={"tool": "optstate", "version": _version()},
-        codebooks=_codebooks(plan),
-    )
-
-
-def _codebooks(plan: Plan) -> dict[str, tuple[float, ...]]:
-    """The values of all codes in use, so that the file can be read by those who do not have them."""
-    books = (slot.store.codebook for param in plan for slot in param.slots.values())
-    return {book.id: tuple(book.values.tolist()) for book in books if book is not None}
-
-
-def _parameter(
-    name: str, group: int, plan: ParamPlan, state: Mapping[str, Any] | None, hyper: Mapping[str, Any]
-) -> Parameter:
-    return Parameter(
-        name=name,
-        shape=plan.spec.shape,
-        dtype=_short(plan.spec.dtype),
-        group=group,
-        step=None if state is None else int(state["step"]),
-        chain=str(plan.chain),
-        weights=str(plan.weights),
-        slots={} if state is None else _slots(name, plan, hyper),
-    )
-
-
-def _slots(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[str, SlotRecord]:
-    """What the plan keeps for a parameter of a group with these hyper-parameters, as the document says it."""
-    declared, slots = plan.chain.declared_slots(hyper), {}
-    for key, slot in plan.slots.items():
-        book = slot.store.codebook
-        slots[key] = SlotRecord(
-            store=str(slot.store),
-            signed=declared[key].signed,
-            fields={field: tensor_key(name, key, field) for field in slot.fields},
-            codebook="" if book is None else book.id,
-            block=slot.fields["absmax"].per if "absmax" in slot.fields else 0,
-            of=declared[key].of,
-            beta=declared[key].beta,
-        )
-    if plan.weight_keys:
-        fields = {field: tensor_key(name, WEIGHT, field) for field in plan.weight_keys}
-        slots[WEIGHT] = SlotRecord(store=str(plan.weights), signed=True, fields=fields)
-    return slots
-
-
-def _names(optimizer: Optimizer, plan: Plan) -> list[str]:
-    """The parameters' names in order; `#<index>` where they have none."""
-    named = "param_names" in optimizer.param_groups[0]
-    names = [param.spec.name if named else f"#{i}" for i, param in enumerate(plan)]
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise DocumentError(f"two parameters are named {name!r}: give each its own name")
-        seen.add(name)
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DocumentError(f"the name {name!r} is not valid text") from None
-    return names
-
-
-def _recipe(optimizer: Optimizer) -> str:
-    """The class's name in lower case, as recipes are listed; nothing for a chain without a class of its own."""
-    return "" if type(optimizer) is Optimizer else type(optimizer).__name__.lower()
-
-
-def _plain(value: Any) -> Any:
-    """Hyper-parameters without tensors of torch's."""
-    if isinstance(value, Tensor):
-        return TensorValue(_short(value.dtype), tuple(value.shape), tuple(value.detach().reshape(-1).tolist()))
-    if isinstance(value, tuple | list):
-        return type(value)(_plain(item) for item in value)
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _version() -> str:
-    try:
-        return version("optstate")
-    except PackageNotFoundError:  # run from a source folder
-        return "unknown"
-
-
 # --- what is loaded -----------------------------------------------------------------------------------------------
 
 
@@ -215,7 +106,7 @@ def _matched(optimizer: Optimizer, plan: Plan, document: Document, entries: Mapp
     Raises:
         ValueError: at the first difference.
     """
-    names = _names(optimizer, plan)
+    names = parameter_names(optimizer, plan)
     if len(names) != len(document.parameters):
         raise ValueError(f"it was saved for {len(document.parameters)} parameters, this optimizer has {len(names)}")
     found: dict[str, Tensor] = {}
@@ -242,7 +133,7 @@ def _matched(optimizer: Optimizer, plan: Plan, document: Document, entries: Mapp
 def _match_parameter(own: ParamPlan, saved: Parameter) -> None:
     """Raise ValueError if what was saved of a parameter is not what is kept of it here."""
     name = saved.name
-    there, here = f"{saved.dtype} {saved.shape}", f"{_short(own.spec.dtype)} {own.spec.shape}"
+    there, here = f"{saved.dtype} {saved.shape}", f"{dtype_name(own.spec.dtype)} {own.spec.shape}"
     if there != here:
         raise ValueError(f"{name!r} was {there} when it was saved, here it is {here}")
     if saved.chain != str(own.chain):
@@ -251,7 +142,7 @@ def _match_parameter(own: ParamPlan, saved: Parameter) -> None:
         raise ValueError(f"{name!r} was written by {saved.weights}, here it is by {own.weights}")
     if saved.step is None:
         return
-    kept = _slots(name, own, {})
+    kept = slot_records(name, own, {})
     if saved.slots.keys() != kept.keys():
         raise ValueError(f"{name!r} was saved with {_listed(saved.slots)}, here it keeps {_listed(kept)}")
     for slot, ours in kept.items():
@@ -288,27 +179,9 @@ def _as_state_dict(
         ours = optimizer.param_groups[g]
         # What a parameter is, is this run's to say; stores that follow from it were compared.
         declared = {key: value for key, value in ours.items() if key in ("role", "head_size")}
-        hyper: dict[str, Any] = {key: _with_tensors(value, ours.get(key)) for key, value in group.hyper.items()}
+        hyper: dict[str, Any] = {key: with_tensors(value, ours.get(key)) for key, value in group.hyper.items()}
         members = list(range(first, first + len(group.parameters)))
         groups.append({**hyper, **declared, "params": members})
         first += len(members)
     header = {"version": resume.VERSION, "stores": stores, "clip_grad_norm": document.clip_grad_norm}
     return {"state": state, "param_groups": groups, resume.KEY: header}
-
-
-def _with_tensors(value: Any, own: Any) -> Any:
-    """Hyper-parameters with tensors where there were some, on the device of this optimizer's own."""
-    if isinstance(value, TensorValue):
-        dtype = getattr(torch, value.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"a hyper-parameter is a tensor of {value.dtype!r}, which this torch does not have")
-        device = own.device if isinstance(own, Tensor) else None
-        return torch.tensor(value.values, dtype=dtype, device=device).reshape(value.shape)
-    if isinstance(value, tuple | list):
-        owns = own if isinstance(own, tuple | list) and len(own) == len(value) else [None] * len(value)
-        return type(value)(_with_tensors(item, o) for item, o in zip(value, owns, strict=True))
-    if isinstance(value, dict):
-        return {
-            key: _with_tensors(item, own.get(key) if isinstance(own, dict) else None) for key, item in value.items()
-        }
-    return value

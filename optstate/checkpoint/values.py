@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from optstate.checkpoint.document import Parameter, SlotRecord
 from optstate.checkpoint.tensors import load
 from optstate.kernels import Codebook
 from optstate.spec import ParamSpec
-from optstate.stores import Block4, Block8, Float8, Store
+from optstate.stores import Block4, Block8, Fields, Float8, Shape, Store
 from optstate.stores.words import from_words
 
 __all__ = ["UnreadableStatisticError", "Values"]
 
+
+Reader = Callable[[Fields, Shape], Tensor]
 
 ANY_LARGE_MATRIX = ParamSpec(name="", shape=(128, 128), dtype=torch.float32)
 
@@ -49,38 +52,56 @@ class Values:
             UnreadableStatisticError: if its numbers cannot be had, with the reason.
             OSError: if the file cannot be read.
         """
-        slot = param.slots[name]
-        what = f"{name} of {param.name!r}"
+        reader = self._reader(param, name)
+        assert param.shape is not None  # `_reader` asked
+        return reader(self.fields(param.slots[name]), param.shape)
+
+    def check(self, param: Parameter, name: str) -> None:
+        """Raise UnreadableStatisticError if `read` would, without reading anything."""
+        self._reader(param, name)
+
+    def _reader(self, param: Parameter, name: str) -> Reader:
+        """What makes a statistic's numbers of its stored tensors."""
+        slot, what = param.slots[name], f"{name} of {param.name!r}"
+        kind, stored = store_name(slot.store), self.checkpoint.fields_of(slot)
         if param.shape is None:
             raise UnreadableStatisticError(f"{what}: the shape of the parameter is not known")
-        if store_name(slot.store) in ("Full", "Unknown"):
-            return self._full(slot, param.shape, what)
+        if kind in ("Full", "Unknown"):
+            if list(stored) != [""] or stored[""].shape != param.shape:
+                raise UnreadableStatisticError(f"{what} is in a format that is not known")
+            return _as_it_is
+        if kind == "Projected":
+            if slot.of != "gradient":
+                why = "squares of projected gradients say nothing of the squares of gradients"
+                raise UnreadableStatisticError(f"{what} is kept in {slot.store}, which has no inverse: {why}")
+            return _projected_back
         store = _store_of(slot, what)
-        fields = self.fields(slot)
-        if store_name(slot.store) == "Float8" and "scale" in fields:
-            return _scaled(fields["codes"], fields["scale"], slot.block or 256, param.shape)
+        if kind == "Float8" and "scale" in stored:
+            return lambda fields, shape: _scaled(fields["codes"], fields["scale"], slot.block or 256, shape)
         if store.codebook is not None and slot.codebook not in ("", store.codebook.id):
-            return self._by_map(slot, fields, param.shape, what)
-        return store.read(fields, param.shape)
+            if slot.codebook not in self._books:
+                raise UnreadableStatisticError(f"{what} has codes of a map that is not in the file: {slot.codebook}")
+            return partial(self._by_map, slot)
+        return store.read
 
-    def _full(self, slot: SlotRecord, shape: tuple[int, ...], what: str) -> Tensor:
-        stored = self.checkpoint.fields_of(slot)
-        if list(stored) != [""] or stored[""].shape != shape:
-            raise UnreadableStatisticError(f"{what} is in a format that is not known")
-        value = load(stored[""])
-        return value if value.dtype == torch.float64 else value.float()
-
-    def _by_map(self, slot: SlotRecord, fields: Mapping[str, Tensor], shape: tuple[int, ...], what: str) -> Tensor:
+    def _by_map(self, slot: SlotRecord, fields: Fields, shape: Shape) -> Tensor:
         """Codes of a map that is not one of this library's own."""
-        book = self._books.get(slot.codebook)
-        if book is None:
-            raise UnreadableStatisticError(f"{what} has codes of a map that is not in the file: {slot.codebook}")
-        if "absmax" not in fields or store_name(slot.store) not in ("Block8", "Block4"):
-            raise UnreadableStatisticError(f"{what} has codes in a format that is not known")
-        count = torch.Size(shape).numel()
+        book, count = self._books[slot.codebook], torch.Size(shape).numel()
         packed = store_name(slot.store) == "Block4"
         value = book.decode_nibbles(fields["codes"], count) if packed else book.decode(fields["codes"])
         return _times_scales(value, fields["absmax"], slot.block).view(shape)
+
+
+def _as_it_is(fields: Fields, shape: Shape) -> Tensor:
+    """A number per element."""
+    return fields[""] if fields[""].dtype == torch.float64 else fields[""].float()
+
+
+def _projected_back(fields: Fields, shape: Shape) -> Tensor:
+    """GaLore's first moment as the average of gradients that it stands for: the basis is on the side that is short."""
+    low, basis = fields[""].float(), fields["basis"].float()
+    from_left = basis.shape[1] == low.shape[0] and basis.shape[0] == shape[0] and low.shape[1] == shape[1]
+    return basis @ low if from_left else low @ basis
 
 
 def _store_of(slot: SlotRecord, what: str) -> Store:
@@ -98,7 +119,7 @@ def _store_of(slot: SlotRecord, what: str) -> Store:
     return store
 
 
-def _scaled(codes: Tensor, scale: Tensor, block: int, shape: tuple[int, ...]) -> Tensor:
+def _scaled(codes: Tensor, scale: Tensor, block: int, shape: Shape) -> Tensor:
     """torchao's 8-bit floats: the number itself times its block's scale."""
     return _times_scales(codes.float().view(-1), scale, block).view(shape)
 

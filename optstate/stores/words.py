@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-from typing import Any
-
+from optstate import describe
 from optstate.stores.axes import AxisMax
 from optstate.stores.base import Store
 from optstate.stores.blockwise import Block4, Block8, Float8
@@ -26,20 +24,5 @@ def from_words(text: str) -> Store:
     Raises:
         ValueError: if there is none, or its arguments are not possible ones.
     """
-    short = text.strip().lower()
-    if short in SHORT:
-        return SHORT[short]
-    try:
-        call = ast.parse(text.strip() if "(" in text else f"{text.strip()}()", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError
-        arguments: list[Any] = [ast.literal_eval(item) for item in call.args]
-        named: dict[str, Any] = {item.arg: ast.literal_eval(item.value) for item in call.keywords if item.arg}
-        kind = STORES[call.func.id.lower()]
-    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):
-        known = ", ".join([*sorted(kind.__name__ for kind in STORES.values()), *SHORT])
-        raise ValueError(f"{text[:60]!r} is not a store: one of {known}") from None
-    try:
-        return kind(*arguments, **named)
-    except TypeError as error:
-        raise ValueError(f"{text[:60]!r}: {error}") from None
+    short = SHORT.get(text.strip().lower())
+    return describe.from_words(text, STORES) if short is None else short

@@ -1,5 +1,6 @@
 """How a parameter is written."""
 
+from optstate import describe
 from optstate.spec import ParamSpec
 from optstate.weights.base import Weights
 from optstate.weights.kahan import Kahan
@@ -7,7 +8,7 @@ from optstate.weights.plain import Plain
 from optstate.weights.split import Split
 from optstate.weights.stochastic import StochasticRounding
 
-__all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weights"]
+__all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weights", "from_words"]
 
 
 def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
@@ -25,3 +26,13 @@ def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
             "weights.Split(bits)"
         )
     return weights.resolve(spec)
+
+
+def from_words(text: str) -> Weights:
+    """The way to write weights that `text` names as it is printed: "Split(bits=8)".
+
+    Raises:
+        ValueError: if there is none.
+    """
+    kinds: tuple[type[Weights], ...] = (Kahan, Plain, Split, StochasticRounding)
+    return describe.from_words(text, {kind.__name__.lower(): kind for kind in kinds})

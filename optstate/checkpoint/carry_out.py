@@ -1,0 +1,83 @@
+"""Carry out a conversion into a file of optstate's own, one parameter at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from optstate.checkpoint.conversion import Conversion
+from optstate.checkpoint.describing import version_of_optstate
+from optstate.checkpoint.document import KEY, Document, Parameter, to_json
+from optstate.checkpoint.recode import Recoder
+from optstate.checkpoint.report import Report, report_of
+from optstate.checkpoint.tensors import bytes_of
+from optstate.checkpoint.values import Values
+from optstate.checkpoint.writer import create, header_size
+
+__all__ = ["Track", "carry_out", "converted_document", "eps_of", "write_converted"]
+
+Track = Callable[[Iterable[Parameter]], Iterable[Parameter]]
+"""Passes the parameters on, and may show how far the work has come."""
+
+USUAL_EPS = 1e-8
+
+
+def write_converted(conversion: Conversion, path: str, *, overwrite: bool = False, track: Track = iter) -> Report:
+    """Write what a checkpoint becomes as one safetensors file, and report what was lost.
+
+    Memory: the statistics of one parameter in fp32, and their new tensors. The file is replaced at once or not at all.
+
+    Raises:
+        CheckpointError: if the target exists (refused unless `overwrite`) or cannot be written.
+        OSError, UnreadableStatisticError: if the source cannot be read.
+    """
+    entries = conversion.entries
+    widest = converted_document(conversion, _widest(report_of(conversion)))
+    room = header_size({KEY: to_json(widest)}, entries)
+    with create(path, entries, room=room, overwrite=overwrite) as file:
+        report = carry_out(conversion, lambda key, tensor: file.put(key, bytes_of(tensor)), track)
+        file.finish({KEY: to_json(converted_document(conversion, report))})
+    return report
+
+
+def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: Track = iter) -> Report:
+    """Make every new tensor and hand it to `put(key, tensor)`, parameter by parameter."""
+    recoder = Recoder(Values(conversion.checkpoint))
+    document = conversion.checkpoint.document
+    by_name = {param.name: param for param in document.parameters}
+    for param in track([by_name[name] for name in conversion.transfers]):
+        recoder.carry(param, conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
+    return report_of(conversion, recoder.figures, recoder.total)
+
+
+def converted_document(conversion: Conversion, report: Report) -> Document:
+    """The new document with this conversion in its history, unless nothing but the container changes."""
+    source = conversion.checkpoint
+    if conversion.changes_nothing and conversion.document.recipe == source.document.recipe:
+        return conversion.document
+    entry = {
+        "tool": "optstate",
+        "version": version_of_optstate(),
+        "from": {"kind": source.kind, "recipe": source.document.recipe, "source": source.document.source},
+        **report.to_history(),
+    }
+    return replace(conversion.document, history=(*conversion.document.history, entry))
+
+
+def _widest(report: Report) -> Report:
+    """The report with the figures that take most room in JSON."""
+    most: dict[str, Any] = dict.fromkeys(
+        ("relative_error", "update_relative_error", "update_cosine", "inflation"), -math.inf
+    )
+    rows = tuple(replace(row, **most, zeros=2**63) for row in report.rows)
+    return replace(report, rows=rows, update_relative_error=-math.inf, update_cosine=-math.inf)
+
+
+def eps_of(hyper: dict[str, Any]) -> float:
+    """What the recipe adds to the root of the second moment; that of Adam where it does no such thing."""
+    eps = hyper.get("eps")
+    return float(eps) if isinstance(eps, float | int) and not isinstance(eps, bool) else USUAL_EPS

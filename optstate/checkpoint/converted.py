@@ -1,0 +1,135 @@
+"""Load state that must be converted on the way: another store, another recipe, another tool's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate import resume
+from optstate.checkpoint.carry_out import eps_of
+from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.conversion import Conversion
+from optstate.checkpoint.describing import described, with_tensors
+from optstate.checkpoint.document import Document, Parameter, tensor_key
+from optstate.checkpoint.recode import Recoder
+from optstate.checkpoint.to_recipe import chain_of, onto
+from optstate.checkpoint.values import Values
+from optstate.optimizer import Optimizer
+from optstate.plan import Plan
+
+__all__ = ["conversion_onto", "load_converted"]
+
+
+def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
+    """What a checkpoint becomes in this optimizer: its plan, and the file's hyper-parameters where they mean the same.
+
+    Raises:
+        ValueError: if parameters differ in number, names, shapes or groups, or a statistic cannot be made.
+    """
+    plan, saved = optimizer.plan(), optimizer.state_dict()
+    own = described(optimizer, plan, saved)
+    sources = _matched(own, checkpoint)
+    for i, source in enumerate(sources):
+        if source.has_state and i not in saved["state"]:
+            raise ValueError(f"{own.parameters[i].name!r} has state in the file and is frozen here: unfreeze it first")
+        if not source.has_state and i in saved["state"] and plan.params[i].fields:
+            raise ValueError(f"the file has nothing for {own.parameters[i].name!r}, which trains here")
+    steps = [1 if source.step is None and source.has_state else source.step for source in sources]
+    parameters = [replace(param, step=step) for param, step in zip(own.parameters, steps, strict=True)]
+    document = replace(own, parameters=tuple(parameters), groups=_groups(own, plan, checkpoint.document, sources))
+    conversion = onto(checkpoint, document, list(plan), sources)
+    conversion.check()
+    return conversion
+
+
+def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
+    """Bring the conversion's numbers into the optimizer, one parameter at a time.
+
+    Raises:
+        ValueError: if the hyper-parameters do not fit. Nothing is changed then.
+        OSError: if the file cannot be read; the optimizer then refuses to step until a load succeeds.
+    """
+    source = _Source(conversion)
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for i, (param, plan) in enumerate(zip(conversion.document.parameters, optimizer.plan(), strict=True)):
+        if param.step is not None:
+            keys = {key: tensor_key(param.name, key) for key in plan.fields}
+            state[i] = {key: source.stand_in(keys[key], spec.shape, spec.dtype) for key, spec in plan.fields.items()}
+            state[i]["step"] = param.step
+    for group, own in zip(conversion.document.groups, optimizer.param_groups, strict=True):
+        first = sum(len(before["params"]) for before in groups)
+        hyper: dict[str, Any] = {key: with_tensors(value, own.get(key)) for key, value in group.hyper.items()}
+        declared = {key: own[key] for key in ("role", "head_size") if key in own}
+        groups.append({**hyper, **declared, "params": list(range(first, first + len(group.parameters)))})
+    header = {"version": resume.VERSION, "clip_grad_norm": conversion.document.clip_grad_norm}
+    optimizer.load_with({"state": state, "param_groups": groups, resume.KEY: header}, source.copy)
+
+
+class _Source:
+    """Gives the converted tensors of a parameter when the first of them is asked for, and keeps no others."""
+
+    def __init__(self, conversion: Conversion) -> None:
+        self.conversion = conversion
+        self.recoder = Recoder(Values(conversion.checkpoint))
+        self.places: dict[int, str] = {}
+        self.stand_ins: list[Tensor] = []  # alive, so that none takes another's id
+        self.ready: dict[str, Tensor] = {}
+        self.owners = {
+            key: transfers[0].parameter
+            for transfers in conversion.transfers.values()
+            for transfer in transfers
+            for key in transfer.record.fields.values()
+        }
+
+    def stand_in(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor without values for the one of this key."""
+        tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self.places[id(tensor)] = key
+        self.stand_ins.append(tensor)
+        return tensor
+
+    def copy(self, own: Tensor, stand_in: Tensor) -> None:
+        """Fill `own` with the values of a stand-in."""
+        key = self.places[id(stand_in)]
+        if key not in self.ready:
+            param = self.owners[key]
+            hyper = self.conversion.checkpoint.document.groups[param.group].hyper
+            self.ready = {}
+            self.recoder.carry(param, self.conversion.transfers[param.name], eps_of(hyper), self.ready.__setitem__)
+        own.copy_(self.ready.pop(key))
+
+
+def _matched(own: Document, checkpoint: Checkpoint) -> list[Parameter]:
+    """The file's parameters, if they are this optimizer's in the same order and groups."""
+    theirs = checkpoint.document
+    counts = [[len(group.parameters) for group in document.groups] for document in (own, theirs)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"the file has param groups of {counts[1]} parameters, this optimizer of {counts[0]}")
+    for mine, other in zip(own.parameters, theirs.parameters, strict=True):
+        named = not (mine.name.startswith("#") or other.name.startswith("#"))
+        if named and mine.name != other.name:
+            raise ValueError(
+                f"it has {other.name!r} where this optimizer has {mine.name!r}: the model or order differs"
+            )
+        if other.shape is not None and other.shape != mine.shape:
+            raise ValueError(f"{mine.name!r} has shape {other.shape} in the file, here {mine.shape}")
+        if other.weights and other.weights != mine.weights:
+            raise ValueError(f"{mine.name!r} was written by {other.weights}, here it is by {mine.weights}")
+    return [replace(other, shape=mine.shape) for mine, other in zip(own.parameters, theirs.parameters, strict=True)]
+
+
+def _groups(own: Document, plan: Plan, theirs: Document, sources: Sequence[Parameter]) -> tuple[Any, ...]:
+    """This optimizer's groups, with the file's hyper-parameters where a group goes through the same chain."""
+    groups, first = [], 0
+    for mine, other in zip(own.groups, theirs.groups, strict=True):
+        if chain_of(sources[first], theirs, other) == str(plan.params[first].chain):
+            kept: Mapping[str, Any] = {k: v for k, v in other.hyper.items() if k in mine.hyper or k == "initial_lr"}
+            mine = replace(mine, hyper={**mine.hyper, **kept})
+        groups.append(mine)
+        first += len(mine.parameters)
+    return tuple(groups)

@@ -1,0 +1,199 @@
+"""State of one recipe as another keeps it: a conversion onto the plan of a real optimizer."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from optstate import recipes
+from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.conversion import Conversion
+from optstate.checkpoint.describing import described, with_tensors
+from optstate.checkpoint.document import WEIGHT, Document, Group, Parameter
+from optstate.checkpoint.transfer import Transfer, copied, spec_of, taken_over
+from optstate.groups import check_values
+from optstate.optimizer import Optimizer
+from optstate.plan import ParamPlan
+from optstate.weights import Weights, as_weights
+from optstate.weights import from_words as weights_from_words
+
+__all__ = ["as_recipe", "chain_of", "onto"]
+
+COUNTED_FROM = 1
+"""The step of state whose updates nobody counted: at least one has been made."""
+
+
+def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {}) -> Conversion:
+    """What a checkpoint becomes when its run goes on with another recipe.
+
+    Statistics are matched by what they are averages of, and corrected for beginning at zero as each recipe does it;
+    steps stay. Hyper-parameters stay where both recipes go through the same chain, else they are the new recipe's
+    defaults: a learning rate of one says nothing about the other's.
+
+    Args:
+        checkpoint: the source.
+        name: of the recipe.
+        settings: hyper-parameters of the new recipe and their values as Python writes them, for all groups.
+
+    Raises:
+        UnknownRecipeError: if no recipe has this name.
+        ValueError, TypeError: if a statistic cannot be made from the source's, a shape is unknown, or a setting is
+            not possible.
+    """
+    sources = checkpoint.document.parameters
+    params = [_on_meta(param) for param in sources]
+    optimizer = _built(name, checkpoint, params)
+    place = {id(param): i for i, param in enumerate(params)}
+    order = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    notes = _set_hyper(optimizer, checkpoint.document, order, settings)
+    plan, saved = optimizer.plan(), optimizer.state_dict()
+    for new, old in enumerate(order):
+        if new in saved["state"]:
+            step = sources[old].step
+            saved["state"][new]["step"] = COUNTED_FROM if step is None else step
+    if any(param.step is None and param.has_state for param in sources):
+        notes = (*notes, f"the file counts no steps: they are counted from {COUNTED_FROM} on")
+    document = replace(described(optimizer, plan, saved), recipe=name, history=checkpoint.document.history)
+    return onto(checkpoint, document, list(plan), [sources[i] for i in order], notes)
+
+
+def onto(
+    checkpoint: Checkpoint,
+    document: Document,
+    plans: Sequence[ParamPlan],
+    sources: Sequence[Parameter],
+    notes: tuple[str, ...] = (),
+) -> Conversion:
+    """A conversion onto the plans of an optimizer, whose parameters `document` describes in the same order.
+
+    Raises:
+        ValueError: if a statistic cannot be made from the source's.
+    """
+    transfers: dict[str, tuple[Transfer, ...]] = {}
+    parameters, dropped = [], []
+    for new, plan, source in zip(document.parameters, plans, sources, strict=True):
+        made = tuple(_transfers(checkpoint, new, plan, source))
+        used = {transfer.source for transfer in made}
+        dropped += [(source.name, slot) for slot in source.slots if slot not in used]
+        transfers[source.name] = made
+        parameters.append(
+            replace(
+                new,
+                dtype=source.dtype,
+                weights=source.weights,
+                tied=source.tied,
+                slots={transfer.name: transfer.record for transfer in made},
+            )
+        )
+    carried = any(transfer.source is not None for made in transfers.values() for transfer in made)
+    if dropped and not carried:
+        kept = ", ".join(dict.fromkeys(slot for _, slot in dropped))
+        raise ValueError(f"nothing that the file keeps, {kept}, can be used by it: begin with a fresh optimizer")
+    document = replace(document, parameters=tuple(parameters))
+    return Conversion(checkpoint, document, transfers, tuple(dropped), notes)
+
+
+def _transfers(checkpoint: Checkpoint, new: Parameter, plan: ParamPlan, source: Parameter) -> Iterator[Transfer]:
+    stored = {slot: checkpoint.fields_of(record) for slot, record in source.slots.items()}
+    for name, record in new.slots.items():
+        if name == WEIGHT:
+            if name not in source.slots or source.slots[name].store != record.store:
+                raise ValueError(f"{source.name!r}: what {record.store} keeps for the weight is not in the file")
+            yield copied(source, name, stored[name], as_param=new.name)
+        else:
+            slot = plan.slots[name]
+            yield taken_over(source, stored, name, record, slot.store, slot.fields)
+
+
+# --- the new recipe's optimizer, without memory for it ------------------------------------------------------------
+
+
+def _on_meta(param: Parameter) -> nn.Parameter:
+    spec = spec_of(param)
+    return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=param.has_state)
+
+
+def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter]) -> Optimizer:
+    """The recipe's optimizer for parameters of these shapes, in the source's groups."""
+    make, groups, first = recipes.get(name), [], 0
+    for group in checkpoint.document.groups:
+        members: Sequence[Any] = params[first : first + len(group.parameters)]
+        if checkpoint.named:
+            members = list(zip(group.parameters, members, strict=True))
+        first += len(members)
+        declared = {"role": group.role, "head_size": group.head_size}
+        groups.append({"params": members} | {key: value for key, value in declared.items() if value})
+    groups = [group for group in groups if group["params"]]
+    written = _weights(checkpoint.document.parameters)
+    return make(groups) if written is None else make(groups, weights=written)
+
+
+def _weights(parameters: Sequence[Parameter]) -> Weights | None:
+    """How the source writes weights, None if it is the way that is chosen for them anyway.
+
+    Raises:
+        ValueError: if parameters are written in several ways, which no recipe can be asked for.
+    """
+    chosen = {
+        param.weights: weights_from_words(param.weights)
+        for param in parameters
+        if param.weights and param.weights != str(as_weights("auto", spec_of(param)))
+    }
+    if len(chosen) > 1:
+        raise ValueError(f"weights are written in several ways, {' and '.join(sorted(chosen))}: one recipe has one way")
+    return next(iter(chosen.values()), None)
+
+
+def _set_hyper(
+    optimizer: Optimizer, document: Document, order: Sequence[int], settings: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Give the new groups the source's hyper-parameters where they mean the same, and the settings; what to say."""
+    sources, plan, first = document.parameters, optimizer.plan(), 0
+    taken, left_out = True, set[str]()
+    for group in optimizer.param_groups:
+        source = sources[order[first]]
+        chain = plan.params[first].chain
+        old = document.groups[source.group]
+        if chain_of(source, document, old) == str(chain):
+            kept = {key: value for key, value in old.hyper.items() if key in group or key == "initial_lr"}
+            group.update({key: with_tensors(value, group.get(key)) for key, value in kept.items()})
+            left_out |= old.hyper.keys() - kept.keys()
+        else:
+            taken = False
+        for key, words in settings.items():
+            if key not in group:
+                raise ValueError(f"the recipe has no hyper-parameter {key!r}: {', '.join(sorted(_names(group)))}")
+            group[key] = _literal(key, words)
+        check_values(group, chain)
+        first += len(group["params"])
+    if not taken:
+        shown = ", ".join(
+            f"{key}={value!r}" for key, value in optimizer.param_groups[0].items() if key in _names(group)
+        )
+        return (f"hyper-parameters are the new recipe's: {shown}",)
+    return (f"hyper-parameters that the recipe does not have: {', '.join(sorted(left_out))}",) if left_out else ()
+
+
+def _names(group: Mapping[str, Any]) -> set[str]:
+    return group.keys() - {"params", "param_names", "role", "head_size"}
+
+
+def _literal(key: str, words: str) -> Any:
+    try:
+        return ast.literal_eval(words)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"{key}={words}: give a number, a tuple, True, False or None") from None
+
+
+def chain_of(param: Parameter, document: Document, group: Group) -> str:
+    """The chain that a parameter went through; of other tools' files that of the recipe they are said to be."""
+    if param.chain or document.recipe not in recipes.names():
+        return param.chain
+    members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
+    made = recipes.get(document.recipe)([{key: value for key, value in members.items() if value}])
+    return str(made.plan().params[0].chain)
