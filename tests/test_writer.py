@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import resource
 import signal
 import stat
@@ -22,7 +24,7 @@ from torch import Tensor
 from optstate.checkpoint import writer
 from optstate.checkpoint.container import read_header, structural_issues
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.writer import NewEntry, layout, write
+from optstate.checkpoint.writer import NewEntry, create, header_size, layout, write
 
 NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
@@ -351,6 +353,190 @@ def test_a_reader_that_maps_the_old_file_keeps_it(tmp_path: Path) -> None:
     write(tmp_path / "a", {}, [A], [bytes(8)], overwrite=True)
     assert old.tolist() == [1, 1]
     assert load_file(tmp_path / "a")["a"].tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ tensors in any order
+
+
+@pytest.mark.parametrize("positioned", [True, False])
+def test_tensors_in_any_order_make_the_same_file(
+    positioned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not positioned:
+        monkeypatch.delattr(os, "pwrite")
+    tensors, metadata = every_dtype(), {"optstate": "x" * 77, "a": "1"}
+    write_tensors(tmp_path / "one", tensors, metadata)
+    entries = entries_of(tensors)
+    with create(tmp_path / "two", entries, room=header_size(metadata, entries)) as file:
+        for name in sorted(tensors, reverse=True):
+            file.put(name, raw(tensors[name]))
+        file.finish(metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert file.size == (tmp_path / "two").stat().st_size
+
+
+def test_room_that_is_left_is_padding(tmp_path: Path) -> None:
+    tensors = every_dtype()
+    entries = entries_of(tensors)
+    room = header_size({"optstate": "x" * 500}, entries) + 3
+    with create(tmp_path / "a", entries, room=room) as file:
+        for name, tensor in tensors.items():
+            file.put(name, raw(tensor))
+        file.finish({"optstate": "ä"})
+    assert {name: raw(tensor) for name, tensor in load_file(tmp_path / "a").items()} == {
+        name: raw(tensor) for name, tensor in tensors.items()
+    }
+    header = read_header(tmp_path / "a")
+    assert header.metadata == {"optstate": "ä"}
+    assert header.data_start == 8 + room + 5  # a multiple of eight
+    assert [i for i in structural_issues(tmp_path / "a") if "its name" not in i.what] == []
+
+
+def test_a_tensor_may_come_in_parts_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, view, position: real(descriptor, view[:3], position))
+    values = torch.arange(64, dtype=torch.int64)
+    data = raw(values)
+    parts = [(start, min(start + 17, 512)) for start in range(0, 512, 17)]
+    random.Random(0).shuffle(parts)
+    entries = [NewEntry("a", "I64", (64,)), NewEntry("e", "F32", (0, 3)), NewEntry("b", "U8", (2,))]
+    with create(tmp_path / "a", entries, room=1000) as file:
+        file.put("b", b"2", 1)
+        for start, stop in parts:
+            file.put("a", memoryview(data)[start:stop], start)
+            file.put("a", b"", start)
+        file.put("b", b"1")
+        file.finish({})
+    loaded = load_file(tmp_path / "a")
+    assert torch.equal(loaded["a"], values)
+    assert loaded["b"].tolist() == [49, 50]
+    assert loaded["e"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("puts", "reason"),
+    [
+        ([("a", bytes(4), 0)], "tensor 'a': 4 of 8 bytes were not written"),
+        ([("a", bytes(2), 0), ("a", bytes(5), 3)], "tensor 'a': 1 of 8 bytes were not written"),
+        ([], "tensor 'a': 8 of 8 bytes were not written"),
+        ([("a", bytes(8), 0), ("a", bytes(8), 0)], "tensor 'a': bytes 0 to 8 were written already"),
+        (
+            [("a", bytes(2), 3), ("a", bytes(8), 0)],
+            "tensor 'a': bytes 0 to 8 were written already, in whole or in part",
+        ),
+        ([("a", bytes(2), 3), ("a", bytes(4), 0)], "tensor 'a': bytes 0 to 4 were written already"),
+        ([("a", bytes(2), 3), ("a", bytes(1), 4)], "tensor 'a': bytes 4 to 5 were written already"),
+        ([("a", bytes(2), 3), ("a", bytes(2), 0), ("a", bytes(2), 2)], "tensor 'a': bytes 2 to 4 were written already"),
+        ([("a", bytes(9), 0)], "tensor 'a': bytes 0 to 9 of 8"),
+        ([("a", bytes(4), 5)], "tensor 'a': bytes 5 to 9 of 8"),
+        ([("a", bytes(4), -1)], "tensor 'a': bytes -1 to 3 of 8"),
+        ([("b", bytes(8), 0)], "tensor 'b' is none of the 1 of the file"),
+        ([("a", memoryview(bytes(16))[::2], 0)], "tensor 'a': a buffer that is not contiguous"),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_parts_that_do_not_fit_leave_no_trace(
+    puts: list[tuple[str, Any, int]], reason: str, existing: bool, tmp_path: Path
+) -> None:
+    if existing:
+        (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ValueError, match=reason), create(tmp_path / "a", [A], room=100, overwrite=True) as file:
+        for name, data, offset in puts:
+            file.put(name, data, offset)
+        file.finish({})
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if existing else [])
+
+
+ROOM = header_size({}, [A])
+
+
+@pytest.mark.parametrize(
+    ("finishes", "error", "reason"),
+    [
+        (
+            [{"optstate": ""}],
+            ValueError,
+            f"the header needs {ROOM + 32} bytes, {ROOM} were kept for it: give more room",
+        ),
+        ([], ValueError, r"the writing ended without finish\(\)"),
+        ([{"step": 3}], TypeError, "metadata are strings"),
+        ([{}, {}], ValueError, r"finish\(\) was called before"),
+        ([{}, None], ValueError, "tensor 'a': the file is finished"),
+    ],
+)
+def test_the_header_comes_once_and_must_fit(
+    finishes: list[Any], error: type[Exception], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=reason), create(tmp_path / "a", [A], room=ROOM) as file:
+        file.put("a", bytes(8))
+        for metadata in finishes:
+            if metadata is None:
+                file.put("a", b"")
+            else:
+                file.finish(metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_room_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_HEADER", 1000)
+    for room, reason in {
+        8: f"room for a header of 8 bytes, without metadata it has {ROOM} already",
+        1001: "room for a header of 1008 bytes, above the format's limit of 1000",
+    }.items():
+        with pytest.raises(ValueError, match=reason), create(tmp_path / "a", [A], room=room):
+            raise AssertionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, OSError])
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_exception_in_the_body_passes_and_leaves_the_old_file(
+    error: type[BaseException], finished: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(error), create(tmp_path / "a", [A], room=100, overwrite=True) as file:
+        file.put("a", bytes(8))
+        if finished:
+            file.finish({})
+        raise error
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_an_existing_file_is_refused_before_the_body(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(CheckpointError, match="a: exists already") as caught, create(tmp_path / "a", [A], room=100):
+        raise AssertionError
+    assert caught.value.refused
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("reserving", ["yes", "not by the file system", "not by the system"])
+def test_a_disk_that_is_too_small_is_known_before_the_work(
+    reserving: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_supported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if reserving == "not by the file system":
+        monkeypatch.setattr(os, "posix_fallocate", not_supported)
+    elif reserving == "not by the system":
+        monkeypatch.delattr(os, "posix_fallocate")
+    (tmp_path / "a").write_bytes(b"old")
+    reached = False
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, old[1]))
+    try:
+        with (
+            pytest.raises(CheckpointError, match="cannot be written: File too large") as caught,
+            create(tmp_path / "a", [NewEntry("a", "U8", (2_000_000,))], room=100, overwrite=True) as file,
+        ):
+            reached = True
+            file.put("a", bytes(2_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert reached == (reserving != "yes")
+    assert not caught.value.refused
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 # ------------------------------------------------------------------------------------------------ a killed process

@@ -64,8 +64,9 @@ def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
     for group, own in zip(conversion.document.groups, optimizer.param_groups, strict=True):
         first = sum(len(before["params"]) for before in groups)
         hyper: dict[str, Any] = {key: with_tensors(value, own.get(key)) for key, value in group.hyper.items()}
-        declared = {key: own[key] for key in ("role", "head_size") if key in own}
-        groups.append({**hyper, **declared, "params": list(range(first, first + len(group.parameters)))})
+        # What a parameter is, is this run's to say.
+        hyper |= {key: own[key] for key in ("role", "head_size") if key in own}
+        groups.append({**hyper, "params": list(range(first, first + len(group.parameters)))})
     header = {"version": resume.VERSION, "clip_grad_norm": conversion.document.clip_grad_norm}
     optimizer.load_with({"state": state, "param_groups": groups, resume.KEY: header}, source.copy)
 
@@ -127,7 +128,7 @@ def _groups(own: Document, plan: Plan, theirs: Document, sources: Sequence[Param
     """This optimizer's groups, with the file's hyper-parameters where a group goes through the same chain."""
     groups, first = [], 0
     for mine, other in zip(own.groups, theirs.groups, strict=True):
-        if chain_of(sources[first], theirs, other) == str(plan.params[first].chain):
+        if mine.parameters and chain_of(sources[first], theirs, other) == str(plan.params[first].chain):
             kept: Mapping[str, Any] = {k: v for k, v in other.hyper.items() if k in mine.hyper or k == "initial_lr"}
             mine = replace(mine, hyper={**mine.hyper, **kept})
         groups.append(mine)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optstate import recipes
+from optstate import registry
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, with_tensors
@@ -120,7 +120,7 @@ def _on_meta(param: Parameter) -> nn.Parameter:
 
 def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter]) -> Optimizer:
     """The recipe's optimizer for parameters of these shapes, in the source's groups."""
-    make, groups, first = recipes.get(name), [], 0
+    make, groups, first = registry.get(name), [], 0
     for group in checkpoint.document.groups:
         members: Sequence[Any] = params[first : first + len(group.parameters)]
         if checkpoint.named:
@@ -192,8 +192,8 @@ def _literal(key: str, words: str) -> Any:
 
 def chain_of(param: Parameter, document: Document, group: Group) -> str:
     """The chain that a parameter went through; of other tools' files that of the recipe they are said to be."""
-    if param.chain or document.recipe not in recipes.names():
+    if param.chain or document.recipe not in registry.names():
         return param.chain
     members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
-    made = recipes.get(document.recipe)([{key: value for key, value in members.items() if value}])
+    made = registry.get(document.recipe)([{key: value for key, value in members.items() if value}])
     return str(made.plan().params[0].chain)

@@ -7,23 +7,23 @@ is the library's, so that a file with one metadata key is byte for byte the one 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from optstate.checkpoint.atomic import as_bytes, replacing, reported, reserve, write_all, write_at
 from optstate.checkpoint.container import BITS, MAX_HEADER, METADATA
-from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.errors import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["NewEntry", "layout", "write"]
+__all__ = ["NewEntry", "SafetensorsFile", "create", "header_size", "layout", "write"]
 
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
@@ -95,38 +95,151 @@ def write(
     `.optstate-<random>.tmp` in the target's folder: never read, safe to delete.
     """
     ordered = layout(entries)
-    header = _header(metadata, ordered)
-    target = os.path.realpath(path)
-    permissions = _permissions(path, target, overwrite)
-    temporary = os.path.join(os.path.dirname(target), f".optstate-{os.urandom(8).hex()}.tmp")
-    try:
-        with _reported(path):
-            descriptor = os.open(temporary, _NEW, 0o666 if permissions is None else permissions)
-        try:
-            with _reported(path):
-                if permissions is not None:
-                    os.chmod(temporary, permissions)  # what the umask took away
-                _write_all(descriptor, memoryview(header))
-            for part in _checked(ordered, data):
-                with _reported(path):
-                    _write_all(descriptor, part)
-            with _reported(path):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with _reported(path):
-            _put_in_place(path, temporary, target, overwrite)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    header = _with_length(_header(metadata, ordered))
+    with replacing(path, overwrite) as descriptor:
+        with reported(path):
+            write_all(descriptor, memoryview(header))
+        for part in _checked(ordered, data):
+            with reported(path):
+                write_all(descriptor, part)
 
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+@contextmanager
+def create(
+    path: str | os.PathLike[str], entries: Iterable[NewEntry], *, room: int, overwrite: bool = False
+) -> Iterator[SafetensorsFile]:
+    """Write a safetensors file whose tensors come in any order, and whose metadata are known only at the end.
+
+    The body calls `put` until every tensor is complete, then `finish`. Until it ends `path` is what it was before; as
+    with `write`, an exception leaves no trace. The disk's room for the whole file is taken at the beginning.
+
+    Args:
+        path: where, as in `write`.
+        entries: the tensors, in any order.
+        room: bytes kept for the header, what `header_size` says for metadata at least as long as the real ones will
+            be; rounded up to a multiple of eight. What is left of it is filled with spaces.
+        overwrite: replace an existing file.
+
+    Raises:
+        CheckpointError: the target exists (refused), is no regular file, or cannot be written; the disk is full.
+        ValueError: entries that cannot be, too little room for them or more than the format allows, or a body that
+            ends without `finish`.
+    """
+    ordered = layout(entries)
+    room += -room % 8
+    if room > MAX_HEADER:
+        raise ValueError(f"room for a header of {room} bytes, above the format's limit of {MAX_HEADER}")
+    if (least := len(_header({}, ordered))) > room:
+        raise ValueError(f"room for a header of {room} bytes, without metadata it has {least} already")
+    with replacing(path, overwrite) as descriptor:
+        file = SafetensorsFile(path, descriptor, ordered, room)
+        with reported(path):
+            reserve(descriptor, file.size)
+        yield file
+        if not file.finished:
+            raise ValueError(f"{shown(os.fspath(path))}: the writing ended without finish()")
+
+
+class SafetensorsFile:
+    """A file that `create` writes: `size` bytes in the end."""
+
+    def __init__(self, path: str | os.PathLike[str], descriptor: int, ordered: Sequence[NewEntry], room: int) -> None:
+        self.finished = False
+        self._path = path
+        self._descriptor = descriptor
+        self._ordered = ordered
+        self._room = room
+        self._start: dict[str, int] = {}
+        self._given: dict[str, _Spans] = {}
+        position = 8 + room
+        for entry in ordered:
+            self._start[entry.name] = position
+            self._given[entry.name] = _Spans(entry.nbytes)
+            position += entry.nbytes
+        self.size = position
+
+    def put(self, name: str, buffer: Buffer, offset: int = 0) -> None:
+        """Write bytes of a tensor: all of them, or those from its byte `offset` on, in any order.
+
+        Raises:
+            ValueError: no such tensor, bytes beyond its end or that it has already, a buffer that is not contiguous.
+            CheckpointError: the file cannot be written.
+        """
+        if self.finished:
+            raise ValueError(f"tensor '{shown(name)}': the file is finished")
+        if name not in self._given:
+            raise ValueError(f"tensor '{shown(name)}' is none of the {len(self._given)} of the file")
+        what = f"tensor '{shown(name)}'"
+        view = as_bytes(buffer, what)
+        stop = offset + view.nbytes
+        given = self._given[name]
+        if offset < 0 or stop > given.size:
+            raise ValueError(f"{what}: bytes {offset} to {stop} of {given.size}")
+        if given.overlap(offset, stop):
+            raise ValueError(f"{what}: bytes {offset} to {stop} were written already, in whole or in part")
+        with reported(self._path):
+            write_at(self._descriptor, view, self._start[name] + offset)
+        given.add(offset, stop)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header, after the last tensor.
+
+        Raises:
+            ValueError: a tensor is not complete, or the header does not fit into its room.
+            TypeError: metadata that are not strings.
+            CheckpointError: the file cannot be written.
+        """
+        if self.finished:
+            raise ValueError("finish() was called before")
+        for name, given in self._given.items():
+            if given.missing:
+                raise ValueError(f"tensor '{shown(name)}': {given.missing} of {given.size} bytes were not written")
+        text = _header(metadata, self._ordered)
+        if len(text) > self._room:
+            raise ValueError(f"the header needs {len(text)} bytes, {self._room} were kept for it: give more room")
+        with reported(self._path):
+            write_at(self._descriptor, memoryview(_with_length(text.ljust(self._room))), 0)
+        self.finished = True
+
+
+class _Spans:
+    """Which of a tensor's bytes were given: disjoint spans in order, those that touch made one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.missing = size
+        self._spans: list[tuple[int, int]] = []
+
+    def overlap(self, start: int, stop: int) -> bool:
+        """Whether one of the bytes was given before."""
+        following = bisect_left(self._spans, (stop, 0))
+        return start < stop and following > 0 and self._spans[following - 1][1] > start
+
+    def add(self, start: int, stop: int) -> None:
+        """Note bytes that were not given before."""
+        if start == stop:
+            return
+        self.missing -= stop - start
+        where = bisect_left(self._spans, (start, stop))
+        if where < len(self._spans) and self._spans[where][0] == stop:
+            stop = self._spans.pop(where)[1]
+        if where and self._spans[where - 1][1] == start:
+            where -= 1
+            start = self._spans.pop(where)[0]
+        self._spans.insert(where, (start, stop))
+
+
+def header_size(metadata: Mapping[str, str], entries: Iterable[NewEntry]) -> int:
+    """Bytes of the header, a multiple of eight; metadata and entries as in `write`, the same errors."""
+    return len(_header(metadata, layout(entries)))
+
+
+def _with_length(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
 
 
 def _header(metadata: Mapping[str, str], ordered: Sequence[NewEntry]) -> bytes:
-    """The header with its length before it, padded so that the data begin at a multiple of eight."""
+    """The header's JSON, padded so that the data begin at a multiple of eight."""
     content: dict[str, object] = {}
     if metadata:
         for key, value in metadata.items():
@@ -142,7 +255,7 @@ def _header(metadata: Mapping[str, str], ordered: Sequence[NewEntry]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header would have {len(text)} bytes, above the format's limit of {MAX_HEADER}")
-    return len(text).to_bytes(8, "little") + text
+    return text
 
 
 def _checked(ordered: Sequence[NewEntry], data: Iterable[Buffer]) -> Iterator[memoryview]:
@@ -154,82 +267,11 @@ def _checked(ordered: Sequence[NewEntry], data: Iterable[Buffer]) -> Iterator[me
             buffer = next(buffers, None)
             if buffer is None:
                 raise ValueError(f"tensor '{shown(entry.name)}': the data end {missing} bytes before it is complete")
-            view = memoryview(buffer)
+            view = as_bytes(buffer, f"tensor '{shown(entry.name)}'")
             if view.nbytes > missing:
                 raise ValueError(f"tensor '{shown(entry.name)}': a buffer of {view.nbytes} bytes, {missing} fit")
-            if not view.c_contiguous:
-                raise ValueError(f"tensor '{shown(entry.name)}': a buffer that is not contiguous")
             missing -= view.nbytes
-            if view.nbytes:  # an empty view cannot be cast
-                yield view.cast("B")
+            yield view
     for buffer in buffers:
         if nbytes := memoryview(buffer).nbytes:
             raise ValueError(f"a buffer of {nbytes} bytes is left after the last tensor")
-
-
-def _write_all(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _permissions(path: str | os.PathLike[str], target: str, overwrite: bool) -> int | None:
-    """Those of the existing file, or None if there is none; refuses what may not be replaced."""
-    with _reported(path):
-        try:
-            found = os.lstat(target)
-        except FileNotFoundError:
-            return None
-    if stat.S_ISLNK(found.st_mode):
-        raise CheckpointError(path, "a symbolic link that leads to itself")
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-        raise CheckpointError(path, f"is {kind} and cannot be replaced", refused=True)
-    if not overwrite:
-        raise _exists(path)
-    return stat.S_IMODE(found.st_mode) & 0o777
-
-
-def _exists(path: str | os.PathLike[str]) -> CheckpointError:
-    return CheckpointError(path, "exists already", "choose another name or allow overwriting", refused=True)
-
-
-def _put_in_place(path: str | os.PathLike[str], temporary: str, target: str, overwrite: bool) -> None:
-    """Give the complete file its name, and make the name last through a power failure."""
-    if overwrite:
-        os.replace(temporary, target)
-    else:
-        # A link fails if another process has made the target meanwhile, which a replacement would destroy.
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            raise _exists(path) from None
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            if os.path.lexists(target):  # the best that can be done without links
-                raise _exists(path) from None
-            os.replace(temporary, target)
-        else:
-            os.unlink(temporary)
-    if os.name == "posix":
-        folder = os.open(os.path.dirname(target), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing
-                raise
-        finally:
-            os.close(folder)
-
-
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
-
-
-@contextmanager
-def _reported(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns the OSError of an operation on the file into a CheckpointError; those of the data's source pass."""
-    try:
-        yield
-    except OSError as error:
-        hint = "is its folder there?" if isinstance(error, FileNotFoundError) else ""
-        raise CheckpointError(path, f"cannot be written: {error.strerror or error}", hint) from error
