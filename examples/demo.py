@@ -24,6 +24,8 @@ from report import summary, table
 from rich.console import Console
 from train_lm import OneLineParser, positive
 
+import optstate
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -82,7 +84,9 @@ def demonstrate(args: argparse.Namespace, console: Console) -> None:
         "resume": {"after_step": middle, "compared_losses": args.steps - middle, "largest_difference": difference},
     }
     (args.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{args.out}/ holds loss.png, summary.json and adalomo.pt; {seconds:.0f} s in all")
+    optstate.save(adamw.optimizer, args.out / "adamw.safetensors")
+    print(f"{args.out}/ holds loss.png, summary.json, adalomo.pt and adamw.safetensors; {seconds:.0f} s in all")
+    print(f"try: optstate convert {args.out}/adamw.safetensors converted.safetensors --recipe adalomo --dry-run")
 
 
 def finish(run: Run, console: Console, save_at: tuple[int, Path] | None = None) -> dict[str, Any]:

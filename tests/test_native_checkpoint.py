@@ -436,11 +436,11 @@ class TestRefusals:
         model = mlp(BF16, WIDE)
         optimizer, original, calls = small(model), native.read_into, []
 
-        def failing(own: torch.Tensor, opened: Any, entry: Any) -> None:
-            calls.append(entry)
+        def failing(own: torch.Tensor, stored: Any) -> None:
+            calls.append(stored)
             if len(calls) == 3:
                 raise OSError("input/output error")
-            original(own, opened, entry)
+            original(own, stored)
 
         monkeypatch.setattr(native, "read_into", failing)
         with pytest.raises(optstate.CheckpointError, match="reading failed half-way: input/output error"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from optstate import resume
-from optstate.checkpoint.container import Entry, read_header
+from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
+from optstate.checkpoint.converted import conversion_onto, load_converted
 from optstate.checkpoint.describing import described, dtype_name, parameter_names, slot_records, with_tensors
 from optstate.checkpoint.document import (
     KEY,
@@ -19,11 +21,12 @@ from optstate.checkpoint.document import (
     Document,
     Parameter,
     SlotRecord,
-    document_of,
     tensor_key,
     to_json,
 )
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.opening import open_checkpoint
+from optstate.checkpoint.stored import Stored
 from optstate.checkpoint.tensors import DTYPES, bytes_of, read_into
 from optstate.checkpoint.writer import NewEntry, layout, write
 from optstate.optimizer import Optimizer
@@ -66,8 +69,15 @@ def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True) -> None:
     write(path, {KEY: text}, entries, (bytes_of(tensor) for tensor in in_order), overwrite=overwrite)
 
 
-def load(optimizer: Optimizer, path: Path) -> None:
-    """Continue exactly where the run that saved `path` stopped: state, steps and hyper-parameters.
+def load(
+    optimizer: Optimizer,
+    path: Path,
+    *,
+    allow_lossy: bool = False,
+    key: str | None = None,
+    names: Path | None = None,
+) -> None:
+    """Continue where the run that saved `path` stopped: state, steps and hyper-parameters.
 
     Strict: the file must hold what `optimizer.plan()` keeps, parameter by parameter and in the same stores, nothing
     less and nothing more. Nothing is cast. All of this is checked before anything is changed. Memory: none for state
@@ -75,22 +85,61 @@ def load(optimizer: Optimizer, path: Path) -> None:
 
     Model weights are not in the file: load them before or afterwards. A learning rate scheduler has its own state.
 
+    Args:
+        optimizer: built as the saved run built its own.
+        path: what `save` wrote, or another tool's checkpoint of the same statistics, as a torch `optimizer.pt`. Such a
+            file is taken where every number stays what it was.
+        allow_lossy: convert what is kept in other stores or by another recipe, as `optstate convert` does; it shows
+            what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. Memory:
+            one parameter's statistics in fp32.
+        key, names: of other tools' files, as for `optstate convert`.
+
     Raises:
         CheckpointError: if the file is unreadable or another optimizer's, naming the first difference. If reading
             fails half-way, the optimizer refuses to step until a load succeeds.
     """
-    header = read_header(path)
-    document = document_of(header)
-    plan = optimizer.plan()
-    entries = {entry.name: entry for entry in header.tensors}
+    checkpoint = open_checkpoint(path, key=key, names=names)
+    difference = None
+    if checkpoint.kind == OPTSTATE:
+        difference = _load_exactly(optimizer, checkpoint)
+        if difference is None:
+            return
+    hint = "nothing was changed; build the optimizer as the saved run did"
     try:
-        sources = _matched(optimizer, plan, document, entries)
+        conversion = conversion_onto(optimizer, checkpoint)
+    except (ValueError, TypeError) as error:
+        reason = str(error) if allow_lossy or difference is None else difference
+        raise CheckpointError(path, reason, hint, refused=True) from None
+    if difference is not None and not allow_lossy:
+        raise CheckpointError(path, difference, f"{hint}, or convert with allow_lossy=True", refused=True)
+    if not conversion.lossless and not allow_lossy:
+        slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
+        what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
+        raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
+    with _failing(path, hint):
+        load_converted(optimizer, conversion)
+
+
+def _load_exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
+    """Load what is in the optimizer's own stores; the first difference, in words, if it is not."""
+    plan, document = optimizer.plan(), checkpoint.document
+    try:
+        sources = _matched(optimizer, plan, document, checkpoint.tensors)
         view = _as_state_dict(optimizer, plan, document, sources)
-        places = {id(tensor): entries[key] for key, tensor in sources.items()}
-        with open(path, "rb", buffering=0) as file:
-            optimizer.load_with(view, lambda own, theirs: read_into(own, file, places[id(theirs)]))
+        resume.check(optimizer, plan, view)
     except (ValueError, TypeError) as error:  # a hyper-parameter of the wrong kind is a TypeError
-        hint = "nothing was changed; build the optimizer as the saved run did"
+        return str(error)
+    places = {id(tensor): checkpoint.tensors[key] for key, tensor in sources.items()}
+    with _failing(checkpoint.path, ""):
+        optimizer.load_with(view, lambda own, theirs: read_into(own, places[id(theirs)]))
+    return None
+
+
+@contextmanager
+def _failing(path: Path, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
         raise CheckpointError(path, str(error), hint, refused=True) from None
     except OSError as error:
         reason = f"reading failed half-way: {error}"
@@ -100,7 +149,7 @@ def load(optimizer: Optimizer, path: Path) -> None:
 # --- what is loaded -----------------------------------------------------------------------------------------------
 
 
-def _matched(optimizer: Optimizer, plan: Plan, document: Document, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+def _matched(optimizer: Optimizer, plan: Plan, document: Document, entries: Mapping[str, Stored]) -> dict[str, Tensor]:
     """A stand-in without values for every tensor of the file, if all of them are what this optimizer keeps.
 
     Raises:
@@ -122,8 +171,8 @@ def _matched(optimizer: Optimizer, plan: Plan, document: Document, entries: Mapp
                 raise ValueError(f"the tensor '{tensor_key(name, key)}' is missing")
             if (entry.dtype, entry.shape) != (DTYPES[spec.dtype], spec.shape):
                 there, here = f"{entry.dtype} {entry.shape}", f"{DTYPES[spec.dtype]} {spec.shape}"
-                raise ValueError(f"the tensor '{entry.name}' is {there}, here it is {here}")
-            found[entry.name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                raise ValueError(f"the tensor '{tensor_key(name, key)}' is {there}, here it is {here}")
+            found[tensor_key(name, key)] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     stray = next((name for name in entries if name not in found), None)
     if stray is not None:
         raise ValueError(f"the tensor '{stray}' belongs to no statistic of this optimizer")

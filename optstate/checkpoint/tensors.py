@@ -71,15 +71,16 @@ def load(stored: Stored) -> Tensor:
     return flat.as_strided(stored.shape, stored.stride).contiguous() if stored.elements else flat.view(stored.shape)
 
 
-def read_into(own: Tensor, file: Any, entry: Entry) -> None:
-    """Fill `own` with one tensor of the file, by way of a copy only if it is not plain memory.
+def read_into(own: Tensor, stored: Stored) -> None:
+    """Fill `own` with a contiguous tensor of a file, by way of a copy only if it is not plain memory.
 
     Raises:
         OSError: if the file ends early or cannot be read; `own` may then be filled in part.
     """
     target = own if own.device.type == "cpu" and own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype)
-    file.seek(entry.start)
-    _fill(_memory(target), file, entry.name)
+    with open_file(stored.path) as file:
+        file.seek(stored.start)
+        _fill(_memory(target), file, stored.path)
     if target is not own:
         own.copy_(target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,7 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     Args:
         checkpoint: the source.
         name: of the recipe.
-        settings: hyper-parameters of the new recipe and their values as Python writes them, for all groups.
+        settings: arguments of the new recipe and their values as Python writes them, for all groups.
 
     Raises:
         UnknownRecipeError: if no recipe has this name.
@@ -47,10 +48,11 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     """
     sources = checkpoint.document.parameters
     params = [_on_meta(param) for param in sources]
-    optimizer = _built(name, checkpoint, params)
+    given = _arguments(name, settings)
+    optimizer = _built(name, checkpoint, params, given)
     place = {id(param): i for i, param in enumerate(params)}
     order = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    notes = _set_hyper(optimizer, checkpoint.document, order, settings)
+    notes = _keep_hyper(optimizer, checkpoint.document, order, set(given))
     plan, saved = optimizer.plan(), optimizer.state_dict()
     for new, old in enumerate(order):
         if new in saved["state"]:
@@ -118,7 +120,18 @@ def _on_meta(param: Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=param.has_state)
 
 
-def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter]) -> Optimizer:
+def _arguments(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    """The settings as the recipe's arguments."""
+    known = [key for key in inspect.signature(registry.get(name)).parameters if key not in ("params", "weights")]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{name} has no hyper-parameter {key!r}: it has {', '.join(known)}")
+    return {key: _literal(key, words) for key, words in settings.items()}
+
+
+def _built(
+    name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], arguments: Mapping[str, Any]
+) -> Optimizer:
     """The recipe's optimizer for parameters of these shapes, in the source's groups."""
     make, groups, first = registry.get(name), [], 0
     for group in checkpoint.document.groups:
@@ -130,7 +143,7 @@ def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter]) ->
         groups.append({"params": members} | {key: value for key, value in declared.items() if value})
     groups = [group for group in groups if group["params"]]
     written = _weights(checkpoint.document.parameters)
-    return make(groups) if written is None else make(groups, weights=written)
+    return make(groups, **arguments) if written is None else make(groups, weights=written, **arguments)
 
 
 def _weights(parameters: Sequence[Parameter]) -> Weights | None:
@@ -149,38 +162,31 @@ def _weights(parameters: Sequence[Parameter]) -> Weights | None:
     return next(iter(chosen.values()), None)
 
 
-def _set_hyper(
-    optimizer: Optimizer, document: Document, order: Sequence[int], settings: Mapping[str, str]
-) -> tuple[str, ...]:
-    """Give the new groups the source's hyper-parameters where they mean the same, and the settings; what to say."""
+def _keep_hyper(optimizer: Optimizer, document: Document, order: Sequence[int], given: set[str]) -> tuple[str, ...]:
+    """Give the new groups the source's hyper-parameters where they mean the same and no others were asked for.
+
+    Returns:
+        What to say of it.
+    """
     sources, plan, first = document.parameters, optimizer.plan(), 0
-    taken, left_out = True, set[str]()
+    left_out: set[str] = set()
+    new_rule = ""
     for group in optimizer.param_groups:
         source = sources[order[first]]
         chain = plan.params[first].chain
         old = document.groups[source.group]
         if chain_of(source, document, old) == str(chain):
-            kept = {key: value for key, value in old.hyper.items() if key in group or key == "initial_lr"}
-            group.update({key: with_tensors(value, group.get(key)) for key, value in kept.items()})
-            left_out |= old.hyper.keys() - kept.keys()
+            same = {key: value for key, value in old.hyper.items() if key in group or key == "initial_lr"}
+            group.update({key: with_tensors(same[key], group.get(key)) for key in same.keys() - given})
+            left_out |= old.hyper.keys() - same.keys()
+            check_values(group, chain)
         else:
-            taken = False
-        for key, words in settings.items():
-            if key not in group:
-                raise ValueError(f"the recipe has no hyper-parameter {key!r}: {', '.join(sorted(_names(group)))}")
-            group[key] = _literal(key, words)
-        check_values(group, chain)
+            own = sorted(group.keys() - {"params", "param_names", "role", "head_size"})
+            new_rule = ", ".join(f"{key}={group[key]!r}" for key in own)
         first += len(group["params"])
-    if not taken:
-        shown = ", ".join(
-            f"{key}={value!r}" for key, value in optimizer.param_groups[0].items() if key in _names(group)
-        )
-        return (f"hyper-parameters are the new recipe's: {shown}",)
-    return (f"hyper-parameters that the recipe does not have: {', '.join(sorted(left_out))}",) if left_out else ()
-
-
-def _names(group: Mapping[str, Any]) -> set[str]:
-    return group.keys() - {"params", "param_names", "role", "head_size"}
+    if new_rule:
+        return (f"hyper-parameters are the new recipe's: {new_rule}",)
+    return (f"left out, the recipe has no such hyper-parameters: {', '.join(sorted(left_out))}",) if left_out else ()
 
 
 def _literal(key: str, words: str) -> Any:

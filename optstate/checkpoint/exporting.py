@@ -1,0 +1,94 @@
+"""Write what a conversion gives into a file of optstate's own or of another library."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from optstate.checkpoint import layouts
+from optstate.checkpoint.carry_out import Track, carry_out, write_converted
+from optstate.checkpoint.conversion import Conversion
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.report import Report
+from optstate.checkpoint.tensors import bytes_of
+from optstate.checkpoint.torch_writer import create_torch
+
+__all__ = ["LAYOUTS", "NATIVE", "check_target", "export", "layout_for"]
+
+NATIVE = "optstate"
+LAYOUTS = (NATIVE, *layouts.LAYOUTS)
+
+
+def layout_for(conversion: Conversion, asked: str | None) -> str:
+    """The layout to write: the one asked for, or the one that a torch file of this state is in.
+
+    Raises:
+        CheckpointError: if there is no such layout, or none that is obvious.
+    """
+    path = conversion.checkpoint.path
+    if asked is None:
+        try:
+            return layouts.default_layout(conversion.document)
+        except layouts.LayoutError as error:
+            raise CheckpointError(path, f"cannot be written as a torch file: {error}", refused=True) from None
+    if asked not in LAYOUTS:
+        raise CheckpointError(path, f"no layout is called {asked!r}", f"one of {', '.join(LAYOUTS)}", refused=True)
+    return asked
+
+
+def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite: bool) -> None:
+    """Refuse early what writing would refuse late: a target that exists, or is the source itself.
+
+    Raises:
+        CheckpointError: refused.
+    """
+    for source in conversion.checkpoint.files:
+        if os.path.exists(target) and os.path.samefile(source, target):
+            raise CheckpointError(target, "is the source itself", "choose another name", refused=True)
+    if not overwrite and os.path.lexists(target):
+        raise CheckpointError(target, "exists already", "choose another name, or --force", refused=True)
+    if not os.path.isdir(target.parent):
+        raise CheckpointError(target, "its folder does not exist", "make it first")
+
+
+def export(
+    conversion: Conversion,
+    target: Path,
+    layout: str = NATIVE,
+    *,
+    overwrite: bool = False,
+    track: Track = iter,
+    max_shard_size: int | None = None,
+) -> Report:
+    """Write a conversion, and report what was lost. The target is replaced at once or not at all.
+
+    Raises:
+        CheckpointError: if the target exists (refused unless `overwrite`), the layout cannot hold the state (refused),
+            or something cannot be read or written.
+    """
+    check_target(conversion, target, layout, overwrite=overwrite)
+    try:
+        if layout == NATIVE:
+            return write_converted(conversion, target, overwrite=overwrite, track=track, max_shard_size=max_shard_size)
+        return _write_layout(conversion, target, layout, overwrite, track)
+    except layouts.LayoutError as error:
+        reason = f"cannot be written as {layout} state: {error}"
+        raise CheckpointError(conversion.checkpoint.path, reason, refused=True) from None
+    except (ValueError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(conversion.checkpoint.path, str(error)) from error
+
+
+def _write_layout(conversion: Conversion, target: Path, layout: str, overwrite: bool, track: Track) -> Report:
+    entries = {entry.name: entry for entry in conversion.entries}
+    tree = layouts.tree_of(layout, conversion.document, entries)
+    with create_torch(target, tree, overwrite=overwrite) as file:
+
+        def put(key: str, tensor: Tensor) -> Any:
+            file.put(key, bytes_of(tensor))
+
+        return carry_out(conversion, put, track)
