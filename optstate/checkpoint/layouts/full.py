@@ -1,0 +1,153 @@
+"""Files of torch, transformers and lion-pytorch, which keep statistics in full or factored. Imports no torch."""
+
+from __future__ import annotations
+
+from optstate.checkpoint.document import Group, Parameter, SlotRecord
+from optstate.checkpoint.errors import shown
+from optstate.checkpoint.layouts import adafactor, hyper
+from optstate.checkpoint.layouts.given import Given, LayoutError, Tree, scalar
+from optstate.checkpoint.layouts.meanings import ADAFACTOR, ADAM, LION, SGD, check_meanings, rule_of
+from optstate.checkpoint.torch_pickle import NewTensor
+
+__all__ = ["as_lion_pytorch", "as_torch", "as_transformers", "factors", "fields_of"]
+
+FACTORED = "Factored()"
+
+ORDER = ("square_avg", "sum", "exp_avg", "exp_avg_sq", "variance", "max_exp_avg_sq", "momentum_buffer", "grad_avg")
+"""In which the libraries keep their statistics; others come after these."""
+
+
+def as_torch(given: Given) -> Tree:
+    """What torch.optim's classes keep: AdamW, SGD and Adafactor of any document, every class of its own files.
+
+    Raises:
+        LayoutError: for what they do not keep.
+    """
+    rule = "" if given.same else rule_of(given, "adam", "sgd", "adafactor", "adalomo")
+    factored = rule in ("adafactor", "adalomo") or _is_adafactor(given)
+    meanings = {"adam": ADAM, "sgd": SGD}.get(rule, ADAFACTOR)
+
+    def state_of(param: Parameter) -> Tree:
+        check_meanings(given, param, meanings)
+        state = given.step(param, "F32" if rule != "sgd" and param.has_state else "")
+        for slot in _in_order(param):
+            state |= _torch_fields(given, param, slot, param.slots[slot], factored)
+        return state | given.extra(param)
+
+    def hyper_of(place: int, group: Group) -> Tree:
+        if factored:
+            return adafactor.in_torch(given, place, group)
+        words = hyper.TORCH_SGD if rule == "sgd" else hyper.TORCH_ADAMW
+        if rule == "sgd" and group.hyper.get("momentum") and "nesterov" not in group.hyper:
+            given.note("the file does not say whether SGD's momentum is Nesterov's: nesterov is False in the new one")
+        return hyper.translated(given, place, hyper.common(given, group), words)
+
+    given.warn_of_casts()
+    return given.tree(state_of, hyper_of)
+
+
+def as_transformers(given: Given) -> Tree:
+    """What transformers' Adafactor keeps.
+
+    Raises:
+        LayoutError: for what it does not keep.
+    """
+    factored = _is_adafactor(given) if given.same else bool(rule_of(given, "adafactor", "adalomo"))
+
+    def state_of(param: Parameter) -> Tree:
+        check_meanings(given, param, ADAFACTOR)
+        state = given.step(param, "int" if param.has_state else "")
+        for slot in _in_order(param):
+            _check_momentum(given, param, slot)
+            state |= fields_of(given, param, slot, param.slots[slot], factored and slot != "exp_avg")
+        if given.same:
+            return state | given.extra(param)
+        given.extra(param)
+        return state | ({"RMS": scalar("F32", 0.0)} if state else {})  # made anew at every step
+
+    given.warn_of_casts()
+    return given.tree(state_of, lambda place, group: adafactor.in_transformers(given, place, group))
+
+
+def as_lion_pytorch(given: Given) -> Tree:
+    """What lion-pytorch keeps: one statistic, and no steps.
+
+    Raises:
+        LayoutError: for what it does not keep.
+    """
+    if not given.same:
+        rule_of(given, "lion")
+
+    def state_of(param: Parameter) -> Tree:
+        check_meanings(given, param, LION)
+        state = given.step(param, "")
+        for slot, record in param.slots.items():
+            state[slot] = given.full(param, slot, record)
+        return state | given.extra(param)
+
+    def hyper_of(place: int, group: Group) -> Tree:
+        return hyper.translated(given, place, hyper.common(given, group), hyper.LION)
+
+    given.warn_of_casts()
+    return given.tree(state_of, hyper_of)
+
+
+def fields_of(given: Given, param: Parameter, slot: str, record: SlotRecord, factored: bool) -> Tree:
+    """The tensors of a statistic that is in full, or as `<slot>_row` and `<slot>_col`.
+
+    factored: whether the library factors it for two dimensions and more, and only then.
+    """
+    if factored and record.store == FACTORED:
+        row, col = factors(given, record)
+        return {f"{slot}_row": row, f"{slot}_col": col}
+    whole = given.full(param, slot, record)
+    _refuse_full_matrix(given, param, slot, record, factored and len(whole.shape) > 1)
+    return {slot: whole}
+
+
+def factors(given: Given, record: SlotRecord) -> tuple[NewTensor, NewTensor]:
+    """Row means `[..., m]` and column means `[..., n]`."""
+    return given.tensor(record.fields["row"]), given.tensor(record.fields["col"])
+
+
+def _torch_fields(given: Given, param: Parameter, slot: str, record: SlotRecord, factored: bool) -> Tree:
+    """The tensors of one statistic; torch's Adafactor keeps factors in the parameter's number of dimensions."""
+    if not factored:
+        spelling = given.document.source.get("spelling") if given.same else None
+        key = spelling.get(slot, slot) if isinstance(spelling, dict) else slot  # as it was, if that names no slot
+        return {key: given.full(param, slot, record)}
+    if record.store == FACTORED:
+        row, col = factors(given, record)
+        return {
+            "row_var": given.tensor(row.key, (*row.shape, 1)),
+            "col_var": given.tensor(col.key, (*col.shape[:-1], 1, col.shape[-1])),
+        }
+    if slot == "exp_avg":
+        raise LayoutError(
+            f"exp_avg of '{shown(param.name)}' has no place in {given.layout}: its Adafactor keeps no first moment; "
+            "convert with --recipe adafactor, which keeps none either"
+        )
+    whole = given.full(param, slot, record)
+    _refuse_full_matrix(given, param, slot, record, len(whole.shape) > 1)
+    return {"variance": whole}
+
+
+def _refuse_full_matrix(given: Given, param: Parameter, slot: str, record: SlotRecord, condition: bool) -> None:
+    if condition:
+        raise given.misfit(param, slot, record, "row and column means of matrices", "factored")
+
+
+def _check_momentum(given: Given, param: Parameter, slot: str) -> None:
+    if slot == "exp_avg" and not given.same and not param.chain.endswith(adafactor.AVERAGES_STEPS):
+        raise LayoutError(
+            f"exp_avg of '{shown(param.name)}' averages updates, transformers' averages finished steps, learning rate "
+            "included; convert with --recipe adafactor, which keeps none"
+        )
+
+
+def _is_adafactor(given: Given) -> bool:
+    return given.same and given.document.source.get("optimizer") == "Adafactor"
+
+
+def _in_order(param: Parameter) -> list[str]:
+    return sorted(param.slots, key=lambda slot: ORDER.index(slot) if slot in ORDER else len(ORDER))
