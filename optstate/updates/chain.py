@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 from optstate.spec import ParamSpec
 from optstate.stores import Requests, Slot
@@ -86,7 +87,17 @@ class Chain(Transform):
             transform.check_slots(group)
 
     def __str__(self) -> str:
-        return " > ".join(type(t).__name__ for t in self.transforms) or "gradient"
+        return " > ".join(map(_words, self.transforms)) or "gradient"
+
+
+def _words(transform: Transform) -> str:
+    """A transform by its name and what decides its rule: switches that are on, and functions. Numbers are in the param
+    groups, and stores are told slot by slot."""
+    values = [(f.name, getattr(transform, f.name)) for f in fields(cast(Any, transform))]
+    switches = [name for name, value in values if value is True]
+    functions = [value.__name__ for _, value in values if isinstance(value, FunctionType)]
+    decisive = ", ".join([*switches, *functions])
+    return f"{type(transform).__name__}({decisive})" if decisive else type(transform).__name__
 
 
 def chain(*transforms: Transform) -> Chain:

@@ -12,7 +12,7 @@ from optstate.checkpoint.layouts.given import Given, LayoutError, number, number
 
 __all__ = ["AVERAGES_STEPS", "in_adalomo", "in_torch", "in_transformers"]
 
-AVERAGES_STEPS = "scale_by_learning_rate > momentum"
+AVERAGES_STEPS = "scale_by_learning_rate > momentum(decoupled)"
 """In a chain: the first moment averages finished steps, as transformers does, and not updates."""
 
 FP32_EPS = 2.0**-23
@@ -172,14 +172,12 @@ def _read(given: Given, place: int, hyper: Mapping[str, Any], chain: str) -> _Ru
 
 def _ours(given: Given, place: int, hyper: Mapping[str, Any], chain: str) -> _Rule:
     """By the keys and the chain of `adalomo.Adafactor` and `adalomo.AdaLomo`."""
-    floor = chain.endswith("scale_by_param_rms > scale_by_schedule > add_decayed_weights")
+    floor = "scale_by_schedule(cap_by_inverse_root)" in chain
     relative = "scale_by_schedule" in chain and not floor
     lr, eps = number(hyper["lr"]), tuple(hyper["eps"])
     _refuse(given, place, relative and lr != 1.0, f"lr={lr} as a factor on a relative step size")
     _refuse(given, place, hyper.get("clip_grad_value") is not None, f"clip_grad_value={hyper.get('clip_grad_value')}")
     beta1, clip = hyper.get("beta1"), hyper.get("clip_threshold", 1.0)
-    if relative:
-        given.note("the file does not say whether the relative step size warms up: warmup_init is False in the new one")
     return _Rule(
         lr=None if relative else lr,
         eps=eps[0],
@@ -190,7 +188,7 @@ def _ours(given: Given, place: int, hyper: Mapping[str, Any], chain: str) -> _Ru
         weight_decay=hyper.get("weight_decay", 0.0),
         scale="scale_by_param_rms" in chain,
         relative=relative,
-        warmup=False,
+        warmup="scale_by_schedule(warm_relative_step)" in chain,
         floor=floor,
         own=_own(hyper, _OURS),
     )

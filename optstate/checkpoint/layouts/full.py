@@ -38,9 +38,10 @@ def as_torch(given: Given) -> Tree:
         if factored:
             return adafactor.in_torch(given, place, group)
         words = hyper.TORCH_SGD if rule == "sgd" else hyper.TORCH_ADAMW
-        if rule == "sgd" and group.hyper.get("momentum") and "nesterov" not in group.hyper:
-            given.note("the file does not say whether SGD's momentum is Nesterov's: nesterov is False in the new one")
-        return hyper.translated(given, place, hyper.common(given, group), words)
+        common = hyper.common(given, group)
+        if rule == "sgd" and any("momentum(nesterov" in param.chain for param in given.members(place)):
+            common["nesterov"] = True
+        return hyper.translated(given, place, common, words)
 
     given.warn_of_casts()
     return given.tree(state_of, hyper_of)
