@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from optstate.checkpoint.opening import open_checkpoint
 from torch import Tensor, nn
 
 import optstate
@@ -24,7 +25,6 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion, in_stores
 from optstate.checkpoint.document import Document, Group, Parameter, SlotRecord, TensorValue, from_json, to_json
 from optstate.checkpoint.layouts import LAYOUTS, LayoutError, default_layout, lerobot_of, notes_of, tree_of
-from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.tensors import bytes_of, load
 from optstate.checkpoint.to_recipe import as_recipe
 from optstate.checkpoint.torch_writer import Constant, create_torch

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from optstate.checkpoint import layouts
+from optstate.checkpoint.atomic import replacing, write_all
 from optstate.checkpoint.carry_out import Track, carry_out, write_converted
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.report import Report
 from optstate.checkpoint.tensors import bytes_of
 from optstate.checkpoint.torch_writer import create_torch
+from optstate.checkpoint.writer import NewEntry, create, header_size
 
 __all__ = ["LAYOUTS", "NATIVE", "check_target", "export", "layout_for"]
 
 NATIVE = "optstate"
+LEROBOT_STATE, LEROBOT_GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
 LAYOUTS = (NATIVE, *layouts.LAYOUTS)
 
 
@@ -45,6 +49,9 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
     Raises:
         CheckpointError: refused.
     """
+    if layout == layouts.LEROBOT and os.path.lexists(target):
+        reason = "exists already, and two files cannot be replaced at once"
+        raise CheckpointError(target, reason, "give the name of a new folder", refused=True)
     for source in conversion.checkpoint.files:
         if os.path.exists(target) and os.path.samefile(source, target):
             raise CheckpointError(target, "is the source itself", "choose another name", refused=True)
@@ -85,10 +92,38 @@ def export(
 
 def _write_layout(conversion: Conversion, target: Path, layout: str, overwrite: bool, track: Track) -> Report:
     entries = {entry.name: entry for entry in conversion.entries}
+    if layout == layouts.LEROBOT:
+        return _write_lerobot(conversion, target, entries, track)
     tree = layouts.tree_of(layout, conversion.document, entries)
     with create_torch(target, tree, overwrite=overwrite) as file:
 
-        def put(key: str, tensor: Tensor) -> Any:
+        def put(key: str, tensor: Tensor) -> None:
             file.put(key, bytes_of(tensor))
 
         return carry_out(conversion, put, track)
+
+
+def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, NewEntry], track: Track) -> Report:
+    """A new folder of LeRobot's two files, which gets its name when both are complete."""
+    made = layouts.lerobot_of(conversion.document, entries)
+    constants = [NewEntry(name, constant.dtype, constant.shape) for name, constant in made.constants.items()]
+    all_entries = [*made.tensors.values(), *constants]
+    folder = target.with_name(f".optstate-{os.urandom(8).hex()}.tmp")
+    folder.mkdir()
+    try:
+        with create(folder / LEROBOT_STATE, all_entries, room=header_size({}, all_entries)) as file:
+            for name, constant in made.constants.items():
+                file.put(name, constant.data)
+
+            def put(key: str, tensor: Tensor) -> None:
+                file.put(made.tensors[key].name, bytes_of(tensor))
+
+            report = carry_out(conversion, put, track)
+            file.finish({})
+        with replacing(folder / LEROBOT_GROUPS, False) as descriptor:
+            write_all(descriptor, memoryview(made.groups.encode()))
+        os.rename(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return report
