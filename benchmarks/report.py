@@ -20,15 +20,22 @@ Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
 
-def parse_arguments(description: str, quick: str, quick_rounds: int, rounds: int) -> argparse.Namespace:
+def parse_arguments(
+    description: str,
+    quick: str,
+    quick_rounds: int,
+    rounds: int,
+    add: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
     """The options of a benchmark in rounds: `quick`, `rounds` and `json`.
 
-    quick: what `--quick` does, for the help; it also sets the rounds to `quick_rounds`.
+    quick: what `--quick` does, for the help; it also sets the rounds to `quick_rounds`. add: adds further options.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--rounds", type=int, help=f"interleaved rounds of each measurement (default {rounds})")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was measured to PATH")
+    add(parser)
     options = parser.parse_args()
     if options.rounds is None:
         options.rounds = quick_rounds if options.quick else rounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,10 @@ from optstate.checkpoint.describing import version_of_optstate
 from optstate.checkpoint.document import KEY, Document, Parameter, to_json
 from optstate.checkpoint.recode import Recoder
 from optstate.checkpoint.report import Report, report_of
+from optstate.checkpoint.sharded import create_set
 from optstate.checkpoint.tensors import bytes_of
 from optstate.checkpoint.values import Values
-from optstate.checkpoint.writer import create, header_size
+from optstate.checkpoint.writer import header_size
 
 __all__ = ["Track", "carry_out", "converted_document", "eps_of", "write_converted"]
 
@@ -26,10 +28,18 @@ Track = Callable[[Iterable[Parameter]], Iterable[Parameter]]
 USUAL_EPS = 1e-8
 
 
-def write_converted(conversion: Conversion, path: str, *, overwrite: bool = False, track: Track = iter) -> Report:
+def write_converted(
+    conversion: Conversion,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    track: Track = iter,
+    max_shard_size: int | None = None,
+) -> Report:
     """Write what a checkpoint becomes as one safetensors file, and report what was lost.
 
     Memory: the statistics of one parameter in fp32, and their new tensors. The file is replaced at once or not at all.
+    More than `max_shard_size` bytes become several files with an index.
 
     Raises:
         CheckpointError: if the target exists (refused unless `overwrite`) or cannot be written.
@@ -38,7 +48,7 @@ def write_converted(conversion: Conversion, path: str, *, overwrite: bool = Fals
     entries = conversion.entries
     widest = converted_document(conversion, _widest(report_of(conversion)))
     room = header_size({KEY: to_json(widest)}, entries)
-    with create(path, entries, room=room, overwrite=overwrite) as file:
+    with create_set(path, entries, room=room, limit=max_shard_size, overwrite=overwrite) as file:
         report = carry_out(conversion, lambda key, tensor: file.put(key, bytes_of(tensor)), track)
         file.finish({KEY: to_json(converted_document(conversion, report))})
     return report

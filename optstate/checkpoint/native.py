@@ -27,8 +27,9 @@ from optstate.checkpoint.document import (
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.stored import Stored
+from optstate.checkpoint.sharded import create_set
 from optstate.checkpoint.tensors import DTYPES, bytes_of, read_into
-from optstate.checkpoint.writer import NewEntry, layout, write
+from optstate.checkpoint.writer import NewEntry, header_size
 from optstate.optimizer import Optimizer
 from optstate.plan import ParamPlan, Plan
 
@@ -37,12 +38,15 @@ __all__ = ["load", "save"]
 Path = str | os.PathLike[str]
 
 
-def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True) -> None:
+def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True, max_shard_size: int | None = None) -> None:
     """Write everything that `optimizer` needs to go on into one safetensors file.
 
     Tensors are named `<parameter>/<slot>` or `<parameter>/<slot>.<field>` and keep the dtypes they have; groups, steps
     and stores are a JSON document under the metadata key `optstate`. Equal optimizers give equal bytes. The file is
     replaced at once or not at all. Memory: none for tensors on the CPU, else one tensor.
+
+    State of more than `max_shard_size` bytes becomes several files of at most that many each,
+    `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
 
     Give the optimizer `model.named_parameters()`: parameters without names are saved by their place, as `#0`, `#1` ...
 
@@ -50,6 +54,7 @@ def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True) -> None:
         InconsistentStateError: if a step broke off half-way.
         CheckpointError: if the file cannot be written, exists although `overwrite` is false, or the optimizer holds
             what has no place in it.
+        ValueError: if `max_shard_size` is below one byte.
     """
     saved, plan = optimizer.state_dict(), optimizer.plan()
     try:
@@ -58,15 +63,20 @@ def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True) -> None:
         text = to_json(document)
     except ValueError as error:
         raise CheckpointError(path, f"not saved: {error}", refused=True) from None
+    names = parameter_names(optimizer, plan)
     tensors = {
-        tensor_key(parameter_names(optimizer, plan)[i], key): value
+        tensor_key(names[i], key): value
         for i, state in saved["state"].items()
         for key, value in state.items()
         if key != "step"
     }
     entries = [NewEntry(name, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    in_order = (tensors[entry.name] for entry in layout(entries))
-    write(path, {KEY: text}, entries, (bytes_of(tensor) for tensor in in_order), overwrite=overwrite)
+    metadata = {KEY: text}
+    room = header_size(metadata, entries)
+    with create_set(path, entries, room=room, limit=max_shard_size, overwrite=overwrite) as file:
+        for name, tensor in tensors.items():
+            file.put(name, bytes_of(tensor))
+        file.finish(metadata)
 
 
 def load(
@@ -75,7 +85,7 @@ def load(
     *,
     allow_lossy: bool = False,
     key: str | None = None,
-    names: Path | None = None,
+    names: str | None = None,
 ) -> None:
     """Continue where the run that saved `path` stopped: state, steps and hyper-parameters.
 

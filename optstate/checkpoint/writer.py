@@ -141,12 +141,12 @@ def create(
 
 
 class SafetensorsFile:
-    """A file that `create` writes: `size` bytes in the end."""
+    """A file that `create` writes: `size` bytes in the end. `descriptor`: of the temporary file, open until then."""
 
     def __init__(self, path: str | os.PathLike[str], descriptor: int, ordered: Sequence[NewEntry], room: int) -> None:
         self.finished = False
         self._path = path
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._ordered = ordered
         self._room = room
         self._start: dict[str, int] = {}
@@ -178,7 +178,7 @@ class SafetensorsFile:
         if given.overlap(offset, stop):
             raise ValueError(f"{what}: bytes {offset} to {stop} were written already, in whole or in part")
         with reported(self._path):
-            write_at(self._descriptor, view, self._start[name] + offset)
+            write_at(self.descriptor, view, self._start[name] + offset)
         given.add(offset, stop)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
@@ -198,7 +198,7 @@ class SafetensorsFile:
         if len(text) > self._room:
             raise ValueError(f"the header needs {len(text)} bytes, {self._room} were kept for it: give more room")
         with reported(self._path):
-            write_at(self._descriptor, memoryview(_with_length(text.ljust(self._room))), 0)
+            write_at(self.descriptor, memoryview(_with_length(text.ljust(self._room))), 0)
         self.finished = True
 
 
