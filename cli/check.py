@@ -1,4 +1,4 @@
-"""`optstate check`: whether a file of optimizer state can be trusted."""
+"""`optstate check`: whether a checkpoint can be trusted."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from typing import Annotated
 import typer
 
 from optstate.checkpoint.container import Issue, structural_issues
+from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.summary import summarize
 
 from .findings import structure_of, values_of
+from .opening import KEY, NAMES, OPTIMIZER
 from .output import FINDINGS, JSON, failing, print_json, print_table
 
 SCHEMA = "optstate.check/1"
 
 
 def check(
-    path: Annotated[Path, typer.Argument(help="A safetensors file, a *.index.json, or the folder of one.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint of any kind that `inspect` reads, a file or a folder.")],
+    key: KEY = None,
+    names: NAMES = None,
+    optimizer: OPTIMIZER = None,
     as_json: JSON = False,
 ) -> None:
-    """Check a file: its structure, its tensors against what it says of them, and the numbers in them.
+    """Check a checkpoint: its structure, its tensors against what it says of them, and the numbers in them.
 
-    Exit code 0: no errors, warnings at most. 1: errors. 3: not a file that can be checked at all.
+    Exit code 0: no errors, warnings at most. 1: errors. 3: not a checkpoint that can be checked at all.
     """
     with failing():
-        issues = _issues(path)
+        issues = _issues(path, key, names, optimizer)
         errors = [issue for issue in issues if issue.severity == "error"]
         if as_json:
             print_json({"schema": SCHEMA, "path": str(path), "ok": not errors, "issues": [asdict(i) for i in issues]})
@@ -36,14 +41,26 @@ def check(
             raise typer.Exit(FINDINGS)
 
 
-def _issues(path: Path) -> list[Issue]:
+def _issues(path: Path, key: str | None, names: str | None, optimizer: str | None) -> list[Issue]:
     """Everything found. What cannot even be taken apart is not searched further."""
-    issues = structural_issues(path)
-    if any(issue.severity == "error" for issue in issues):
-        return issues
-    summary = summarize(path)
-    issues += structure_of(summary)
-    return issues + values_of(summary)
+    try:
+        summary = summarize(path, key=key, names=names, optimizer=optimizer)
+    except CheckpointError as error:
+        issues = _structure(error.path)
+        if any(issue.severity == "error" for issue in issues):
+            return issues
+        raise
+    files = summary.checkpoint.files if summary.checkpoint is not None else (summary.path,)
+    issues = [issue for file in files for issue in _structure(file)]
+    return issues + structure_of(summary) + values_of(summary)
+
+
+def _structure(path: str) -> list[Issue]:
+    """What is wrong or odd in the structure of a safetensors file or a sharded set; nothing for other files."""
+    try:
+        return structural_issues(path)
+    except CheckpointError:
+        return []
 
 
 def _print(issues: list[Issue]) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a file, gathered from the library's checks."""
+"""What is wrong with a checkpoint, gathered from the library's checks."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from optstate.checkpoint.consistency import inconsistencies
 from optstate.checkpoint.container import Issue
 from optstate.checkpoint.summary import Summary
 
+from .output import progress
+
 __all__ = ["structure_of", "values_of"]
 
 
 def structure_of(summary: Summary) -> list[Issue]:
-    """What headers alone tell, for a file that has been summed up."""
-    if summary.document is None:
-        return []
-    return inconsistencies(summary.headers[0], summary.document)
+    """What names, shapes and dtypes alone tell."""
+    return inconsistencies(summary.checkpoint) if summary.checkpoint is not None else []
 
 
 def values_of(summary: Summary) -> list[Issue]:
     """What the numbers tell: reads all data, and imports torch."""
-    from optstate.checkpoint.health import value_issues
+    from optstate.checkpoint.health import uneven_means, value_issues
 
-    return [issue for header in summary.headers for issue in value_issues(header, summary.document)]
+    checkpoint = summary.checkpoint
+    tensors = progress([(row.name, row.stored) for row in summary.rows], len(summary.rows), "tensors")
+    issues = list(value_issues(tensors, checkpoint.document if checkpoint is not None else None))
+    return issues if checkpoint is None else [*issues, *uneven_means(checkpoint)]

@@ -1,8 +1,9 @@
-"""`optstate inspect`: what a file of optimizer state holds."""
+"""`optstate inspect`: what a checkpoint of optimizer state holds."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
@@ -12,14 +13,21 @@ from typing import Annotated, Any
 
 import typer
 
+from optstate.checkpoint.checkpoint import OPTSTATE
 from optstate.checkpoint.document import TensorValue
-from optstate.checkpoint.errors import shown
-from optstate.checkpoint.summary import GroupSummary, Row, Summary, summarize
+from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.summary import STREAM, GroupSummary, Row, Summary, summarize, summarize_stream
 
 from .findings import structure_of
-from .output import JSON, bytes_text, failing, print_json, print_lines, print_table
+from .opening import KEY, NAMES, OPTIMIZER
+from .output import JSON, bytes_text, failing, print_json, print_lines, print_table, progress
 
 SCHEMA = "optstate.inspect/1"
+
+PATH_HELP = "A file or a folder: optstate's or another library's state. - for a safetensors file through a pipe."
+
+MOST_NAMES = 5
+"""Names listed before a count."""
 
 
 class Sort(str, Enum):
@@ -33,7 +41,7 @@ class Sort(str, Enum):
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A safetensors file, a *.index.json, or the folder of one.")],
+    path: Annotated[Path, typer.Argument(help=PATH_HELP)],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="List minimum, maximum, mean, zeros and non-finite numbers: reads the data.")
@@ -44,35 +52,47 @@ def inspect(
     sort: Annotated[
         Sort | None, typer.Option(help="Order the list: by text ascending, by size descending. Else the file's order.")
     ] = None,
+    key: KEY = None,
+    names: NAMES = None,
+    optimizer: OPTIMIZER = None,
     as_json: JSON = False,
 ) -> None:
-    """Show what a file of optimizer state holds: recipe, step, groups, and what every statistic costs.
+    """Show what a checkpoint of optimizer state holds: recipe, step, groups, what every statistic costs, and what other
+    recipes would keep.
 
     The groups and statistics shown are always those of the whole file; --filter and --sort are about the list.
     """
     with failing():
-        summary = summarize(path)
+        if str(path) == STREAM:
+            summary = _from_stdin(stats)
+        else:
+            summary = summarize(path, key=key, names=names, optimizer=optimizer)
         listed = tensors or stats or pattern is not None or sort is not None
         rows = _selected(summary.rows, pattern, sort) if listed else []
-        numbers = [_statistics(row) for row in rows] if stats else None
+        numbers = [_statistics(row) for row in progress(rows, len(rows), "tensors")] if stats else None
         if as_json:
             print_json(_tree(summary, rows if listed else None, numbers))
         else:
             _print(summary, rows if listed else None, numbers)
 
 
+def _from_stdin(stats: bool) -> Summary:
+    if stats:
+        reason = "--stats reads the data, and of a pipe only the header is read"
+        raise CheckpointError(STREAM, reason, "give a file", refused=True)
+    return summarize_stream(sys.stdin.buffer)
+
+
 def _selected(rows: Sequence[Row], pattern: str | None, sort: Sort | None) -> list[Row]:
     kept = [
-        row
-        for row in rows
-        if pattern is None or fnmatchcase(row.entry.name, pattern) or fnmatchcase(row.parameter, pattern)
+        row for row in rows if pattern is None or fnmatchcase(row.name, pattern) or fnmatchcase(row.parameter, pattern)
     ]
     keys = {
-        Sort.name: lambda row: row.entry.name,
-        Sort.slot: lambda row: (row.slot, row.field, row.entry.name),
-        Sort.dtype: lambda row: (row.dtype, row.entry.name),
-        Sort.elements: lambda row: (-row.entry.elements, row.entry.name),
-        Sort.bytes: lambda row: (-row.entry.nbytes, row.entry.name),
+        Sort.name: lambda row: row.name,
+        Sort.slot: lambda row: (row.slot, row.field, row.name),
+        Sort.dtype: lambda row: (row.dtype, row.name),
+        Sort.elements: lambda row: (-row.stored.elements, row.name),
+        Sort.bytes: lambda row: (-row.stored.nbytes, row.name),
     }
     return kept if sort is None else sorted(kept, key=keys[sort])
 
@@ -80,8 +100,7 @@ def _selected(rows: Sequence[Row], pattern: str | None, sort: Sort | None) -> li
 def _statistics(row: Row) -> dict[str, Any]:
     from optstate.checkpoint.tensors import statistics  # imports torch
 
-    with open(row.path, "rb", buffering=0) as file:
-        return asdict(statistics(file, row.entry))
+    return asdict(statistics(row.stored))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -95,13 +114,14 @@ def _tree(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any]
         "kind": summary.kind,
         "certainty": summary.certainty,
         "recipe": summary.recipe,
-        "looks_like": summary.guess or None,
+        "looks_like": summary.optimizer or None,
         "chains": list(summary.chains),
         "step": summary.step,
         "steps": list(summary.steps),
         "parameters": summary.parameters,
         "parameter_elements": summary.elements,
         "frozen": summary.frozen,
+        "without_state": list(summary.without_state),
         "state_bytes": summary.nbytes,
         "fp32_adamw_bytes": summary.adamw_bytes,
         "slots": [
@@ -116,6 +136,7 @@ def _tree(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any]
             for slot in summary.slots
         ],
         "groups": [_group_tree(i, group) for i, group in enumerate(summary.groups)],
+        "recipes": [{"recipe": name, "bytes": nbytes} for name, nbytes in summary.prices.items()],
         "notes": list(summary.notes),
         "issues": issues,
     }
@@ -139,15 +160,15 @@ def _group_tree(index: int, group: GroupSummary) -> dict[str, Any]:
 
 def _row_tree(row: Row) -> dict[str, Any]:
     return {
-        "name": row.entry.name,
+        "name": row.name,
         "parameter": row.parameter or None,
         "slot": row.slot or None,
         "field": row.field,
         "store": row.store,
         "dtype": row.dtype,
-        "shape": list(row.entry.shape),
-        "elements": row.entry.elements,
-        "bytes": row.entry.nbytes,
+        "shape": list(row.stored.shape),
+        "elements": row.stored.elements,
+        "bytes": row.stored.nbytes,
     }
 
 
@@ -188,18 +209,30 @@ def _print(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any
             for slot in summary.slots
         ]
         print_table(headings, cells)
+    if summary.prices:
+        typer.echo()
+        print_table(("RECIPE", "BYTES", "B/PARAM", "SHARE OF FP32 ADAMW"), _price_cells(summary))
     if rows is not None:
         typer.echo()
         _print_rows(rows, numbers)
 
 
+def _price_cells(summary: Summary) -> list[tuple[str, ...]]:
+    """What the same parameters would cost under other recipes."""
+    whole = summary.adamw_bytes or 0
+    return [
+        (name, str(nbytes), _ratio(nbytes, summary.elements), f"{100 * nbytes / whole:.1f} %" if whole else "-")
+        for name, nbytes in summary.prices.items()
+    ]
+
+
 def _facts(summary: Summary) -> list[tuple[str, str]]:
-    certain = {"declared": "says the file", "layout": "by the names of its tensors", "unknown": "nothing says more"}
+    certain = {"declared": "says the file", "layout": "by its layout", "unknown": "nothing says more"}
     facts = [("file", shown(summary.path)), ("kind", f"{summary.kind} ({certain[summary.certainty]})")]
-    if summary.recipe is not None or summary.kind == "optstate":
+    if summary.optimizer:
+        facts.append(("optimizer", summary.optimizer))
+    if summary.recipe is not None or summary.kind == OPTSTATE:
         facts.append(("recipe", summary.recipe or "a chain of its own"))
-    elif summary.guess:
-        facts.append(("recipe", f"unknown; the slots are those of {summary.guess}"))
     facts += [("chain", chain) for chain in summary.chains]
     if summary.steps:
         steps = [str(step) for step in summary.steps]
@@ -207,8 +240,11 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         facts.append(("step", f"{steps[-1]}{uneven}"))
     if summary.parameters is not None:
         elements = f", {summary.elements} elements with state" if summary.elements is not None else ""
-        frozen = f", {summary.frozen} without state" if summary.frozen else ""
-        facts.append(("parameters", f"{summary.parameters}{elements}{frozen}"))
+        facts.append(("parameters", f"{summary.parameters}{elements}"))
+    if summary.frozen:
+        names = ", ".join(shown(name) for name in summary.without_state[:MOST_NAMES])
+        more = f" and {summary.frozen - MOST_NAMES} more" if summary.frozen > MOST_NAMES else ""
+        facts.append(("without state", f"{summary.frozen}: {names}{more}"))
     per = f", {_ratio(summary.nbytes, summary.elements)} per element" if summary.elements else ""
     facts.append(("state", f"{summary.nbytes} bytes ({bytes_text(summary.nbytes)}){per}"))
     if summary.adamw_bytes:
@@ -245,9 +281,9 @@ def _print_rows(rows: list[Row], numbers: list[dict[str, Any]] | None) -> None:
 
 
 def _row_cells(row: Row) -> list[str]:
-    shape = "x".join(map(str, row.entry.shape)) or "scalar"
+    shape = "x".join(map(str, row.stored.shape)) or "scalar"
     slot = (f"{row.slot}.{row.field}" if row.field else row.slot) or "-"
-    return [row.parameter or row.entry.name, slot, row.store, shape, row.dtype, str(row.entry.nbytes)]
+    return [row.parameter or row.name, slot, row.store, shape, row.dtype, str(row.stored.nbytes)]
 
 
 def _ratio(nbytes: int, elements: int | None) -> str:

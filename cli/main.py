@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from .check import check
+from .diff import diff
 from .inspect import inspect
 from .output import JSON, print_json, print_table
 
-HELP = "Optimizer state: what a checkpoint holds, whether it is sound, and which recipes there are."
+HELP = "Optimizer state: what a checkpoint holds, whether it is sound, how two differ, and which recipes there are."
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=HELP)
 
@@ -36,6 +37,7 @@ def options(
 
 app.command()(inspect)
 app.command()(check)
+app.command()(diff)
 
 
 @app.command()

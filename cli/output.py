@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from optstate.checkpoint.errors import CheckpointError, escaped
 
-__all__ = ["FINDINGS", "JSON", "bytes_text", "failing", "print_json", "print_lines", "print_table"]
+__all__ = ["FINDINGS", "JSON", "bytes_text", "failing", "print_json", "print_lines", "print_table", "progress"]
+
+T = TypeVar("T")
 
 FINDINGS, UNREADABLE, REFUSED, INTERRUPTED = 1, 3, 4, 130
 """Exit codes; 2, a wrong use of the command, is typer's."""
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+PATIENCE = 1.0
+"""Seconds before a progress bar appears."""
 
 
 @contextmanager
@@ -84,3 +91,39 @@ def bytes_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, with a bar on stderr if that is a terminal and they take long."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield from items
+        return
+    start, bar = time.monotonic(), None
+    try:
+        for done, item in enumerate(items):
+            if bar is None and time.monotonic() - start > PATIENCE:
+                bar = _Bar(total, what)
+            if bar is not None:
+                bar.show(done)
+            yield item
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+class _Bar:
+    """rich's bar, which is imported once it is needed and gone once it is not."""
+
+    def __init__(self, total: int, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(what, total=total)
+        self._progress.start()
+
+    def show(self, done: int) -> None:
+        self._progress.update(self._task, completed=done)
+
+    def stop(self) -> None:
+        self._progress.stop()

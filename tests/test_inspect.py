@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import optstate
 from adalomo import AdaLomo
 from optstate.checkpoint.document import KEY
-from optstate.recipes import AdamW, AdamW8bit
+from optstate.recipes import AdamW, AdamW4bit, AdamW8bit
 from tests.models import EveryShape, loss_of, mlp
 
 DATA = Path(__file__).parent / "data"
@@ -101,6 +101,9 @@ class TestInspect:
         assert codes["DTYPE"] == "uint8+float32"
         assert codes["B/PARAM"] == f"{(4800 + 76) / 4800:.4f}"
         assert slots["exp_avg_sq", "Full()"]["B/PARAM"] == "4.0000"
+        recipes = {row["RECIPE"]: row for row in table(text, "RECIPE")}
+        assert (recipes["adamw"]["BYTES"], recipes["adamw"]["SHARE OF FP32 ADAMW"]) == ("72032", "100.0 %")
+        assert recipes["lomo"] == {"RECIPE": "lomo", "BYTES": "0", "B/PARAM": "0.0000", "SHARE OF FP32 ADAMW": "0.0 %"}
 
     def test_json_has_every_key_and_adds_up(self, eight_bit: Path) -> None:
         tree = as_json("inspect", eight_bit, "--tensors")
@@ -123,6 +126,16 @@ class TestInspect:
             assert tensor["dtype"] == str(own.dtype).removeprefix("torch.")
         assert tree["groups"][2]["hyper"]["betas"] == [0.9, 0.999]
         assert "tensors" not in as_json("inspect", eight_bit)
+
+    def test_other_recipes_cost_what_their_plans_say(self, eight_bit: Path, factored: Path) -> None:
+        """What is kept now is the price of the recipe that keeps it."""
+        for path in (eight_bit, factored):
+            tree = as_json("inspect", path)
+            prices = {row["recipe"]: row["bytes"] for row in tree["recipes"]}
+            assert prices[tree["recipe"]] == tree["state_bytes"]
+            model = mlp(torch.float32, 600)
+            for name, nbytes in prices.items():
+                assert nbytes == optstate.recipes.get(name)(model.parameters()).plan().nbytes, name
 
     def test_stats_are_torchs(self, factored: Path) -> None:
         tree = as_json("inspect", factored, "--stats")
@@ -149,6 +162,37 @@ class TestInspect:
         assert (found["none"]["minimum"], found["none"]["zeros"]) == (None, 0)
         assert (found["b"]["mean"], found["b"]["zeros"]) == (0.5, 1)
 
+    def test_stats_of_a_tensor_that_is_not_contiguous(self, tmp_path: Path) -> None:
+        """Read in parts of bounded size, each byte once, whatever the order of its dimensions."""
+        from optstate.checkpoint import tensors
+        from optstate.checkpoint.stored import Stored
+
+        base = torch.randn(40, 30, 20, generator=torch.Generator().manual_seed(0))
+        (tmp_path / "a").write_bytes(b"abc" + bytes(base.untyped_storage().tolist()))
+        views = [
+            base.permute(2, 0, 1),
+            base[3:, ::2],
+            base[:, 1, 2],
+            base[5],
+            base[0, 0, 0],
+            base[:0],
+            base[..., ::7].mT,
+        ]
+        for piece in (1 << 19, 64):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tensors, "PIECE", piece)
+                for view in [*views, base[0].expand(3, 30, 20)]:
+                    place = 3 + 4 * view.storage_offset()
+                    stored = Stored(str(tmp_path / "a"), place, "F32", tuple(view.shape), view.stride())
+                    assert torch.equal(tensors.load(stored), view)
+                    found = tensors.statistics(stored)
+                    parts = list(tensors.pieces(stored))
+                    assert max((part.numel() for part in parts), default=0) <= piece
+                    assert torch.equal(torch.cat(parts).sort().values, view.double().flatten().sort().values)
+                    if view.numel():
+                        assert (found.minimum, found.maximum) == (view.min().item(), view.max().item())
+                        assert found.mean == pytest.approx(view.double().mean().item(), rel=1e-9)
+
     def test_filter_and_sort_are_about_the_list(self, eight_bit: Path) -> None:
         text = run("inspect", eight_bit, "--filter", "0.weight", "--sort", "bytes")
         names = [(row["NAME"], row["SLOT"]) for row in table(text, "NAME")]
@@ -174,6 +218,8 @@ class TestInspect:
         optstate.save(optimizer, tmp_path / "a")
         tree = as_json("inspect", tmp_path / "a")
         assert (tree["frozen"], tree["step"], tree["steps"]) == (1, 1, [0, 1])
+        assert tree["without_state"] == ["frozen"]
+        assert "without state\t1: frozen\n" in run("inspect", tmp_path / "a")
         assert [issue["where"] for issue in tree["issues"]] == ["step"]
         checked = as_json("check", tmp_path / "a")
         assert checked["ok"] is True
@@ -196,16 +242,18 @@ class TestInspect:
         safetensors.torch.save_file(tensors, tmp_path / "optimizer_state.safetensors")
         file = tmp_path / "optimizer_state.safetensors"
         alone = as_json("inspect", file)
-        assert alone["groups"] == []
+        assert alone["groups"][0]["hyper"] == {}
+        assert "no optimizer_param_groups.json beside it" in alone["notes"][0]
         (tmp_path / "optimizer_param_groups.json").write_text(json.dumps(state["param_groups"]))
-        tree = as_json("inspect", file)
-        assert (tree["kind"], tree["certainty"], tree["recipe"]) == ("lerobot", "layout", None)
-        assert tree["looks_like"] == "Adam or AdamW"
-        assert (tree["step"], tree["parameters"]) == (1, 6)
-        assert tree["groups"][0]["hyper"]["lr"] == 1e-3
-        assert {slot["slot"]: slot["tensors"] for slot in tree["slots"]} == {"exp_avg": 6, "exp_avg_sq": 6, "step": 6}
-        assert {slot["store"] for slot in tree["slots"]} == {"unknown"}
-        assert as_json("check", file)["ok"] is True
+        for path in (file, tmp_path):
+            tree = as_json("inspect", path)
+            assert (tree["kind"], tree["certainty"], tree["recipe"]) == ("lerobot", "layout", "adamw")
+            assert tree["looks_like"] == "AdamW"
+            assert (tree["step"], tree["parameters"]) == (1, 6)
+            assert tree["groups"][0]["hyper"]["lr"] == 1e-3
+            assert {slot["slot"]: slot["tensors"] for slot in tree["slots"]} == {"exp_avg": 6, "exp_avg_sq": 6}
+            assert {slot["store"] for slot in tree["slots"]} == {"Full()"}
+            assert as_json("check", path)["ok"] is True
         (tmp_path / "optimizer_param_groups.json").write_text("[[")
         assert "param groups beside the file cannot be read" in run("inspect", file, code=3)
 
@@ -223,6 +271,37 @@ class TestInspect:
         index.write_text(json.dumps({"metadata": {"total_size": 12}, "weight_map": weight_map}))
         assert as_json("inspect", tmp_path)["state_bytes"] == 12
         assert as_json("check", index)["ok"] is True
+
+    def test_through_a_pipe(self, eight_bit: Path, tmp_path: Path) -> None:
+        """What follows the header is not needed, and a pipe has no end to compare with."""
+        content = eight_bit.read_bytes()
+        header = content[: 8 + int.from_bytes(content[:8], "little")]
+        of_file = as_json("inspect", eight_bit, "--tensors")
+        for data in (content, header):
+            result = CliRunner().invoke(app, ["inspect", "-", "--tensors", "--json"], input=data)
+            assert result.exit_code == 0, result.output
+            assert json.loads(result.stdout) == {**of_file, "path": "-"}
+        safetensors.torch.save_file({"w": torch.zeros(3)}, tmp_path / "a")
+        result = CliRunner().invoke(app, ["inspect", "-", "--json"], input=(tmp_path / "a").read_bytes())
+        assert (json.loads(result.stdout)["kind"], json.loads(result.stdout)["state_bytes"]) == ("safetensors", 12)
+
+    def test_what_cannot_come_through_a_pipe(self, eight_bit: Path, tmp_path: Path) -> None:
+        torch.save({"state": {}}, tmp_path / "a")
+        content = eight_bit.read_bytes()
+        refused = "-: --stats reads the data, and of a pipe only the header is read; give a file"
+        give_a_file = "only a safetensors file can be inspected through a pipe: give a file"
+        torch_file = f"-: a file written by torch.save, not a safetensors file; {give_a_file}"
+        for data, arguments, code, message in [
+            (content, ["--stats"], 4, refused),
+            ((tmp_path / "a").read_bytes(), [], 3, torch_file),
+            (b"", [], 3, f"-: an empty file, not a safetensors file; {give_a_file}"),
+            (b"\x09", [], 3, "-: not a safetensors file: 1 bytes are too short for the header's length"),
+            (content[:200], [], 3, "-: the file ends within its header"),
+            (b"\xff" * 8 + b"{" * 600, [], 3, None),
+        ]:
+            result = CliRunner().invoke(app, ["inspect", "-", *arguments], input=data)
+            assert (result.exit_code, result.stdout) == (code, "")
+            assert message is None or result.stderr == f"optstate: {message}\n"
 
     @pytest.mark.parametrize("arguments", [(), ("--json",), ("--tensors",), ("--stats", "--json")])
     def test_hostile_names_reach_no_terminal(self, arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -244,15 +323,15 @@ class TestInspect:
         assert "\x1b" not in run("inspect", eight_bit)
 
 
-@pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, no_color: bool) -> None:
+def on_a_terminal(stream: str, arguments: list[str], **environment: str) -> str:
+    """What a command writes to its standard output or its standard error, which is a terminal."""
     import os
     import pty
 
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "150"}
-    environment |= {"NO_COLOR": "1"} if no_color else {}
     main, other = pty.openpty()
-    with subprocess.Popen([sys.executable, *command("inspect", eight_bit)], stdout=other, env=environment) as process:
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: other}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "150", **environment}
+    with subprocess.Popen([sys.executable, *arguments], env=environment, **streams) as process:
         os.close(other)
         output = b""
         try:
@@ -261,28 +340,50 @@ def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, no
         except OSError:  # the end, on Linux
             pass
         assert process.wait() == 0
-    text = output.decode()
+    os.close(main)
+    return output.decode()
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, environment: dict[str, str]) -> None:
+    text = on_a_terminal("stdout", command("inspect", eight_bit), **environment)
     assert "Block8()" in text
     assert "\t" not in text
     assert ("\x1b[3" in text) is False  # no colours at all; bold headings at most
-    os.close(main)
+    assert "TERM" not in environment or "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "term", "shown"), [(0.06, "xterm", True), (0.0, "xterm", False), (0.06, "dumb", False)]
+)
+def test_a_bar_on_a_terminal_where_it_takes_long(seconds: float, term: str, shown: bool) -> None:
+    code = (
+        "import time; from optstate_cli import output; output.PATIENCE = 0.1\n"
+        f"for _ in output.progress(range(10), 10, 'tensors'): time.sleep({seconds})"
+    )
+    assert ("tensors" in on_a_terminal("stderr", ["-c", code], TERM=term)) is shown
+    quiet = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert quiet.stdout == quiet.stderr == b""
 
 
 def command(*arguments: Any) -> list[str]:
     return ["-c", "from optstate_cli import app; app()", *map(str, arguments)]
 
 
-def test_looking_into_a_file_does_not_import_torch(eight_bit: Path) -> None:
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_looking_into_a_file_does_not_import_torch(suffix: str, eight_bit: Path, tmp_path: Path) -> None:
+    path = eight_bit
+    if suffix == "pt":
+        path = tmp_path / "opt.pt"
+        torch.save(trained(lambda m: torch.optim.AdamW(m.parameters())).state_dict(), path)
     code = (
         "import sys, time; t = time.perf_counter(); from optstate_cli import app\n"
-        f"try: app(['inspect', {str(eight_bit)!r}, '--tensors', '--json'])\n"
+        f"try: app(['inspect', {str(path)!r}, '--tensors', '--json'])\n"
         "except SystemExit as stop: assert not stop.code\n"
         "print([m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules], time.perf_counter() - t)"
     )
-    last = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()[
-        -1
-    ]
-    modules, _, seconds = last.rpartition(" ")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules, _, seconds = done.stdout.splitlines()[-1].rpartition(" ")
     print(f"inspect took {float(seconds):.3f} s with its imports")
     assert modules == "[]"
 
@@ -373,6 +474,25 @@ class TestCheck:
         ),
     }
 
+    def test_four_bits_with_maxima_by_row_and_column(self, tmp_path: Path) -> None:
+        optstate.save(trained(lambda m: AdamW4bit(m.named_parameters(), rank1=True)), tmp_path / "a")
+        assert as_json("check", tmp_path / "a")["issues"] == []
+        path = self.changed(tmp_path / "a", tmp_path, lambda t, d: t["0.weight/exp_avg_sq.row"][2].neg_())
+        assert [issue["where"] for issue in as_json("check", path, code=1)["issues"]] == ["0.weight/exp_avg_sq.row"]
+
+    def test_codebooks(self, eight_bit: Path, tmp_path: Path) -> None:
+        """Values that are not those of the id, that are not in the file, or that fp32 does not have."""
+        with safetensors.safe_open(eight_bit, "pt") as file:
+            first, second = json.loads(file.metadata()[KEY])["codebooks"]
+        for change, where, what in [
+            (lambda t, d: d["codebooks"][first].__setitem__(7, d["codebooks"][first][8]), first, "of another map"),
+            (lambda t, d: d["codebooks"].pop(second), second, "is used, but its values are not in the file"),
+            (lambda t, d: d["codebooks"][first].__setitem__(255, 1e300), first, "255 of them fp32 numbers"),
+        ]:
+            issues = as_json("check", self.changed(eight_bit, tmp_path, change), code=1)["issues"]
+            assert [issue["where"] for issue in issues] == [f"codebook {where}"]
+            assert what in issues[0]["what"]
+
     @pytest.mark.parametrize("name", BROKEN)
     def test_what_is_broken_is_the_one_thing_found(self, name: str, tmp_path: Path, request: Any) -> None:
         source, change, where, what = self.BROKEN[name]
@@ -403,7 +523,8 @@ class TestCheck:
         assert "truncated" in run("inspect", cut, code=3)
         torch.save({"state": {}}, tmp_path / "opt.pt")
         shutil.copy(tmp_path / "opt.pt", tmp_path / "renamed.safetensors")
-        for path in (tmp_path / "renamed.safetensors", tmp_path / "absent", tmp_path):
+        (tmp_path / "empty").mkdir()
+        for path in (tmp_path / "renamed.safetensors", tmp_path / "absent", tmp_path / "empty"):
             message = run("check", path, code=3)
             assert message.startswith(f"optstate: {path}: ")
             assert message.count("\n") == 1
@@ -412,4 +533,8 @@ class TestCheck:
         tensors = {"state/0/exp_avg": -torch.ones(2), "state/0/exp_avg_sq": -torch.ones(2)}
         safetensors.torch.save_file(tensors, tmp_path / "a")
         issues = as_json("check", tmp_path / "a", code=1)["issues"]
-        assert [issue["where"] for issue in issues] == ["state/0/exp_avg_sq"]
+        assert [issue["where"] for issue in issues] == ["#0/exp_avg_sq"]
+        tensors = {"optim.exp_avg": -torch.ones(2), "optim.exp_avg_sq": -torch.ones(2)}
+        safetensors.torch.save_file(tensors, tmp_path / "b")
+        issues = as_json("check", tmp_path / "b", code=1)["issues"]
+        assert [issue["where"] for issue in issues] == ["optim.exp_avg_sq"]

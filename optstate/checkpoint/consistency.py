@@ -1,20 +1,26 @@
-"""Whether the tensors of an optstate file are what its document says. Imports no torch."""
+"""Whether the tensors of a checkpoint are what its document says. Imports no torch."""
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
+from itertools import pairwise
 from math import prod
 
-from optstate.checkpoint.container import Entry, Header, Issue
+from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.container import Issue
 from optstate.checkpoint.document import WEIGHT, Document, Parameter, SlotRecord
 from optstate.checkpoint.errors import shown
+from optstate.checkpoint.stored import Stored
 
-__all__ = ["inconsistencies", "store_name"]
+__all__ = ["has_axes", "inconsistencies", "store_name"]
 
 Shape = tuple[int, ...]
 
 FLOATS = {"F32", "F64"}
+LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
 
 def store_name(store: str) -> str:
@@ -22,23 +28,45 @@ def store_name(store: str) -> str:
     return store.partition("(")[0]
 
 
-def inconsistencies(header: Header, document: Document) -> list[Issue]:
+def has_axes(slot: SlotRecord) -> bool:
+    """Whether codes are scaled by maxima along every dimension instead of blocks."""
+    return store_name(slot.store) == "Block4" and "rank1=True" in slot.store
+
+
+def inconsistencies(checkpoint: Checkpoint) -> list[Issue]:
     """Every difference between the document and the tensors beside it, by names, shapes and dtypes alone."""
-    entries = {entry.name: entry for entry in header.tensors}
+    document, tensors = checkpoint.document, checkpoint.tensors
     issues: list[Issue] = []
     claimed: set[str] = set()
     for param in document.parameters:
         for name, slot in param.slots.items():
             claimed.update(slot.fields.values())
             where = shown(f"{param.name}/{name}")
-            issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, entries)]
+            issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, tensors)]
     issues += [
-        Issue("error", shown(entry.name), "belongs to no statistic in the document")
-        for entry in header.tensors
-        if entry.name not in claimed
+        Issue("error", shown(key), "belongs to no statistic in the document") for key in tensors if key not in claimed
     ]
-    issues += _uneven_steps(document)
-    return issues
+    return issues + _wrong_codebooks(document) + _uneven_steps(document)
+
+
+def _wrong_codebooks(document: Document) -> list[Issue]:
+    """Maps of codes that are not what their ids say, or are not there."""
+    problems = {key: _codebook_problem(key, values) for key, values in document.codebooks.items()}
+    used = {slot.codebook for param in document.parameters for slot in param.slots.values()} - {""}
+    problems |= dict.fromkeys(sorted(used - problems.keys()), "is used, but its values are not in the file")
+    return [Issue("error", f"codebook {shown(key)}", what) for key, what in problems.items() if what]
+
+
+def _codebook_problem(key: str, values: tuple[float, ...]) -> str:
+    """What is wrong with the values of codes, "" for nothing."""
+    finite = sum(abs(value) <= LARGEST_FP32 for value in values)
+    if len(values) not in (16, 256) or finite < len(values):
+        return f"has {len(values)} values, {finite} of them fp32 numbers: codes stand for 16 or 256"
+    if any(a > b for a, b in pairwise(values)):
+        return "its values are not ascending"
+    # 16 digits of the SHA-256 of the values as little-endian fp32 are part of the id.
+    digest = sha256(struct.pack(f"<{len(values)}f", *values)).hexdigest()[:16]
+    return "" if key.rpartition(":")[2] == digest else f"its values are those of another map, {digest}"
 
 
 def _uneven_steps(document: Document) -> list[Issue]:
@@ -54,19 +82,19 @@ def _uneven_steps(document: Document) -> list[Issue]:
     return [Issue("warning", "step", what)]
 
 
-def _slot_problems(param: Parameter, name: str, slot: SlotRecord, entries: Mapping[str, Entry]) -> Iterator[str]:
+def _slot_problems(param: Parameter, name: str, slot: SlotRecord, tensors: Mapping[str, Stored]) -> Iterator[str]:
     expected = _expected(param, slot, store_name(slot.store)) if name != WEIGHT else _of_weights(param, slot)
     for field, key in slot.fields.items():
-        entry = entries.get(key)
-        if entry is None:
+        stored = tensors.get(key)
+        if stored is None:
             yield f"the tensor '{shown(key)}' is missing"
         elif expected is not None and field in expected:
             shape, dtypes = expected[field]
-            if shape is not None and entry.shape != shape:
+            if shape is not None and stored.shape != shape:
                 here = f"{slot.store} of {_sizes(param)} has {list(shape)}"
-                yield f"{field or 'it'} has shape {list(entry.shape)}, {here}"
-            if entry.dtype not in dtypes:
-                yield f"{field or 'it'} has dtype {entry.dtype}, {slot.store} has {' or '.join(sorted(dtypes))}"
+                yield f"{field or 'it'} has shape {list(stored.shape)}, {here}"
+            if stored.dtype not in dtypes:
+                yield f"{field or 'it'} has dtype {stored.dtype}, {slot.store} has {' or '.join(sorted(dtypes))}"
     if expected is not None:
         for field in expected.keys() - slot.fields.keys():
             yield f"{slot.store} without {field or 'its tensor'}"
@@ -86,7 +114,7 @@ Expected = dict[str, tuple[Shape | None, set[str]]]
 
 def _expected(param: Parameter, slot: SlotRecord, kind: str) -> Expected | None:
     """What a store of optstate's own keeps; None for others, which this cannot judge."""
-    rule = _STORES.get(kind)
+    rule = _STORES.get(kind) if not has_axes(slot) else _rank_one
     return rule(param.shape, slot) if rule is not None and param.shape is not None else None
 
 
@@ -131,7 +159,6 @@ _STORES: dict[str, Callable[[Shape, SlotRecord], Expected]] = {
     "Float8": _blocks,
     "Full": _full,
     "Grouped": _grouped,
-    "RankOne4": _rank_one,
 }
 
 

@@ -6,6 +6,7 @@ No tensor data are read here: `Entry.start` and `Entry.stop` say where they are.
 from __future__ import annotations
 
 import os
+from typing import BinaryIO
 
 from optstate.checkpoint import header, index
 from optstate.checkpoint.header import BITS, METADATA, Entry, Header, Issue, Report, raising
@@ -24,6 +25,7 @@ __all__ = [
     "identify",
     "read_header",
     "read_index",
+    "read_stream",
     "structural_issues",
 ]
 
@@ -33,6 +35,14 @@ MOST_ISSUES = 1000  # a hostile file may have millions
 def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of a safetensors file; raises CheckpointError unless the whole file agrees with it."""
     return header.read(path, raising(path))
+
+
+def read_stream(path: str | os.PathLike[str], file: BinaryIO) -> Header:
+    """The header of a safetensors file that comes through a pipe, whose data are left unread; `path` is for errors.
+
+    Raises CheckpointError unless it is one, as far as a header shows.
+    """
+    return header.read_stream(path, file, raising(path))
 
 
 def read_index(path: str | os.PathLike[str]) -> Index:

@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.kinds import (
@@ -32,7 +33,7 @@ from optstate.checkpoint.kinds import (
 )
 from optstate.checkpoint.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object
 
-__all__ = ["BITS", "METADATA", "Entry", "Header", "Issue", "Report", "raising", "read"]
+__all__ = ["BITS", "METADATA", "Entry", "Header", "Issue", "Report", "raising", "read", "read_stream"]
 
 # Bits of one element, in the order of the library's own list: the writer sorts by it.
 BITS = {
@@ -60,6 +61,7 @@ BITS = {
     "U64": 64,
 }
 MAX_COUNT = (1 << 63) - 1  # no framework counts further
+ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"
 FIELDS = ("dtype", "shape", "data_offsets")
 
@@ -150,9 +152,32 @@ def read(path: str | os.PathLike[str], report: Report) -> Header:
         first = read_bytes(path, file, min(size, 512))
         length = _header_length(path, first, size)
         header = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
+    return _parsed(path, header, length, size, report)
+
+
+def read_stream(path: str | os.PathLike[str], file: BinaryIO, report: Report) -> Header:
+    """The header of a file that comes through a pipe: what follows it is neither read nor missed.
+
+    `file_size` is where the last tensor ends.
+    """
+    first = read_bytes(path, file, 8)
+    first += read_bytes(path, file, min(int.from_bytes(first, "little"), 512 - 8))
+    size = ENDLESS if len(first) > 8 else len(first)
+    kind = kind_of(first, size)
+    if kind not in (SAFETENSORS, UNKNOWN):
+        hint = "only a safetensors file can be inspected through a pipe: give a file"
+        raise CheckpointError(path, f"{kind}, not a safetensors file", hint)
+    length = _header_length(path, first, size)
+    header = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
+    return _parsed(path, header, length, None, report)
+
+
+def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int | None, report: Report) -> Header:
+    """A header in its own bytes, of a file of `size` bytes; None where the end is not known."""
     if len(header) < length:
-        raise CheckpointError(path, "the file became shorter while it was read")
-    text = _header_text(path, first, header)
+        short = "became shorter while it was read" if size is not None else "ends within its header"
+        raise CheckpointError(path, f"the file {short}")
+    text = _header_text(path, header)
     parser = _Parser(text, report)
     try:
         parser.parse()
@@ -162,7 +187,8 @@ def read(path: str | os.PathLike[str], report: Report) -> Header:
     if start % 8:
         report.warning("header", f"not padded: the data begin at byte {start}, which is no multiple of 8")
     tensors = _in_file_order(parser, start, size)
-    return Header(os.fspath(path), parser.metadata, tensors, start, size)
+    end = tensors[-1].stop if tensors else start
+    return Header(os.fspath(path), parser.metadata, tensors, start, end if size is None else size)
 
 
 def _special_hint(path: str | os.PathLike[str], special: str) -> str:
@@ -201,7 +227,7 @@ def _header_length(path: str | os.PathLike[str], first: bytes, size: int) -> int
     return length
 
 
-def _header_text(path: str | os.PathLike[str], first: bytes, header: bytes) -> str:
+def _header_text(path: str | os.PathLike[str], header: bytes) -> str:
     try:
         return header.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -328,7 +354,7 @@ def value_text(value: object) -> str:
     return shown(repr(value[:50]) if isinstance(value, list | str) else repr(value))
 
 
-def _in_file_order(parser: _Parser, start: int, size: int) -> tuple[Entry, ...]:
+def _in_file_order(parser: _Parser, start: int, size: int | None) -> tuple[Entry, ...]:
     """The entries by position with offsets from the beginning of the file; reports gaps, overlaps, missing bytes."""
     report = parser.report
     ordered = sorted(parser.entries.values(), key=lambda entry: (entry.start, entry.stop))
@@ -349,7 +375,7 @@ def _in_file_order(parser: _Parser, start: int, size: int) -> tuple[Entry, ...]:
     if unaligned:
         more = f" and {len(unaligned) - 1} more" if len(unaligned) > 1 else ""
         report.warning(tensor_place(unaligned[0]) + more, "not aligned to the size of an element")
-    present = size - start
+    present = size - start if size is not None else reached
     if reached > present:
         report.error("data", f"truncated: {reached - present} of {reached} bytes are missing at the end of the file")
     elif reached < present and complete:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.container import Entry
+from optstate.checkpoint.container import BITS
+from optstate.checkpoint.errors import shown
 from optstate.checkpoint.kinds import open_file
-from optstate.checkpoint.stored import Stored
+from optstate.checkpoint.stored import Pieces, Stored
 
 __all__ = ["DTYPES", "Statistics", "bytes_of", "load", "pieces", "read_into", "statistics"]
 
@@ -32,6 +33,8 @@ DTYPES = {
     torch.float64: "F64",
 }
 """What safetensors calls the dtypes that stores use."""
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 PIECE = 1 << 19
 """Elements read at a time: 4 MiB as fp64."""
@@ -57,41 +60,51 @@ def load(stored: Stored) -> Tensor:
 
     Raises:
         ValueError: for a dtype that torch does not have.
-        OSError: if the file ends early or cannot be read.
+        OSError: if a file ends early or cannot be read.
     """
-    dtype = next((own for own, name in DTYPES.items() if name == stored.dtype), None)
-    if dtype is None:
+    if stored.dtype not in _TORCH:
         raise ValueError(f"{stored.dtype} numbers cannot be read")
+    if not isinstance(stored, Pieces):
+        return _as_it_lies(stored).contiguous()
+    tensor = torch.empty(stored.whole, dtype=_TORCH[stored.dtype])
+    for first, part in stored.parts:
+        box = tuple(slice(start, start + size) for start, size in zip(first, part.shape, strict=True))
+        tensor[box] = _as_it_lies(part)
+    return tensor.view(stored.shape)
+
+
+def _as_it_lies(stored: Stored) -> Tensor:
+    """A tensor in memory as it is in the file, with what is between its elements."""
+    dtype = _TORCH[stored.dtype]
     flat = torch.empty(stored.span // dtype.itemsize, dtype=dtype)
-    with open_file(stored.path) as file:
-        file.seek(stored.start)
-        _fill(_memory(flat), file, stored.path)
-    if stored.stride is None:
-        return flat.view(stored.shape)
-    return flat.as_strided(stored.shape, stored.stride).contiguous() if stored.elements else flat.view(stored.shape)
+    _fill(flat, stored)
+    return flat.view(stored.shape) if stored.stride is None else flat.as_strided(stored.shape, stored.stride)
 
 
 def read_into(own: Tensor, stored: Stored) -> None:
-    """Fill `own` with a contiguous tensor of a file, by way of a copy only if it is not plain memory.
+    """Fill `own` with a tensor of a file, by way of a copy only if one of the two is not plain memory.
 
     Raises:
         OSError: if the file ends early or cannot be read; `own` may then be filled in part.
     """
-    target = own if own.device.type == "cpu" and own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype)
-    with open_file(stored.path) as file:
+    plain = stored.stride is None and not isinstance(stored, Pieces)
+    if plain and own.device.type == "cpu" and own.is_contiguous():
+        _fill(own, stored)
+    else:
+        own.copy_(load(stored))
+
+
+def _fill(target: Tensor, stored: Stored) -> None:
+    """Fill a contiguous tensor on the CPU with the bytes from the first of `stored` on."""
+    buffer, done = _memory(target), 0
+    opened: Any = open_file(stored.path)  # typeshed's BinaryIO has no readinto
+    with opened as file:
         file.seek(stored.start)
-        _fill(_memory(target), file, stored.path)
-    if target is not own:
-        own.copy_(target)
-
-
-def _fill(buffer: memoryview, file: Any, what: str) -> None:
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise OSError(f"the file ends within the tensor '{what}'")
-        done += count
+        while done < len(buffer):
+            count = file.readinto(buffer[done:])
+            if not count:
+                raise OSError(f"{shown(stored.path)} ends within a tensor that begins at byte {stored.start}")
+            done += count
 
 
 @dataclass(frozen=True)
@@ -108,22 +121,39 @@ class Statistics:
     infinite: int
 
 
-def pieces(file: Any, entry: Entry) -> Iterator[Tensor]:
-    """A tensor's numbers in order as flat fp64 tensors of a few MiB. Nothing for a dtype that torch cannot read."""
-    dtype = next((own for own, name in DTYPES.items() if name == entry.dtype), None)
-    if dtype is None:
+def pieces(stored: Stored) -> Iterator[Tensor]:
+    """A tensor's numbers as flat fp64 tensors of a few MiB, in the order of the file: its own if it is contiguous.
+
+    Nothing for a dtype that torch does not have.
+    """
+    if isinstance(stored, Pieces):
+        for _, part in stored.parts:
+            yield from pieces(part)
+    elif stored.dtype in _TORCH:
+        flat = stored if stored.stride is not None else replace(stored, shape=(stored.elements,), stride=(1,))
+        for part in _parts(flat):
+            yield _as_it_lies(part).double().flatten()
+
+
+def _parts(stored: Stored) -> Iterator[Stored]:
+    """A tensor in parts that are small, and lie within few bytes, cut along the dimension of the largest stride."""
+    size = BITS[stored.dtype] // 8
+    if max(stored.elements, stored.span // size) <= PIECE:
+        yield stored
         return
-    file.seek(entry.start)
-    for first in range(0, entry.elements, PIECE):
-        piece = torch.empty(min(PIECE, entry.elements - first), dtype=dtype)
-        _fill(_memory(piece), file, entry.name)
-        yield piece.double()
+    order = sorted(zip(stored.stride or (), stored.shape, strict=True), reverse=True)
+    (stride, length), *rest = [(stride, length) for stride, length in order if length > 1]
+    inner = replace(stored, shape=tuple(n for _, n in rest), stride=tuple(step for step, _ in rest))
+    count = max(min(PIECE // inner.elements, (PIECE - inner.span // size) // max(stride, 1) + 1), 1)
+    for first in range(0, length, count):
+        shape, start = (min(count, length - first), *inner.shape), stored.start + first * stride * size
+        yield from _parts(Stored(stored.path, start, stored.dtype, shape, (stride, *(step for step, _ in rest))))
 
 
-def statistics(file: Any, entry: Entry) -> Statistics:
+def statistics(stored: Stored) -> Statistics:
     """Statistics of one tensor, read piece by piece."""
     least, most, total, counts = torch.inf, -torch.inf, 0.0, dict.fromkeys(("zeros", "negative", "nan", "infinite"), 0)
-    for piece in pieces(file, entry):
+    for piece in pieces(stored):
         finite = piece[piece.isfinite()]
         if finite.numel():
             least, most = min(least, finite.min().item()), max(most, finite.max().item())
@@ -132,8 +162,7 @@ def statistics(file: Any, entry: Entry) -> Statistics:
         counts["negative"] += int((piece < 0).sum())
         counts["nan"] += int(piece.isnan().sum())
         counts["infinite"] += int(piece.isinf().sum())
-    known = entry.dtype in DTYPES.values()
-    finite_count = entry.elements - counts["nan"] - counts["infinite"] if known else 0
+    finite_count = stored.elements - counts["nan"] - counts["infinite"] if stored.dtype in _TORCH else 0
     if not finite_count:
-        return Statistics(entry.elements, None, None, None, **counts)
-    return Statistics(entry.elements, least, most, total / finite_count, **counts)
+        return Statistics(stored.elements, None, None, None, **counts)
+    return Statistics(stored.elements, least, most, total / finite_count, **counts)
