@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .check import check
+from .convert import convert
 from .diff import diff
 from .inspect import inspect
 from .output import JSON, print_json, print_table
@@ -37,6 +38,7 @@ def options(
 
 app.command()(inspect)
 app.command()(check)
+app.command()(convert)
 app.command()(diff)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from optstate.checkpoint.opening import open_checkpoint
 from torch import Tensor, nn
 
 import optstate
@@ -25,6 +24,7 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion, in_stores
 from optstate.checkpoint.document import Document, Group, Parameter, SlotRecord, TensorValue, from_json, to_json
 from optstate.checkpoint.layouts import LAYOUTS, LayoutError, default_layout, lerobot_of, notes_of, tree_of
+from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.tensors import bytes_of, load
 from optstate.checkpoint.to_recipe import as_recipe
 from optstate.checkpoint.torch_writer import Constant, create_torch
@@ -713,11 +713,11 @@ RULES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "decay by lr alone": (
         "transformers",
         {},
-        "scale_by_rms > clip_by_rms > scale_by_param_rms > scale_by_schedule > add_decayed_weights",
+        "scale_by_rms > clip_by_rms > scale_by_param_rms > scale_by_schedule(cap_by_inverse_root) > add_decayed_weights",
         "weight_decay=0.01, which acts by lr alone",
     ),
-    "relative": ("torch", {"lr": 1.0}, f"{ADAFACTOR_CHAIN} > scale_by_schedule", "a relative step size"),
-    "a factor": ("transformers", {}, f"{ADAFACTOR_CHAIN} > scale_by_schedule", "lr=0.001 as a factor"),
+    "relative": ("torch", {"lr": 1.0}, f"{ADAFACTOR_CHAIN} > scale_by_schedule(relative_step_size)", "a relative step size"),
+    "a factor": ("transformers", {}, f"{ADAFACTOR_CHAIN} > scale_by_schedule(relative_step_size)", "lr=0.001 as a factor"),
     "clamped gradients": ("transformers", {"clip_grad_value": 1.0}, ADAFACTOR_CHAIN, "clip_grad_value=1.0"),
 }
 
@@ -782,8 +782,10 @@ def test_a_parameter_without_state_has_no_entry(tmp_path: Path) -> None:
 
 
 def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
-    _, _, checkpoint = saved(lambda p: SGD(p, momentum=0.9), tmp_path)
-    assert "nesterov is False" in "".join(notes_of("torch", checkpoint.document, entries_of(checkpoint)))
+    for nesterov in (False, True):
+        _, _, checkpoint = saved(lambda p, n=nesterov: SGD(p, momentum=0.9, nesterov=n), tmp_path)
+        group = tree_of("torch", checkpoint.document, entries_of(checkpoint))["param_groups"][0]
+        assert group["nesterov"] is nesterov
     document, entries = document_with(ADAM, dtype="bfloat16", clip_grad_norm=1.0)
     cast, clip = notes_of("torch", document, entries)
     assert "bfloat16" in cast

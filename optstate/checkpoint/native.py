@@ -26,8 +26,8 @@ from optstate.checkpoint.document import (
 )
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.opening import open_checkpoint
-from optstate.checkpoint.stored import Stored
 from optstate.checkpoint.sharded import create_set
+from optstate.checkpoint.stored import Stored
 from optstate.checkpoint.tensors import DTYPES, bytes_of, read_into
 from optstate.checkpoint.writer import NewEntry, header_size
 from optstate.optimizer import Optimizer

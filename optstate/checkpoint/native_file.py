@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.container import Header, read_header, read_index
@@ -10,13 +11,13 @@ from optstate.checkpoint.document import KEY, Document, document_of
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.kinds import FOLDER, JSON, identify
 from optstate.checkpoint.sharded import find
-from optstate.checkpoint.stored import Stored, stored_entry
+from optstate.checkpoint.stored import stored_entry
 
-__all__ = ["native_checkpoint"]
+__all__ = ["native_checkpoint", "native_of"]
 
 
 def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open what `optstate.save` or `optstate convert` wrote.
+    """Open what `optstate.save` or `optstate convert` wrote. Tensors that its document does not name are kept, too.
 
     path: a safetensors file; the index of a set, or the folder with it; or the name that a set was saved under. The
     checkpoint's own `path` is what that led to, the index of a set.
@@ -28,20 +29,31 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     found = find(path)
     if identify(found) in (FOLDER, JSON):
         index = read_index(found)
-        found, headers = index.path, tuple(index.shards.values())
-        places = {(shard, entry.name): entry for shard, header in index.shards.items() for entry in header.tensors}
-        stored = {
-            name: stored_entry(index.shards[shard].path, places[shard, name])
-            for name, shard in index.weight_map.items()
-        }
-        files = (found, *(header.path for header in headers))
+        checkpoint = native_of(index.path, tuple(index.shards.values()))
+        listed = {key: stored for key, stored in checkpoint.tensors.items() if key in index.weight_map}
+        checkpoint = replace(checkpoint, tensors=listed, files=(index.path, *checkpoint.files))
     else:
-        headers = (read_header(found),)
-        stored = {entry.name: stored_entry(found, entry) for entry in headers[0].tensors}
-        files = (found,)
-    document = _only_document(found, headers)
-    tensors = _named(found, document, stored)
-    return Checkpoint(found, OPTSTATE, "declared", document, tensors, files, _stray(stored, tensors))
+        checkpoint = native_of(found, (read_header(found),))
+    for param in checkpoint.document.parameters:
+        for key in param.keys:
+            if key not in checkpoint.tensors:
+                hint = "it was changed after it had been saved"
+                raise CheckpointError(found, f"the tensor '{shown(key)}' is missing", hint)
+    return checkpoint
+
+
+def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
+    """The checkpoint that files with these headers hold, whether or not it is complete: tensors in the document's order,
+    then those that it does not name.
+
+    Raises:
+        CheckpointError: if there is not exactly one optstate document, or it cannot be read.
+    """
+    stored = {entry.name: stored_entry(header.path, entry) for header in headers for entry in header.tensors}
+    files = tuple(header.path for header in headers)
+    document = _only_document(path, headers)
+    named = {key: stored[key] for param in document.parameters for key in param.keys if key in stored}
+    return Checkpoint(path, OPTSTATE, "declared", document, named | stored, files)
 
 
 def _only_document(path: str, headers: tuple[Header, ...]) -> Document:
@@ -53,25 +65,3 @@ def _only_document(path: str, headers: tuple[Header, ...]) -> Document:
         hint = "the files of several sets were mixed" if having else "it was not written by optstate.save"
         raise CheckpointError(path, f"{what} in a set of {len(headers)} files: there must be one", hint)
     return document_of(having[0] if having else headers[0])
-
-
-def _named(path: str, document: Document, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors that the document names."""
-    tensors = {}
-    for param in document.parameters:
-        for key in param.keys:
-            if key not in stored:
-                raise CheckpointError(
-                    path, f"the tensor '{shown(key)}' is missing", "it was changed after it had been saved"
-                )
-            tensors[key] = stored[key]
-    return tensors
-
-
-def _stray(stored: dict[str, Stored], tensors: dict[str, Stored]) -> tuple[str, ...]:
-    stray = sorted(stored.keys() - tensors.keys())
-    if not stray:
-        return ()
-    if len(stray) == 1:
-        return (f"the tensor '{shown(stray[0])}' belongs to no statistic in the document",)
-    return (f"{len(stray)} tensors belong to no statistic in the document, such as '{shown(stray[0])}'",)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from optstate.checkpoint.header import BITS, Entry
 from optstate.checkpoint.kinds import open_file
 
-__all__ = ["Stored", "numbers", "stored_entry"]
+__all__ = ["Pieces", "Stored", "numbers", "stored_entry"]
 
 MOST_NUMBERS = 1024
 """Elements of a tensor that is read as plain numbers: a step, a learning rate, not a statistic."""
@@ -66,6 +66,18 @@ class Stored:
         return (last + 1) * BITS[self.dtype] // 8
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces(Stored):
+    """A tensor of which several ranks wrote a part each: boxes that fill it, each in a place of its own.
+
+    path: the folder of the parts; it has no start. whole: the shape that the boxes fill, which has the same elements
+    in the same order as `shape`. parts: for every box the index of its first element, and where it is.
+    """
+
+    whole: tuple[int, ...] = ()
+    parts: tuple[tuple[tuple[int, ...], Stored], ...] = ()
+
+
 def stored_entry(path: str, entry: Entry) -> Stored:
     """The place of a safetensors file's tensor."""
     return Stored(path, entry.start, entry.dtype, entry.shape)
@@ -75,10 +87,10 @@ def numbers(stored: Stored, file: BinaryIO | None = None) -> tuple[float | int, 
     """All numbers of a small contiguous tensor, flat.
 
     Raises:
-        ValueError: for a large one, one that is not contiguous, or one of a dtype that is no number's.
+        ValueError: for a large one, one that is not contiguous or in pieces, or one of a dtype that is no number's.
         OSError: if the file ends early.
     """
-    if stored.elements > MOST_NUMBERS or stored.span != stored.nbytes:
+    if stored.elements > MOST_NUMBERS or stored.span != stored.nbytes or isinstance(stored, Pieces):
         raise ValueError(f"a tensor of shape {stored.shape} is not one of a few numbers")
     if stored.dtype != "BF16" and stored.dtype not in _FORMATS:
         raise ValueError(f"{stored.dtype} numbers cannot be read here")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.container import SAFETENSORS, Header, identify, read_header, read_index, read_stream
-from optstate.checkpoint.document import KEY, Parameter, document_of
+from optstate.checkpoint.document import KEY, Parameter
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.foreign.lerobot import is_lerobot
+from optstate.checkpoint.native_file import native_of
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.prices import bytes_by_recipe
 from optstate.checkpoint.stored import Stored, stored_entry
@@ -154,7 +155,7 @@ def summarize(
         CheckpointError: if it is none of these, or not a valid one.
     """
     try:
-        return summary_of(_with_strays(open_checkpoint(path, key=key, names=names, optimizer=optimizer)))
+        return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
     except CheckpointError:
         headers = _headers(path)
         documents = [header for header in headers if KEY in header.metadata]
@@ -162,14 +163,14 @@ def summarize(
             return _of_others(os.fspath(path), headers)
         if len(documents) != 1:
             raise
-    return summary_of(_native(os.fspath(path), documents[0], headers))
+    return summary_of(native_of(os.fspath(path), headers))
 
 
 def summarize_stream(file: BinaryIO) -> Summary:
     """The same of a safetensors file that comes through a pipe: read up to the end of its header."""
     header = read_stream(STREAM, file)
     if KEY in header.metadata:
-        return summary_of(_native(STREAM, header, (header,)))
+        return summary_of(native_of(STREAM, (header,)))
     return _of_others(STREAM, (header,))
 
 
@@ -181,25 +182,6 @@ def _headers(path: str | os.PathLike[str]) -> tuple[Header, ...]:
         return (read_header(path),) if identify(path) == SAFETENSORS else ()
     except CheckpointError:
         return ()
-
-
-def _native(path: str, document: Header, headers: Iterable[Header]) -> Checkpoint:
-    """optstate's own file or set with all tensors there are, whether its document names them or others."""
-    tensors = {entry.name: stored_entry(header.path, entry) for header in headers for entry in header.tensors}
-    files = tuple(header.path for header in headers)
-    return Checkpoint(path, OPTSTATE, "declared", document_of(document), tensors, files)
-
-
-def _with_strays(checkpoint: Checkpoint) -> Checkpoint:
-    """The same, and the tensors in optstate's own files that its document does not name."""
-    if checkpoint.kind != OPTSTATE:
-        return checkpoint
-    known = set(checkpoint.tensors.values())
-    found = (
-        (entry.name, stored_entry(path, entry)) for path in checkpoint.files for entry in read_header(path).tensors
-    )
-    strays = {name: stored for name, stored in found if stored not in known}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **strays}) if strays else checkpoint
 
 
 def summary_of(checkpoint: Checkpoint) -> Summary:

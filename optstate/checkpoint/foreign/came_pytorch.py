@@ -1,0 +1,40 @@
+"""Files of CAME, as its authors' package and as pytorch_optimizer have it. Imports no torch."""
+
+from __future__ import annotations
+
+from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.foreign import layouts
+from optstate.checkpoint.foreign.drafts import Meaning, hyper
+from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
+from optstate.checkpoint.foreign.trees import StateDict
+
+__all__ = ["SLOTS", "read"]
+
+SLOTS = {
+    "exp_avg": Kept(Meaning("update", beta=hyper("betas", 0)), "exp_avg"),
+    "exp_avg_sq": Kept(
+        Meaning("square", signed=False, beta=hyper("betas", 1)), "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"
+    ),
+    "exp_avg_res": Kept(
+        Meaning("distance", signed=False, beta=hyper("betas", 2)), row="exp_avg_res_row", col="exp_avg_res_col"
+    ),
+}
+
+
+def _recipe(groups: Groups) -> str:
+    return "came"
+
+
+CAME = Layout(
+    "CAME",
+    frozenset({"lr", "betas", "eps", "clip_threshold"}),
+    SLOTS,
+    others=frozenset({"RMS"}),
+    recipe=_recipe,
+    lacks=frozenset({"decay_rate", "amsgrad", "weight_decouple"}),
+)
+
+
+def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+    """A checkpoint of came-pytorch; None if it is not its layout."""
+    return layouts.read(found, CAME, "came-pytorch", "came-pytorch") if CAME.fits(found) else None

@@ -1,0 +1,77 @@
+"""Whose state_dict it is: the readers of all libraries, asked in turn. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from optstate.checkpoint import torch_file
+from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.foreign import (
+    adam_mini,
+    bitsandbytes,
+    came_pytorch,
+    galore,
+    lion_pytorch,
+    lomo_optim,
+    pytorch_optimizer,
+    schedulefree,
+    sm3,
+    torch_optim,
+    torchao,
+    transformers,
+    unknown,
+)
+from optstate.checkpoint.foreign.trees import StateDict, state_dict_of
+from optstate.checkpoint.foreign.wrapped import chosen
+
+__all__ = ["read", "read_file"]
+
+READERS: tuple[Callable[[StateDict, str | None], Checkpoint | None], ...] = (
+    bitsandbytes.read,
+    torchao.read,
+    galore.read,
+    adam_mini.read,
+    schedulefree.read,
+    pytorch_optimizer.read,
+    came_pytorch.read,
+    transformers.read,
+    lomo_optim.read,
+    sm3.read,
+    torch_optim.read,
+    lion_pytorch.read,
+    unknown.read,
+)
+
+
+def read_file(path: str | os.PathLike[str], key: str | None = None, optimizer: str | None = None) -> Checkpoint:
+    """A checkpoint of what torch.save wrote.
+
+    key: where in the file the optimizer's state is, as "optimizer" or "optimizer_states.0"; found if there is one only.
+    optimizer: its name, where the file does not tell it.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or holds no optimizer state or several.
+    """
+    text = os.fspath(path)
+    return read(chosen(torch_file.read(path), text, key), text, optimizer)
+
+
+def read(tree: Any, path: str, optimizer: str | None = None) -> Checkpoint:
+    """A checkpoint of one optimizer's state, as plain data with `Stored` tensors.
+
+    Raises:
+        CheckpointError: naming the first parameter whose state is not what its library writes.
+    """
+    found = state_dict_of(tree, path)
+    checkpoint = lomo_optim.read_attributes(tree, path) if found is None else _first(found, optimizer)
+    if checkpoint is None:
+        raise CheckpointError(path, "not optimizer state: it lacks 'state' and 'param_groups'")
+    return checkpoint
+
+
+def _first(found: StateDict, optimizer: str | None) -> Checkpoint | None:
+    checkpoints = (reader(found, optimizer) for reader in READERS)
+    return next((checkpoint for checkpoint in checkpoints if checkpoint is not None), None)
