@@ -716,8 +716,18 @@ RULES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "scale_by_rms > clip_by_rms > scale_by_param_rms > scale_by_schedule(cap_by_inverse_root) > add_decayed_weights",
         "weight_decay=0.01, which acts by lr alone",
     ),
-    "relative": ("torch", {"lr": 1.0}, f"{ADAFACTOR_CHAIN} > scale_by_schedule(relative_step_size)", "a relative step size"),
-    "a factor": ("transformers", {}, f"{ADAFACTOR_CHAIN} > scale_by_schedule(relative_step_size)", "lr=0.001 as a factor"),
+    "relative": (
+        "torch",
+        {"lr": 1.0},
+        f"{ADAFACTOR_CHAIN} > scale_by_schedule(relative_step_size)",
+        "a relative step size",
+    ),
+    "a factor": (
+        "transformers",
+        {},
+        f"{ADAFACTOR_CHAIN} > scale_by_schedule(relative_step_size)",
+        "lr=0.001 as a factor",
+    ),
     "clamped gradients": ("transformers", {"clip_grad_value": 1.0}, ADAFACTOR_CHAIN, "clip_grad_value=1.0"),
 }
 

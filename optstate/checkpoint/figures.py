@@ -15,9 +15,9 @@ __all__ = ["Figures", "compared", "update"]
 class Figures:
     """Sums over the elements of statistics, from which the errors follow; figures of parts add up.
 
-    `value`, `error`: sums of squares of the statistic and of its error. `update`, `update_error`, `new_update`, `dot`:
-    of the update that it gives, of that update's error, of the new update, and the product of the two updates. `zeros`:
-    elements that became zero. `inflation`: the most that an element's update grew, as a factor.
+    `value`, `error`: sums of squares of the statistic and of its error. `update`, `update_error`, `new_update`: of the
+    update that it gives, of that update's error, and of the new update. `zeros`: elements that became zero.
+    `inflation`: the most that an element's update grew, as a factor.
     """
 
     elements: int = 0
@@ -26,16 +26,14 @@ class Figures:
     update: float = 0.0
     update_error: float = 0.0
     new_update: float = 0.0
-    dot: float = 0.0
     zeros: int = 0
-    worst: float = 0.0
     inflation: float = 1.0
 
     def add(self, other: Figures) -> None:
         """Take in the figures of another part."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            setattr(self, f.name, max(mine, theirs) if f.name in ("worst", "inflation") else mine + theirs)
+            setattr(self, f.name, max(mine, theirs) if f.name == "inflation" else mine + theirs)
 
     @property
     def relative_error(self) -> float:
@@ -54,7 +52,8 @@ class Figures:
             return 1.0
         if not self.update or not self.new_update:
             return 0.0
-        return max(-1.0, min(1.0, self.dot / math.sqrt(self.update * self.new_update)))  # sums round, too
+        product = (self.update + self.new_update - self.update_error) / 2
+        return max(-1.0, min(1.0, product / math.sqrt(self.update * self.new_update)))  # sums round, too
 
 
 def _ratio(error: float, whole: float) -> float:
@@ -71,24 +70,25 @@ def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, s
 
     squares: whether it is a mean of squares that updates are divided by the root of.
     """
-    error, change = new - old, new_update - old_update
-    figures = Figures(
-        elements=old.numel(),
-        value=_sum(old, old),
-        error=_sum(error, error),
-        update=_sum(old_update, old_update),
-        update_error=_sum(change, change),
-        new_update=_sum(new_update, new_update),
-        dot=_sum(old_update, new_update),
-        zeros=int(torch.count_nonzero(old)) - int(torch.count_nonzero(torch.where(old != 0, new, 0))),
-        worst=float(error.abs_().max()) if old.numel() else 0.0,
-    )
-    if squares and old.numel():
-        growth = (old / new.clamp_(min=torch.finfo(new.dtype).tiny)).max()
+    if not old.numel():
+        return Figures()
+    error = new - old
+    figures = Figures(elements=old.numel(), value=_square(old), error=_square(error), zeros=_zeros(old, new))
+    figures.update, figures.new_update = _square(old_update), _square(new_update)
+    figures.update_error = figures.error if old_update is old else _square(new_update - old_update)
+    if squares:
+        growth = torch.div(old, new.clamp(min=torch.finfo(new.dtype).tiny), out=error).max()
         figures.inflation = max(1.0, math.sqrt(float(growth)))
     return figures
 
 
-def _sum(a: Tensor, b: Tensor) -> float:
-    """Sum of products; pieces are short enough for fp32 to sum them to a few units in the last place."""
-    return float(torch.dot(a, b))
+def _square(flat: Tensor) -> float:
+    """Sum of squares; pieces are short enough for fp32 to sum them to a few units in the last place."""
+    return float(torch.dot(flat, flat))
+
+
+def _zeros(old: Tensor, new: Tensor) -> int:
+    """How many elements became zero."""
+    if int(torch.count_nonzero(new)) == new.numel():
+        return 0
+    return int(torch.count_nonzero((new == 0) & (old != 0)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.checkpoint.document import Parameter
 from optstate.checkpoint.figures import Figures, compared, update
+from optstate.checkpoint.threads import for_each
 from optstate.checkpoint.transfer import Transfer
 from optstate.checkpoint.values import Values
 from optstate.kernels import Noise, Piece
@@ -54,7 +55,13 @@ class _Pair:
             value = self.store.read(parts, (piece.stop - piece.start,))
         else:
             value = reduce(torch.mul, map(piece.of, self.factors)).expand(piece.of(self.value).shape).reshape(-1)
-        return value / self.transfer.factor
+        return _unbiased(value, self.transfer.factor)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The slot, and its stores before and after."""
+        assert self.transfer.was is not None
+        return (self.transfer.name, self.transfer.was.store, self.transfer.record.store)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ class _Moment:
     pair: _Pair | None
 
     def old(self, piece: Piece) -> Tensor:
-        """The average proper of a piece, flat."""
-        return piece.of(self.value).reshape(-1) / self.bias
+        """The average proper of a piece, flat. May be the value itself."""
+        return _unbiased(piece.of(self.value).reshape(-1), self.bias)
 
 
 class Recoder:
@@ -118,12 +125,15 @@ class Recoder:
         value = self.values.read(param, source)
         fields = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
         if store.elementwise:
-            for piece in _pieces(value, store.alignment):
+
+            def encode(piece: Piece) -> None:
                 part = piece.of(value).reshape(-1)
                 part = part * transfer.factor if transfer.factor != 1.0 else part.clone()
                 for name, new in store.encode(part, NO_NOISE).items():
                     place = piece.of_field(fields[name], specs[name].per)
                     place.copy_(new.reshape(place.shape))
+
+            for_each(encode, _pieces(value, store.alignment))
             return _Pair(transfer, store, specs, value, fields)
         store.write(fields, value * transfer.factor if transfer.factor != 1.0 else value)
         return _Pair(transfer, store, specs, value, fields, store.factors(fields, value.shape))
@@ -131,29 +141,12 @@ class Recoder:
     def _measure(self, param: Parameter, pairs: Sequence[_Pair], eps: float) -> None:
         """Compare statistics and updates before and after, piece by piece."""
         first, second = (self._moment(param, of, pairs) for of in ("gradient", "square"))
-        for piece in _pieces(pairs[0].value, math.lcm(*(pair.store.alignment for pair in pairs))):
-            v = second.old(piece) if second else None
-            m = first.old(piece) if first else None if v is None else v.sqrt()  # a gradient as large as v says
-            before = None if m is None else update(m, v, eps)
-            new_m, new_v = m, v
-            for pair in pairs:
-                x, y = pair.old(piece), pair.new(piece)
-                if first and pair is first.pair:
-                    new_m = y / first.bias
-                    one = update(new_m, v, eps)
-                elif second and pair is second.pair:
-                    assert m is not None
-                    new_v = y / second.bias
-                    one = update(m, new_v, eps)
-                else:
-                    self._add(pair, compared(x, y, *_steps(x, y, pair.transfer.record.of, eps), squares=False))
-                    continue
-                assert before is not None
-                self._add(pair, compared(x, y, before, one, squares=pair is (second and second.pair)))
-            if before is not None and (new_m is not m or new_v is not v):
-                assert new_m is not None
-                after = update(new_m, new_v, eps)
-                self.total.add(compared(before, after, before, after, squares=False))
+        comparison = _Comparison(pairs, first, second, eps)
+        pieces = _pieces(pairs[0].value, math.lcm(*(pair.store.alignment for pair in pairs)))
+        for of_pairs, of_update in for_each(comparison.of, pieces):
+            for pair, figures in zip(pairs, of_pairs, strict=True):
+                self.figures.setdefault(pair.key, Figures()).add(figures)
+            self.total.add(of_update)
 
     def _moment(self, param: Parameter, of: str, pairs: Sequence[_Pair]) -> _Moment | None:
         """The source's statistic of this meaning, if it has one, and the pair that changes it, if one does."""
@@ -165,17 +158,49 @@ class Recoder:
         bias = 1.0 if beta is None or not param.step else 1.0 - beta**param.step
         return _Moment(self.values.read(param, slot) if pair is None else pair.value, bias, pair)
 
-    def _add(self, pair: _Pair, figures: Figures) -> None:
-        was = pair.transfer.was
-        assert was is not None
-        key = (pair.transfer.name, was.store, pair.transfer.record.store)
-        self.figures.setdefault(key, Figures()).add(figures)
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One parameter before and after: the pairs that change, and the moments that make its update."""
+
+    pairs: Sequence[_Pair]
+    first: _Moment | None
+    second: _Moment | None
+    eps: float
+
+    def of(self, piece: Piece) -> tuple[list[Figures], Figures]:
+        """Figures of every pair, and of the update with all changes at once."""
+        v = self.second.old(piece) if self.second else None
+        m = self.first.old(piece) if self.first else None if v is None else v.sqrt()  # a gradient as large as v says
+        before = None if m is None else update(m, v, self.eps)
+        new_m, new_v, found = m, v, []
+        for pair in self.pairs:
+            x, y = pair.old(piece), pair.new(piece)
+            if self.first and pair is self.first.pair:
+                new_m = _unbiased(y, self.first.bias)
+                one = update(new_m, v, self.eps)
+            elif self.second and pair is self.second.pair:
+                new_v = _unbiased(y, self.second.bias)
+                one = update(m, new_v, self.eps) if m is not None else y
+            else:
+                found.append(compared(x, y, *_steps(x, y, pair.transfer.record.of, self.eps), squares=False))
+                continue
+            assert before is not None
+            found.append(compared(x, y, before, one, squares=pair is (self.second and self.second.pair)))
+        if before is None or new_m is None or (new_m is m and new_v is v):
+            return found, Figures()
+        after = update(new_m, new_v, self.eps)
+        return found, compared(before, after, before, after, squares=False)
 
 
 def _pieces(value: Tensor, alignment: int) -> Iterator[Piece]:
     """Pieces of a statistic that begin where blocks do; a 0-d one is one piece."""
     if value.numel():
         yield from kernels.pieces(value.shape or (1,), max(PIECE // alignment, 1) * alignment, align=alignment)
+
+
+def _unbiased(value: Tensor, bias: float) -> Tensor:
+    return value if bias == 1.0 else value / bias
 
 
 def _steps(x: Tensor, y: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
