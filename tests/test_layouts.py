@@ -713,7 +713,7 @@ RULES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "decay by lr alone": (
         "transformers",
         {},
-        "scale_by_rms > clip_by_rms > scale_by_param_rms > scale_by_schedule(cap_by_inverse_root) > add_decayed_weights",
+        "clip_by_rms > scale_by_param_rms > scale_by_schedule(cap_by_inverse_root) > add_decayed_weights",
         "weight_decay=0.01, which acts by lr alone",
     ),
     "relative": (

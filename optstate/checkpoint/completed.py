@@ -47,7 +47,7 @@ def completed(
     weights: by the parameters' names, as far as they are known. source: as in `Document.source`, with the kind.
 
     Raises:
-        CheckpointError: if a weight's shape is not that of its statistics.
+        CheckpointError: if a weight's shape is not that of its statistics or of its copy.
     """
     tensors, parameters = dict(checkpoint.tensors), []
     for param in checkpoint.document.parameters:
@@ -66,9 +66,11 @@ def completed(
 
 
 def _with_weight(path: str, param: Parameter, weight: Weight) -> Parameter:
-    if param.shape is not None and param.shape != weight.shape:
-        what = f"its statistics have shape {list(param.shape)}, its weight {list(weight.shape)}"
-        raise CheckpointError(path, f"parameter '{shown(param.name)}': {what}")
+    copy = weight.master.shape if weight.master is not None else None
+    for whose, shape in (("its statistics have", param.shape), (f"its copy '{MASTER}' has", copy)):
+        if shape is not None and shape != weight.shape:
+            what = f"{whose} shape {list(shape)}, its weight {list(weight.shape)}"
+            raise CheckpointError(path, f"parameter '{shown(param.name)}': {what}")
     slots = dict(param.slots)
     if weight.master is not None:
         store = FULL.get(weight.master.dtype, "Unknown()")

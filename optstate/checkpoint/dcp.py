@@ -18,8 +18,7 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.completed import Weight, completed
 from optstate.checkpoint.dcp_folder import METADATA, Shaped
 from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.foreign.trees import NotPlainError, plain, state_dict_of
-from optstate.checkpoint.own_state import read as own_optimizer
+from optstate.checkpoint.foreign.trees import NotPlainError, plain
 from optstate.checkpoint.stored import Pieces, Stored
 
 __all__ = ["is_dcp", "of_tensors", "read"]
@@ -117,9 +116,7 @@ def _checkpoint(source: _Source) -> Checkpoint:
     about = {"tool": "torch.distributed.checkpoint", "kind": "dcp", "form": form, "prefix": prefix}
     notes += _of_others(key for key in source.keys if key not in source.tensors and not key.startswith(own))
     notes += _of_pieces(state)
-    members = state_dict_of(tree, path)
-    own_state = own_optimizer(members) if members is not None else None
-    return completed(own_state or foreign.read(tree, path), known, about, source.paths, notes)
+    return completed(foreign.read(tree, path), known, about, source.paths, notes)
 
 
 def _of_others(others: Iterable[str]) -> list[str]:
@@ -231,21 +228,23 @@ def _comparable(hyper: Group) -> Group:
 
 def _state_of(source: _Source, prefix: str, names: Collection[str]) -> dict[str, dict[str, Any]]:
     """What is kept, by the parameter's name and the statistic's."""
-    known = {*names, *(path[-2] for path in _nested_state(source, prefix))}
     state: dict[str, dict[str, Any]] = {}
     for key in source.keys:
         if key.startswith(prefix):
-            name, slot = _split(key.removeprefix(prefix), known)
+            name, slot = _by_path(source.nested.get(key, ()), prefix) or _split(key.removeprefix(prefix), names)
             if not name:
                 raise CheckpointError(source.path, f"'{shown(key)}' names no parameter with its statistic")
             state.setdefault(name, {})[slot] = source.get(key)
     return state
 
 
-def _nested_state(source: _Source, prefix: str) -> list[tuple[Any, ...]]:
-    """Paths to statistics that have the parameter's whole name as one of their parts, before the last."""
-    paths = [path for key, path in source.nested.items() if key.startswith(prefix) and len(path) > 2]
-    return [path for path in paths if path[-3] == "state" and isinstance(path[-2], str)]
+def _by_path(path: Sequence[Any], prefix: str) -> tuple[str, str] | None:
+    """The parameter's name and its statistic's, of a path that has them as parts of their own behind `prefix`."""
+    parts = [str(part) for part in path]
+    for count in range(1, len(parts) - 1):
+        if ".".join(parts[:count]) + "." == prefix:
+            return parts[count], ".".join(parts[count + 1 :])
+    return None
 
 
 def _split(rest: str, known: Collection[str]) -> tuple[str, str]:

@@ -105,7 +105,7 @@ def _zero(path: Path, model: Model) -> _Found:
     if isinstance(base.value, list):
         hint = "convert the checkpoint with deepspeed.checkpoint.ds_to_universal"
         raise CheckpointError(path, "written with elastic_checkpoint, which leaves hyper-parameters out", hint)
-    flat_masters = own.at("fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups").items()
+    flat_masters = _tensors(own.at("fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"))
     if not model.files:
         reason = "there is no *_model_states.pt beside it, which has the shapes of parameters"
         raise CheckpointError(path, reason, "copy the whole folder of the tag")
@@ -121,6 +121,12 @@ def _zero(path: Path, model: Model) -> _Found:
             masters |= _cut(flat_masters[i], shapes, starts, whole=stage == 3)
     groups = _groups_of(base.at("param_groups"), model)
     return _Found(f"deepspeed-zero{stage}", state, groups, masters, [path], own)
+
+
+def _tensors(nodes: Node) -> list[Node]:
+    for node in nodes.items():
+        node.tensor()
+    return nodes.items()
 
 
 def _members(node: Node | None) -> dict[str, Node]:
@@ -233,7 +239,7 @@ def _universal(folder: Path, model: Model) -> _Found:
             value = _of_parameter(path, name, model)
             files.append(path)
             if path.stem == "fp32":
-                masters[name] = value
+                masters[name] = Node(path, value).tensor()
             else:
                 state.setdefault(name, {})[path.stem] = value
     for name, step in _steps(own, model).items():

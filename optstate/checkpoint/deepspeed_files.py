@@ -12,6 +12,7 @@ from optstate.checkpoint import torch_file
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign.trees import type_name
 from optstate.checkpoint.kinds import FOLDER, identify, open_file, read_bytes
+from optstate.checkpoint.stored import Stored
 
 __all__ = ["STATE", "UNIVERSAL", "Files", "Node", "find", "is_deepspeed", "read", "several_ranks"]
 
@@ -64,6 +65,12 @@ class Node:
         """The value itself, of this type."""
         if not isinstance(self.value, kind):
             raise self.wrong(f"is {type_name(self.value)}, not a {kind.__name__}")
+        return self.value
+
+    def tensor(self) -> Stored:
+        """The value, which must be a tensor."""
+        if not isinstance(self.value, Stored):
+            raise self.wrong(f"is {type_name(self.value)}, not a tensor")
         return self.value
 
     def items(self) -> list[Node]:

@@ -43,8 +43,9 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
-    """The checkpoint that files with these headers hold, whether or not it is complete: tensors in the document's order,
-    then those that it does not name.
+    """The checkpoint that files with these headers hold, whether or not it is complete.
+
+    Tensors are in the document's order, then come those that it does not name.
 
     Raises:
         CheckpointError: if there is not exactly one optstate document, or it cannot be read.

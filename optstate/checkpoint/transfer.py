@@ -140,7 +140,8 @@ def _made(
 ) -> Transfer:
     """Copied where the source's tensors are what is wanted, else put into the store."""
     was, entries = param.slots[source], _entries(record, specs)
-    same = factor == 1.0 and (was.store, was.codebook, was.block) == (record.store, record.codebook, record.block)
+    same = factor == 1.0 and (was.store, was.block) == (record.store, record.block)
+    same = same and was.codebook in ("", record.codebook)  # without one it is the store's own
     there = {field: (stored[field].dtype, stored[field].shape) for field in stored}
     if same and there == {field: (entry.dtype, entry.shape) for field, entry in entries.items()}:
         return Transfer(param, name, record, entries, source, was=was)

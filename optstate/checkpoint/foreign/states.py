@@ -16,6 +16,7 @@ from optstate.checkpoint.foreign import (
     galore,
     lion_pytorch,
     lomo_optim,
+    own_state,
     pytorch_optimizer,
     schedulefree,
     sm3,
@@ -30,6 +31,7 @@ from optstate.checkpoint.foreign.wrapped import chosen
 __all__ = ["read", "read_file"]
 
 READERS: tuple[Callable[[StateDict, str | None], Checkpoint | None], ...] = (
+    own_state.read,
     bitsandbytes.read,
     torchao.read,
     galore.read,
