@@ -61,3 +61,22 @@ def test_the_picture_shows_what_the_readme_says(capsys: pytest.CaptureFixture[st
     # 6,738,415,616 parameters of 2 bytes, and 8 bytes of fp32 moments each
     assert parts[0] == 6_738_415_616 * 2 / 2**30
     assert parts[2] == 6_738_415_616 * 8 / 2**30
+
+
+def test_the_commands_of_the_checkpoint_section_run(tmp_path: Path) -> None:
+    import shlex
+
+    from optstate_cli import app
+    from typer.testing import CliRunner
+
+    section = (ROOT / "README.md").read_text().partition("## Checkpoints")[2].partition("\n## ")[0]
+    section = section.replace("/tmp/", f"{tmp_path}/")
+    (source,) = BLOCK.findall(section)
+    exec(compile(source, "README.md, checkpoints", "exec"), {"__name__": "readme"})
+    commands = [line for line in re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)[0].splitlines() if line]
+    assert len(commands) == 6
+    for command in commands:
+        name, *arguments = shlex.split(command, comments=True)
+        assert name == "optstate"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (command, result.output)

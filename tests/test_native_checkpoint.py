@@ -453,6 +453,35 @@ class TestRefusals:
         optimizer.step()
 
 
+def test_a_model_tells_the_other_names_of_tied_parameters(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = AdamW(model.named_parameters())
+    optstate.save(optimizer, tmp_path / "plain")
+    optstate.save(optimizer, tmp_path / "tied", model=model)
+    for name, tied in (("plain", ()), ("tied", ("1.weight",))):
+        with safetensors.safe_open(tmp_path / name, "pt") as file:
+            (param,) = from_json(file.metadata()[KEY]).parameters
+        assert (param.name, param.tied) == ("0.weight", tied)
+        optstate.load(optimizer, tmp_path / name)
+
+
+def test_the_file_says_what_its_codes_and_statistics_are(tmp_path: Path) -> None:
+    model = mlp(width=WIDE)
+    optimizer = AdamW8bit(model.named_parameters(), betas=(0.8, 0.95))
+    optstate.save(optimizer, tmp_path / "a")
+    with safetensors.safe_open(tmp_path / "a", "pt") as file:
+        document = from_json(file.metadata()[KEY])
+    slots = document.parameters[0].slots
+    assert [(slots[s].of, slots[s].beta) for s in slots] == [("gradient", 0.8), ("square", 0.95)]
+    assert {slot.codebook for slot in slots.values()} == document.codebooks.keys()
+    from bitsandbytes.functional import create_dynamic_map
+
+    for slot, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        values = torch.tensor(document.codebooks[slots[slot].codebook])
+        assert torch.equal(values, create_dynamic_map(signed).float())
+
+
 class TestDocument:
     def test_reads_back_equal(self) -> None:
         lr = TensorValue("float32", (), (0.1,))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optstate import resume
 from optstate.checkpoint.document import (
@@ -23,7 +24,15 @@ from optstate.checkpoint.document import (
 from optstate.optimizer import Optimizer
 from optstate.plan import ParamPlan, Plan
 
-__all__ = ["described", "dtype_name", "parameter_names", "slot_records", "version_of_optstate", "with_tensors"]
+__all__ = [
+    "described",
+    "dtype_name",
+    "parameter_names",
+    "slot_records",
+    "version_of_optstate",
+    "with_tensors",
+    "with_tied_names",
+]
 
 
 def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Document:
@@ -50,6 +59,19 @@ def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Doc
         source={"tool": "optstate", "version": version_of_optstate()},
         codebooks=_codebooks(plan),
     )
+
+
+def with_tied_names(document: Document, optimizer: Optimizer, model: nn.Module) -> Document:
+    """The document with the other names that `model` has for the optimizer's parameters."""
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    parameters = []
+    for described_param, param in zip(document.parameters, params, strict=True):
+        others = tuple(name for name in names.get(id(param), []) if name != described_param.name)
+        parameters.append(replace(described_param, tied=others))
+    return replace(document, parameters=tuple(parameters))
 
 
 def _codebooks(plan: Plan) -> dict[str, tuple[float, ...]]:

@@ -9,12 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optstate import resume
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.converted import conversion_onto, load_converted
-from optstate.checkpoint.describing import described, dtype_name, parameter_names, slot_records, with_tensors
+from optstate.checkpoint.describing import (
+    described,
+    dtype_name,
+    parameter_names,
+    slot_records,
+    with_tensors,
+    with_tied_names,
+)
 from optstate.checkpoint.document import (
     KEY,
     WEIGHT,
@@ -38,7 +45,14 @@ __all__ = ["load", "save"]
 Path = str | os.PathLike[str]
 
 
-def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True, max_shard_size: int | None = None) -> None:
+def save(
+    optimizer: Optimizer,
+    path: Path,
+    *,
+    model: nn.Module | None = None,
+    overwrite: bool = True,
+    max_shard_size: int | None = None,
+) -> None:
     """Write everything that `optimizer` needs to go on into one safetensors file.
 
     Tensors are named `<parameter>/<slot>` or `<parameter>/<slot>.<field>` and keep the dtypes they have; groups, steps
@@ -49,6 +63,7 @@ def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True, max_shard_
     `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
 
     Give the optimizer `model.named_parameters()`: parameters without names are saved by their place, as `#0`, `#1` ...
+    It has one name for a tied parameter; with `model` the file says the others, too.
 
     Raises:
         InconsistentStateError: if a step broke off half-way.
@@ -60,7 +75,7 @@ def save(optimizer: Optimizer, path: Path, *, overwrite: bool = True, max_shard_
     try:
         resume.check(optimizer, plan, saved)  # what could not be loaded again is not written either
         document = described(optimizer, plan, saved)
-        text = to_json(document)
+        text = to_json(document if model is None else with_tied_names(document, optimizer, model))
     except ValueError as error:
         raise CheckpointError(path, f"not saved: {error}", refused=True) from None
     names = parameter_names(optimizer, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,9 @@ DTYPES = {
     torch.float64: "F64",
 }
 """What safetensors calls the dtypes that stores use."""
+
+if sys.byteorder != "little":
+    raise ImportError("checkpoint files are little-endian and read into memory as they are: this machine is big-endian")
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
