@@ -59,7 +59,10 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
     recoder = Recoder(Values(conversion.checkpoint))
     document = conversion.checkpoint.document
     by_name = {param.name: param for param in document.parameters}
-    for param in track([by_name[name] for name in conversion.transfers]):
+    params = [by_name[name] for name in conversion.transfers]
+    for param, following in zip(track(params), [*params[1:], None], strict=True):
+        if following is not None:
+            recoder.values.announce(following)
         recoder.carry(param, conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
     return report_of(conversion, recoder.figures, recoder.total)
 

@@ -88,7 +88,6 @@ def _square(flat: Tensor) -> float:
 
 
 def _zeros(old: Tensor, new: Tensor) -> int:
-    """How many elements became zero."""
-    if int(torch.count_nonzero(new)) == new.numel():
-        return 0
-    return int(torch.count_nonzero((new == 0) & (old != 0)))
+    """How many elements became zero; no store makes something of a zero and nothing of another number."""
+    kept = int(torch.count_nonzero(new))
+    return 0 if kept == new.numel() else max(int(torch.count_nonzero(old)) - kept, 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from optstate.checkpoint.errors import shown
 from optstate.checkpoint.kinds import open_file
 from optstate.checkpoint.stored import Pieces, Stored
 
-__all__ = ["DTYPES", "Statistics", "bytes_of", "load", "pieces", "read_into", "statistics"]
+__all__ = ["DTYPES", "Statistics", "announce", "bytes_of", "load", "pieces", "read_into", "statistics"]
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -83,6 +85,14 @@ def _as_it_lies(stored: Stored) -> Tensor:
     flat = torch.empty(stored.span // dtype.itemsize, dtype=dtype)
     _fill(flat, stored)
     return flat.view(stored.shape) if stored.stride is None else flat.as_strided(stored.shape, stored.stride)
+
+
+def announce(stored: Stored) -> None:
+    """Let the system read a tensor into its cache while something else is done; where it cannot, nothing happens."""
+    if isinstance(stored, Pieces) or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError), open(stored.path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), stored.start, stored.span, os.POSIX_FADV_WILLNEED)
 
 
 def read_into(own: Tensor, stored: Stored) -> None:

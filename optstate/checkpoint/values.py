@@ -12,7 +12,7 @@ from torch import Tensor
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.consistency import store_name
 from optstate.checkpoint.document import Parameter, SlotRecord
-from optstate.checkpoint.tensors import load
+from optstate.checkpoint.tensors import announce, load
 from optstate.kernels import Codebook
 from optstate.spec import ParamSpec
 from optstate.stores import Block4, Block8, Fields, Float8, Shape, Store
@@ -44,6 +44,12 @@ class Values:
     def fields(self, slot: SlotRecord) -> dict[str, Tensor]:
         """The stored tensors of a statistic, by field name, as they are."""
         return {name: load(stored) for name, stored in self.checkpoint.fields_of(slot).items()}
+
+    def announce(self, param: Parameter) -> None:
+        """Let the system fetch a parameter's tensors, which are needed next."""
+        for slot in param.slots.values():
+            for stored in self.checkpoint.fields_of(slot).values():
+                announce(stored)
 
     def read(self, param: Parameter, name: str) -> Tensor:
         """One statistic in the parameter's shape, fp32 (fp64 where it is stored so); the caller's own.
