@@ -1,0 +1,99 @@
+"""Models by a config.json, or by a published model's name: through transformers, or as shapes without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optstate.checkpoint.container import MAX_HEADER
+from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.kinds import open_file, read_bytes, size_of
+from optstate.checkpoint.strict_json import NotJSONError, decode, plain
+from optstate.memory.setting import Model, ParamShape
+from optstate.memory.sources.builtin import config_of
+from optstate.memory.sources.causal_lm import causal_lm, transformers_version
+from optstate.memory.sources.errors import SourceError, checked_dtype
+from optstate.memory.sources.shapes import ARCHITECTURES, check_sizes, parameters
+
+__all__ = ["FILE", "of_config", "of_config_file", "of_name"]
+
+FILE = "config.json"
+
+
+def of_name(name: str, dtype: str) -> Model | None:
+    """A published model; None if there is none of this name."""
+    config = config_of(name)
+    return None if config is None else of_config(config, name.lower(), "sizes as published", dtype)
+
+
+def of_config_file(path: Path, dtype: str) -> Model:
+    """The model of a config.json.
+
+    Raises:
+        SourceError: if it is not the config of a causal language model; the message begins with the path.
+    """
+    config = _read(path)
+    parent = path.resolve().parent.name
+    try:
+        return of_config(config, parent if path.name == FILE and parent else path.stem, str(path), dtype)
+    except SourceError as error:
+        raise SourceError(f"{shown(str(path))}: {error}", usage=error.usage) from error
+
+
+def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
+    """The model of a config, built by transformers where that is installed; else shapes of known architectures.
+
+    name, origin: of the model, in words. dtype: of its weights, torch's name.
+
+    Raises:
+        SourceError: if there is no causal language model of this kind, or sizes are missing or impossible.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise SourceError("no config of a model: it has no model_type")
+    _check_all_sizes(config)
+    shapes = parameters(config) if kind in ARCHITECTURES else None
+    if transformers_version():
+        return causal_lm(config, name, origin, dtype)
+    if shapes is None:
+        known = ", ".join(ARCHITECTURES)
+        raise SourceError(f"model_type '{shown(kind)}' needs transformers, which is not installed; without it: {known}")
+    checked_dtype(dtype)
+    return Model(
+        name=name,
+        parameters=tuple(ParamShape(param, shape, dtype) for param, shape in shapes),
+        origin=f"{origin}, shapes of {kind} models, torch {torch.__version__}",
+        notes=("activations are not estimated: install transformers, whose class of the model is run for them",),
+    )
+
+
+def _check_all_sizes(config: Mapping[str, Any]) -> None:
+    """Sizes in the config and in the configs within it, as those of a model for text and images."""
+    check_sizes(config)
+    for value in config.values():
+        if isinstance(value, Mapping):
+            check_sizes(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        with open_file(path) as file:
+            size = size_of(file)
+            if size > MAX_HEADER:
+                raise SourceError(f"{shown(str(path))}: {size} bytes are no config.json")
+            text = read_bytes(path, file, size).decode("utf-8")
+        value, end = decode(text, len(text) - len(text.lstrip()))
+        if text[end:].strip():
+            raise NotJSONError(f"more text after its end, at character {end}")
+    except CheckpointError as error:
+        raise SourceError(str(error)) from error
+    except (UnicodeDecodeError, NotJSONError) as error:
+        raise SourceError(f"{shown(str(path))}: not valid JSON: {error}") from error
+    config = plain(value)
+    if not isinstance(config, dict):
+        raise SourceError(f"{shown(str(path))}: no config of a model: it holds a {type(config).__name__}")
+    return config
