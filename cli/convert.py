@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.errors import CheckpointError, escaped
 
 from .opening import KEY, NAMES, OPTIMIZER
 from .output import JSON, bytes_text, failing, print_json, print_lines, print_table, progress
@@ -25,7 +28,9 @@ SCHEMA = "optstate.convert/1"
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any kind that `inspect` reads.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The file to write.")],
-    to: Annotated[str | None, typer.Option(metavar="STORE", help="Put every statistic into this store.")] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="STORE", help="Put every statistic into this store: fp32, bf16, block8 ...")
+    ] = None,
     slot: Annotated[
         list[str] | None,
         typer.Option(metavar="SLOT=STORE", help='Put one statistic into a store, or "drop" it. Repeatable.'),
@@ -52,34 +57,71 @@ def convert(
 ) -> None:
     """Convert a checkpoint: other stores, another recipe, another library's file.
 
-    What loses nothing is done at once. What changes numbers needs --allow-lossy, and tells by how much: of every
-    statistic, and of the update that follows from it.
+    What loses nothing is done at once. What changes numbers needs
+    --allow-lossy, and tells by how much: of every statistic, and of the update
+    that follows from it.
 
     Examples:
 
       optstate convert optimizer.pt opt.safetensors --names names.txt
 
-      optstate convert opt.safetensors small.safetensors --slot exp_avg_sq=factored --slot exp_avg=block8 --allow-lossy
+      optstate convert opt.safetensors optimizer.pt --format torch
 
-      optstate convert opt.safetensors adalomo.safetensors --recipe adalomo --set lr=5e-4 --allow-lossy
+      optstate convert a.safetensors b.safetensors --slot exp_avg_sq=factored
+
+      optstate convert a.safetensors b.safetensors --recipe lion --set lr=1e-4
     """
-    if recipe is not None and (to is not None or slot):
-        raise typer.BadParameter("--recipe decides the stores: leave out --to and --slot")
-    if setting and recipe is None:
-        raise typer.BadParameter("--set is about the new recipe: give --recipe")
     by_slot, settings = _pairs("--slot", slot), _pairs("--set", setting)
     limit = _size(max_shard_size) if max_shard_size is not None else None
+    _check_words(to, by_slot, recipe, settings, layout)
     with failing():
         from optstate.checkpoint.opening import open_checkpoint
 
         checkpoint = open_checkpoint(source, key=key, names=names, optimizer=optimizer)
         conversion = _planned(checkpoint, to, by_slot, recipe, settings)
         layout = _layout(conversion, layout, target)
-        report = _carried_out(conversion, target, layout, limit, allow_lossy, dry_run, force)
+        if limit is not None and layout != "optstate":
+            raise typer.BadParameter(f"--max-shard-size is for files of optstate's own: a file of {layout} is one")
+        report, notes = _carried_out(conversion, target, layout, limit, allow_lossy, dry_run, force)
         if as_json:
-            print_json(_tree(conversion, report, target, layout, dry_run))
+            print_json(_tree(conversion, report, notes, target, layout, dry_run))
         else:
-            _print(conversion, report, target, layout, dry_run)
+            _print(report, notes, target, layout, dry_run)
+
+
+def _check_words(
+    to: str | None, by_slot: dict[str, str], recipe: str | None, settings: dict[str, str], layout: str | None
+) -> None:
+    """Refuse as wrong use what no checkpoint makes right: options that exclude each other, words that name nothing."""
+    if recipe is not None and (to is not None or by_slot):
+        raise typer.BadParameter("--recipe decides the stores: leave out --to and --slot")
+    if settings and recipe is None:
+        raise typer.BadParameter("--set is about the new recipe: give --recipe")
+    if layout is not None:
+        from optstate.checkpoint.exporting import LAYOUTS
+
+        if layout not in LAYOUTS:
+            raise typer.BadParameter(f"--format {layout!r}: {_nearest(layout, LAYOUTS)}")
+    try:
+        if recipe is not None:
+            from optstate.checkpoint.to_recipe import settings_of
+
+            settings_of(recipe, settings)
+        if to is not None or by_slot:
+            from optstate.checkpoint.conversion import store_of
+            from optstate.stores.words import from_words
+
+            for words in by_slot.values():
+                store_of(words)
+            if to is not None:
+                from_words(to)
+    except (ValueError, TypeError, LookupError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
 
 
 def _pairs(option: str, given: Sequence[str] | None) -> dict[str, str]:
@@ -141,31 +183,32 @@ def _carried_out(
     allow_lossy: bool,
     dry_run: bool,
     force: bool,
-) -> Report:
-    from optstate.checkpoint.exporting import check_target, export
-
+) -> tuple[Report, tuple[str, ...]]:
+    from optstate.checkpoint.exporting import check_target, export, notes_of
     from optstate.checkpoint.report import report_of
 
     check_target(conversion, target, layout, overwrite=force or dry_run)
-    planned = report_of(conversion)
+    planned, notes = report_of(conversion), notes_of(conversion, layout)
     if dry_run:
-        return planned
+        return planned, notes
     if not conversion.lossless and not allow_lossy:
         rows = ", ".join(f"{row.slot} {row.was} -> {row.now}" for row in planned.rows if not row.lossless)
-        raise CheckpointError(
-            conversion.checkpoint.path, f"not converted: numbers would change in {rows}", "--allow-lossy", refused=True
-        )
+        reason = f"not converted: numbers would change in {rows}"
+        raise CheckpointError(conversion.checkpoint.path, reason, "--allow-lossy accepts that", refused=True)
 
     def track(parameters: Any) -> Any:
         return progress(parameters, len(conversion.transfers), "parameters")
 
-    return export(conversion, target, layout, overwrite=force, track=track, max_shard_size=limit)
+    report = export(conversion, target, layout, overwrite=force, track=track, max_shard_size=limit)
+    return report, notes
 
 
 # --- what is said of it -------------------------------------------------------------------------------------------
 
 
-def _tree(conversion: Conversion, report: Report, target: Path, layout: str, dry_run: bool) -> dict[str, Any]:
+def _tree(
+    conversion: Conversion, report: Report, notes: Sequence[str], target: Path, layout: str, dry_run: bool
+) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "path": conversion.checkpoint.path,
@@ -179,7 +222,7 @@ def _tree(conversion: Conversion, report: Report, target: Path, layout: str, dry
         "update_relative_error": _finite(report.update_relative_error),
         "update_cosine": report.update_cosine,
         "slots": [_row_tree(row) for row in report.rows],
-        "notes": list(conversion.notes),
+        "notes": list(notes),
     }
 
 
@@ -193,13 +236,15 @@ def _row_tree(row: Row) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | str | None:
     """JSON has no infinity."""
-    return "inf" if value == float("inf") else value
+    return value if value is None or math.isfinite(value) else str(value)
 
 
-def _print(conversion: Conversion, report: Report, target: Path, layout: str, dry_run: bool) -> None:
-    columns = ("SLOT", "FROM", "TO", "PARAMETERS", "BYTES", "NEW BYTES", "ERROR", "UPDATE ERROR", "COSINE", "INFLATION")
-    print_table((*columns, "ZEROS"), [_cells(row) for row in report.rows])
-    typer.echo()
+def _print(report: Report, notes: Sequence[str], target: Path, layout: str, dry_run: bool) -> None:
+    if sys.stdout.isatty():
+        _print_for_people(report)
+    else:
+        print_table(COLUMNS, [_cells(row) for row in report.rows])
+        typer.echo()
     ratio = f" ({report.bytes_after / report.bytes_before:.4f})" if report.bytes_before else ""
     facts = [
         ("format", layout),
@@ -209,9 +254,62 @@ def _print(conversion: Conversion, report: Report, target: Path, layout: str, dr
     if not report.lossless and report.update_cosine is not None:
         error = _number(report.update_relative_error)
         facts.append(("update", f"relative error {error}, cosine {report.update_cosine:.6f}"))
-    facts += [("note", note) for note in conversion.notes]
+    facts += [("note", note) for note in notes]
     facts.append(("nothing written", str(target)) if dry_run else ("written", str(target)))
     print_lines(facts)
+
+
+COLUMNS = (
+    "SLOT",
+    "FROM",
+    "TO",
+    "PARAMETERS",
+    "BYTES",
+    "NEW BYTES",
+    "ERROR",
+    "UPDATE ERROR",
+    "COSINE",
+    "INFLATION",
+    "ZEROS",
+)
+"""Of the table in a pipe, always all of them; on a terminal only those that say something."""
+
+
+def _print_for_people(report: Report) -> None:
+    """A table that fits 80 columns, and below it what is rare."""
+    columns, lossy = ["SLOT", "PARAMS", "FROM", "TO", "BYTES"], any(row.relative_error for row in report.rows)
+    if lossy:
+        columns += ["ERROR", "UPDATE", "COSINE"]
+    rows = []
+    for row in report.rows:
+        size = bytes_text(row.bytes_after)
+        cosine = "-" if row.update_cosine is None else f"{row.update_cosine:.4f}"
+        errors = [_short(row.relative_error), _short(row.update_relative_error), cosine] if lossy else []
+        rows.append(
+            (
+                row.slot,
+                str(row.parameters),
+                _plain(row.was),
+                "=" if row.lossless and row.now == row.was else _plain(row.now),
+                size,
+                *errors,
+            )
+        )
+    print_table(columns, rows)
+    for row in report.rows:
+        if row.inflation is not None and row.inflation > 1:
+            typer.echo(escaped(f"{row.slot}: the step of one element grows {row.inflation:.3g} times, others by less"))
+        if row.zeros:
+            typer.echo(escaped(f"{row.slot}: {row.zeros} elements become zero"))
+
+
+def _plain(store: str) -> str:
+    """A store in fewer words where nothing is lost by it."""
+    return store.removesuffix("()").replace("Full(dtype='bfloat16')", "bf16").replace("Full(dtype='float16')", "fp16")
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

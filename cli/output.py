@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,7 +67,7 @@ def print_lines(pairs: Sequence[tuple[str, str]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for a person on a terminal, else tab-separated columns under their names. Text from files is escaped."""
-    cells = [[escaped(cell) for cell in row] for row in rows]
+    cells: Sequence[Sequence[str]] = [[escaped(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for line in (columns, *cells):
             typer.echo("\t".join(line))
@@ -76,13 +77,47 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    numbers = [all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(columns))]
-    table = Table(box=box.SIMPLE_HEAD)
+    console = Console()
+    columns, cells = _fitting(columns, cells, console.width)
+    numbers = [all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(columns))]
+    gap = 1 if _width(columns, cells) <= console.width else 0
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
     for column, right in zip(columns, numbers, strict=True):
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))  # Text: no markup in names
-    Console().print(table)
+    console.print(table)
+
+
+NUMBER = re.compile(r"-?[\dx.]*(e[-+]\d+)?( %| B| [KMG]iB)?|-?inf|nan")
+"""Cells that are aligned at the right: numbers, sizes, shapes, and nothing."""
+
+SHORT = {
+    "PARAMETERS": "PARAMS",
+    "DIFFERENT": "DIFFER",
+    "RELATIVE L2": "REL L2",
+    "Full(dtype='bfloat16')": "bf16",
+    "Full(dtype='float16')": "fp16",
+}
+"""Words for a narrow terminal."""
+
+
+def _fitting(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], width: int
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """A table in fewer words, and without columns that say nothing, if it is wider than the terminal."""
+    if _width(columns, cells) > width:
+        columns = [SHORT.get(column, column) for column in columns]
+        cells = [[SHORT.get(cell, cell.removesuffix("()")) for cell in row] for row in cells]
+    if _width(columns, cells) > width:
+        said = [i for i in range(len(columns)) if any(row[i] not in ("", "-", "0") for row in cells)]
+        columns, cells = [columns[i] for i in said], [[row[i] for i in said] for row in cells]
+    return columns, cells
+
+
+def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    longest = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    return sum(longest) + 2 * len(longest)
 
 
 def bytes_text(count: int) -> str:

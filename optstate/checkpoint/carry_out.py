@@ -70,15 +70,16 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
 def converted_document(conversion: Conversion, report: Report) -> Document:
     """The new document with this conversion in its history, unless nothing but the container changes."""
     source = conversion.checkpoint
-    if conversion.changes_nothing and conversion.document.recipe == source.document.recipe:
-        return conversion.document
+    document, was = conversion.document, source.document
+    if conversion.changes_nothing and (document.recipe, document.source) == (was.recipe, was.source):
+        return document
     entry = {
         "tool": "optstate",
         "version": version_of_optstate(),
-        "from": {"kind": source.kind, "recipe": source.document.recipe, "source": source.document.source},
+        "from": {"kind": source.kind, "recipe": was.recipe, "source": was.source},
         **report.to_history(),
     }
-    return replace(conversion.document, history=(*conversion.document.history, entry))
+    return replace(document, history=(*document.history, entry))
 
 
 def _widest(report: Report) -> Report:

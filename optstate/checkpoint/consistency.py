@@ -15,7 +15,7 @@ from optstate.checkpoint.document import WEIGHT, Document, Parameter, SlotRecord
 from optstate.checkpoint.errors import shown
 from optstate.checkpoint.stored import Stored
 
-__all__ = ["has_axes", "inconsistencies", "store_name"]
+__all__ = ["contradictions", "has_axes", "inconsistencies", "store_name"]
 
 Shape = tuple[int, ...]
 
@@ -35,18 +35,20 @@ def has_axes(slot: SlotRecord) -> bool:
 
 def inconsistencies(checkpoint: Checkpoint) -> list[Issue]:
     """Every difference between the document and the tensors beside it, by names, shapes and dtypes alone."""
-    document, tensors = checkpoint.document, checkpoint.tensors
-    issues: list[Issue] = []
-    claimed: set[str] = set()
-    for param in document.parameters:
+    claimed = {key for param in checkpoint.document.parameters for key in param.keys}
+    stray = [key for key in checkpoint.tensors if key not in claimed]
+    issues = [Issue("error", shown(key), "belongs to no statistic in the document") for key in stray]
+    return contradictions(checkpoint) + issues + _uneven_steps(checkpoint.document)
+
+
+def contradictions(checkpoint: Checkpoint) -> list[Issue]:
+    """What of the document cannot be, by the tensors that it names: their numbers would not be what it says."""
+    issues = []
+    for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
-            claimed.update(slot.fields.values())
             where = shown(f"{param.name}/{name}")
-            issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, tensors)]
-    issues += [
-        Issue("error", shown(key), "belongs to no statistic in the document") for key in tensors if key not in claimed
-    ]
-    return issues + _wrong_codebooks(document) + _uneven_steps(document)
+            issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, checkpoint.tensors)]
+    return issues + _wrong_codebooks(checkpoint.document)
 
 
 def _wrong_codebooks(document: Document) -> list[Issue]:
@@ -96,9 +98,9 @@ def _slot_problems(param: Parameter, name: str, slot: SlotRecord, tensors: Mappi
             if stored.dtype not in dtypes:
                 yield f"{field or 'it'} has dtype {stored.dtype}, {slot.store} has {' or '.join(sorted(dtypes))}"
     if expected is not None:
-        for field in expected.keys() - slot.fields.keys():
+        for field in sorted(expected.keys() - slot.fields.keys()):
             yield f"{slot.store} without {field or 'its tensor'}"
-        for field in slot.fields.keys() - expected.keys():
+        for field in sorted(slot.fields.keys() - expected.keys()):
             yield f"{slot.store} has no field {shown(field)!r}"
 
 

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.consistency import contradictions
 from optstate.checkpoint.document import WEIGHT, Document, Parameter
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.layouts.meanings import RULES
 from optstate.checkpoint.transfer import Transfer, copied, recoded, spec_of
-from optstate.checkpoint.values import Values
+from optstate.checkpoint.values import UnreadableStatisticError, Values
 from optstate.checkpoint.writer import NewEntry
 from optstate.stores import Store
 from optstate.stores.words import from_words
 
-__all__ = ["Conversion", "in_stores", "unchanged"]
+__all__ = ["Conversion", "in_stores", "store_of", "unchanged"]
 
 DROP = "drop"
 NOT_STATISTICS = (WEIGHT, "master")
@@ -66,7 +69,19 @@ class Conversion:
         return sum(entry.nbytes for entry in self.entries)
 
     def check(self) -> None:
-        """Raise UnreadableStatisticError if a statistic must be read that cannot be."""
+        """Raise if a statistic cannot be what is said of it, must be read and cannot be, or none is there at all.
+
+        Raises:
+            CheckpointError: for a file that contradicts itself.
+            UnreadableStatisticError: for numbers that cannot be had.
+        """
+        for issue in contradictions(self.checkpoint):
+            hint = "`optstate check` says all that is wrong"
+            raise CheckpointError(self.checkpoint.path, f"{issue.where}: {issue.what}", hint)
+        document, said = self.checkpoint.document, self.checkpoint.notes
+        keeps_none = RULES.get(document.recipe, "") in ("", "sgd")
+        if document.parameters and not keeps_none and not any(param.has_state for param in document.parameters):
+            raise UnreadableStatisticError(said[0] if said else "no statistics are in the file: no step was made")
         values = Values(self.checkpoint)
         for transfer in self.all_transfers:
             if transfer.store is not None and transfer.source is not None:
@@ -97,9 +112,9 @@ def in_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str,
             raise ValueError(f"the file keeps no {slot!r}: it has {', '.join(present) or 'no statistics'}")
     stores: dict[str, Store | None] = {}
     if default is not None:
-        everywhere = from_words(default)
+        everywhere = from_words(default)  # dropping everything is no conversion
         stores = {slot: everywhere for slot in present if slot not in NOT_STATISTICS}
-    stores |= {slot: None if words == DROP else from_words(words) for slot, words in by_slot.items()}
+    stores |= {slot: store_of(words) for slot, words in by_slot.items()}
     parameters, transfers, dropped = [], {}, []
     for param in checkpoint.document.parameters:
         made = []
@@ -112,6 +127,15 @@ def in_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str,
         transfers[param.name] = tuple(made)
     document = replace(checkpoint.document, parameters=tuple(parameters), codebooks=_books(checkpoint, transfers))
     return Conversion(checkpoint, document, transfers, tuple(dropped))
+
+
+def store_of(words: str) -> Store | None:
+    """The store that words name, None for "drop".
+
+    Raises:
+        ValueError: if they name none.
+    """
+    return None if words == DROP else from_words(words)
 
 
 def _in_store(checkpoint: Checkpoint, param: Parameter, slot: str, store: Store | None) -> Transfer:

@@ -15,11 +15,13 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, with_tensors
 from optstate.checkpoint.document import Document, Parameter, tensor_key
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.own_words import hyper_of
 from optstate.checkpoint.recode import Recoder
-from optstate.checkpoint.to_recipe import chain_of, onto
-from optstate.checkpoint.values import Values
+from optstate.checkpoint.to_recipe import COUNTED_FROM, chain_of, onto
+from optstate.checkpoint.values import UnreadableStatisticError, Values
 from optstate.optimizer import Optimizer
-from optstate.plan import Plan
+from optstate.plan import ParamPlan, Plan
 
 __all__ = ["conversion_onto", "load_converted"]
 
@@ -33,12 +35,9 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
     plan, saved = optimizer.plan(), optimizer.state_dict()
     own = described(optimizer, plan, saved)
     sources = _matched(own, checkpoint)
-    for i, source in enumerate(sources):
-        if source.has_state and i not in saved["state"]:
-            raise ValueError(f"{own.parameters[i].name!r} has state in the file and is frozen here: unfreeze it first")
-        if not source.has_state and i in saved["state"] and plan.params[i].fields:
-            raise ValueError(f"the file has nothing for {own.parameters[i].name!r}, which trains here")
-    steps = [1 if source.step is None and source.has_state else source.step for source in sources]
+    if not any(source.has_state for source in sources) and any(param.fields for param in plan):
+        raise ValueError("the file has no statistics at all")
+    steps = [_step(source, plan.params[i], i in saved["state"]) for i, source in enumerate(sources)]
     parameters = [replace(param, step=step) for param, step in zip(own.parameters, steps, strict=True)]
     document = replace(own, parameters=tuple(parameters), groups=_groups(own, plan, checkpoint.document, sources))
     conversion = onto(checkpoint, document, list(plan), sources)
@@ -46,12 +45,28 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
     return conversion
 
 
+def _step(source: Parameter, plan: ParamPlan, trains: bool) -> int | None:
+    """How often a parameter was updated; 0 where another library made no state for it, as it does at the first update.
+
+    Raises:
+        ValueError: if it has state in the file or here, and not in both.
+    """
+    if source.has_state:
+        if not trains:
+            raise ValueError(f"{plan.spec.name!r} has state in the file and is frozen here: unfreeze it first")
+        return COUNTED_FROM if source.step is None else source.step
+    if trains and plan.fields and source.chain:
+        raise ValueError(f"the file has nothing for {plan.spec.name!r}, which trains here")
+    return 0 if trains else None
+
+
 def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
     """Bring the conversion's numbers into the optimizer, one parameter at a time.
 
     Raises:
         ValueError: if the hyper-parameters do not fit. Nothing is changed then.
-        OSError: if the file cannot be read; the optimizer then refuses to step until a load succeeds.
+        OSError, CheckpointError: if the file cannot be read, or holds numbers that are not finite where they would have
+            to be changed; the optimizer then refuses to step until a load succeeds.
     """
     source = _Source(conversion)
     state: dict[int, dict[str, Any]] = {}
@@ -68,7 +83,11 @@ def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
         hyper |= {key: own[key] for key in ("role", "head_size") if key in own}
         groups.append({**hyper, "params": list(range(first, first + len(group.parameters)))})
     header = {"version": resume.VERSION, "clip_grad_norm": conversion.document.clip_grad_norm}
-    optimizer.load_with({"state": state, "param_groups": groups, resume.KEY: header}, source.copy)
+    try:
+        optimizer.load_with({"state": state, "param_groups": groups, resume.KEY: header}, source.copy)
+    except UnreadableStatisticError as error:
+        hint = "the state is incomplete: load again before the next step"
+        raise CheckpointError(conversion.checkpoint.path, str(error), hint, refused=True) from None
 
 
 class _Source:
@@ -129,7 +148,8 @@ def _groups(own: Document, plan: Plan, theirs: Document, sources: Sequence[Param
     groups, first = [], 0
     for mine, other in zip(own.groups, theirs.groups, strict=True):
         if mine.parameters and chain_of(sources[first], theirs, other) == str(plan.params[first].chain):
-            kept: Mapping[str, Any] = {k: v for k, v in other.hyper.items() if k in mine.hyper or k == "initial_lr"}
+            said = hyper_of(theirs, other).items()
+            kept: Mapping[str, Any] = {k: v for k, v in said if k in mine.hyper or k == "initial_lr"}
             mine = replace(mine, hyper={**mine.hyper, **kept})
         groups.append(mine)
         first += len(mine.parameters)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -13,13 +14,15 @@ from optstate.checkpoint import layouts
 from optstate.checkpoint.atomic import replacing, write_all
 from optstate.checkpoint.carry_out import Track, carry_out, write_converted
 from optstate.checkpoint.conversion import Conversion
-from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.report import Report
+from optstate.checkpoint.sharded import find
 from optstate.checkpoint.tensors import bytes_of
 from optstate.checkpoint.torch_writer import create_torch
+from optstate.checkpoint.values import UnreadableStatisticError
 from optstate.checkpoint.writer import NewEntry, create, header_size
 
-__all__ = ["LAYOUTS", "NATIVE", "check_target", "export", "layout_for"]
+__all__ = ["LAYOUTS", "NATIVE", "check_target", "export", "layout_for", "notes_of"]
 
 NATIVE = "optstate"
 LEROBOT_STATE, LEROBOT_GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
@@ -52,13 +55,44 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
     if layout == layouts.LEROBOT and os.path.lexists(target):
         reason = "exists already, and two files cannot be replaced at once"
         raise CheckpointError(target, reason, "give the name of a new folder", refused=True)
+    there = find(target)
     for source in conversion.checkpoint.files:
-        if os.path.exists(target) and os.path.samefile(source, target):
+        if os.path.exists(there) and os.path.samefile(source, there):
             raise CheckpointError(target, "is the source itself", "choose another name", refused=True)
-    if not overwrite and os.path.lexists(target):
+    if not overwrite and os.path.lexists(there):
         raise CheckpointError(target, "exists already", "choose another name, or --force", refused=True)
     if not os.path.isdir(target.parent):
         raise CheckpointError(target, "its folder does not exist", "make it first")
+
+
+def notes_of(conversion: Conversion, layout: str = NATIVE) -> tuple[str, ...]:
+    """What a person should know of the source and of the new file: everything in the one that is not in the other.
+
+    Raises:
+        CheckpointError: (refused) if the layout cannot hold the state.
+    """
+    notes = [*conversion.checkpoint.notes, *conversion.notes]
+    document, tensors = conversion.checkpoint.document, conversion.checkpoint.tensors
+    stray = sorted(tensors.keys() - {key for param in document.parameters for key in param.keys})
+    if stray:
+        notes.append(f"left out, tensors of no statistic: {', '.join(map(shown, stray[:8]))}, {len(stray)} in all")
+    if layout != NATIVE:
+        entries = {entry.name: entry for entry in conversion.entries}
+        with _refusing(conversion, layout):
+            notes += layouts.notes_of(layout, conversion.document, entries)
+    return tuple(dict.fromkeys(notes))
+
+
+@contextmanager
+def _refusing(conversion: Conversion, layout: str) -> Iterator[None]:
+    """Turn what a layout cannot hold, and numbers that cannot be converted, into a refusal."""
+    try:
+        yield
+    except layouts.LayoutError as error:
+        reason = f"cannot be written as {layout} state: {error}"
+        raise CheckpointError(conversion.checkpoint.path, reason, refused=True) from None
+    except UnreadableStatisticError as error:
+        raise CheckpointError(conversion.checkpoint.path, f"cannot be converted: {error}", refused=True) from None
 
 
 def export(
@@ -78,15 +112,11 @@ def export(
     """
     check_target(conversion, target, layout, overwrite=overwrite)
     try:
-        if layout == NATIVE:
+        with _refusing(conversion, layout):
+            if layout != NATIVE:
+                return _write_layout(conversion, target, layout, overwrite, track)
             return write_converted(conversion, target, overwrite=overwrite, track=track, max_shard_size=max_shard_size)
-        return _write_layout(conversion, target, layout, overwrite, track)
-    except layouts.LayoutError as error:
-        reason = f"cannot be written as {layout} state: {error}"
-        raise CheckpointError(conversion.checkpoint.path, reason, refused=True) from None
     except (ValueError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(conversion.checkpoint.path, str(error)) from error
 
 

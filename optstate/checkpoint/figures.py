@@ -84,6 +84,10 @@ def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, s
 
 def _square(flat: Tensor) -> float:
     """Sum of squares; pieces are short enough for fp32 to sum them to a few units in the last place."""
+    total = float(torch.dot(flat, flat))
+    if math.isfinite(total):
+        return total
+    flat = flat.double()  # squares of numbers above 1e19
     return float(torch.dot(flat, flat))
 
 

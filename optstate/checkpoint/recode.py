@@ -16,7 +16,7 @@ from optstate.checkpoint.document import Parameter
 from optstate.checkpoint.figures import Figures, compared, update
 from optstate.checkpoint.threads import for_each
 from optstate.checkpoint.transfer import Transfer
-from optstate.checkpoint.values import Values
+from optstate.checkpoint.values import UnreadableStatisticError, Values
 from optstate.kernels import Noise, Piece
 from optstate.spec import FieldSpec
 from optstate.stores import Store
@@ -96,7 +96,8 @@ class Recoder:
         """Make the tensors of one parameter and hand each to `put(key, tensor)`.
 
         Raises:
-            UnreadableStatisticError: if a statistic's numbers are needed and cannot be had.
+            UnreadableStatisticError: if a statistic's numbers are needed and cannot be had, or would have to be changed
+                and are not finite.
             OSError: if the source cannot be read.
         """
         pairs = []
@@ -105,8 +106,7 @@ class Recoder:
                 assert transfer.was is not None
                 fields = self.values.fields(transfer.was)
             elif transfer.source is None:
-                specs = transfer.specs or {}
-                fields = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+                fields = _zeros(transfer.specs or {})
             else:
                 pairs.append(self._encoded(param, transfer))
                 fields = pairs[-1].fields
@@ -122,7 +122,11 @@ class Recoder:
         assert store is not None
         assert specs is not None
         assert source is not None
-        value = self.values.read(param, source)
+        value = self._read(param, source)
+        if not value.numel():  # means of nothing would not be numbers
+            return _Pair(transfer, store, specs, value, _zeros(specs))
+        if not transfer.exact:
+            _check_numbers(value, f"{source} of {param.name!r}", param.slots[source].signed)
         fields = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
         if store.elementwise:
 
@@ -137,6 +141,11 @@ class Recoder:
             return _Pair(transfer, store, specs, value, fields)
         store.write(fields, value * transfer.factor if transfer.factor != 1.0 else value)
         return _Pair(transfer, store, specs, value, fields, store.factors(fields, value.shape))
+
+    def _read(self, param: Parameter, slot: str) -> Tensor:
+        """A statistic, of one dimension at least."""
+        value = self.values.read(param, slot)
+        return value if value.ndim else value.view(1)
 
     def _measure(self, param: Parameter, pairs: Sequence[_Pair], eps: float) -> None:
         """Compare statistics and updates before and after, piece by piece."""
@@ -156,7 +165,7 @@ class Recoder:
         pair = next((pair for pair in pairs if pair.transfer.source == slot), None)
         beta = param.slots[slot].beta
         bias = 1.0 if beta is None or not param.step else 1.0 - beta**param.step
-        return _Moment(self.values.read(param, slot) if pair is None else pair.value, bias, pair)
+        return _Moment(self._read(param, slot) if pair is None else pair.value, bias, pair)
 
 
 @dataclass(frozen=True)
@@ -193,10 +202,23 @@ class _Comparison:
         return found, compared(before, after, before, after, squares=False)
 
 
+def _zeros(specs: Mapping[str, FieldSpec]) -> dict[str, Tensor]:
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+
+def _check_numbers(value: Tensor, what: str, signed: bool) -> None:
+    """Refuse numbers that would spoil their neighbours in a shared scale or mean, and whose loss has no measure."""
+    low, high = (float(bound) for bound in torch.aminmax(value))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UnreadableStatisticError(f"{what} holds numbers that are not finite; `optstate check` tells how many")
+    if low < 0 and not signed:
+        raise UnreadableStatisticError(f"{what} holds {low:.3g}, and is never negative; `optstate check` tells more")
+
+
 def _pieces(value: Tensor, alignment: int) -> Iterator[Piece]:
-    """Pieces of a statistic that begin where blocks do; a 0-d one is one piece."""
+    """Pieces of a statistic that begin where blocks do."""
     if value.numel():
-        yield from kernels.pieces(value.shape or (1,), max(PIECE // alignment, 1) * alignment, align=alignment)
+        yield from kernels.pieces(value.shape, max(PIECE // alignment, 1) * alignment, align=alignment)
 
 
 def _unbiased(value: Tensor, bias: float) -> Tensor:

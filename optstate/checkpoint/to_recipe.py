@@ -16,6 +16,8 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, with_tensors
 from optstate.checkpoint.document import WEIGHT, Document, Group, Parameter
+from optstate.checkpoint.layouts.given import numbers
+from optstate.checkpoint.own_words import arguments_of, hyper_of, same_rule
 from optstate.checkpoint.transfer import Transfer, copied, spec_of, taken_over
 from optstate.groups import check_values
 from optstate.optimizer import Optimizer
@@ -23,7 +25,13 @@ from optstate.plan import ParamPlan
 from optstate.weights import Weights, as_weights
 from optstate.weights import from_words as weights_from_words
 
-__all__ = ["as_recipe", "chain_of", "onto"]
+__all__ = ["COUNTED_FROM", "as_recipe", "chain_of", "onto", "settings_of"]
+
+NO_SETTINGS = frozenset({"params", "weights", "fused_backward"})
+"""Arguments of recipes that are no hyper-parameters."""
+
+NOT_HYPER = frozenset({"params", "param_names", "role", "head_size"})
+"""What else a param group holds."""
 
 COUNTED_FROM = 1
 """The step of state whose updates nobody counted: at least one has been made."""
@@ -33,8 +41,9 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     """What a checkpoint becomes when its run goes on with another recipe.
 
     Statistics are matched by what they are averages of, and corrected for beginning at zero as each recipe does it;
-    steps stay. Hyper-parameters stay where both recipes go through the same chain, else they are the new recipe's
-    defaults: a learning rate of one says nothing about the other's.
+    steps stay. Hyper-parameters stay where both recipes go through the same chain, as one and the same recipe does
+    unless a setting changes it; else they are the new recipe's defaults: a learning rate of one says nothing about the
+    other's.
 
     Args:
         checkpoint: the source.
@@ -48,11 +57,11 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     """
     sources = checkpoint.document.parameters
     params = [_on_meta(param) for param in sources]
-    given = _arguments(name, settings)
+    given = settings_of(name, settings)
     optimizer = _built(name, checkpoint, params, given)
     place = {id(param): i for i, param in enumerate(params)}
     order = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    notes = _keep_hyper(optimizer, checkpoint.document, order, set(given))
+    notes = (*_keep_hyper(optimizer, name, checkpoint.document, order, set(given)), *_left_out(checkpoint.document))
     plan, saved = optimizer.plan(), optimizer.state_dict()
     for new, old in enumerate(order):
         if new in saved["state"]:
@@ -120,21 +129,28 @@ def _on_meta(param: Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=param.has_state)
 
 
-def _arguments(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
-    """The settings as the recipe's arguments."""
-    known = [key for key in inspect.signature(registry.get(name)).parameters if key not in ("params", "weights")]
+def settings_of(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    """The settings as a recipe's arguments.
+
+    Raises:
+        UnknownRecipeError: if no recipe has this name.
+        ValueError: for one that it does not have, or a value that is none.
+    """
+    known = _parameters(name)
     for key in settings:
         if key not in known:
             raise ValueError(f"{name} has no hyper-parameter {key!r}: it has {', '.join(known)}")
     return {key: _literal(key, words) for key, words in settings.items()}
 
 
-def _built(
-    name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], arguments: Mapping[str, Any]
-) -> Optimizer:
+def _parameters(name: str) -> list[str]:
+    return [key for key in inspect.signature(registry.get(name)).parameters if key not in NO_SETTINGS]
+
+
+def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], given: Mapping[str, Any]) -> Optimizer:
     """The recipe's optimizer for parameters of these shapes, in the source's groups."""
-    make, groups, first = registry.get(name), [], 0
-    for group in checkpoint.document.groups:
+    document, groups, first = checkpoint.document, [], 0
+    for group in document.groups:
         members: Sequence[Any] = params[first : first + len(group.parameters)]
         if checkpoint.named:
             members = list(zip(group.parameters, members, strict=True))
@@ -142,8 +158,24 @@ def _built(
         declared = {"role": group.role, "head_size": group.head_size}
         groups.append({"params": members} | {key: value for key, value in declared.items() if value})
     groups = [group for group in groups if group["params"]]
-    written = _weights(checkpoint.document.parameters)
-    return make(groups, **arguments) if written is None else make(groups, weights=written, **arguments)
+    written = _weights(document.parameters)
+    weights = {} if written is None else {"weights": written}
+    kept = _own_arguments(name, document) if same_rule(name, document.recipe) else {}
+    try:
+        return registry.get(name)(groups, **weights, **{**kept, **given})
+    except (ValueError, TypeError):
+        if not kept:
+            raise
+        return registry.get(name)(groups, **weights, **given)  # what is asked for rules out what was
+
+
+def _own_arguments(name: str, document: Document) -> dict[str, Any]:
+    """What the file's own rule is, as arguments of a recipe that has it."""
+    first = next(iter(document.parameters), None)
+    if first is None:
+        return {}
+    arguments, known = arguments_of(document, document.groups[first.group], first.chain), _parameters(name)
+    return {key: value for key, value in arguments.items() if key in known}
 
 
 def _weights(parameters: Sequence[Parameter]) -> Weights | None:
@@ -162,31 +194,46 @@ def _weights(parameters: Sequence[Parameter]) -> Weights | None:
     return next(iter(chosen.values()), None)
 
 
-def _keep_hyper(optimizer: Optimizer, document: Document, order: Sequence[int], given: set[str]) -> tuple[str, ...]:
+def _keep_hyper(
+    optimizer: Optimizer, name: str, document: Document, order: Sequence[int], given: set[str]
+) -> tuple[str, ...]:
     """Give the new groups the source's hyper-parameters where they mean the same and no others were asked for.
 
     Returns:
         What to say of it.
     """
     sources, plan, first = document.parameters, optimizer.plan(), 0
-    left_out: set[str] = set()
-    new_rule = ""
+    left_out: dict[str, Any] = {}
+    new_rule: dict[str, Any] = {}
+    expressed = set(_parameters(name)) if same_rule(name, document.recipe) else set()
     for group in optimizer.param_groups:
         source = sources[order[first]]
-        chain = plan.params[first].chain
-        old = document.groups[source.group]
+        chain, old = plan.params[first].chain, document.groups[source.group]
         if chain_of(source, document, old) == str(chain):
-            same = {key: value for key, value in old.hyper.items() if key in group or key == "initial_lr"}
+            theirs = hyper_of(document, old)
+            same = {key: value for key, value in theirs.items() if key in group or key == "initial_lr"}
             group.update({key: with_tensors(same[key], group.get(key)) for key in same.keys() - given})
-            left_out |= old.hyper.keys() - same.keys()
+            left_out |= {key: value for key, value in theirs.items() if key not in same.keys() | expressed}
             check_values(group, chain)
         else:
-            own = sorted(group.keys() - {"params", "param_names", "role", "head_size"})
-            new_rule = ", ".join(f"{key}={group[key]!r}" for key in own)
+            new_rule |= {key: group[key] for key in sorted(group.keys() - NOT_HYPER)}
+            left_out |= old.hyper
         first += len(group["params"])
-    if new_rule:
-        return (f"hyper-parameters are the new recipe's: {new_rule}",)
-    return (f"left out, the recipe has no such hyper-parameters: {', '.join(sorted(left_out))}",) if left_out else ()
+    notes = [f"hyper-parameters are the new recipe's: {_listed(new_rule)}"] if new_rule else []
+    return (*notes, f"hyper-parameters of the file that are left out: {_listed(left_out)}") if left_out else (*notes,)
+
+
+def _listed(hyper: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={numbers(value)!r}" for key, value in sorted(hyper.items()))
+
+
+def _left_out(document: Document) -> list[str]:
+    """What the file has besides statistics and hyper-parameters, which no new recipe takes over."""
+    kept = dict.fromkeys(key for param in document.parameters for key in param.extra)
+    found = [", ".join(names) for names in (kept, document.extra) if names]
+    if document.clip_grad_norm is not None:
+        found.append(f"clip_grad_norm={document.clip_grad_norm} of the fused backward pass")
+    return [f"left out: {what}" for what in found]
 
 
 def _literal(key: str, words: str) -> Any:
@@ -200,6 +247,11 @@ def chain_of(param: Parameter, document: Document, group: Group) -> str:
     """The chain that a parameter went through; of other tools' files that of the recipe they are said to be."""
     if param.chain or document.recipe not in registry.names():
         return param.chain
+    known = _parameters(document.recipe)
+    arguments = {key: value for key, value in arguments_of(document, group, "").items() if key in known}
     members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
-    made = registry.get(document.recipe)([{key: value for key, value in members.items() if value}])
+    try:
+        made = registry.get(document.recipe)([{k: v for k, v in members.items() if v}], **arguments)
+    except (ValueError, TypeError):
+        return ""  # nothing that our recipe can do
     return str(made.plan().params[0].chain)

@@ -59,8 +59,8 @@ def spec_of(param: Parameter, role: str = "", head_size: int | None = None) -> P
     if param.shape is None:
         raise ValueError(f"the shape of {param.name!r} is not in the file: give --names with shapes, or a model")
     dtype = getattr(torch, param.dtype, None) if param.dtype else torch.float32
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{param.name!r} has dtype {param.dtype!r}, which torch does not have")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{param.name!r} has dtype {param.dtype!r}, which is none of torch's for parameters")
     return ParamSpec(name=param.name, shape=param.shape, dtype=dtype, role=role, head_size=head_size)
 
 
@@ -102,14 +102,16 @@ def taken_over(
     source = _same_meaning(param, name, record)
     if source is None:
         if record.of in MADE_FROM_ZERO or not param.has_state or param.step == 0:
-            return Transfer(param, name, record, _entries(record, specs), None, store, specs, exact=not param.has_state)
+            begins = not param.has_state or param.step == 0
+            return Transfer(param, name, record, _entries(record, specs), None, store, specs, exact=begins)
         kept = ", ".join(f"{slot} ({_words(was)})" for slot, was in param.slots.items()) or "nothing"
         raise ValueError(
             f"{param.name!r}: {name} ({_words(record)}) cannot be made from what the file keeps: {kept}; begin the new "
             "recipe with a fresh optimizer"
         )
-    was = param.slots[source]
-    factor = _correction(param, record) / _correction(param, was) if record.beta != was.beta else 1.0
+    was, factor = param.slots[source], 1.0
+    if record.beta != was.beta or record.of == "square":  # which is corrected by the number of steps in any case
+        factor = _correction(param, record) / _correction(param, was)
     return _made(param, name, stored[source], record, store, specs, source, factor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.consistency import store_name
 from optstate.checkpoint.document import Parameter, SlotRecord
+from optstate.checkpoint.stored import Stored
 from optstate.checkpoint.tensors import announce, load
 from optstate.kernels import Codebook
 from optstate.spec import ParamSpec
@@ -80,6 +81,8 @@ class Values:
             if slot.of != "gradient":
                 why = "squares of projected gradients say nothing of the squares of gradients"
                 raise UnreadableStatisticError(f"{what} is kept in {slot.store}, which has no inverse: {why}")
+            if not _projects(stored, param.shape):
+                raise UnreadableStatisticError(f"{what} is kept in {slot.store}, and its tensors do not fit")
             return _projected_back
         store = _store_of(slot, what)
         if kind == "Float8" and "scale" in stored:
@@ -101,6 +104,15 @@ class Values:
 def _as_it_is(fields: Fields, shape: Shape) -> Tensor:
     """A number per element."""
     return fields[""] if fields[""].dtype == torch.float64 else fields[""].float()
+
+
+def _projects(stored: Mapping[str, Stored], shape: Shape) -> bool:
+    """Whether a basis and what it was multiplied with give this shape again."""
+    if stored.keys() != {"", "basis"} or {len(shape), *(len(each.shape) for each in stored.values())} != {2}:
+        return False
+    low, basis = stored[""].shape, stored["basis"].shape
+    products = (basis[0], low[1]), (low[0], basis[1])
+    return (basis[1] == low[0] and products[0] == tuple(shape)) or (low[1] == basis[0] and products[1] == tuple(shape))
 
 
 def _projected_back(fields: Fields, shape: Shape) -> Tensor:

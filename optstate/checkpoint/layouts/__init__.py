@@ -49,7 +49,13 @@ def tree_of(layout: str, document: Document, entries: Mapping[str, NewEntry]) ->
 
 
 def notes_of(layout: str, document: Document, entries: Mapping[str, NewEntry]) -> tuple[str, ...]:
-    """What a person should know about the file that `tree_of` gives: what was assumed, what is not in it."""
+    """What a person should know about the new file: what was assumed, what is not in it.
+
+    Raises:
+        LayoutError: as they do.
+    """
+    if layout == LEROBOT:
+        return lerobot_of(document, entries).notes
     return _made(layout, document, entries)[1]
 
 
@@ -58,7 +64,5 @@ def _made(layout: str, document: Document, entries: Mapping[str, NewEntry]) -> t
         raise LayoutError(f"no file of torch.save has the layout {layout!r}: one of {', '.join(_MAKERS)}")
     given = Given(layout, document, entries)
     tree = _MAKERS[layout](given)
-    norm = document.clip_grad_norm
-    if norm is not None and not any("clip_grad_norm" in group for group in tree["param_groups"]):
-        given.note(f"the norm clip of the fused backward pass, {norm}, is not in the file: clip gradients yourself")
+    given.warn_of_rest(tree)
     return tree, tuple(given.notes)

@@ -195,6 +195,25 @@ class Given:
             if param.dtype in ("bfloat16", "float16") and "F32" in kept:
                 self.note(f"torch rounds statistics to the dtype of their parameter, {param.dtype}, when it loads them")
 
+    def warn_of_rest(self, tree: Tree) -> None:
+        """Say what no library's file has a place for: what is not in this one, though the document holds it."""
+        document, parameters = self.document, self.document.parameters
+        norm = document.clip_grad_norm
+        if norm is not None and not any("clip_grad_norm" in group for group in tree["param_groups"]):
+            self.note(f"the norm clip of the fused backward pass, {norm}, is not in the file: clip gradients yourself")
+        if not self.named() and any(not param.name.startswith("#") for param in parameters):
+            self.note("the names of parameters are not in the file, only their order")
+        if tied := [f"{shown(other)} = {shown(param.name)}" for param in parameters for other in param.tied]:
+            self.note(f"other names of tied parameters are not in the file: {', '.join(tied)}")
+        if any(group.role or group.head_size for group in document.groups):
+            self.note("the declared roles of parameters are not in the file")
+        if words := dict.fromkeys(param.weights for param in parameters if param.weights not in ("", "Plain()")):
+            self.note(
+                f"how weights are written, {', '.join(words)}, is not in the file: the library does it its own way"
+            )
+        if document.history:
+            self.note("what earlier conversions lost is not in the file")
+
     def misfit(self, param: Parameter, slot: str, record: SlotRecord, allowed: str, store: str) -> LayoutError:
         """The error for a statistic in a store that the layout does not have."""
         return LayoutError(

@@ -23,12 +23,13 @@ class LeRobot:
     """What the two files hold.
 
     tensors: by key of the document, name, dtype and shape in `optimizer_state.safetensors`. constants: tensors whose
-    bytes are known, by name there. groups: the text of `optimizer_param_groups.json`.
+    bytes are known, by name there. groups: the text of `optimizer_param_groups.json`. notes: as `notes_of`.
     """
 
     tensors: dict[str, NewEntry]
     constants: dict[str, Constant]
     groups: str
+    notes: tuple[str, ...]
 
 
 def lerobot_of(document: Document, entries: Mapping[str, NewEntry]) -> LeRobot:
@@ -41,7 +42,9 @@ def lerobot_of(document: Document, entries: Mapping[str, NewEntry]) -> LeRobot:
     document = replace(document, groups=groups)
     if document.source.get("kind") != LEROBOT:  # it compares the groups with those of an optimizer without names
         document = replace(document, source={**document.source, "named": False})
-    tree = _tree(Given(LEROBOT, document, entries))
+    given = Given(LEROBOT, document, entries)
+    tree = _tree(given)
+    given.warn_of_rest(tree)
     tensors: dict[str, NewEntry] = {}
     constants: dict[str, Constant] = {}
     for place, state in tree["state"].items():
@@ -53,7 +56,8 @@ def lerobot_of(document: Document, entries: Mapping[str, NewEntry]) -> LeRobot:
                 tensors[value.key] = NewEntry(name, value.dtype, value.shape)
             else:
                 raise LayoutError(f"{key}={value!r} is no tensor, and LeRobot keeps nothing else per parameter")
-    return LeRobot(tensors, constants, json.dumps(tree["param_groups"], indent=4, ensure_ascii=False))
+    text = json.dumps(tree["param_groups"], indent=4, ensure_ascii=False)
+    return LeRobot(tensors, constants, text, tuple(given.notes))
 
 
 def _tree(given: Given) -> Tree:

@@ -138,7 +138,7 @@ def _wrapped(given: Given, param: Parameter, slot: str, record: SlotRecord) -> N
     codes = given.tensor(record.fields["codes"])
     state: dict[str, Any] = {"codes": codes, "scale": given.tensor(scale)}
     shape = param.shape if kind[1] == "Block4" else codes.shape
-    if shape is None or prod(shape) % record.block:
+    if shape is None or not record.block or prod(shape) % record.block:
         raise LayoutError(
             f"'{shown(param.name)}' has {prod(shape or ())} elements: torchao has whole blocks of {record.block} only; "
             f"convert with --slot {slot}=fp32"
