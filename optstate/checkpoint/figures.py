@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["Figures", "compared", "update"]
+__all__ = ["Figures", "compared", "divisor", "update"]
 
 
 @dataclass
@@ -60,9 +60,14 @@ def _ratio(error: float, whole: float) -> float:
     return 0.0 if error == 0.0 else math.sqrt(error / whole) if whole else math.inf
 
 
-def update(first: Tensor, second: Tensor | None, eps: float) -> Tensor:
-    """The step that two moments give, both without bias: `first / (sqrt(second) + eps)`; `first` without a second."""
-    return first if second is None else first / second.sqrt().add_(eps)
+def divisor(second: Tensor | None, eps: float) -> Tensor | None:
+    """What a second moment without bias divides a step by, `sqrt(second) + eps`; None without one."""
+    return None if second is None else second.sqrt().add_(eps)
+
+
+def update(first: Tensor, divided_by: Tensor | None) -> Tensor:
+    """The step that a first moment without bias gives."""
+    return first if divided_by is None else first / divided_by
 
 
 def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, squares: bool) -> Figures:

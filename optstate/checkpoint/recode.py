@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.checkpoint.document import Parameter
-from optstate.checkpoint.figures import Figures, compared, update
+from optstate.checkpoint.figures import Figures, compared, divisor, update
 from optstate.checkpoint.threads import for_each
 from optstate.checkpoint.transfer import Transfer
 from optstate.checkpoint.values import UnreadableStatisticError, Values
@@ -181,24 +181,25 @@ class _Comparison:
         """Figures of every pair, and of the update with all changes at once."""
         v = self.second.old(piece) if self.second else None
         m = self.first.old(piece) if self.first else None if v is None else v.sqrt()  # a gradient as large as v says
-        before = None if m is None else update(m, v, self.eps)
-        new_m, new_v, found = m, v, []
+        root = divisor(v, self.eps)
+        before = None if m is None else update(m, root)
+        new_m, new_root, found = m, root, []
         for pair in self.pairs:
             x, y = pair.old(piece), pair.new(piece)
             if self.first and pair is self.first.pair:
                 new_m = _unbiased(y, self.first.bias)
-                one = update(new_m, v, self.eps)
+                one = update(new_m, root)
             elif self.second and pair is self.second.pair:
-                new_v = _unbiased(y, self.second.bias)
-                one = update(m, new_v, self.eps) if m is not None else y
+                new_root = divisor(_unbiased(y, self.second.bias), self.eps)
+                one = update(m, new_root) if m is not None else y
             else:
                 found.append(compared(x, y, *_steps(x, y, pair.transfer.record.of, self.eps), squares=False))
                 continue
             assert before is not None
             found.append(compared(x, y, before, one, squares=pair is (self.second and self.second.pair)))
-        if before is None or new_m is None or (new_m is m and new_v is v):
+        if before is None or new_m is None or (new_m is m and new_root is root):
             return found, Figures()
-        after = update(new_m, new_v, self.eps)
+        after = update(new_m, new_root)
         return found, compared(before, after, before, after, squares=False)
 
 
@@ -230,4 +231,4 @@ def _steps(x: Tensor, y: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
     if of not in DIVIDES:
         return x, y
     root = x.sqrt()
-    return update(root, x, eps), update(root, y, eps)
+    return update(root, divisor(x, eps)), update(root, divisor(y, eps))
