@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.consistency import inconsistencies
+from optstate.checkpoint.consistency import refuse_contradictions
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.opening import open_checkpoint
 
@@ -61,9 +61,7 @@ def diff(
 def _opened(path: Path, key: str | None, names: str | None, optimizer: str | None) -> Checkpoint:
     """A checkpoint whose tensors are what it says."""
     checkpoint = _with_or_without(path, key, names, optimizer)
-    wrong = next((issue for issue in inconsistencies(checkpoint) if issue.severity == "error"), None)
-    if wrong is not None:
-        raise CheckpointError(path, f"{wrong.where}: {wrong.what}", "`optstate check` tells all that is wrong with it")
+    refuse_contradictions(checkpoint)
     return checkpoint
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.disagreements import Finding, Pair, disagreements, matched
 from optstate.checkpoint.document import SlotRecord
-from optstate.checkpoint.tensors import PIECE
+from optstate.checkpoint.stored import Stored
+from optstate.checkpoint.tensors import DTYPES, PIECE, bits, load
 from optstate.checkpoint.values import UnreadableStatisticError, Values
 
 __all__ = [
@@ -234,8 +235,8 @@ class _Comparison:
     def _same_bytes(self, left: SlotRecord, right: SlotRecord) -> bool:
         if not self._same_layout(left, right):
             return False
-        mine, theirs = self.a.fields(left), self.b.fields(right)
-        return all(torch.equal(_bytes(mine[field]), _bytes(theirs[field])) for field in mine)
+        mine, theirs = self.a.checkpoint.fields_of(left), self.b.checkpoint.fields_of(right)
+        return all(torch.equal(load(bits(mine[field])), load(bits(theirs[field]))) for field in mine)
 
     def _same_layout(self, left: SlotRecord, right: SlotRecord) -> bool:
         """Whether equal bytes are equal numbers."""
@@ -252,13 +253,15 @@ class _Comparison:
         try:
             return deviation(self.a.read(param, name), self.b.read(other, name))
         except UnreadableStatisticError:
-            if not self._same_layout(left, right):
+            if not self._same_layout(left, right) or not _has_numbers(self.a.checkpoint.fields_of(left)):
                 raise
         mine, theirs = self.a.fields(left), self.b.fields(right)
         return sum((deviation(mine[field], theirs[field]) for field in mine), Deviation())
 
-    def _of_itself(self, task: Task) -> Deviation:
+    def _of_itself(self, task: Task) -> Deviation | None:
         (param, _), name = task
+        if not _has_numbers(self.a.checkpoint.fields_of(param.slots[name])):
+            return None
         try:
             value = self.a.read(param, name)
             return deviation(value, value)
@@ -267,5 +270,6 @@ class _Comparison:
             return sum((deviation(tensor, tensor) for tensor in fields), Deviation())
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+def _has_numbers(fields: Mapping[str, Stored]) -> bool:
+    """Whether torch has tensors of these, and not only their bytes can be compared."""
+    return all(stored.dtype in DTYPES.values() for stored in fields.values())

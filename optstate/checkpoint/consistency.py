@@ -12,10 +12,10 @@ from math import prod
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.container import Issue
 from optstate.checkpoint.document import WEIGHT, Document, Parameter, SlotRecord
-from optstate.checkpoint.errors import shown
+from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.stored import Stored
 
-__all__ = ["contradictions", "has_axes", "inconsistencies", "store_name"]
+__all__ = ["contradictions", "has_axes", "inconsistencies", "refuse_contradictions", "store_name"]
 
 Shape = tuple[int, ...]
 
@@ -49,6 +49,13 @@ def contradictions(checkpoint: Checkpoint) -> list[Issue]:
             where = shown(f"{param.name}/{name}")
             issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, checkpoint.tensors)]
     return issues + _wrong_codebooks(checkpoint.document)
+
+
+def refuse_contradictions(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the tensors that a document names cannot be what it says of them."""
+    for issue in contradictions(checkpoint):
+        hint = "`optstate check` says all that is wrong"
+        raise CheckpointError(checkpoint.path, f"{issue.where}: {issue.what}", hint)
 
 
 def _wrong_codebooks(document: Document) -> list[Issue]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.consistency import contradictions
+from optstate.checkpoint.consistency import refuse_contradictions
 from optstate.checkpoint.document import WEIGHT, Document, Parameter
-from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.layouts.meanings import RULES
 from optstate.checkpoint.transfer import Transfer, copied, recoded, spec_of
 from optstate.checkpoint.values import UnreadableStatisticError, Values
@@ -75,9 +74,7 @@ class Conversion:
             CheckpointError: for a file that contradicts itself.
             UnreadableStatisticError: for numbers that cannot be had.
         """
-        for issue in contradictions(self.checkpoint):
-            hint = "`optstate check` says all that is wrong"
-            raise CheckpointError(self.checkpoint.path, f"{issue.where}: {issue.what}", hint)
+        refuse_contradictions(self.checkpoint)
         document, said = self.checkpoint.document, self.checkpoint.notes
         keeps_none = RULES.get(document.recipe, "") in ("", "sgd")
         if document.parameters and not keeps_none and not any(param.has_state for param in document.parameters):

@@ -91,7 +91,7 @@ class Folder:
             hint = "save it again without extensions"
             raise CheckpointError(self.path, f"'{shown(key)}' was written with {what}", hint, refused=True)
         path = self.path / place.file
-        if place.file not in self.files and not path.exists():
+        if place.file not in self.files and not os.path.exists(path):
             count = sum(other.file == place.file for other in self.places.values())
             reason = f"'{shown(place.file)}' is missing: it has {count} of the {len(self.places)} items in {METADATA}"
             raise CheckpointError(self.path, reason, "copy the whole folder, the files of all ranks")

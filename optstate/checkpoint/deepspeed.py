@@ -22,7 +22,7 @@ from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import FIRST, SECOND
 from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
-from optstate.checkpoint.foreign.trees import state_dict_of
+from optstate.checkpoint.foreign.trees import state_dict_of, type_name
 from optstate.checkpoint.header import BITS
 from optstate.checkpoint.inert import Object
 from optstate.checkpoint.stored import Stored
@@ -59,7 +59,7 @@ class _Found:
     kind: str
     state: State
     groups: list[dict[str, Any]]
-    masters: dict[str, Stored]
+    masters: dict[str, Any]
     files: list[Path]
     about: Node
 
@@ -82,11 +82,18 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         checkpoint = layouts.read(members, FUSED, "deepspeed", "deepspeed", [FUSED_NOTE])
     else:
         checkpoint = foreign.read(tree, text)
+    _check_masters(text, found.masters)
     names = [param.name for param in checkpoint.document.parameters]
     known = [name for name in names if name in model.weights]
     weights = {name: replace(model.weights[name], master=found.masters.get(name)) for name in known}
     about = {"tool": "deepspeed", "kind": found.kind}
     return completed(checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED])
+
+
+def _check_masters(path: str, masters: Mapping[str, Any]) -> None:
+    odd = next((name for name, value in masters.items() if not isinstance(value, Stored)), None)
+    if odd is not None:
+        raise CheckpointError(path, f"the fp32 weight of '{shown(odd)}' is {type_name(masters[odd])}, not a tensor")
 
 
 def _unwrapped(value: Any) -> Any:
@@ -110,7 +117,7 @@ def _zero(path: Path, model: Model) -> _Found:
         reason = "there is no *_model_states.pt beside it, which has the shapes of parameters"
         raise CheckpointError(path, reason, "copy the whole folder of the tag")
     state: State = {}
-    masters: dict[str, Stored] = {}
+    masters: dict[str, Any] = {}
     for i, shapes in enumerate(model.groups):
         starts = _starts(shapes) if stage == 3 else _mapped_starts(own.at("param_slice_mappings"), i, shapes)
         flat = base.at("state").optional(i)
@@ -232,7 +239,7 @@ def _universal(folder: Path, model: Model) -> _Found:
         _assume_one_group(groups, names, model)
     _check_names(own.path, names, model)
     state: State = {}
-    masters: dict[str, Stored] = {}
+    masters: dict[str, Any] = {}
     files = [own.path]
     for name in names:
         for path in sorted((folder / UNIVERSAL / name).glob("*.pt")):

@@ -138,6 +138,6 @@ def _tagged(folder: Path) -> Path:
         return folder
     with open_file(latest) as file:
         tag = read_bytes(latest, file, 4096).decode("utf-8", "replace").strip()
-    if not tag or tag in (".", "..") or set(tag) & {"/", "\\", "\0"} or not (folder / tag).is_dir():
+    if not tag or tag in (".", "..") or set(tag) & {"/", "\\", "\0"} or not os.path.isdir(folder / tag):
         raise CheckpointError(latest, f"names '{shown(tag)}', which is no folder beside it", "give the tag's folder")
     return folder / tag

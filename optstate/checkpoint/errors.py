@@ -7,6 +7,7 @@ import os
 __all__ = ["CheckpointError", "escaped", "shown"]
 
 LONGEST = 200  # characters of one name or path in a message
+LONGEST_REASON, LONGEST_HINT = 500, 250
 
 
 class CheckpointError(Exception):
@@ -28,8 +29,8 @@ class CheckpointError(Exception):
         self.refused = refused
 
     def __str__(self) -> str:
-        text = f"{shown(self.path)}: {escaped(self.reason)}"
-        return f"{text}; {escaped(self.hint)}" if self.hint else text
+        text = f"{shown(self.path)}: {_limited(self.reason, LONGEST_REASON)}"
+        return f"{text}; {_limited(self.hint, LONGEST_HINT)}" if self.hint else text
 
 
 def escaped(text: str) -> str:
@@ -44,6 +45,13 @@ def escaped(text: str) -> str:
 
 def shown(text: str) -> str:
     """`text` escaped and, if it is very long, with its middle left out."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
-    return escaped(text)
+    return _limited(text, LONGEST)
+
+
+def _limited(text: str, most: int) -> str:
+    """`text` escaped in at most about `most` characters, which escapes may make of fewer."""
+    return _shortened(escaped(_shortened(text, most)), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[len(text) - most // 2 :]}"

@@ -116,7 +116,7 @@ def export(
             if layout != NATIVE:
                 return _write_layout(conversion, target, layout, overwrite, track)
             return write_converted(conversion, target, overwrite=overwrite, track=track, max_shard_size=max_shard_size)
-    except (ValueError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         raise CheckpointError(conversion.checkpoint.path, str(error)) from error
 
 

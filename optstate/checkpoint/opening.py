@@ -22,6 +22,7 @@ from optstate.checkpoint.kinds import (
     SAFETENSORS,
     TORCH_OLD,
     TORCH_ZIP,
+    UNKNOWN,
     ZIP,
     cannot_open,
     identify,
@@ -73,7 +74,7 @@ def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None
     _no_key(text, kind, key)
     if text.endswith(INDEX):
         return _of_index(text)
-    if kind == SAFETENSORS:
+    if kind == SAFETENSORS or (kind == UNKNOWN and text.endswith(".safetensors")):  # whose reader says what is wrong
         return _of_safetensors(text, optimizer)
     raise CheckpointError(text, f"{kind}, not a checkpoint", HINTS.get(kind, ""))
 

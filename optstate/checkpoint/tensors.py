@@ -18,7 +18,7 @@ from optstate.checkpoint.errors import shown
 from optstate.checkpoint.kinds import open_file
 from optstate.checkpoint.stored import Pieces, Stored
 
-__all__ = ["DTYPES", "Statistics", "announce", "bytes_of", "load", "pieces", "read_into", "statistics"]
+__all__ = ["DTYPES", "Statistics", "announce", "bits", "bytes_of", "load", "pieces", "read_into", "statistics"]
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -93,6 +93,17 @@ def announce(stored: Stored) -> None:
         return
     with suppress(OSError), open(stored.path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), stored.start, stored.span, os.POSIX_FADV_WILLNEED)
+
+
+def bits(stored: Stored) -> Stored:
+    """The same place as whole numbers of as many bits, which can be compared whatever they stand for."""
+    width = BITS[stored.dtype]
+    if width < 8:
+        return replace(stored, dtype="U8", shape=(stored.nbytes,))
+    dtype = {8: "U8", 16: "I16", 32: "I32", 64: "I64"}[width]
+    if isinstance(stored, Pieces):
+        return replace(stored, dtype=dtype, parts=tuple((first, bits(part)) for first, part in stored.parts))
+    return replace(stored, dtype=dtype)
 
 
 def read_into(own: Tensor, stored: Stored) -> None:

@@ -13,7 +13,7 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.consistency import store_name
 from optstate.checkpoint.document import Parameter, SlotRecord
 from optstate.checkpoint.stored import Stored
-from optstate.checkpoint.tensors import announce, load
+from optstate.checkpoint.tensors import DTYPES, announce, load
 from optstate.kernels import Codebook
 from optstate.spec import ParamSpec
 from optstate.stores import Block4, Block8, Fields, Float8, Shape, Store
@@ -73,6 +73,8 @@ class Values:
         kind, stored = store_name(slot.store), self.checkpoint.fields_of(slot)
         if param.shape is None:
             raise UnreadableStatisticError(f"{what}: the shape of the parameter is not known")
+        if odd := sorted({field.dtype for field in stored.values()} - set(DTYPES.values())):
+            raise UnreadableStatisticError(f"{what}: {' and '.join(odd)} numbers cannot be read")
         if kind in ("Full", "Unknown"):
             if list(stored) != [""] or stored[""].shape != param.shape:
                 raise UnreadableStatisticError(f"{what} is in a format that is not known")
@@ -126,6 +128,8 @@ def _store_of(slot: SlotRecord, what: str) -> Store:
     """The store that reads a statistic: blocks as long and signed as the record says."""
     try:
         store = from_words(slot.store)
+        if type(store).__name__ != store_name(slot.store):  # a short word, which is for people
+            raise ValueError
     except ValueError:
         raise UnreadableStatisticError(
             f"{what} is kept in {slot.store}, which has no way back to its numbers"
@@ -133,7 +137,10 @@ def _store_of(slot: SlotRecord, what: str) -> Store:
     if isinstance(store, Block4) and store.rank1:
         return store.resolve(ANY_LARGE_MATRIX, slot.signed)[0]  # what it is for this parameter, too
     if isinstance(store, Block8 | Block4 | Float8):
-        return replace(store, block=slot.block or store.block, signed=slot.signed)
+        try:
+            return replace(store, block=slot.block or store.block, signed=slot.signed)
+        except ValueError as error:
+            raise UnreadableStatisticError(f"{what}: {error}") from None
     return store
 
 

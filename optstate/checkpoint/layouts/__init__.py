@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from optstate.checkpoint.document import Document
+from optstate.checkpoint.layouts import hyper
 from optstate.checkpoint.layouts.choice import default_layout
 from optstate.checkpoint.layouts.full import as_lion_pytorch, as_torch, as_transformers
 from optstate.checkpoint.layouts.given import Given, LayoutError, Tree
@@ -63,6 +64,8 @@ def _made(layout: str, document: Document, entries: Mapping[str, NewEntry]) -> t
     if layout not in _MAKERS:
         raise LayoutError(f"no file of torch.save has the layout {layout!r}: one of {', '.join(_MAKERS)}")
     given = Given(layout, document, entries)
+    if not given.same:
+        hyper.check(given)
     tree = _MAKERS[layout](given)
     given.warn_of_rest(tree)
     return tree, tuple(given.notes)

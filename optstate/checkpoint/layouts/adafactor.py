@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optstate.checkpoint.document import Group
+from optstate.checkpoint.errors import shown
 from optstate.checkpoint.layouts.given import Given, LayoutError, number, numbers
 
 __all__ = ["AVERAGES_STEPS", "in_adalomo", "in_torch", "in_transformers"]
@@ -153,6 +154,9 @@ def _rule_of(given: Given, place: int, group: Group) -> _Rule:
         return _read(given, place, hyper, chain)
     except KeyError as error:
         raise LayoutError(f"param group {place} has no {error}, which Adafactor's rule needs") from None
+    except (IndexError, TypeError, ArithmeticError):
+        what = f"eps={shown(repr(hyper.get('eps')))}, or another number, that Adafactor's rule cannot have"
+        raise LayoutError(f"param group {place} has {what}") from None
 
 
 def _read(given: Given, place: int, hyper: Mapping[str, Any], chain: str) -> _Rule:

@@ -6,9 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from optstate.checkpoint.document import Group
+from optstate.checkpoint.errors import shown
 from optstate.checkpoint.layouts.given import Given, LayoutError, numbers
 
-__all__ = ["BITSANDBYTES", "CAME", "LION", "SM3", "TORCHAO", "TORCH_ADAMW", "TORCH_SGD", "common", "translated"]
+__all__ = [
+    "BITSANDBYTES",
+    "CAME",
+    "LION",
+    "SM3",
+    "TORCHAO",
+    "TORCH_ADAMW",
+    "TORCH_SGD",
+    "check",
+    "common",
+    "pair",
+    "translated",
+]
 
 NEEDED = object()
 """In the place of a default: the document must have it."""
@@ -76,6 +89,8 @@ SM3: Mapping[str, Any] = {"lr": NEEDED, "momentum": 0.0, "beta": 0.0, "eps": NEE
 HOW = ("foreach", "fused", "capturable", "differentiable")
 """These choose an implementation and change no result."""
 
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum", "beta1", "clip_threshold", "decay_rate", "eps1", "eps2")
+
 NEUTRAL: Mapping[str, Any] = {
     "alpha": 0.0,
     "ams_bound": False,
@@ -96,11 +111,35 @@ NEUTRAL: Mapping[str, Any] = {
 """What a library without such a hyper-parameter does."""
 
 
+def check(given: Given) -> None:
+    """Raise LayoutError if what must be numbers in a group are none: a file may say anything."""
+    for place, group in enumerate(given.document.groups):
+        for key, value in ((key, numbers(group.hyper[key])) for key in _NUMBERS if key in group.hyper):
+            several = key in ("betas", "eps") and isinstance(value, tuple | list)
+            if not all(part is None or isinstance(part, int | float) for part in (value if several else (value,))):
+                raise LayoutError(
+                    f"param group {place} has {key}={shown(repr(value))}, which {given.layout} cannot read"
+                )
+
+
+def pair(given: Given, place: int, hyper: Mapping[str, Any], key: str) -> tuple[Any, Any]:
+    """The two numbers under a key.
+
+    Raises:
+        LayoutError: if there are none.
+    """
+    value = hyper.get(key)
+    if not isinstance(value, tuple | list) or len(value) != 2 or None in value:
+        raise LayoutError(f"param group {place} has {key}={shown(repr(value))}: {given.layout} needs two numbers")
+    return value[0], value[1]
+
+
 def common(given: Given, group: Group) -> dict[str, Any]:
     """The hyper-parameters of a group in the words that most libraries share, small tensors as numbers."""
     hyper = {key: numbers(value) for key, value in group.hyper.items()}
     if given.library == "bitsandbytes" and given.document.recipe in ("sgd", "sgdm8bit"):
-        hyper["momentum"] = hyper.pop("betas")[0]
+        momentum = hyper.pop("betas", None)
+        hyper["momentum"] = momentum[0] if isinstance(momentum, tuple | list) and momentum else None
         hyper.pop("eps", None)
     elif given.library == "bitsandbytes" and given.document.recipe in ("lion", "lion8bit"):
         hyper.pop("eps", None)

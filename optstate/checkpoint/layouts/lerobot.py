@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from optstate.checkpoint.document import Document
+from optstate.checkpoint.layouts import hyper
 from optstate.checkpoint.layouts.full import as_lion_pytorch, as_torch, as_transformers
 from optstate.checkpoint.layouts.given import Given, LayoutError, Tree, numbers
 from optstate.checkpoint.layouts.pytorch_optimizer import as_pytorch_optimizer
@@ -43,6 +44,8 @@ def lerobot_of(document: Document, entries: Mapping[str, NewEntry]) -> LeRobot:
     if document.source.get("kind") != LEROBOT:  # it compares the groups with those of an optimizer without names
         document = replace(document, source={**document.source, "named": False})
     given = Given(LEROBOT, document, entries)
+    if not given.same:
+        hyper.check(given)
     tree = _tree(given)
     given.warn_of_rest(tree)
     tensors: dict[str, NewEntry] = {}

@@ -123,6 +123,6 @@ def _check(
 
 def _beta(hyper: Mapping[str, Any], key: str, place: int | None) -> float | None:
     value = numbers(hyper.get(key))
-    if place is None or value is None:
-        return None if value is None else float(value)
-    return float(value[place]) if isinstance(value, tuple | list) and place < len(value) else None
+    if place is not None:
+        value = value[place] if isinstance(value, tuple | list) and place < len(value) else None
+    return None if value is None else float(value)

@@ -60,7 +60,8 @@ def _as_came(given: Given) -> Tree:
 
     def hyper_of(place: int, group: Group) -> Tree:
         words = hyper.common(given, group)
-        words["eps1"], words["eps2"] = words.pop("eps")
+        words["eps1"], words["eps2"] = hyper.pair(given, place, words, "eps")
+        del words["eps"]
         clip = words.pop("clip_threshold", 1.0)
         if clip is None:
             raise LayoutError(f"param group {place} has clip_threshold=None: pytorch_optimizer's CAME always clips")
