@@ -33,7 +33,7 @@ from optstate import recipes
 from optstate.checkpoint import layouts, torch_file
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.compare import compare
-from optstate.checkpoint.consistency import inconsistencies, refuse_inconsistent
+from optstate.checkpoint.consistency import inconsistencies, refuse_contradictions
 from optstate.checkpoint.container import structural_issues
 from optstate.checkpoint.conversion import in_stores, unchanged
 from optstate.checkpoint.errors import CheckpointError
@@ -143,7 +143,7 @@ def checked(summary: Summary) -> None:
 
 def converted(checkpoint: Checkpoint, random: Random) -> None:
     """What `convert --dry-run` does, and what it makes for other libraries; these errors are refusals to it."""
-    refuse_inconsistent(checkpoint)
+    refuse_contradictions(checkpoint)
     for stores in (None, random.choice(["block8", "block4", "factored", "bf16", "float8"])):
         with suppress(ValueError, ArithmeticError):
             conversion = unchanged(checkpoint) if stores is None else in_stores(checkpoint, stores, {})

@@ -109,8 +109,8 @@ def test_documents(others: dict[str, Any], seed: int | None, tmp_path_factory: p
     header = json.dumps({"__metadata__": {"optstate": text}, **TENSORS})
     path = tmp_path_factory.getbasetemp() / "document.safetensors"
     path.write_bytes(safetensors_of(header, bytes(32)))
-    assert [issue for issue in structural_issues(path) if issue.severity == "error"] == []
-    try:
+    try:  # the header itself is invalid where a text has half of a surrogate pair
+        assert [issue for issue in structural_issues(path) if issue.severity == "error"] == []
         summary = summarize(path)
     except CheckpointError as error:
         summary, message = None, str(error)

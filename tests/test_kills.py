@@ -30,8 +30,9 @@ ACTIONS = {
 }
 """What is done, and to which file."""
 
-# Makes the sources. For every line, an action and a target: forks a child that says its number and replaces the target
-# by the one and the other for ever, waits for its end. Everything is imported before: a fork takes a few milliseconds.
+# Makes the sources. For every line (action, target, the first of the two) it forks a child that says its number and
+# replaces the target by the one and the other for ever, and waits for its end. What is needed is imported before: a
+# fork takes a few milliseconds. A line without the first: it writes one of them, and says how long two take.
 WRITER = """
 import contextlib, os, sys, time
 import torch, typer.main
@@ -68,8 +69,8 @@ for optimizer, source in zip(optimizers, sources):
     optstate.save(optimizer, source)
 print("ready", flush=True)
 for line in sys.stdin:
-    action, target, *first = line.rstrip().split(":")
-    if first:
+    action, target, first = line.rstrip().split(":")
+    if not first:
         replace(action, target, 0)
         began = time.perf_counter()
         replace(action, target, 1)
@@ -81,8 +82,8 @@ for line in sys.stdin:
         try:
             print(os.getpid(), flush=True)
             while True:
-                replace(action, target, 1)
-                replace(action, target, 0)
+                replace(action, target, int(first))
+                replace(action, target, 1 - int(first))
         finally:
             os._exit(7)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -109,9 +110,9 @@ class Writer:
     def kills(self, action: str, target: Path, count: int) -> Iterator[int]:
         """Write one of them, start a process that replaces it, kill that, and give its exit code; again and again."""
         draw = random.Random(action)
-        longest = 1.5 * float(self.ask(f"{action}:{target}:first"))
-        for _ in range(count):
-            child = int(self.ask(f"{action}:{target}"))
+        longest = 1.5 * float(self.ask(f"{action}:{target}:"))
+        for number in range(count):
+            child = int(self.ask(f"{action}:{target}:{number % 2}"))
             time.sleep(draw.uniform(0, longest))
             os.kill(child, signal.SIGKILL)
             yield int(self.answer())

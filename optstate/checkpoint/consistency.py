@@ -54,7 +54,7 @@ def contradictions(checkpoint: Checkpoint) -> list[Issue]:
 def refuse_contradictions(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if the tensors that a document names cannot be what it says of them."""
     for issue in contradictions(checkpoint):
-        hint = "`optstate check` says all that is wrong"
+        hint = "`optstate check` tells all that is wrong with it"
         raise CheckpointError(checkpoint.path, f"{issue.where}: {issue.what}", hint)
 
 
