@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from optstate.checkpoint.opening import open_checkpoint
 from torch import Tensor, nn
 
 import optstate
@@ -21,6 +20,7 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.container import read_header
 from optstate.checkpoint.conversion import Conversion, in_stores, unchanged
 from optstate.checkpoint.document import document_of
+from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.report import Report, Row
 from optstate.checkpoint.to_recipe import as_recipe
 from optstate.checkpoint.values import UnreadableStatisticError, Values
