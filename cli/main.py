@@ -10,10 +10,14 @@ import typer
 from .check import check
 from .convert import convert
 from .diff import diff
+from .estimate import estimate
 from .inspect import inspect
 from .output import JSON, print_json, print_table
 
-HELP = "Optimizer state: what a checkpoint holds, whether it is sound, how two differ, and which recipes there are."
+HELP = (
+    "Optimizer state: what training needs in memory, what a checkpoint holds, whether it is sound, how two differ, and "
+    "which recipes there are."
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=HELP)
 
@@ -40,6 +44,7 @@ app.command()(inspect)
 app.command()(check)
 app.command()(convert)
 app.command()(diff)
+app.command()(estimate)
 
 
 @app.command()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from optstate.backward import FusedBackward, fuse_backward
     from optstate.checkpoint.errors import CheckpointError
     from optstate.checkpoint.native import load, save
+    from optstate.memory.estimate import estimate
     from optstate.optimizer import InconsistentStateError, Optimizer
     from optstate.roles import declare_roles
     from optstate.spec import ParamSpec, is_matrix, is_vector
@@ -24,6 +25,7 @@ __all__ = [
     "ParamSpec",
     "chain",
     "declare_roles",
+    "estimate",
     "fuse_backward",
     "is_matrix",
     "is_vector",
@@ -47,6 +49,7 @@ _HOMES = {
     "ParamSpec": "optstate.spec",
     "chain": "optstate.updates",
     "declare_roles": "optstate.roles",
+    "estimate": "optstate.memory.estimate",
     "fuse_backward": "optstate.backward",
     "is_matrix": "optstate.spec",
     "is_vector": "optstate.spec",

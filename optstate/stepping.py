@@ -62,7 +62,8 @@ def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic
     elif not update.factors and all(t.is_contiguous() for t in (param, grad, update.dense)):
         param, grad, update = param.view(-1), grad.view(-1), replace(update, dense=update.dense.view(-1))
     factors = {name: statistic.factors() for name, statistic in moved.items()}
-    for piece in kernels.pieces(param.shape, plan.slice_elements(param.device), plan.alignment):
+    pieces = kernels.pieces(param.shape, plan.slice_elements(param.device), plan.alignment)
+    for piece in kernels.worth_running(pieces, lambda piece: piece.stop - piece.start):
         of_update, of_param = update.piece(piece), piece.of(param)
         of_grad = of_update.dense if is_gradient else piece.of(grad)
         here = replace(ctx, param=of_param, grad=of_grad, start=piece.start)

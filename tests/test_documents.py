@@ -50,17 +50,24 @@ def test_the_readme_lists_every_public_part() -> None:
         assert f"`{name}`" in text, name
 
 
-def test_the_picture_shows_what_the_readme_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_picture_shows_what_the_readme_says() -> None:
+    """Its sums are those in the text under it, and 75.3 GiB of AdamW's are weights, gradients and fp32 moments."""
     import runpy
 
     module = runpy.run_path(str(ROOT / "docs" / "memory_by_part.py"))
-    parts = module["gib_by_part"](module["AdaLomo"](module["llama_7b"]()), fused=True)
-    assert round(sum(parts), 1) == 12.8
-    parts = module["gib_by_part"](module["AdamW"](module["llama_7b"]()), fused=False)
-    assert round(sum(parts), 1) == 75.3
-    # 6,738,415,616 parameters of 2 bytes, and 8 bytes of fp32 moments each
-    assert parts[0] == 6_738_415_616 * 2 / 2**30
-    assert parts[2] == 6_738_415_616 * 8 / 2**30
+    assert {"adamw", "adalomo"} <= set(module["RECIPES"])
+    found = module["answer"](["adamw", "adalomo"])
+    peaks = {one.recipe: one.peak_bytes / 2**30 for one in found.recipes}
+    said = re.search(
+        r"!\[Memory for LLaMA-7B by part: ([\d.]+) GiB with AdamW, ([\d.]+) GiB", (ROOT / "README.md").read_text()
+    )
+    assert said is not None
+    assert [float(number) for number in said.groups()] == [round(peaks["adamw"], 1), round(peaks["adalomo"], 1)]
+    count = 6_738_415_616
+    assert (found["adamw"].weights_bytes, found["adamw"].state_bytes) == (2 * count, 8 * count)
+    assert found["adamw"].at_peak["gradients"] == pytest.approx(2 * count, rel=1e-6)
+    for one in found.recipes:
+        assert sum(one.at_peak.values()) == one.peak_bytes
 
 
 def test_the_commands_of_the_checkpoint_section_run(tmp_path: Path) -> None:

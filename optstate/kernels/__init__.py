@@ -18,6 +18,7 @@ from optstate.kernels.eager import (
     weight_sum_of_squares,
 )
 from optstate.kernels.product import Product, Scalar
+from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
 from optstate.kernels.rounding import Noise, known_finite, round_bf16, round_fp16
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "apply",
     "chunk_elements",
     "chunks",
+    "device_type",
     "dynamic_map",
     "ema",
     "ema_of_square",
@@ -39,6 +41,8 @@ __all__ = [
     "known_finite",
     "linear_map",
     "pieces",
+    "rehearsal",
+    "rehearsing",
     "round_bf16",
     "round_fp16",
     "slice_elements",
@@ -48,4 +52,5 @@ __all__ = [
     "sums_of_rows",
     "values",
     "weight_sum_of_squares",
+    "worth_running",
 ]

@@ -7,7 +7,7 @@ chunk inside a buffer, never the whole tensor, is what keeps scratch independent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.product import Product, Scalar
+from optstate.kernels.rehearsal import worth_running
 from optstate.spec import accumulator_dtype
 
 __all__ = [
@@ -85,7 +86,7 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     cols = dense.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]), dtype=dtype)
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
     ones = dense.new_ones(min(limit, dense.shape[-2]), dtype=dtype)
-    for part, row, col, *factors in chunks((dense, rows, cols, *product.factors), limit):
+    for part, row, col, *factors in _rounds((dense, rows, cols, *product.factors), limit):
         x = _multiply(part, factors, product, value)
         x = torch.mul(x, x, out=square.like(part))
         if x.ndim == 2 and row.shape[0] == x.shape[0] and x.shape[1] == dense.shape[-1]:
@@ -109,7 +110,7 @@ def sums_of_rows(product: Product) -> Tensor:
     rows = dense.new_zeros((dense.shape[0], *(1,) * (dense.ndim - 1)), dtype=accumulator_dtype(dense.dtype))
     limit = chunk_elements(dense.device)
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
-    for part, row, *factors in chunks((dense, rows, *product.factors), limit):
+    for part, row, *factors in _rounds((dense, rows, *product.factors), limit):
         x = _multiply(part, factors, product, value)
         row.add_(torch.mul(x, x, out=square.like(part)).sum_to_size(row.shape))
     return rows if _is_one(product.scale) else rows.mul_(product.scale * product.scale)
@@ -123,7 +124,7 @@ def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]
     factors, scale = _fold_scale(product)
     limit = chunk_elements(dense.device)
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
-    for part, o, row, col, *fs in chunks((dense, other, rows, cols, *factors), limit):
+    for part, o, row, col, *fs in _rounds((dense, other, rows, cols, *factors), limit):
         x = _multiply(part, fs, product, value)
         difference = torch.mul(x, scale, out=square.like(part)) if not _is_one(scale) else square.like(part).copy_(x)
         difference.sub_(o).square_()
@@ -166,7 +167,7 @@ def evaluate(product: Product) -> Tensor:
     dense = product.dense
     result = torch.empty(dense.shape, dtype=accumulator_dtype(dense.dtype), device=dense.device)
     factors, scale = _fold_scale(product)
-    for part, out, *fs in chunks((dense, result, *factors), chunk_elements(dense.device)):
+    for part, out, *fs in _rounds((dense, result, *factors), chunk_elements(dense.device)):
         x = _multiply(part, fs, product, out)
         if x is not out:
             out.copy_(x)
@@ -223,7 +224,7 @@ def apply(
     in_place = codec is None and param.dtype == accumulator_dtype(param.dtype)
     limit = chunk_elements(param.device) if codec is None else slice_elements(param.device)
     value, new = _Buffer(dense, limit), _Buffer(param, limit)
-    for part, p, *fs in chunks((dense, param, *factors), limit):
+    for part, p, *fs in _rounds((dense, param, *factors), limit):
         if codec is not None:
             target = codec.read(p, start, new.like(p))
         elif in_place:
@@ -249,7 +250,7 @@ def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec 
     """`target += scale * value of param`, in place; `target` is fp32 (fp64 for fp64 parameters) and contiguous."""
     limit = slice_elements(param.device)
     new = _Buffer(param, limit)
-    for out, p in chunks((target, param), limit):
+    for out, p in _rounds((target, param), limit):
         exact = codec is not None and codec.adds_bits
         value = codec.read(p, start, new.like(p)) if codec is not None and exact else new.like(p).copy_(p)
         out.add_(value.mul_(scale))
@@ -275,7 +276,7 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
     limit = chunk_elements(target.device)
     value, new = _Buffer(dense, limit), _Buffer(dense, limit)
     in_place = product.finite is None and target.dtype == accumulator_dtype(dense.dtype)
-    for part, t, *fs in chunks((dense, target, *factors), limit):
+    for part, t, *fs in _rounds((dense, target, *factors), limit):
         x = _multiply(part, fs, product, value)
         if not _is_one(scale):
             x = torch.mul(x, scale, out=value.like(part))
@@ -284,6 +285,11 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
         if not in_place:
             # A weight of zero does not keep the target: its distance from a square that overflows is infinite.
             t.copy_(current if product.finite is None else torch.where(product.finite, current, t))
+
+
+def _rounds(tensors: Sequence[Tensor], limit: int) -> Iterable[tuple[Tensor, ...]]:
+    """Chunks of a loop that writes each of its results where no other chunk does, or adds it to a total."""
+    return worth_running(chunks(tensors, limit), lambda parts: parts[0].numel())
 
 
 class _Buffer:

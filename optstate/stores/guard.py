@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optstate import kernels
 from optstate.kernels import Scalar
 from optstate.spec import accumulator_dtype, is_fake
 
@@ -28,7 +29,8 @@ class Guard:
     def __init__(self, name: str, grad: Tensor, deferred: bool | None = None) -> None:
         self.name = name
         self.dtype = accumulator_dtype(grad.dtype)
-        self.deferred = grad.device.type != "cpu" or is_fake(grad) if deferred is None else deferred
+        elsewhere = kernels.device_type(grad.device) != "cpu" or (is_fake(grad) and not kernels.rehearsing())
+        self.deferred = elsewhere if deferred is None else deferred
         self.checked = False
         self.finite: Tensor | None = None
 
@@ -37,7 +39,7 @@ class Guard:
         self.checked = True
         if self.deferred:
             self.finite = finite
-        elif not finite:
+        elif not is_fake(finite) and not finite:
             raise NonFiniteGradientError(
                 f"the gradient of {self.name!r} is not finite or its squares overflow; weight and state are unchanged. "
                 "Skip the batch, lower the learning rate, or find the loss that overflows"

@@ -1,0 +1,117 @@
+"""A LLaMA of any size through transformers: traced, and trained for a step on the CPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optstate
+from optstate import registry
+from optstate.memory import peak_extra_bytes
+from optstate.memory.extrapolate import traced
+from optstate.memory.fakes import default_dtype
+from optstate.memory.setting import BuildOptions, Model, ParamShape, Setting
+
+SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "vocab_size": 1000}
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+
+
+def llama(sizes: dict[str, int], layers: int, tied: bool = False) -> Model:
+    """The model that transformers builds, without its cache."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(options: BuildOptions) -> nn.Module:
+        config = LlamaConfig(
+            **sizes,
+            num_hidden_layers=options.layers or layers,
+            tie_word_embeddings=tied,
+            attn_implementation=options.attention,
+            use_cache=False,
+        )
+        model = LlamaForCausalLM(config)
+        if options.checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        return model.train()
+
+    def batch(count: int, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = torch.zeros(count, length, dtype=torch.long)
+        return (), {"input_ids": ids, "labels": ids}
+
+    with torch.device("meta"):
+        named = list(build(BuildOptions()).named_parameters())
+    shapes = tuple(ParamShape(name, tuple(param.shape), "float32") for name, param in named)
+    return Model("LLaMA", shapes, "transformers", layers=layers, build=build, batch=batch)
+
+
+def real_bytes(model: Model, recipe: Callable[..., optstate.Optimizer], setting: Setting) -> tuple[int, int]:
+    """Bytes alive before a warm step on the CPU, and the most that the step adds."""
+    assert model.build is not None
+    assert model.batch is not None
+    torch.manual_seed(0)
+    with default_dtype(getattr(torch, setting.dtype)):
+        module = model.build(BuildOptions(None, setting.attention, setting.checkpointing))
+    _, inputs = model.batch(setting.batch_size, setting.seq_len)
+    optimizer = recipe(optstate.declare_roles(module))
+    if setting.fused_backward:
+        optstate.fuse_backward(optimizer, 1.0 if setting.clip == "norm" else None)
+
+    def step() -> None:
+        train(module, inputs, optimizer, setting)
+
+    step()
+    there = [*module.parameters(), *module.buffers(), *{id(x): x for x in inputs.values()}.values()]
+    before = sum(tensor.untyped_storage().nbytes() for tensor in there) + optimizer.state_nbytes()
+    return before, peak_extra_bytes(step)
+
+
+def train(module: nn.Module, inputs: dict[str, Tensor], optimizer: optstate.Optimizer, setting: Setting) -> None:
+    """One step as a user writes it."""
+    count, clips, fused = setting.grad_accum, setting.clip == "norm", optimizer.fused
+    for number in range(count):
+        loss = module(**inputs).loss / count if count > 1 else module(**inputs).loss
+        waits = number < count - 1 or (clips and count > 1)
+        if fused and clips and not waits:
+            fused.grad_norm(loss)
+        with fused.accumulate() if fused and waits else nullcontext():
+            loss.backward()
+        del loss
+    if clips and not fused:
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def large_run() -> dict[str, Any]:
+    """LLaMA-7B's default estimate in a process of its own: all of its wall-clock time, and its memory."""
+    start = time.perf_counter()
+    ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
+    return {**json.loads(ran.stdout), "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    """What `large_run` runs."""
+    model = llama(LLAMA_7B, 32)
+    loaded = time.perf_counter()
+    setting = Setting(fused_backward=True, checkpointing=True)
+    found, how = traced(model, registry.get("adalomo"), setting)
+    tracing = time.perf_counter() - loaded
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": found.peak, "phase": found.phase, "how": how, "tracing_s": tracing, "rss": peak_rss}))
+
+
+if __name__ == "__main__":
+    main()

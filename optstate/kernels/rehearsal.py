@@ -1,0 +1,53 @@
+"""Steps on tensors without values, to see what they would need on a device that may not be here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+
+__all__ = ["device_type", "rehearsal", "rehearsing", "worth_running"]
+
+T = TypeVar("T")
+
+_on: ContextVar[str] = ContextVar("_on", default="")
+
+
+@contextmanager
+def rehearsal(on: str) -> Iterator[None]:
+    """Inside, fake tensors on the CPU stand for tensors on a device of type `on`, and repetitions are left out."""
+    token = _on.set(on)
+    try:
+        yield
+    finally:
+        _on.reset(token)
+
+
+def rehearsing() -> bool:
+    """Whether a rehearsal is on: nothing is trained."""
+    return bool(_on.get())
+
+
+def device_type(device: torch.device) -> str:
+    """The type of a device, or of the one it stands for."""
+    return _on.get() or device.type
+
+
+def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
+    """The rounds of a loop over parts that do not know of each other: in a rehearsal only the first two of each size.
+
+    The second meets what the first left behind; those after it need what the second needs.
+    """
+    return _two_of_each(rounds, size) if _on.get() else rounds
+
+
+def _two_of_each(rounds: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
+    seen: Counter[int] = Counter()
+    for item in rounds:
+        seen[size(item)] += 1
+        if seen[size(item)] <= 2:
+            yield item

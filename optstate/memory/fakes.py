@@ -1,0 +1,121 @@
+"""Modules and tensors of which only shapes exist, all on one stand-in device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["HOME", "OnOneDevice", "converting_modules", "default_dtype", "fake_mode", "without_values"]
+
+HOME = torch.device("cpu")
+"""Fake tensors elsewhere need a build of PyTorch for that device: without, a backward pass ends the process."""
+
+
+def fake_mode() -> FakeTensorMode:
+    """Inside, tensors are made without memory; tensors with values that operators meet are taken as shapes."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class OnOneDevice(TorchFunctionMode):
+    """Inside, code that asks for another device gets the stand-in; only the meta device stays what it is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.cuda:
+            return args[0]
+        if "device" in kwargs:
+            kwargs["device"] = _home(kwargs["device"])
+        if func is Tensor.to:
+            args = (args[0], *(_home(arg) if isinstance(arg, str | torch.device) else arg for arg in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _home(device: Any) -> Any:
+    if device is None or torch.device(device).type == "meta":
+        return device
+    return HOME
+
+
+@contextmanager
+def converting_modules() -> Iterator[None]:
+    """Inside, `module.to(...)` and its like work on fake parameters, too: they are replaced, and stay tied.
+
+    PyTorch would swap their contents, which fails if anybody refers to one weakly, and a fake mode does.
+    """
+    original: Any = nn.Module._apply
+    converted: dict[int, tuple[Any, nn.Parameter]] = {}
+    """By id, what a parameter became; it is kept itself, so that no other gets its id."""
+
+    def replacing(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if not any(isinstance(param, FakeTensor) for param in self._parameters.values()):
+            original(self, fn, recurse)
+            return self
+        children: Any = self.children() if recurse else ()
+        for child in children:
+            child._apply(fn)
+        for name, param in self._parameters.items():
+            if param is not None and id(param) not in converted:
+                with torch.no_grad():
+                    converted[id(param)] = (param, nn.Parameter(fn(param), requires_grad=param.requires_grad))
+            if param is not None:
+                self._parameters[name] = converted[id(param)][1]
+        self._buffers.update({name: fn(buffer) for name, buffer in self._buffers.items() if buffer is not None})
+        return self
+
+    setattr(nn.Module, "_apply", replacing)  # noqa: B010, mypy refuses to assign methods
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "_apply", original)  # noqa: B010
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Floating-point tensors are made in this dtype inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def without_values(module: nn.Module) -> Iterator[None]:
+    """Inside, and inside a fake mode, the module's parameters and buffers are fake ones; it trains.
+
+    Tied tensors stay tied. Afterwards the module is as it was.
+    """
+    made: dict[int, Tensor] = {}
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    modes = [(part, part.training) for part in module.modules()]
+    for part in module.modules():
+        for tensors in cast("list[dict[str, Any]]", [part._parameters, part._buffers]):
+            held.append((tensors, dict(tensors)))
+            for name, tensor in tensors.items():
+                if tensor is not None and not (isinstance(tensor, FakeTensor) and tensor.device == HOME):
+                    tensors[name] = made.setdefault(id(tensor), _shape_of(tensor))
+    try:
+        module.train()
+        yield
+    finally:
+        for tensors, before in held:
+            tensors.update(before)
+        for part, training in modes:
+            part.training = training
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=HOME)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made

@@ -1,0 +1,172 @@
+"""What an estimate answers: the bytes of every recipe, where its peak is, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optstate.memory import report, verdict
+from optstate.memory.setting import Alive, Setting
+from optstate.memory.verdict import Gpu
+
+if TYPE_CHECKING:
+    from optstate.memory.one_recipe import Question
+
+__all__ = ["ASSUMED", "EXACT", "NOT_INCLUDED", "SCHEMA", "TRACED", "Estimate", "RecipeEstimate"]
+
+SCHEMA = "optstate.estimate/1"
+
+EXACT, TRACED, ASSUMED = "exact", "traced", "assumed"
+"""How a figure was got: computed from shapes, seen in a run on tensors without values, or a rule of thumb."""
+
+NOT_INCLUDED = (
+    "what the CUDA context takes beyond the assumed 0.3 to 1 GB",
+    "fragmentation of the allocator beyond the assumed factor",
+    "workspaces of cuBLAS, cuDNN and NCCL",
+    "what torch.compile and custom kernels save or add",
+    "a data loader that pins or prefetches batches on the GPU",
+    "other processes on the GPU, a display among them",
+)
+
+
+@dataclass(frozen=True)
+class RecipeEstimate:
+    """What one recipe needs on one device, in bytes. What is not known is None.
+
+    weights_bytes, buffer_bytes, gradients_bytes, state_bytes: from shapes. gradients_bytes is of those alive together:
+    all, or the largest where each is used and freed in the backward pass. activations_bytes, logits_bytes,
+    scratch_bytes: the most at any moment. peak_bytes: the most of everything together; at_peak: of these, by kind.
+    basis: how each figure was got. how: how the trace was made, or why there is none. gpu: to judge for, or None.
+    """
+
+    recipe: str
+    fused_backward: bool
+    weights_bytes: int
+    gradients_bytes: int
+    state_bytes: int
+    buffer_bytes: int = 0
+    activations_bytes: int | None = None
+    logits_bytes: int | None = None
+    scratch_bytes: int | None = None
+    peak_bytes: int | None = None
+    peak_phase: str | None = None
+    at_peak: Mapping[str, int] = field(default_factory=dict)
+    basis: Mapping[str, str] = field(default_factory=dict)
+    alive: tuple[Alive, ...] = field(default=(), repr=False)
+    how: str = ""
+    notes: tuple[str, ...] = ()
+    gpu: Gpu | None = None
+
+    @property
+    def known_bytes(self) -> int:
+        """Bytes that are alive together whatever the activations are: no less is needed."""
+        return self.weights_bytes + self.buffer_bytes + self.gradients_bytes + self.state_bytes
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """Bytes that PyTorch's allocator takes for the peak: assumed."""
+        return None if self.peak_bytes is None else verdict.reserved(self.peak_bytes)
+
+    @property
+    def device_bytes(self) -> tuple[int, int] | None:
+        """Bytes that the device shows as used, least and most: assumed."""
+        return None if self.peak_bytes is None else verdict.device(self.peak_bytes)
+
+    @property
+    def verdict(self) -> str | None:
+        """ "fits", "tight" or "no"; "unknown" where only a lower bound is known and that fits; None without a GPU."""
+        if self.gpu is None:
+            return None
+        if self.peak_bytes is not None:
+            return verdict.judge(self.peak_bytes, self.gpu.nbytes)
+        return verdict.NO if verdict.judge(self.known_bytes, self.gpu.nbytes) == verdict.NO else verdict.UNKNOWN
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "recipe": self.recipe,
+            "fused_backward": self.fused_backward,
+            "weights_bytes": self.weights_bytes,
+            "buffer_bytes": self.buffer_bytes,
+            "gradients_bytes": self.gradients_bytes,
+            "state_bytes": self.state_bytes,
+            "activations_bytes": self.activations_bytes,
+            "logits_bytes": self.logits_bytes,
+            "scratch_bytes": self.scratch_bytes,
+            "known_bytes": self.known_bytes,
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase,
+            "at_peak": dict(self.at_peak),
+            "reserved_bytes": self.reserved_bytes,
+            "device_bytes": list(self.device_bytes) if self.device_bytes is not None else None,
+            "verdict": self.verdict,
+            "basis": dict(self.basis),
+            "how": self.how,
+            "notes": list(self.notes),
+            "alive": [_alive_tree(item) for item in self.alive],
+        }
+
+
+def _alive_tree(item: Alive) -> dict[str, Any]:
+    shape, nbytes = list(item.shape), item.nbytes
+    return {"what": item.what, "kind": item.kind, "shape": shape, "dtype": item.dtype, "bytes": nbytes}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer of `optstate.estimate`. `print` it; `optstate.memory.solve` searches on from it.
+
+    source, origin: what was estimated, and where that is from. parameters: elements; tensors: how many tensors hold
+    them. setting: the run, but for what each recipe decides. world_size, shard: over how many devices, and how.
+    """
+
+    source: str
+    origin: str
+    parameters: int
+    tensors: int
+    setting: Setting
+    recipes: tuple[RecipeEstimate, ...]
+    gpu: Gpu | None = None
+    world_size: int = 1
+    shard: str = "none"
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    not_included: tuple[str, ...] = NOT_INCLUDED
+    question: Question | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def __getitem__(self, recipe: str) -> RecipeEstimate:
+        """The estimate of a recipe by its name."""
+        for one in self.recipes:
+            if one.recipe == recipe:
+                return one
+        raise KeyError(recipe)
+
+    @property
+    def fits(self) -> bool:
+        """Whether one of the recipes is not known to be too much for the GPU."""
+        return any(one.verdict != verdict.NO for one in self.recipes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data of the schema `optstate.estimate/1`."""
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "origin": self.origin,
+            "parameters": self.parameters,
+            "tensors": self.tensors,
+            "setting": report.setting_tree(self),
+            "gpu": None if self.gpu is None else {"name": self.gpu.name, "bytes": self.gpu.nbytes},
+            "recipes": [one.to_json() for one in self.recipes],
+            "notes": list(self.notes),
+            "not_included": list(self.not_included),
+            "versions": dict(self.versions),
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw what each recipe needs, part by part, and the memory of the GPU as a line. Needs matplotlib."""
+        report.plot(self, path)
