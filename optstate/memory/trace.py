@@ -49,9 +49,9 @@ class Seen:
 
 
 def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None = None, device: str = "cuda") -> Trace:
-    """Run two training steps on fake tensors and tell what the second needs; nothing is allocated.
+    """Run a training step on fake tensors, not the first one, and tell what it needs; nothing is allocated.
 
-    Each step is::
+    The step is::
 
         for batch in batches:                        # setting.grad_accum of them
             loss = model(**batch).loss               # the output itself is not kept
@@ -119,7 +119,7 @@ def observe(
             tracker = Tracker(position.where, rounding=1 if device == "cpu" else 512)
             step = _Step(module, recipe, setting, args, kwargs, tracker, position, {} if known is None else known)
             with _naming_errors(model, tracker), position.following(), tracker:
-                step.run()
+                step.warm_up()
                 tracker.restart()
                 step.run()
         return Seen(Timeline(tracker.events), _stacks(module, layers or model.layers))
@@ -162,6 +162,12 @@ class _Step:
     def _claim_gradient(self, name: str, param: Tensor) -> None:
         hook: Any = param.register_hook
         hook(lambda grad: self.tracker.belongs(grad, "gradients", name))
+
+    def warm_up(self) -> None:
+        """What is there from the first step on: what models make in their first pass. State is there already."""
+        self._loss()
+        for state in self.optimizer.state.values():
+            state["step"] += 1
 
     def run(self) -> None:
         """One step."""

@@ -23,8 +23,7 @@ def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, k
     """From now on the optimizer's updates are noted as such, and each is made once for parameters that are alike.
 
     Alike are those with the same shapes, dtypes, strides, chain, stores, way of writing and group: an update's memory
-    depends on nothing else. Where one left something behind, it is made for every parameter. The first step, which is
-    not looked at, is only counted: state is there before it.
+    depends on nothing else. Where one left something behind, it is made for every parameter.
     """
     original = optimizer.step_parameter
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -36,9 +35,6 @@ def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, k
         if grad is not None:
             tracker.belongs(grad, "gradients", plan.spec.name)
         with position.during("update", plan.spec.name):
-            if not state["step"]:
-                state["step"] = 1
-                return
             place, _ = position.where()
             alike = (*_class_of(plan, param, grad), groups[param], type(grad_scale))
             if alike in known:
