@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import optstate
 from optstate.memory import peak_extra_bytes
-from optstate.memory.fakes import default_dtype
 from optstate.memory.setting import BuildOptions, Model, ParamShape, Setting
+from optstate.memory.sources.modules import default_dtype
 
 Recipe = Callable[..., optstate.Optimizer]
 Build = Callable[[BuildOptions], nn.Module]

@@ -33,7 +33,7 @@ from optstate.checkpoint.kinds import (
 )
 from optstate.checkpoint.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object
 
-__all__ = ["BITS", "METADATA", "Entry", "Header", "Issue", "Report", "raising", "read", "read_stream"]
+__all__ = ["BITS", "METADATA", "TORCH_NAMES", "Entry", "Header", "Issue", "Report", "raising", "read", "read_stream"]
 
 # Bits of one element, in the order of the library's own list: the writer sorts by it.
 BITS = {
@@ -60,6 +60,29 @@ BITS = {
     "I64": 64,
     "U64": 64,
 }
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+"""What torch calls the dtypes that both have."""
+
 MAX_COUNT = (1 << 63) - 1  # no framework counts further
 ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"

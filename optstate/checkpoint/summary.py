@@ -12,6 +12,7 @@ from optstate.checkpoint.container import SAFETENSORS, Header, identify, read_he
 from optstate.checkpoint.document import KEY, Parameter
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.foreign.lerobot import is_lerobot
+from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.native_file import native_of
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.prices import bytes_by_recipe
@@ -21,26 +22,6 @@ __all__ = ["STREAM", "GroupSummary", "Row", "SlotSummary", "Summary", "summarize
 
 FP32_ADAMW = 8
 """Bytes of state per parameter element: two moments."""
-
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-    "C64": "complex64",
-}
-"""torch's names; others are shown as the file spells them."""
 
 UNKNOWN = "unknown"
 STREAM = "-"
@@ -61,7 +42,7 @@ class Row:
     @property
     def dtype(self) -> str:
         """torch's name of its dtype."""
-        return DTYPES.get(self.stored.dtype, self.stored.dtype)
+        return TORCH_NAMES.get(self.stored.dtype, self.stored.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,33 +13,12 @@ from math import prod
 from typing import Any
 
 from optstate.checkpoint.errors import shown
-from optstate.checkpoint.header import BITS
+from optstate.checkpoint.header import BITS, TORCH_NAMES
 
 __all__ = ["Constant", "NewTensor", "Subclass", "dump"]
 
 MOST_LEVELS = 100  # of containers in each other: far above any checkpoint, far below Python's limit
 
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
 # The dtypes of tensors that have a storage class; those of the others are named beside an untyped storage.
 _STORAGES = {
     "BOOL": "BoolStorage",
@@ -185,7 +164,7 @@ class _Pickler:
             *(_string("storage"), _global(storage), _string(str(number)), _string("cpu"), _integer(count)),
             b"tQ",  # a tuple that the reader gives a storage for
             *(_integer(0), _counts(tensor.shape), _counts(_strides(tensor.shape)), _plain(False), _HOOKS),
-            b"" if typed else _global(f"torch.{_DTYPES[tensor.dtype]}"),
+            b"" if typed else _global(f"torch.{TORCH_NAMES[tensor.dtype]}"),
             b"tR",
         ]
 
@@ -200,7 +179,7 @@ class _Pickler:
             _global("torch._utils._rebuild_wrapper_subclass"),
             _global(tensor.name),
             b"(",
-            *(_global(tensor.name), _global(f"torch.{_DTYPES[tensor.dtype]}")),
+            *(_global(tensor.name), _global(f"torch.{TORCH_NAMES[tensor.dtype]}")),
             *(_counts(tensor.shape), _counts(_strides(tensor.shape)), _integer(0)),
             *(_global("torch.serialization._get_layout"), _string("torch.strided"), b"\x85R"),
             *(_global("torch.device"), _string("cpu"), b"\x85R"),
@@ -216,8 +195,8 @@ def _check(tensor: NewTensor | Constant | Subclass) -> None:
         what = f"tensor '{shown(tensor.key)}'"
     else:
         what = "a constant" if isinstance(tensor, Constant) else f"a tensor of class '{shown(tensor.name)}'"
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"{what}: torch files hold no {tensor.dtype!r}, known: {', '.join(_DTYPES)}")
+    if tensor.dtype not in TORCH_NAMES:
+        raise ValueError(f"{what}: torch files hold no {tensor.dtype!r}, known: {', '.join(TORCH_NAMES)}")
     if any(type(n) is not int or n < 0 for n in tensor.shape):
         raise ValueError(f"{what}: impossible shape {tensor.shape}")
     if isinstance(tensor, Constant) and len(tensor.data) != tensor.nbytes:

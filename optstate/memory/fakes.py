@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["HOME", "OnOneDevice", "converting_modules", "default_dtype", "fake_mode", "without_values"]
+__all__ = ["HOME", "OnOneDevice", "converting_modules", "fake_mode", "without_values"]
 
 HOME = torch.device("cpu")
 """Fake tensors elsewhere need a build of PyTorch for that device: without, a backward pass ends the process."""
@@ -76,17 +76,6 @@ def converting_modules() -> Iterator[None]:
         yield
     finally:
         setattr(nn.Module, "_apply", original)  # noqa: B010
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating-point tensors are made in this dtype inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

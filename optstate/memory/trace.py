@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from optstate import kernels
 from optstate.backward import FusedBackward, fuse_backward
-from optstate.memory.fakes import OnOneDevice, converting_modules, default_dtype, fake_mode, without_values
+from optstate.memory.fakes import OnOneDevice, converting_modules, fake_mode, without_values
 from optstate.memory.position import Position, phase_of
 from optstate.memory.setting import KINDS, Alive, BuildOptions, Model, Setting, Trace
+from optstate.memory.sources.modules import default_dtype
 from optstate.memory.tracker import Timeline, Tracker
 from optstate.memory.transformers_masks import one_sequence_per_row
 from optstate.memory.updates import Known, follow_updates

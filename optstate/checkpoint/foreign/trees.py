@@ -9,6 +9,7 @@ from typing import Any
 
 from optstate.checkpoint.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.pickled import Global, Object
 from optstate.checkpoint.stored import Stored, numbers
 
@@ -26,23 +27,6 @@ __all__ = [
     "step_of",
     "type_name",
 ]
-
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-}
-"""torch's names of the dtypes that small tensors have."""
 
 MOST_STEPS = 1 << 63
 
@@ -201,9 +185,9 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth > DEEPEST - 2:
         raise NotPlainError("it is nested too deeply")
     if isinstance(value, Stored):
-        if value.dtype not in DTYPES or value.elements > MOST_VALUES:
+        if value.dtype not in TORCH_NAMES or value.elements > MOST_VALUES:
             raise NotPlainError(f"it is a {value.dtype} tensor of shape {list(value.shape)}")
-        return TensorValue(DTYPES[value.dtype], value.shape, small_numbers(value))
+        return TensorValue(TORCH_NAMES[value.dtype], value.shape, small_numbers(value))
     if isinstance(value, list | tuple):
         return type(value)(plain(item, depth + 1) for item in value)
     if isinstance(value, dict):

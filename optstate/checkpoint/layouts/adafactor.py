@@ -160,17 +160,17 @@ def _rule_of(given: Given, place: int, group: Group) -> _Rule:
 
 
 def _read(given: Given, place: int, hyper: Mapping[str, Any], chain: str) -> _Rule:
-    if chain or not given.library:
+    if chain or not given.tool:
         return _ours(given, place, hyper, chain)
-    if given.library == "transformers":
+    if given.tool == "transformers":
         return _transformers(hyper)
-    if given.library == "torch" and "beta2_decay" in hyper:
+    if given.tool == "torch" and "beta2_decay" in hyper:
         _refuse(given, place, bool(hyper.get("maximize")), "maximize=True")
         return _torch(hyper)
     if given.document.recipe == "adalomo":
         return _adalomo(given, place, hyper)
     raise LayoutError(
-        f"the hyper-parameters of {given.library}'s Adafactor are not known here: convert with --recipe adafactor first"
+        f"the hyper-parameters of {given.tool}'s Adafactor are not known here: convert with --recipe adafactor first"
     )
 
 

@@ -63,7 +63,7 @@ class Given:
         return kind if isinstance(kind, str) else ""
 
     @property
-    def library(self) -> str:
+    def tool(self) -> str:
         """Whose hyper-parameters it has, "" for our own; a file of LeRobot's holds those of another library."""
         library = self.document.source.get("library", self.kind)
         return library if isinstance(library, str) else ""

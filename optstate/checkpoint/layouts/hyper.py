@@ -137,13 +137,13 @@ def pair(given: Given, place: int, hyper: Mapping[str, Any], key: str) -> tuple[
 def common(given: Given, group: Group) -> dict[str, Any]:
     """The hyper-parameters of a group in the words that most libraries share, small tensors as numbers."""
     hyper = {key: numbers(value) for key, value in group.hyper.items()}
-    if given.library == "bitsandbytes" and given.document.recipe in ("sgd", "sgdm8bit"):
+    if given.tool == "bitsandbytes" and given.document.recipe in ("sgd", "sgdm8bit"):
         momentum = hyper.pop("betas", None)
         hyper["momentum"] = momentum[0] if isinstance(momentum, tuple | list) and momentum else None
         hyper.pop("eps", None)
-    elif given.library == "bitsandbytes" and given.document.recipe in ("lion", "lion8bit"):
+    elif given.tool == "bitsandbytes" and given.document.recipe in ("lion", "lion8bit"):
         hyper.pop("eps", None)
-    if given.library == "pytorch_optimizer":
+    if given.tool == "pytorch_optimizer":
         hyper.pop("step", None)
     if isinstance(hyper.get("betas"), list):  # of a file in JSON
         hyper["betas"] = tuple(hyper["betas"])

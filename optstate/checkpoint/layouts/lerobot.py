@@ -70,4 +70,4 @@ def _tree(given: Given) -> Tree:
         "transformers": as_transformers,
         "pytorch_optimizer": as_pytorch_optimizer,
     }
-    return makers.get(given.library if given.same else "", as_torch)(given)
+    return makers.get(given.tool if given.same else "", as_torch)(given)
