@@ -1,4 +1,7 @@
-"""Open a checkpoint of any kind by its content. Imports no torch, unless names come from a model."""
+"""Open a checkpoint of any kind by its content. Imports no torch, unless names come from a model.
+
+Readers are imported when one is needed: a file of optstate's own does not wait for those of twenty other tools.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from optstate.checkpoint import dcp, deepspeed
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.container import read_header, read_index
 from optstate.checkpoint.document import KEY
 from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.foreign import lerobot, read_file
-from optstate.checkpoint.foreign.trees import stem_of
 from optstate.checkpoint.kinds import (
     FOLDER,
     HINTS,
@@ -27,7 +27,6 @@ from optstate.checkpoint.kinds import (
     cannot_open,
     identify,
 )
-from optstate.checkpoint.names import read_names, with_names
 from optstate.checkpoint.native_file import native_checkpoint
 from optstate.checkpoint.sharded import find
 
@@ -61,7 +60,11 @@ def open_checkpoint(
     checkpoint = _opened(path, key, optimizer)
     if optimizer is not None:
         _agrees(checkpoint, optimizer)
-    return checkpoint if names is None else with_names(checkpoint, read_names(names))
+    if names is None:
+        return checkpoint
+    from optstate.checkpoint.names import read_names, with_names
+
+    return with_names(checkpoint, read_names(names))
 
 
 def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None) -> Checkpoint:
@@ -70,6 +73,8 @@ def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None
     if kind == FOLDER:
         return _of_folder(Path(text), key, optimizer)
     if kind in (TORCH_ZIP, TORCH_OLD, PICKLE, ZIP):
+        from optstate.checkpoint.foreign import read_file
+
         return read_file(text, key, optimizer)
     _no_key(text, kind, key)
     if text.endswith(INDEX):
@@ -88,6 +93,8 @@ def _no_key(path: str | os.PathLike[str], kind: str, key: str | None) -> None:
 
 def _agrees(checkpoint: Checkpoint, optimizer: str) -> None:
     """Refuse a name that is not the checkpoint's own."""
+    from optstate.checkpoint.foreign.trees import stem_of
+
     own = str(checkpoint.document.source.get("optimizer") or checkpoint.document.recipe)
     if own and stem_of(optimizer) != stem_of(own):
         reason = f"it is the state of {shown(own)} ({checkpoint.kind}), not of {shown(optimizer)}"
@@ -101,6 +108,8 @@ def _of_safetensors(path: str, optimizer: str | None) -> Checkpoint:
     header = read_header(path)
     if KEY in header.metadata:
         return native_checkpoint(path)
+    from optstate.checkpoint.foreign import lerobot
+
     if lerobot.is_lerobot(header) or (not header.tensors and os.path.basename(path) == lerobot.STATE):
         return lerobot.read(path, optimizer)
     reason = f"a safetensors file of {len(header.tensors)} tensors has no metadata '{KEY}'"
@@ -121,6 +130,9 @@ def _of_index(path: str) -> Checkpoint:
 
 def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint:
     """A folder as training stacks write it, or any with one file of optimizer state."""
+    from optstate.checkpoint import dcp, deepspeed
+    from optstate.checkpoint.foreign import lerobot
+
     if dcp.is_dcp(path):
         _no_key(path, "a checkpoint of torch.distributed.checkpoint", key)
         return dcp.read(path)
@@ -144,6 +156,9 @@ def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint
 
 def _parts(path: Path) -> list[Path]:
     """What holds optimizer state in a folder, by name: files, folders, or the folder itself."""
+    from optstate.checkpoint import dcp
+    from optstate.checkpoint.foreign import lerobot
+
     try:
         names = sorted(os.listdir(path))
     except OSError as error:

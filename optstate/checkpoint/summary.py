@@ -11,7 +11,6 @@ from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.container import SAFETENSORS, Header, identify, read_header, read_index, read_stream
 from optstate.checkpoint.document import KEY, Parameter
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.foreign.lerobot import is_lerobot
 from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.native_file import native_of
 from optstate.checkpoint.opening import open_checkpoint
@@ -138,6 +137,8 @@ def summarize(
     try:
         return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
     except CheckpointError:
+        from optstate.checkpoint.foreign.lerobot import is_lerobot
+
         headers = _headers(path)
         documents = [header for header in headers if KEY in header.metadata]
         if not documents and headers and not any(map(is_lerobot, headers)):
