@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from optstate import engines, kernels
+from optstate import engines, groups, kernels
 from optstate.kernels import Product, Scalar
 from optstate.optimizer import Optimizer
+from optstate.placement import here, is_distributed
+from optstate.sharding import Pending, add_up
 from optstate.spec import is_fake
 from optstate.stores import NonFiniteGradientError
 
@@ -83,6 +86,8 @@ class FusedBackward:
         self._coefficient: Scalar | None = None
         self._engine_checked = False
         self._in_backward = False
+        self._waiting: list[Tensor] = []
+        self._buffer = 0
 
     # --- hooks ------------------------------------------------------------------------------------------------
 
@@ -126,6 +131,7 @@ class FusedBackward:
         self._updated.clear()
         self._kept.clear()
         self._squares.clear()
+        self._waiting.clear()
         self._coefficient = None
         self._in_backward = False
         self._mode = _Mode.UPDATE
@@ -157,15 +163,49 @@ class FusedBackward:
         try:
             if self._mode is _Mode.MEASURE:
                 self._measure(param)
+                param.grad = None
+                return
+            self._check_update(param)
+            if self.optimizer._leaf(param).is_split:
+                self._wait_for_group(param)
             else:
-                self._update(param)
+                self._update([param])
         except BaseException:
             self._abandon()
             raise
-        finally:
-            param.grad = None
 
-    def _update(self, param: Tensor) -> None:
+    def _wait_for_group(self, param: Tensor) -> None:
+        """Update split parameters together once the gradients of all in their group are there.
+
+        FSDP2 scatters the gradients of a group into one buffer and then calls the hooks of its parameters in order, so
+        none of them could be freed before the last, and sums over devices need only be taken once for all of them.
+        """
+        grad = here(param.grad) if param.grad is not None else param
+        storage = grad.untyped_storage()
+        if self._waiting and storage.data_ptr() != self._buffer:
+            self._update_waiting()  # parameters behind them in their group had no gradient
+        self._buffer = storage.data_ptr()
+        self._waiting.append(param)
+        region = self.optimizer._leaf(param).plan.spec.region
+        assert region is not None
+        padded = math.prod(-(-size // parts) for size, parts in zip(region.whole, region.parts, strict=True))
+        if (grad.storage_offset() + padded) * grad.element_size() >= storage.nbytes():
+            self._update_waiting()
+
+    def _update_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._update(waiting)
+
+    def _update(self, params: list[Tensor]) -> None:
+        try:
+            self.optimizer._step_all(params, self._scale(), done=len(self._updated))
+        finally:
+            for param in params:
+                param.grad = None
+        self._updated.update(params)
+
+    def _check_update(self, param: Tensor) -> None:
+        """Raise unless this gradient may be used now."""
         optimizer = self.optimizer
         optimizer._require_consistent("backward")
         if not self._in_backward:
@@ -175,7 +215,7 @@ class FusedBackward:
                 f"clip_grad_norm={self.clip_grad_norm} needs the norm before the update: call fused.grad_norm(loss) "
                 "before loss.backward(), or run every micro-batch under fused.accumulate()"
             )
-        if param in self._updated:
+        if param in self._updated or any(param is other for other in self._waiting):
             optimizer._break_off(len(self._updated), param, "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {self._name(param)!r} arrived a second time before step(): call optimizer.step() "
@@ -183,8 +223,6 @@ class FusedBackward:
                 "that a loss is not meant to train, and use checkpoint(..., use_reentrant=False) where checkpointed "
                 "parts share a layer"
             )
-        optimizer._step_and_remember(param, self._scale(), done=len(self._updated))
-        self._updated.add(param)
 
     def _begin_backward(self) -> None:
         """First update of a backward pass: look around, and leave a mark that only a completed pass removes."""
@@ -196,6 +234,12 @@ class FusedBackward:
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
+        if self._waiting:
+            try:
+                self._update_waiting()
+            except BaseException:
+                self._abandon()
+                raise
         self._in_backward = False
 
     def check_backward_completed(self) -> None:
@@ -250,6 +294,11 @@ class FusedBackward:
             raise RuntimeError(
                 "grad_norm() comes first in a step, but gradients were already used or are being accumulated: call "
                 "step() before it; under accumulate() run every micro-batch, step() then clips their sum"
+            )
+        if any(is_distributed(p) for p in self._params()):
+            raise RuntimeError(
+                "grad_norm() cannot measure the gradients of distributed parameters beforehand: run backward() under "
+                "fused.accumulate(), step() then clips by the norm over all devices"
             )
         if _has_reentrant_checkpoint(loss):
             raise RuntimeError(
@@ -334,10 +383,26 @@ class FusedBackward:
     def _step_held(self, held: list[Tensor]) -> None:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
         if self.clip_grad_norm is not None and self._coefficient is None:
-            self._norm([kernels.sum_of_squares(Product(p.grad)) for p in held if p.grad is not None])
-        for done, param in enumerate(held, start=len(self._updated)):
-            self.optimizer._step_and_remember(param, self._scale(), done)
-            param.grad = None
+            self._norm(self._squares_of(held))
+        done = len(self._updated)
+        for batch in self.optimizer._batches(held):
+            self.optimizer._step_all(batch, self._scale(), done)
+            done += len(batch)
+            for param in batch:
+                param.grad = None
+
+    @torch.no_grad()
+    def _squares_of(self, params: list[Tensor]) -> list[Tensor]:
+        """The sum of squares of each gradient, over all devices."""
+        squares, split = [], []
+        for param in params:
+            leaf = self.optimizer._leaf(param)
+            square = kernels.sum_of_squares(Product(groups.checked_gradient(param, leaf.plan.spec, leaf.placement)))
+            if leaf.is_split and leaf.placement is not None:
+                split.append(Pending(leaf.placement, square))
+            else:
+                squares.append(square)
+        return squares + add_up(split)
 
 
 def _weak_hook(reference: weakref.ref[FusedBackward]) -> Callable[[Tensor], None]:

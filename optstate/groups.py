@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.placement import Placement, placement_of
 from optstate.spec import ROLES, ParamSpec, accumulator_dtype, is_fake
 from optstate.updates import Chain, Route
 
@@ -110,18 +110,27 @@ def check_values(group: Mapping[str, Any], chain: Chain) -> None:
 
 
 def spec_of(name: str, param: Tensor, group: Mapping[str, Any]) -> ParamSpec:
-    """What every decision about a parameter is based on."""
+    """What every decision about a parameter is based on.
+
+    Raises:
+        ValueError: if it is distributed in a way that cannot be stepped.
+    """
+    try:
+        placement = placement_of(param)
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r} cannot be stepped as it is distributed: {error}") from None
     return ParamSpec(
         name=name,
         shape=tuple(param.shape),
         dtype=param.dtype,
         role=group.get("role", ""),
         head_size=group.get("head_size"),
+        region=None if placement is None else placement.region,
     )
 
 
-def checked_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
-    """The parameter's gradient, if it is one that can be stepped and the parameter is still what was planned."""
+def checked_gradient(param: Tensor, spec: ParamSpec, placement: Placement | None = None) -> Tensor:
+    """What of the gradient is here, if it can be stepped and the parameter is still what was planned."""
     name, grad = spec.name, param.grad
     if param.dtype != spec.dtype or param.shape != spec.shape:
         raise RuntimeError(
@@ -137,6 +146,8 @@ def checked_gradient(param: Tensor, spec: ParamSpec) -> Tensor:
         )
     if grad.is_complex():
         raise TypeError(f"the gradient of {name!r} is complex ({grad.dtype}): step torch.view_as_real(param) instead")
+    if placement is not None:
+        grad = placement.gradient(grad)
     # Arithmetic follows the parameter: an fp64 gradient of an fp32 parameter is read in fp32, and the other way.
     return grad if accumulator_dtype(grad.dtype) == spec.accumulator else grad.to(spec.accumulator)
 
@@ -160,9 +171,6 @@ def _check_parameter(name: str, param: Any) -> None:
         raise TypeError(f"parameter {name!r} is complex ({param.dtype}): pass torch.view_as_real(param) instead")
     if not param.is_floating_point():
         raise TypeError(f"parameter {name!r} is {param.dtype}: only floating-point tensors can be stepped")
-    sharding = sys.modules.get("torch.distributed.tensor")  # not imported for this: it costs half a second
-    if sharding is not None and isinstance(param, sharding.DTensor):
-        raise TypeError(f"parameter {name!r} is a DTensor: sharded parameters are not supported yet")
     if param.layout != torch.strided:
         raise TypeError(f"parameter {name!r} is {param.layout}: only dense tensors can be stepped")
     if not param.is_leaf:

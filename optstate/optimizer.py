@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from optstate import groups, kernels, resume
+from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
-from optstate.sharding import run_alone
+from optstate.sharding import run_alone, run_together
 from optstate.shortcuts import stepped_by_torch
 from optstate.stepping import context, run_chain
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests
@@ -31,6 +33,12 @@ class _Leaf:
 
     plan: ParamPlan
     group: int
+    placement: Placement | None = None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether this device has only a part of it, so that all devices must step it together."""
+        return self.plan.spec.region is not None
 
 
 class _Fused(Protocol):
@@ -118,7 +126,7 @@ class Optimizer(torch.optim.Optimizer):
         """Plan and allocate the parameters of one group."""
         group = self.param_groups[index]
         for param, plan in zip(group["params"], self._plan_group(group, len(self._leaves)), strict=True):
-            self._leaves[param] = _Leaf(plan, index)
+            self._leaves[param] = _Leaf(plan, index, placement_of(param))
             if param.requires_grad and param not in self.state:
                 self._allocate(param)
 
@@ -138,27 +146,76 @@ class Optimizer(torch.optim.Optimizer):
         leaf.plan = replace(leaf.plan, trainable=True)
         state: dict[str, Any] = {"step": 0}
         for key, field in leaf.plan.fields.items():
-            state[key] = torch.zeros(field.shape, dtype=field.dtype, device=param.device)
+            if leaf.placement is not None:
+                state[key] = leaf.placement.zeros(field, leaf.plan.spec)
+            else:
+                state[key] = torch.zeros(field.shape, dtype=field.dtype, device=param.device)
         self.state[param] = state
         return state
 
     def plan(self) -> Plan:
         """Which chain, stores and bytes each parameter has, what was kept otherwise than asked, and why."""
+        self._follow_replaced()
         return Plan(tuple(self._leaf(p).plan for group in self.param_groups for p in group["params"]))
 
     def state_nbytes(self) -> int:
         """Bytes of all state tensors that exist now on this device."""
-        tensors = (v for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
+        tensors = (here(v) for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _leaf(self, param: Tensor) -> _Leaf:
         leaf = self._leaves.get(param)
+        if leaf is None:
+            self._follow_replaced()
+            leaf = self._leaves.get(param)
         if leaf is None:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} was put into the optimizer's groups after it was built; "
                 "shard, wrap and cast the model first, then build the optimizer"
             )
         return leaf
+
+    def _follow_replaced(self) -> None:
+        """Take over parameters that were put in the place of others when the model was sharded (accelerate's `prepare`
+        does so with FSDP2): plan them anew, give them their part of the state, and hook them if updates are fused.
+
+        Raises:
+            RuntimeError: if state that has begun to fill would have to change its format.
+        """
+        ours = iter(list(self._leaves.items()))
+        replaced = []
+        for group in self.param_groups:
+            for param, (old, leaf) in zip(group["params"], ours, strict=False):
+                if param is not old:
+                    fits = is_distributed(param) and param.shape == old.shape and param.dtype == old.dtype
+                    if not fits or param in self._leaves:
+                        return  # `_leaf` refuses it
+                    replaced.append((param, old, leaf))
+        for param, old, leaf in replaced:
+            self._replace(param, old, leaf)
+        if replaced:
+            order = [p for group in self.param_groups for p in group["params"]]
+            self._leaves = {param: self._leaves[param] for param in order}
+            if self._fused is not None:
+                self._fused.attach()
+
+    def _replace(self, param: Tensor, old: Tensor, leaf: _Leaf) -> None:
+        """Let `param` take the place of `old`, with its state."""
+        spec = groups.spec_of(leaf.plan.spec.name, param, self.param_groups[leaf.group])
+        plan = plan_parameter(spec, self._route, self._weights, leaf.plan.trainable)
+        past = self.state.pop(old, None)
+        if past is not None and past["step"] and plan.stores != leaf.plan.stores:
+            raise RuntimeError(
+                f"{spec.name!r} was sharded after {past['step']} steps, and its statistics would need another format: "
+                "shard the model before the first step, or save, shard, build the optimizer and load"
+            )
+        self._leaves[param] = _Leaf(plan, leaf.group, placement_of(param))
+        del self._leaves[old]
+        if past is not None:
+            state = self._allocate(param)
+            state["step"] = past["step"]
+            for key in plan.fields if past["step"] else ():
+                copy_part(state[key], past[key])
 
     # --- stepping ---------------------------------------------------------------------------------------------
 
@@ -178,6 +235,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._require_consistent("step")
+        self._follow_replaced()
         if self._clip_of_original is not None:
             raise RuntimeError(
                 f"this is a copy of an optimizer fused with clip_grad_norm={self._clip_of_original}, but not fused: "
@@ -188,8 +246,7 @@ class Optimizer(torch.optim.Optimizer):
             self._fused.close_step()
         else:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            for done, param in enumerate(params):
-                self._step_and_remember(param, 1.0, done)
+            self._step_all(params, 1.0, done=0)
         self._flags.close_step()
         return loss
 
@@ -203,25 +260,83 @@ class Optimizer(torch.optim.Optimizer):
                 self._break_off(done, param, str(error) or type(error).__name__)
             raise
 
+    def _step_all(self, params: Iterable[Tensor], grad_scale: float | Tensor, done: int) -> None:
+        """Update parameters after `done` others: one by one, or together where they are split among devices."""
+        for batch in self._batches(params):
+            if self._leaf(batch[0]).is_split:
+                self._step_together(batch, grad_scale, done)
+            else:
+                self._step_and_remember(batch[0], grad_scale, done)
+            done += len(batch)
+
+    def _batches(self, params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters in order: those that are whole one by one, split ones as many together as share their rounds of
+        sums without much memory. Sizes are those of the largest part, so that all devices decide alike."""
+        batch: list[Tensor] = []
+        held = 0
+        for param in params:
+            leaf, size = self._leaf(param), 0
+            if leaf.is_split:
+                spec = leaf.plan.spec
+                assert spec.region is not None
+                if leaf.plan.chain.temporaries(spec) or spec.dtype != spec.accumulator:
+                    size = -(-spec.numel // math.prod(spec.region.parts))
+            if batch and (not leaf.is_split or held + size > kernels.chunk_elements(param.device)):
+                yield batch
+                batch, held = [], 0
+            if leaf.is_split:
+                batch.append(param)
+                held += size
+            else:
+                yield [param]
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _step_together(self, params: list[Tensor], grad_scale: float | Tensor, done: int) -> None:
+        """Update parameters of which this device has parts, after `done` others, and remember a step half made."""
+        self._writing = False
+        before = [self._state_of(param)["step"] for param in params]
+        steps = [(self._placed(param), self._requests(param, grad_scale)) for param in params]
+        try:
+            run_together(steps)
+        except BaseException as error:
+            finished = [self.state[p]["step"] > step for p, step in zip(params, before, strict=True)]
+            if done or any(finished) or (self._writing and not isinstance(error, NonFiniteGradientError)):
+                failed = params[finished.index(False)] if False in finished else params[-1]
+                self._break_off(done + sum(finished), failed, str(error) or type(error).__name__)
+            raise
+
+    def _placed(self, param: Tensor) -> Placement:
+        placement = self._leaf(param).placement
+        assert placement is not None
+        return placement
+
     @torch.no_grad()
     def step_parameter(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> None:
         """Update one parameter from its gradient: the only step there is, called by `step` and by backward hooks.
 
         grad_scale: coefficient of a global norm clip.
         """
-        run_alone(self._requests(param, grad_scale))
+        if self._leaf(param).is_split:
+            run_together([(self._placed(param), self._requests(param, grad_scale))])
+        else:
+            run_alone(self._requests(param, grad_scale))
 
     def _requests(self, param: Tensor, grad_scale: float | Tensor = 1.0) -> Requests[None]:
         """One parameter's update as a computation that asks for sums over the whole parameter. Call under no_grad."""
-        leaf = self._leaf(param)
+        leaf, original = self._leaf(param), param
         plan, spec = leaf.plan, leaf.plan.spec
-        grad = groups.checked_gradient(param, spec)
-        state = self._state_of(param)
+        grad = groups.checked_gradient(param, spec, leaf.placement)
+        whole_state = self._state_of(param)
+        state = whole_state
+        if leaf.placement is not None:
+            param = here(param)
+            state = {key: here(value) if isinstance(value, Tensor) else value for key, value in whole_state.items()}
         step, group = state["step"] + 1, self.param_groups[leaf.group]
         if spec.numel:
             guard = Guard(spec.name, grad)
-            if not plan.guards:
-                guard.check(kernels.all_finite(grad, plan.largest_gradient(group)))
+            finite = None if plan.guards else kernels.all_finite(grad, plan.largest_gradient(group))
             if (
                 plan.guards
                 and grad.dtype != spec.accumulator
@@ -229,12 +344,14 @@ class Optimizer(torch.optim.Optimizer):
             ):
                 grad = grad.to(spec.accumulator)  # read several times: convert a small one once
             ctx = context(plan, state, param, grad, group, step, guard, grad_scale)
+            if finite is not None:
+                yield from ctx.check_finite(finite)
             self._writing = True
             if not stepped_by_torch(plan, state, ctx):
                 yield from run_chain(plan, state, ctx)
             if guard.finite is not None:
-                self._flags.add(param, guard.finite)
-        state["step"] = step
+                self._flags.add(original, guard.finite)
+        whole_state["step"] = step
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of one parameter, made if it just began to train, moved if the model was."""
@@ -258,6 +375,7 @@ class Optimizer(torch.optim.Optimizer):
             InconsistentStateError: if a step broke off half-way.
         """
         self._require_consistent("state_dict")
+        self._follow_replaced()
         self._refuse_bad_flags(wait=True)
         clip = self._fused.clip_grad_norm if self._fused is not None else None
         return {**super().state_dict(), resume.KEY: resume.header(self.plan(), clip)}
@@ -274,7 +392,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        self.load_with(state_dict, Tensor.copy_)
+        self.load_with(state_dict, copy_part)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -131,7 +131,7 @@ class ParamPlan:
 
     def is_sliced(self, device: torch.device) -> bool:
         """Whether a part of the chain runs slice by slice, on a device of this kind."""
-        return self.first_sliced is not None and self.spec.numel > self.slice_elements(device)
+        return self.first_sliced is not None and self.spec.local_numel > self.slice_elements(device)
 
     def slice_elements(self, device: torch.device) -> int:
         """How many elements a slice has: half as many if a statistic is in codes, whose making needs more buffers."""
@@ -153,9 +153,9 @@ class ParamPlan:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of temporaries a step needs beyond its chunks of a few MB, at most; 0 where nothing grows."""
-        if self.spec.numel <= kernels.chunk_elements(torch.device("cpu")):
+        if self.spec.local_numel <= kernels.chunk_elements(torch.device("cpu")):
             return 0
-        full = self.chain.temporaries(self.spec, until=self.first_sliced) * self.spec.numel
+        full = self.chain.temporaries(self.spec, until=self.first_sliced) * self.spec.local_numel
         # New row and column statistics, their factors and the squares of those: nothing for a matrix, but as much
         # as the parameter itself for convolutions, whose last two dimensions are small.
         vectors = 4 * sum(slot.nbytes for slot in self.slots.values() if slot.store.exact_sums)
@@ -165,6 +165,8 @@ class ParamPlan:
     def notes(self) -> tuple[str, ...]:
         """What differs from what was asked for, and what costs more than a reader would expect."""
         notes = [f"{slot.name}: {slot.note}" for slot in self.slots.values() if slot.note]
+        if self.spec.region is not None:
+            notes.append(f"{'x'.join(map(str, self.spec.region.shape))} of it here")
         if not self.trainable:
             notes.append("frozen: no state until it gets a gradient")
         if self.fused_adamw is not None:
@@ -231,6 +233,7 @@ def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, traina
     slots = {}
     for name, slot in chain.slots(spec).items():
         store, note = slot.store.resolve(spec, slot.signed)
+        store.check_region(spec)
         slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
     return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
 

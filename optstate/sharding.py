@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optstate.placement import Placement
 from optstate.stores import Partial, Requests
 
-__all__ = ["lock_step", "own_totals", "run_alone"]
+__all__ = ["add_up", "lock_step", "own_totals", "run_alone", "run_together"]
 
 T = TypeVar("T")
 
@@ -52,3 +57,55 @@ def lock_step(runs: Sequence[Requests[T]], reduce: Callable[[list[Any]], list[An
             for i, total in zip(active, reduce([request for _, request in pending]), strict=True):
                 replies[i] = total
     return [results[i] for i in range(len(runs))]
+
+
+class Pending(NamedTuple):
+    """A request that waits for its totals, and how the parameter it is about is split."""
+
+    placement: Placement
+    request: Any
+
+
+def run_together(steps: Sequence[tuple[Placement, Requests[Any]]]) -> None:
+    """Drive the steps of several parameters, each split among devices, with one all-reduce a round for all that share
+    their devices. Every device must call this with the same parameters in the same order."""
+    lock_step([_marked(placement, requests) for placement, requests in steps], add_up)
+
+
+def add_up(pending: Sequence[Pending]) -> list[Any]:
+    """The totals of all requests over the devices each has to be added up over."""
+    parts: dict[Any, list[Tensor]] = {}
+
+    def note(placement: Placement, item: Any) -> Callable[[], Any]:
+        """Put every local sum into the all-reduce it belongs to; returns what reads the totals afterwards."""
+        if isinstance(item, tuple) and not isinstance(item, Partial):
+            readers = [note(placement, each) for each in item]
+            return lambda: tuple(read() for read in readers)
+        local, dims = (item.local, item.dim) if isinstance(item, Partial) else (item, None)
+        groups = placement.groups((dims,) if isinstance(dims, int) else dims)
+        if not groups:
+            return lambda: local
+        key = (groups, local.dtype, local.device)
+        place = len(parts.setdefault(key, []))
+        parts[key].append(local)
+        return lambda: totals[key][place].view(local.shape)
+
+    readers = [note(placement, request) for placement, request in pending]
+    totals = {}
+    for key, tensors in parts.items():
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        for group in key[0]:
+            dist.all_reduce(flat, group=group)
+        totals[key] = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [read() for read in readers]
+
+
+def _marked(placement: Placement, requests: Requests[T]) -> Requests[T]:
+    """The same computation, each of its requests with the placement."""
+    reply = None
+    while True:
+        try:
+            request = requests.send(reply)
+        except StopIteration as stop:
+            return cast(T, stop.value)
+        reply = yield Pending(placement, request)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["ROLES", "FieldSpec", "ParamSpec", "accumulator_dtype", "is_fake", "is_matrix", "is_vector"]
+__all__ = ["ROLES", "FieldSpec", "ParamSpec", "Region", "accumulator_dtype", "is_fake", "is_matrix", "is_vector"]
 
 
 ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
@@ -21,13 +21,48 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class Region:
+    """The box of a parameter that this device holds, where the parameter is split over several.
+
+    whole: shape of the parameter. offset, shape: of the box. parts: into how many parts each dimension is cut, 1 where
+    it is not. Parts have the same size where that divides the dimension; else the last ones are smaller or empty.
+    """
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    parts: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements here."""
+        return math.prod(self.shape)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """What cuts the box out of the whole parameter."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def start(self) -> int | None:
+        """Where the box begins in the flattened parameter, if it is one run of consecutive elements of it."""
+        if any(n > 1 for n in self.parts[1:]):
+            return None
+        return self.offset[0] * math.prod(self.whole[1:])
+
+    def is_even(self, dim: int) -> bool:
+        """Whether all parts of a dimension have the same size."""
+        return self.whole[dim] % self.parts[dim] == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
     """One parameter as every decision sees it: by its global shape, never by its local shard.
 
     `role` is declared by the caller (a param group's `role` entry), never read from the name;
     without a declaration it is "matrix" from two dimensions on and "vector" below.
-    `sharded_dims` are the non-negative dimensions that are split over devices.
+    `region` is the part of it on this device; None if that is all of it.
     """
 
     name: str
@@ -35,7 +70,7 @@ class ParamSpec:
     dtype: torch.dtype
     role: str = ""
     head_size: int | None = None
-    sharded_dims: frozenset[int] = frozenset()
+    region: Region | None = None
 
     def __post_init__(self) -> None:
         if not self.role:
@@ -56,9 +91,27 @@ class ParamSpec:
         """The dtype of this parameter's full-precision statistics."""
         return accumulator_dtype(self.dtype)
 
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of what is on this device."""
+        return self.shape if self.region is None else self.region.shape
+
+    @property
+    def local_numel(self) -> int:
+        """Number of elements on this device."""
+        return math.prod(self.local_shape)
+
+    def splits_at(self, per: int) -> bool:
+        """Whether every device has a run of the flattened parameter, all of one length, a multiple of `per`.
+
+        A flat field with an entry per `per` elements then divides among the devices as the parameter does.
+        """
+        region = self.region
+        return region is None or (region.start is not None and region.is_even(0) and region.numel % per == 0)
+
     def is_sharded(self, dim: int) -> bool:
         """Whether dimension `dim` (negative counts from the end) is split over devices."""
-        return dim % self.ndim in self.sharded_dims
+        return self.region is not None and self.region.parts[dim] > 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +121,8 @@ class FieldSpec:
     `dims[i]` is the parameter dimension that dimension `i` of the field runs along, so a field is sharded
     exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
     `per` is how many consecutive elements of the flattened parameter share one entry of the flattened field, where
-    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256.
+    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256. Such a field is
+    sharded where the parameter `splits_at` that many elements, else every device has all of it.
     """
 
     shape: tuple[int, ...]

@@ -101,7 +101,7 @@ def _write(plan: ParamPlan, update: Update, ctx: Context) -> None:
 def _statistic(slot: SlotPlan, state: Mapping[str, Any], ctx: Context) -> Statistic:
     """A statistic of the whole parameter."""
     fields = {field: state[key] for field, key in slot.keys.items()}
-    noise = Noise(f"{ctx.spec.name}/{slot.name}", ctx.step)
+    noise = Noise(f"{ctx.spec.name}/{slot.name}", ctx.step, region=ctx.spec.region)
     return Statistic(slot.store, fields, ctx.spec, ctx.guard, ctx.param.shape, noise)
 
 
@@ -116,7 +116,7 @@ def _with_param_squares(
 ) -> Requests[Update]:
     """Run a chain; where shards must meet, ask for the parameter's own sum of squares in the first round."""
     requests = chain(update, statistics, ctx)
-    if not (chain.reads_param and ctx.spec.sharded_dims):
+    if not (chain.reads_param and ctx.spec.region is not None):
         return (yield from requests)
     try:
         request = next(requests)

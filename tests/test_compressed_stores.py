@@ -23,7 +23,7 @@ from optstate import recipes, stores, updates, weights
 from optstate.kernels import Noise, Product, dynamic_map, linear_map
 from optstate.plan import ParamPlan
 from optstate.sharding import run_alone
-from optstate.spec import ParamSpec
+from optstate.spec import ParamSpec, Region
 from optstate.stores import AxisMax, Block4, Block8, Factored, Float8, Full, Grouped, Guard, Statistic, Store
 from optstate.updates import Transform
 from tests.models import assert_same
@@ -165,7 +165,7 @@ def test_under_4096_elements_in_all_the_statistic_is_kept_in_full_and_the_plan_s
     assert {slot.store for slot in plan.slots.values()} == {Full()}
     assert str(optimizer.plan()).count("under 4096 elements: kept in full") == 2
     # Decided on the global shape, so a shard of 2048 elements of 4096 is compressed.
-    whole = spec_of((64, 64), sharded_dims=frozenset({0}))
+    whole = spec_of((64, 64), region=Region((64, 64), (0, 0), (32, 64), (2, 1)))
     assert not isinstance(store.resolve(whole, True)[0], Full)
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from adalomo import AdaLomo, Lomo
-from optstate.recipes import AdamW
+from adalomo import AdaLomo
 from tests.models import assert_same, loss_of, mlp, weights_of
 
 
@@ -62,18 +61,6 @@ class TestDistributed:
             wrapped = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
             with pytest.raises(RuntimeError, match="FSDP1, which never calls gradient hooks: use FSDP2"):
                 AdaLomo(wrapped.parameters(), fused_backward=True)
-
-
-@pytest.mark.usefixtures("one_process_group")
-@pytest.mark.parametrize("recipe", [AdaLomo, Lomo, AdamW])
-def test_sharded_parameters_are_refused_until_they_are_supported(recipe: Any) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    sharded = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))
-    with pytest.raises(TypeError, match="is a DTensor: sharded parameters are not supported yet"):
-        recipe([sharded])
 
 
 def test_a_grad_scaler_is_refused_when_fusing() -> None:

@@ -12,7 +12,7 @@ from adalomo import AdaLomo
 from optstate import kernels
 from optstate.plan import ParamPlan, plan_parameter
 from optstate.sharding import lock_step, own_totals, run_alone
-from optstate.spec import ParamSpec
+from optstate.spec import ParamSpec, Region
 from optstate.stepping import run_chain
 from optstate.stores import Guard, NonFiniteGradientError, Partial
 from optstate.updates import Context
@@ -40,10 +40,17 @@ class Halves:
         self.param = torch.nn.Parameter(whole.clone())
         self.opt = AdaLomo([(name, self.param)], **{**HYPERS, **hypers})
         self.dim, self.sizes, self.shape, self.step = dim, sizes, shape, 0
-        spec = ParamSpec(name=name, shape=shape, dtype=torch.float64, sharded_dims=frozenset({dim}))
-        self.plan: ParamPlan = plan_parameter(spec, self.opt.recipe, "auto", trainable=True)
+        self.plans = [self._plan(name, first, size) for first, size in zip((0, sizes[0]), sizes, strict=True)]
+        self.plan = self.plans[0]
         self.locals = [piece.clone() for piece in whole.split(sizes, dim)]
         self.states = [self._shard(i) for i in range(2)]
+
+    def _plan(self, name: str, first: int, size: int) -> ParamPlan:
+        offset, local, parts = [0] * len(self.shape), list(self.shape), [1] * len(self.shape)
+        offset[self.dim], local[self.dim], parts[self.dim] = first, size, 2
+        region = Region(self.shape, tuple(offset), tuple(local), tuple(parts))
+        spec = ParamSpec(name=name, shape=self.shape, dtype=torch.float64, region=region)
+        return plan_parameter(spec, self.opt.recipe, "auto", trainable=True)
 
     def _shard(self, i: int) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0}
@@ -60,13 +67,11 @@ class Halves:
         return [self._marked(self._request(i, piece)) for i, piece in enumerate(grad.split(self.sizes, self.dim))]
 
     def _request(self, i: int, grad: Tensor) -> Any:
-        guard = Guard(self.plan.spec.name, grad)
-        if not self.plan.chain.guards(self.plan.spec):
+        plan, guard = self.plans[i], Guard(self.plan.spec.name, grad)
+        if not plan.chain.guards(plan.spec):
             guard.check(kernels.all_finite(grad))
         group = self.opt.param_groups[0]
-        return run_chain(
-            self.plan, self.states[i], Context(self.plan.spec, self.locals[i], grad, group, self.step, guard)
-        )
+        return run_chain(plan, self.states[i], Context(plan.spec, self.locals[i], grad, group, self.step, guard))
 
     def _marked(self, requests: Any) -> Any:
         reply = None
@@ -177,10 +182,11 @@ def test_parameters_of_a_group_share_their_rounds():
 @pytest.mark.parametrize(("dim", "sizes"), [(0, (4, 3)), (1, (2, 3))], ids=str)
 @pytest.mark.parametrize(
     ("hypers", "rounds"),
-    [({"clip_threshold": None}, 1), ({"clip_grad_value": 0.3}, 2), ({"lr": torch.tensor(0.1)}, 2)],
+    [({"clip_threshold": None}, 1), ({"clip_grad_value": 0.3}, 3), ({"lr": torch.tensor(0.1)}, 2)],
     ids=["no clip", "clip by value", "tensor lr"],
 )
 def test_two_halves_equal_the_whole_whatever_the_recipe_does(hypers, rounds, dim, sizes):
+    # A clamp hides what is not finite, so before it the devices must agree in a round of its own.
     assert train(Halves("p", (7, 5), dim, sizes, **hypers)) == [[1] * rounds] * STEPS
 
 

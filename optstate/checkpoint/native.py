@@ -32,10 +32,11 @@ from optstate.checkpoint.document import (
     to_json,
 )
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.gathering import Named, any_distributed, read_part_into, write_gathered
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.sharded import create_set
 from optstate.checkpoint.stored import Stored
-from optstate.checkpoint.tensors import DTYPES, bytes_of, read_into
+from optstate.checkpoint.tensors import DTYPES, bytes_of
 from optstate.checkpoint.writer import NewEntry, header_size
 from optstate.optimizer import Optimizer
 from optstate.plan import ParamPlan, Plan
@@ -58,6 +59,9 @@ def save(
     Tensors are named `<parameter>/<slot>` or `<parameter>/<slot>.<field>` and keep the dtypes they have; groups, steps
     and stores are a JSON document under the metadata key `optstate`. Equal optimizers give equal bytes. The file is
     replaced at once or not at all. Memory: none for tensors on the CPU, else one tensor.
+
+    Where parameters are split among devices (FSDP2, HSDP, tensor parallelism), every rank must call this; rank 0 writes
+    the bytes that an unsharded run would.
 
     State of more than `max_shard_size` bytes becomes several files of at most that many each,
     `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
@@ -88,10 +92,17 @@ def save(
     entries = [NewEntry(name, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     metadata = {KEY: text}
     room = header_size(metadata, entries)
-    with create_set(path, entries, room=room, limit=max_shard_size, overwrite=overwrite) as file:
-        for name, tensor in tensors.items():
-            file.put(name, bytes_of(tensor))
-        file.finish(metadata)
+
+    def write(named: Named) -> None:
+        with create_set(path, entries, room=room, limit=max_shard_size, overwrite=overwrite) as file:
+            for name, tensor in named:
+                file.put(name, bytes_of(tensor))
+            file.finish(metadata)
+
+    if any_distributed(tensors):
+        write_gathered(path, tensors, write)
+    else:
+        write(iter(tensors.items()))
 
 
 def load(
@@ -130,6 +141,9 @@ def load(
         if difference is None:
             return
     hint = "nothing was changed; build the optimizer as the saved run did"
+    if any(any_distributed(state) for state in optimizer.state.values()):
+        reason = difference or "another tool's file"
+        raise CheckpointError(path, f"not taken as it is: {reason}", f"{hint}, or run `optstate convert`", refused=True)
     try:
         conversion = conversion_onto(optimizer, checkpoint)
     except CheckpointError:  # it contradicts itself
@@ -160,7 +174,7 @@ def _load_exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
         return str(error)
     places = {id(tensor): checkpoint.tensors[key] for key, tensor in sources.items()}
     with _failing(checkpoint.path, ""):
-        optimizer.load_with(view, lambda own, theirs: read_into(own, places[id(theirs)]))
+        optimizer.load_with(view, lambda own, theirs: read_part_into(own, places[id(theirs)]))
     return None
 
 

@@ -18,6 +18,7 @@ from optstate.kernels.eager import (
     weight_sum_of_squares,
 )
 from optstate.kernels.product import Product, Scalar
+from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
 from optstate.kernels.rounding import Noise, known_finite, round_bf16, round_fp16
 
@@ -38,6 +39,7 @@ __all__ = [
     "ema",
     "ema_of_square",
     "evaluate",
+    "global_index",
     "known_finite",
     "linear_map",
     "pieces",

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optstate.spec import is_fake
+from optstate.kernels.regions import global_index
+from optstate.spec import Region, is_fake
 
 __all__ = ["Noise", "known_finite", "random_bits16", "round_bf16", "round_fp16"]
 
@@ -20,13 +21,15 @@ MASK32 = 0xFFFFFFFF
 class Noise:
     """Random bits for the elements of one tensor at one step: a hash of (seed, name, step, global element index).
 
-    start: global flat index of the first element at hand.
+    start: flat index of the first element at hand, in what this device holds. region: which part of the tensor that
+    is, if it is not all of it.
     """
 
     name: str
     step: int
     seed: int = 0
     start: int = 0
+    region: Region | None = None
 
     def at(self, start: int) -> Noise:
         """The same bits, seen from another first element."""
@@ -35,7 +38,11 @@ class Noise:
     def bits16(self, count: int, device: torch.device) -> Tensor:
         """int16 `[count]`, uniform over all its values."""
         key = _mix(_mix(_mix(zlib.crc32(self.name.encode())) ^ (self.seed & MASK32)) ^ (self.step & MASK32))
-        return random_bits16(key, self.start, count, device)
+        if self.region is None:
+            return random_bits16(key, self.start, count, device)
+        if self.region.start is not None:
+            return random_bits16(key, self.region.start + self.start, count, device)
+        return _scattered_bits16(key, global_index(self.region, self.start, count, device))
 
 
 def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:
@@ -49,6 +56,17 @@ def random_bits16(key: int, start: int, count: int, device: torch.device) -> Ten
     parts = [_hash_words(key, lo, hi, device) for lo, hi in _same_high_word(first, first + words)]
     hashed = parts[0] if len(parts) == 1 else torch.cat(parts)
     return hashed.view(torch.int16)[start - 2 * first :][:count]
+
+
+def _scattered_bits16(key: int, index: Tensor) -> Tensor:
+    """int16, what `random_bits16` has for the elements of these flat indices, int64."""
+    word, bits = index >> 1, torch.empty(index.shape, dtype=torch.int16, device=index.device)
+    for high in range(int(word.min() >> 32), int(word.max() >> 32) + 1) if index.numel() else ():
+        here = word >> 32 == high
+        low = (word[here] & MASK32).to(torch.int32) if high else word[here].to(torch.int32)
+        halves = _hashed(key, high, low).view(torch.int16).view(-1, 2)
+        bits[here] = halves.gather(1, (index[here] & 1).view(-1, 1)).view(-1)
+    return bits
 
 
 def known_finite(value: Tensor) -> bool:
@@ -81,8 +99,12 @@ def _same_high_word(lo: int, hi: int) -> list[tuple[int, int]]:
 
 def _hash_words(key: int, lo: int, hi: int, device: torch.device) -> Tensor:
     """int32 hashes of the indices lo .. hi - 1, which share their upper 32 bits."""
-    seed = _mix(key ^ (lo >> 32))
-    x = torch.arange(hi - lo, dtype=torch.int32, device=device).add_(_signed(lo & MASK32)).bitwise_xor_(_signed(seed))
+    return _hashed(key, lo >> 32, torch.arange(hi - lo, dtype=torch.int32, device=device).add_(_signed(lo & MASK32)))
+
+
+def _hashed(key: int, high: int, x: Tensor) -> Tensor:
+    """Hashes of 64-bit indices with these upper bits, whose lower ones are the int32 `x`, which is overwritten."""
+    x = x.bitwise_xor_(_signed(_mix(key ^ high)))
     shifted = torch.empty_like(x)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         # The shift carries the sign along: the mask makes it the unsigned one.

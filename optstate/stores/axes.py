@@ -41,6 +41,15 @@ def broadcast_axes(fields: Mapping[str, Tensor], shape: Shape) -> list[Tensor]:
     return [fields[name].view([-1 if d == i else 1 for d in range(ndim)]) for i, name in enumerate(axis_names(ndim))]
 
 
+def refuse_maxima_in_parts(store: Store, spec: ParamSpec) -> None:
+    """Raise ValueError for a parameter of several devices: only sums are taken across them, not maxima."""
+    if spec.region is not None:
+        raise ValueError(
+            f"{store} needs the largest values of the whole of {spec.name!r}, which is split among devices: keep the "
+            "statistic in Full() or Block8()"
+        )
+
+
 @dataclass(frozen=True)
 class AxisMax(Store):
     """The largest value at every index of every dimension; an element is read as the smallest of its own (SM3,
@@ -69,6 +78,9 @@ class AxisMax(Store):
                 "AxisMax() bounds a statistic that is never negative, such as a sum of squares; keep a first moment "
                 "or momentum in Full(), Block8() or Block4()"
             )
+
+    def check_region(self, spec: ParamSpec) -> None:
+        refuse_maxima_in_parts(self, spec)
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         return axis_fields(spec, spec.accumulator)

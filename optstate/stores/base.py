@@ -83,6 +83,9 @@ class Store:
         """
         return self, ""
 
+    def check_region(self, spec: ParamSpec) -> None:
+        """Raise ValueError if the format cannot be kept in parts as this parameter is split among devices."""
+
     def check(self, signed: bool, smallest_weight: float) -> None:
         """Raise ValueError if the format cannot hold a statistic of this kind (see `Slot`)."""
 
@@ -109,6 +112,10 @@ class Store:
     def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, ...]:
         """The statistic as factors whose product it is, with the parameter's dimensions, each of full size or 1."""
         return (self.read(fields, shape),)
+
+    def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
+        """`factors`, of the part of the parameter on this device."""
+        return self.factors(statistic.current, statistic.shape)
 
     def write(self, fields: Fields, value: Tensor, noise: Noise = NO_NOISE) -> None:
         """Store `value` in place; see `encode`."""

@@ -14,7 +14,7 @@ from optstate import kernels
 from optstate.describe import HIDDEN
 from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes
+from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes, refuse_maxima_in_parts
 from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.full import Full
 
@@ -65,6 +65,8 @@ class _Blockwise(Store):
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if spec.numel < FEWEST_ELEMENTS:
             return Full(), f"under {FEWEST_ELEMENTS} elements: kept in full"
+        if not spec.splits_at(self.block):
+            return Full(), f"split among devices where blocks of {self.block} do not end: kept in full"
         return replace(self, signed=signed), ""
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
@@ -216,6 +218,9 @@ class _RankOne4(Store):
 
     def __str__(self) -> str:
         return str(Block4(rank1=True))
+
+    def check_region(self, spec: ParamSpec) -> None:
+        refuse_maxima_in_parts(self, spec)
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)

@@ -62,8 +62,27 @@ class Factored(Store):
         return share * col
 
     def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, Tensor]:
-        row, col = fields["row"], fields["col"]
-        mean = row.mean(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)  # all zeros: 0, not 0 / 0
+        return self._product(fields["row"], fields["col"], fields["row"])
+
+    def factors_here(self, statistic: Statistic) -> tuple[Tensor, Tensor]:
+        row, col = statistic.current["row"], statistic.current["col"]
+        return self._product(row, col, self._whole_one(statistic))
+
+    def check_region(self, spec: ParamSpec) -> None:
+        if spec.ndim >= 2 and spec.is_sharded(-1) and spec.is_sharded(-2):
+            raise ValueError(
+                f"{spec.name!r} is split along both its rows and its columns, so no device has the whole of either "
+                "mean: shard it along one dimension, or keep the statistic in Full()"
+            )
+
+    @staticmethod
+    def _whole_one(statistic: Statistic) -> Tensor:
+        """Whichever of the two vectors is whole on this device: both have the same mean, the statistic's."""
+        return statistic.current["col" if statistic.spec.is_sharded(-2) else "row"]
+
+    @staticmethod
+    def _product(row: Tensor, col: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        mean = whole.mean(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)  # all zeros: 0, not 0 / 0
         return rearrange(row / mean, "... m -> ... m 1"), rearrange(col, "... n -> ... 1 n")
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
@@ -87,8 +106,7 @@ class Factored(Store):
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
         row, col = statistic.current["row"], statistic.current["col"]
-        # Both means are the statistic's overall mean, so take the one whose vector is whole on this shard.
-        mean = (col if statistic.spec.is_sharded(-2) else row).mean(-1, keepdim=True)
+        mean = self._whole_one(statistic).mean(-1, keepdim=True)
         if floor > 0:  # a bound on the product does not factor: this needs the full tensor
             share = rearrange(row / mean.clamp(min=floor), "... m -> ... m 1")
             return ((share * rearrange(col, "... n -> ... 1 n")).clamp_(min=square_of(floor, col)).rsqrt_(),)
@@ -103,10 +121,12 @@ class Factored(Store):
     ) -> Requests[tuple[Tensor, Tensor]]:
         """Row and column means of `(value - minus)**2` over the whole parameter; refuses what is not finite."""
         rows, cols = kernels.sums(value) if minus is None else kernels.sums_of_difference(value, minus)
-        rows, cols = yield Partial(rows, -1), Partial(cols, -2)
-        if not statistic.guard.checked:  # squares that overflow count as infinite: they would never leave the averages
-            totals = rows if statistic.spec.is_sharded(-1) else cols  # whole on every device, so that all agree
-            statistic.guard.check(torch.isfinite(totals.sum()))
+        if statistic.guard.checked:
+            rows, cols = yield Partial(rows, -1), Partial(cols, -2)
+        else:  # squares that overflow count as infinite: they would never leave the averages
+            # The sum over everything is the same on every device, so that all agree.
+            rows, cols, total = yield Partial(rows, -1), Partial(cols, -2), cols.sum()
+            statistic.guard.check(torch.isfinite(total))
         return self._means(statistic, rows, cols)
 
     @staticmethod

@@ -70,6 +70,20 @@ class Grouped(Store):
                 "moment or momentum in Full(), Block8() or Block4()"
             )
 
+    def check_region(self, spec: ParamSpec) -> None:
+        rows = self._rows_per_group(spec.shape)
+        region = spec.region
+        if (
+            rows > 1
+            and region is not None
+            and region.parts[0] > 1
+            and (not region.is_even(0) or region.shape[0] % rows)
+        ):
+            raise ValueError(
+                f"{spec.name!r} is split among {region.parts[0]} devices within groups of {rows} rows: take a number "
+                'of devices that keeps groups whole, or group it by "row"'
+            )
+
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         if self.by == "tensor":
             return {"mean": FieldSpec((), spec.accumulator, ())}
@@ -92,7 +106,7 @@ class Grouped(Store):
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         dense = kernels.evaluate(value)
-        totals = yield from self._totals(dense.sum(tuple(range(1, dense.ndim)), keepdim=True))
+        totals, _ = yield from self._totals(dense.sum(tuple(range(1, dense.ndim)), keepdim=True), dense.new_zeros(()))
         self._hold_ema(statistic, self._means(statistic, totals), weight)
 
     def ema_of_square(
@@ -108,18 +122,20 @@ class Grouped(Store):
 
     def _means_of_square(self, statistic: Statistic, value: Product) -> Requests[Tensor]:
         """Mean of the squared value in every group; refuses what is not finite."""
-        totals = yield from self._totals(kernels.sums_of_rows(value))
+        rows = kernels.sums_of_rows(value)
         if not statistic.guard.checked:
-            statistic.guard.check(torch.isfinite(totals.sum()))
+            totals, total = yield from self._totals(rows, rows.sum())
+            statistic.guard.check(torch.isfinite(total))
+        else:
+            totals, _ = yield from self._totals(rows, rows.new_zeros(()))
         return self._means(statistic, totals)
 
-    def _totals(self, rows: Tensor) -> Requests[Tensor]:
-        """The sums of the local rows over all shards of the other dimensions; over all rows too for one group."""
-        if self.by == "tensor":
-            total: Tensor = yield rows.sum()
-            return total
-        total = yield Partial(rows, tuple(range(1 - rows.ndim, 0))) if rows.ndim > 1 else rows
-        return total
+    def _totals(self, rows: Tensor, everything: Tensor) -> Requests[tuple[Tensor, Tensor]]:
+        """The sums of the local rows over all shards of the other dimensions, over all rows too for one group; and the
+        sum of `everything`, 0-d, over all shards."""
+        sums = rows.sum() if self.by == "tensor" else Partial(rows, tuple(range(1 - rows.ndim, 0)))
+        totals, total = yield sums, everything
+        return totals, total
 
     def _means(self, statistic: Statistic, totals: Tensor) -> Tensor:
         shape = statistic.spec.shape

@@ -44,8 +44,11 @@ class Statistic:
 
     def read(self) -> Tensor:
         """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
-        value = self._held if self._held is not None else self.store.read(self.current, self.shape)
-        return value.to(self.spec.accumulator)
+        if self._held is not None:
+            return self._held.to(self.spec.accumulator)
+        if self.store.elementwise or self.spec.region is None:
+            return self.store.read(self.current, self.shape).to(self.spec.accumulator)
+        return multiplied(self.factors()).expand(*self.shape)
 
     def compact(self) -> Tensor:
         """Like `read`, but of size 1 in the dimensions along which the statistic does not vary."""
@@ -53,7 +56,7 @@ class Statistic:
 
     def factors(self) -> tuple[Tensor, ...]:
         """The statistic as of this step as small factors whose product it is."""
-        return self.store.factors(self.current, self.shape)
+        return self.store.factors_here(self)
 
     @property
     def current(self) -> Fields:
@@ -109,6 +112,8 @@ class Statistic:
 
     def commit(self) -> None:
         """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
+        if self._held is not None and self.spec.region is not None and not self.store.elementwise:
+            raise TypeError(f"{self.store} cannot take a value of which this device has only a part")
         held = self._held_fields if self._held is None else self.store.encode(self._held, self.noise, self._weight)
         for name, value in held.items():
             field = self.fields[name]

@@ -101,6 +101,13 @@ class Context:
             return number
         return self.param.new_tensor(number, dtype=self.spec.accumulator)
 
+    def check_finite(self, finite: Tensor) -> Requests[None]:
+        """Tell the guard whether this part of the gradient is finite, a 0-d bool; all devices must agree on it."""
+        if self.spec.region is not None:
+            bad = yield finite.logical_not().to(self.spec.accumulator)
+            finite = bad == 0
+        self.guard.check(finite)
+
     def mean_square(self, update: Product) -> Requests[Tensor]:
         """Mean square of an update over the whole parameter; drive with `yield from`."""
         total = yield kernels.sum_of_squares(update)

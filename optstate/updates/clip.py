@@ -85,12 +85,12 @@ class clip_by_value(Transform):
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 0 if head else 1
 
-    def __call__(self, update: Update, state: State, ctx: Context) -> Update:
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         bound = ctx.read(self.bound)
         if bound is None:
             return update
         if not ctx.guard.checked:  # a clamp would turn an infinite gradient into a plausible one
-            ctx.guard.check(kernels.all_finite(ctx.grad))
+            yield from ctx.check_finite(kernels.all_finite(ctx.grad))
         if update.is_gradient(ctx):
             return replace(update, bound=bound if update.bound is None else min(bound, update.bound))
         return Update(kernels.evaluate(update.whole(ctx)).clamp_(-bound, bound), finite=update.finite)

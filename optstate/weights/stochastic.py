@@ -38,7 +38,7 @@ class StochasticRounding(Weights):
         return self if spec.dtype in (torch.bfloat16, torch.float16) else Plain()
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
-        return _Stochastic(Noise(spec.name, step, self.seed))
+        return _Stochastic(Noise(spec.name, step, self.seed, region=spec.region))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""How a parameter lies on several devices (a DTensor), and how its state lies beside it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate.spec import FieldSpec, ParamSpec, Region
+
+__all__ = ["Placement", "copy_part", "here", "is_distributed", "placement_of"]
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether a tensor is a DTensor. Their module is not imported for this: it costs half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this device: the tensor itself if it is not distributed."""
+    if not is_distributed(tensor):
+        return tensor
+    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def placement_of(param: Tensor) -> Placement | None:
+    """The placement of a DTensor; None for any other tensor."""
+    return Placement(param) if is_distributed(param) else None
+
+
+class Placement:
+    """How one parameter is split (FSDP2, tensor parallelism) and replicated (HSDP) over a mesh of devices.
+
+    Raises:
+        ValueError: for a parameter that holds partial sums, or one that is split unevenly along one dimension twice.
+    """
+
+    def __init__(self, param: Any) -> None:
+        from torch.distributed.tensor import Partial
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        self.mesh, self.placements, self.shape = param.device_mesh, tuple(param.placements), tuple(param.shape)
+        if any(isinstance(p, Partial) for p in self.placements):
+            raise ValueError("it holds partial sums: redistribute it to Replicate() or Shard()")
+        self.split: list[list[int]] = [[] for _ in self.shape]
+        for mesh_dim, place in enumerate(self.placements):
+            dim = getattr(place, "dim", None)
+            if dim is not None and self.mesh.size(mesh_dim) > 1:
+                self.split[dim % len(self.shape)].append(mesh_dim)
+        parts = tuple(math.prod(self.mesh.size(d) for d in mesh_dims) for mesh_dims in self.split)
+        for size, count, mesh_dims in zip(self.shape, parts, self.split, strict=True):
+            if len(mesh_dims) > 1 and size % count:
+                raise ValueError(
+                    f"its dimension of size {size} is split twice, into {count} parts that are not equal: shard it "
+                    "along different dimensions"
+                )
+        shape, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        self.region = Region(self.shape, offset, shape, parts) if any(n > 1 for n in parts) else None
+
+    def groups(self, dims: Sequence[int] | None = None) -> tuple[Any, ...]:
+        """The process groups over which sums along these dimensions (None: all) must be taken, one after another."""
+        chosen = range(len(self.shape)) if dims is None else dims
+        return tuple(self.mesh.get_group(d) for d in sorted({d for dim in chosen for d in self.split[dim]}))
+
+    def zeros(self, field: FieldSpec, spec: ParamSpec) -> Tensor:
+        """A field of the parameter's state, of zeros: a DTensor of the field's global shape."""
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        placements = self.of_field(field, spec)
+        shape, _ = compute_local_shape_and_global_offset(field.shape, self.mesh, placements)
+        local = torch.zeros(shape, dtype=field.dtype, device=self.mesh.device_type)
+        stride = torch.empty(field.shape, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, placements, run_check=False, shape=torch.Size(field.shape), stride=stride
+        )
+
+    def of_field(self, field: FieldSpec, spec: ParamSpec) -> tuple[Any, ...]:
+        """Split where the parameter is split along a dimension that the field has, else replicated."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        dims = field.dims if field.per == 1 else (0,) if spec.splits_at(field.per) else ()
+        found: list[Any] = []
+        for place in self.placements:
+            dim = getattr(place, "dim", None)
+            if dim is None or dim % len(self.shape) not in dims:
+                found.append(Replicate())
+            elif dims.index(dim % len(self.shape)) == dim:
+                found.append(place)  # also one that is split in another order, as under FSDP with tensor parallelism
+            else:
+                found.append(Shard(dims.index(dim % len(self.shape))))
+        return tuple(found)
+
+    def gradient(self, grad: Any) -> Tensor:
+        """This device's part of a gradient, partial sums added up.
+
+        Raises:
+            TypeError: if the gradient is not distributed.
+        """
+        if not is_distributed(grad):
+            raise TypeError("its gradient is no DTensor although the parameter is one")
+        if tuple(grad.placements) != self.placements:
+            grad = grad.redistribute(placements=self.placements)
+        return here(grad)
+
+
+def copy_part(own: Tensor, theirs: Tensor) -> None:
+    """`own.copy_(theirs)`, whichever of the two is distributed and however."""
+    if not is_distributed(own):
+        own.copy_(theirs.full_tensor() if is_distributed(theirs) else theirs)  # type: ignore[attr-defined]
+        return
+    mine: Any = own
+    if is_distributed(theirs):
+        their: Any = theirs
+        if tuple(their.placements) != tuple(mine.placements):
+            their = their.redistribute(mine.device_mesh, mine.placements)
+        here(own).copy_(here(their))
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(own.shape, mine.device_mesh, mine.placements)
+    part = theirs[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    here(own).copy_(part)

@@ -1,0 +1,399 @@
+"""What each of several processes runs for `test_distributed`: training on shards beside the same training unsharded."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import optstate
+from adalomo import Adafactor, AdaLomo, Lomo
+from optstate.recipes import CAME, AdamFactor, AdamW, AdamW8bit
+
+STEPS = 10
+BATCH = 8
+TOKENS = 12
+
+RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
+    "adalomo": lambda params: AdaLomo(params, lr=1e-2, weight_decay=0.01),
+    "adafactor": lambda params: Adafactor(params, lr=1e-3, beta1=0.9),
+    "lomo": lambda params: Lomo(params, lr=1e-2),
+    "adamw": lambda params: AdamW(params, lr=1e-3),
+    "adamw8bit": lambda params: AdamW8bit(params, lr=1e-3),
+    "adamfactor": lambda params: AdamFactor(params, lr=1e-3),
+    "came": lambda params: CAME(params, lr=1e-4),
+}
+
+
+class Net(nn.Module):
+    """Layers of odd sizes, two layer norms, and an output that is tied to the embedding."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, 64)
+        self.up = nn.Linear(64, 1024)
+        self.norm = nn.LayerNorm(1024)
+        self.mid = nn.Linear(1024, rows)
+        self.down = nn.Linear(rows, 64)
+        self.last = nn.LayerNorm(64)
+        self.head = nn.Linear(64, TOKENS, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.down(torch.tanh(self.mid(self.norm(self.up(x)))))
+        return self.head(self.last(x))
+
+
+def net(rows: int = 8, dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(rows)
+    return Net(rows).to(dtype)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(TOKENS, (BATCH, 6), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def my_part(ids: Tensor, ranks: int, rank: int) -> Tensor:
+    size = len(ids) // ranks
+    return ids[rank * size : (rank + 1) * size]
+
+
+def shard(model: Net, mesh: Any, layers: bool, **more: Any) -> Net:
+    if layers:
+        for layer in (model.up, model.mid, model.down):
+            fully_shard(layer, mesh=mesh, **more)
+    fully_shard(model, mesh=mesh, **more)
+    return model
+
+
+def train(
+    model: nn.Module,
+    optimizer: optstate.Optimizer,
+    fused: bool,
+    parts: int = 1,
+    rank: int = 0,
+    steps: range = range(STEPS),
+) -> None:
+    if fused and optimizer.fused is None:
+        optstate.fuse_backward(optimizer)
+    for step in steps:
+        loss_of(model, my_part(batch(step), parts, rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_whole(model: nn.Module, optimizer: optstate.Optimizer, parts: int = 1, steps: range = range(STEPS)) -> None:
+    """The run to compare with: the parts of a batch one after the other, so that gradients are added up alike. Two
+    processes then get the same bits, and a code of 8 bits cannot fall on the other side of a tie."""
+    for step in steps:
+        for rank in range(parts):
+            (loss_of(model, my_part(batch(step), parts, rank)) / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distance(model: nn.Module, other: nn.Module) -> float:
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max((whole(a.detach()).double() - b.detach().double()).abs().max().item() for a, b in pairs)
+
+
+def distance_of_state(optimizer: optstate.Optimizer, other: optstate.Optimizer) -> float:
+    """The largest difference between numbers kept in full, relative to the largest of their tensor."""
+    worst = 0.0
+    for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert a.keys() == b.keys()
+        assert a["step"] == b["step"]
+        for key, value in b.items():
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                assert a[key].shape == value.shape
+                scale = value.abs().max().clamp(min=1e-30)
+                worst = max(worst, ((whole(a[key]) - value).abs().max() / scale).item())
+    return worst
+
+
+# --- cases: each returns what the test wants to know -----------------------------------------------------------------
+
+
+def equals_unsharded(recipe: str, fused: bool, rows: int, layers: bool, mesh: tuple[int, ...]) -> tuple[float, float]:
+    """How far weights and statistics end from those of an unsharded run."""
+    names = ("replicate", "shard")[-len(mesh) :]
+    device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    model, plain = shard(net(rows), device_mesh, layers), net(rows)
+    optimizer, other = RECIPES[recipe](model.named_parameters()), RECIPES[recipe](plain.named_parameters())
+    train(model, optimizer, fused, dist.get_world_size(), dist.get_rank())
+    train_whole(plain, other, dist.get_world_size())
+    return distance(model, plain), distance_of_state(optimizer, other)
+
+
+def tensor_parallel(recipe: str, fused: bool, data: int = 1) -> tuple[float, float]:
+    """Columns and rows split over two processes; with `data` > 1 FSDP2 over the others."""
+    mesh = init_device_mesh("cpu", (data, 2), mesh_dim_names=("data", "tensor"))
+    model, plain = net(), net()
+    split = {"up": ColwiseParallel(output_layouts=Replicate()), "mid": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], split)
+    if data > 1:
+        for layer in (model.mid, model.down):
+            fully_shard(layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+    optimizer, other = RECIPES[recipe](model.named_parameters()), RECIPES[recipe](plain.named_parameters())
+    train(model, optimizer, fused, data, mesh.get_local_rank("data"))
+    train_whole(plain, other, data)
+    return distance(model, plain), distance_of_state(optimizer, other)
+
+
+def rounding_is_that_of_the_whole(layers: bool) -> float:
+    """bf16 weights written at random must get the same random bits, wherever an element lies. Gradients are set by
+    hand, as sums in bf16 in another order would differ by more than rounding."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, plain = shard(net(7, torch.bfloat16), mesh, layers), net(7, torch.bfloat16)
+    optimizer, other = RECIPES["adamw"](model.named_parameters()), RECIPES["adamw"](plain.named_parameters())
+    for step in range(3):
+        for i, (a, b) in enumerate(zip(model.parameters(), plain.parameters(), strict=True)):
+            grad = torch.randn(b.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(b.dtype)
+            b.grad = grad
+            a.grad = torch.distributed.tensor.distribute_tensor(grad, a.device_mesh, a.placements)
+        optimizer.step()
+        other.step()
+    return distance(model, plain)
+
+
+def mixed_precision(fused: bool) -> float:
+    """fp32 weights computed with in bf16: the gradients arrive in fp32. Returns how far losses are from fp32's."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, plain = shard(net(), mesh, True, mp_policy=policy), net()
+    optimizer, other = RECIPES["adalomo"](model.named_parameters()), RECIPES["adalomo"](plain.named_parameters())
+    assert all(whole(p).dtype == torch.float32 for p in model.parameters())
+    train(model, optimizer, fused, dist.get_world_size(), dist.get_rank())
+    train_whole(plain, other, dist.get_world_size())
+    with torch.no_grad():
+        return abs(loss_of(model, batch(0)).item() - loss_of(plain, batch(0)).item())
+
+
+def accumulation(fused: bool) -> float:
+    """Two micro-batches, gradients scattered only at the second."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = shard(net(), init_device_mesh("cpu", (world,)), True), net()
+    optimizer, other = RECIPES["adalomo"](model.named_parameters()), RECIPES["adalomo"](plain.named_parameters())
+    if fused:
+        optstate.fuse_backward(optimizer)
+    for step in range(STEPS):
+        for part in (0, 1):
+            model.set_requires_gradient_sync(part == 1)
+            (loss_of(model, my_part(batch(2 * step + part), world, rank)) / 2).backward()
+            (loss_of(plain, batch(2 * step + part)) / 2).backward()
+        for o in (optimizer, other):
+            o.step()
+            o.zero_grad()
+    return distance(model, plain)
+
+
+def clipped_by_the_norm_over_all_devices() -> float:
+    """Gradients that are kept are clipped by the norm of the whole, not of the part here."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = shard(net(), init_device_mesh("cpu", (world,)), True), net()
+    optimizer, other = Lomo(model.named_parameters(), lr=0.1), Lomo(plain.named_parameters(), lr=0.1)
+    handle = optstate.fuse_backward(optimizer, clip_grad_norm=0.05)
+    for step in range(3):
+        with handle.accumulate():
+            loss_of(model, my_part(batch(step), world, rank)).backward()
+        optimizer.step()
+        loss_of(plain, batch(step)).backward()
+        assert nn.utils.clip_grad_norm_(plain.parameters(), 0.05) > 0.05
+        other.step()
+        other.zero_grad()
+    with pytest.raises(RuntimeError, match=r"fused\.accumulate\(\)"):
+        handle.grad_norm(loss_of(model, my_part(batch(0), world, rank)))
+    return distance(model, plain)
+
+
+def collectives(fused: bool) -> tuple[int, int]:
+    """All-reduces of one AdaLomo step and groups of parameters; FSDP2's own are reduce-scatters."""
+    model = shard(net(), init_device_mesh("cpu", (dist.get_world_size(),)), True)
+    optimizer = RECIPES["adalomo"](model.named_parameters())
+    train(model, optimizer, fused, dist.get_world_size(), dist.get_rank(), range(1))
+    seen, original = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **more: (seen.append(args[0].numel()), original(*args, **more))[1]
+    try:
+        train(model, optimizer, fused, dist.get_world_size(), dist.get_rank(), range(1, 2))
+    finally:
+        dist.all_reduce = original
+    return len(seen), 4
+
+
+def gradients_left(fused: bool) -> int:
+    """How many gradients are alive after a backward pass."""
+    model = shard(net(), init_device_mesh("cpu", (dist.get_world_size(),)), True)
+    optimizer = RECIPES["adalomo"](model.named_parameters())
+    if fused:
+        optstate.fuse_backward(optimizer)
+    loss_of(model, batch(0)).backward()
+    left = sum(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    return left
+
+
+def unused_parameter(fused: bool) -> float:
+    """A parameter of a group has no gradient: the others are updated, nothing waits for it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = net(), net()
+    for each in (model, plain):
+        each.up.bias2 = nn.Parameter(torch.ones(5))
+        each.spare = nn.Parameter(torch.ones(1, 3))
+    shard(model, init_device_mesh("cpu", (world,)), True)
+    optimizer, other = RECIPES["adalomo"](model.named_parameters()), RECIPES["adalomo"](plain.named_parameters())
+    train(model, optimizer, fused, world, rank, range(3))
+    train_whole(plain, other, world, range(3))
+    return distance(model, plain)
+
+
+def not_finite_on_one_rank(recipe: str, fused: bool) -> list[str]:
+    """What each rank sees when one element of one shard is NaN; nothing may hang, and all must agree."""
+    model = shard(net(), init_device_mesh("cpu", (dist.get_world_size(),)), False)
+    optimizer = RECIPES[recipe](model.named_parameters())
+    if fused:
+        optstate.fuse_backward(optimizer)
+    before = whole(model.mid.weight.detach()).clone()
+    try:
+        loss = loss_of(model, batch(0))
+        if not fused:
+            loss.backward()
+            if dist.get_rank() == 1:
+                model.mid.weight.grad.to_local()[0, 0] = float("nan")
+            optimizer.step()
+        else:
+            (loss * float("nan")).backward()
+    except optstate.NonFiniteGradientError as error:
+        said = type(error).__name__
+    else:
+        said = "nothing"
+    same = torch.equal(whole(model.mid.weight.detach()), before)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, f"{said}, unchanged: {same}")
+    return found
+
+
+def replaced_parameters(fused: bool) -> float:
+    """The optimizer is built first, the model sharded afterwards and its parameters put into the groups, as
+    accelerate's `prepare` does."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = net(), net()
+    optimizer, other = RECIPES["adalomo"](model.named_parameters()), RECIPES["adalomo"](plain.named_parameters())
+    train(model, optimizer, False, steps=range(2))
+    train(plain, other, False, steps=range(2))
+    if fused:
+        optstate.fuse_backward(optimizer)
+    shard(model, init_device_mesh("cpu", (world,)), True)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, fused, world, rank, range(2, 5))
+    train_whole(plain, other, world, range(2, 5))
+    return distance(model, plain)
+
+
+def under_ddp() -> float:
+    """Stepped AdaLomo under DistributedDataParallel."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = net(), net()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer, other = RECIPES["adalomo"](wrapped.named_parameters()), RECIPES["adalomo"](plain.named_parameters())
+    train(wrapped, optimizer, False, world, rank)
+    train_whole(plain, other, world)
+    return distance(model, plain)
+
+
+def fused_under_replicate() -> float:
+    """The replacement for DistributedDataParallel: FSDP2's `replicate`."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = net(), net()
+    replicate(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer, other = RECIPES["adalomo"](model.named_parameters()), RECIPES["adalomo"](plain.named_parameters())
+    train(model, optimizer, True, world, rank)
+    train_whole(plain, other, world)
+    return distance(model, plain)
+
+
+def save_distributed(recipe: str, folder: Path) -> None:
+    """Five steps, then torch's distributed checkpoint and the one file of `optstate.save`."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = shard(net(), init_device_mesh("cpu", (world,)), True)
+    optimizer = RECIPES[recipe](model.named_parameters())
+    train(model, optimizer, False, world, rank, range(5))
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder / "dcp")
+    optstate.save(optimizer, folder / "opt.safetensors")
+
+
+def load_distributed(recipe: str, folder: Path, how: str) -> float:
+    """Go on from a distributed checkpoint, or from the one file, and compare with the run that never stopped."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = net(), net()
+    if world > 1:
+        shard(model, init_device_mesh("cpu", (world,)), True)
+    optimizer, other = RECIPES[recipe](model.named_parameters()), RECIPES[recipe](plain.named_parameters())
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(model, state["model"])
+    if how == "dcp":
+        set_optimizer_state_dict(model, optimizer, state["optim"])
+    else:
+        optstate.load(optimizer, folder / "opt.safetensors")
+    train(model, optimizer, how == "dcp", world, rank, range(5, 10))
+    train_whole(plain, other, 2, range(5))
+    train_whole(plain, other, world, range(5, 10))
+    return distance(model, plain)
+
+
+def main() -> None:
+    """Run the cases named in a file, and leave rank 0's results beside it."""
+    torch.set_num_threads(1)
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results: dict[Any, Any] = {}
+    for name, *args in torch.load(folder / "cases.pt", weights_only=False):
+        key = (name, *map(str, args))
+        try:
+            results[key] = globals()[name](*args)
+        except Exception:
+            results[key] = traceback.format_exc()
+    torch.save(results, folder / f"results{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
