@@ -33,7 +33,7 @@ RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
     "adamw": lambda params: AdamW(params, lr=1e-3),
     "adamw8bit": lambda params: AdamW8bit(params, lr=1e-3),
     "adamfactor": lambda params: AdamFactor(params, lr=1e-3),
-    "came": lambda params: CAME(params, lr=1e-4),
+    "came": lambda params: CAME(params, lr=2e-5),
 }
 
 

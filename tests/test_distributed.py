@@ -24,6 +24,9 @@ CLOSE = 1e-6
 STATE_CLOSE = 2e-4
 """Of the largest number of its tensor: a statistic of squares doubles relative errors."""
 
+CODED_CLOSE = 5e-4
+"""Half the learning rate: where sums in another order move a number across a tie, its 8-bit code is the neighbour."""
+
 TIMEOUT = 170
 
 
@@ -121,6 +124,12 @@ def one(tmp_path_factory: pytest.TempPathFactory, two: dict[Any, Any], checkpoin
     return run(1, loads, tmp_path_factory.mktemp("one"))
 
 
+def tolerance(case: tuple[Any, ...]) -> float:
+    """Two processes add up gradients as one does, to the bit, unless rows are split or sums are of statistics, too."""
+    exact = case[:2] == ("equals_unsharded", "adamw8bit")
+    return CODED_CLOSE if case[1] in ("adamw8bit", "adamfactor") and not exact else CLOSE
+
+
 def result(results: dict[Any, Any], *case: Any) -> Any:
     found = results[(case[0], *map(str, case[1:]))]
     assert not (isinstance(found, str) and "Traceback" in found), found
@@ -130,8 +139,8 @@ def result(results: dict[Any, Any], *case: Any) -> Any:
 @pytest.mark.parametrize("case", [*SHARDED, *TENSOR_PARALLEL], ids=str)
 def test_two_processes_end_where_one_does(two: dict[Any, Any], case: tuple[Any, ...]) -> None:
     weights, state = result(two, *case)
-    assert weights <= CLOSE
-    assert state <= STATE_CLOSE
+    assert weights <= tolerance(case)
+    assert state <= (STATE_CLOSE if tolerance(case) == CLOSE else 0.02)  # two codes apart at most
 
 
 @pytest.mark.parametrize("case", FOUR, ids=str)
@@ -202,7 +211,8 @@ def test_what_two_processes_saved_goes_on_in_one_two_and_four(
     one: Any, two: Any, four: Any, checkpoints: Path, recipe: str, world: int, how: str
 ) -> None:
     results = {1: one, 2: two, 4: four}[world]
-    assert result(results, "load_distributed", recipe, checkpoints / recipe, how) <= CLOSE
+    distance = result(results, "load_distributed", recipe, checkpoints / recipe, how)
+    assert distance <= tolerance(("load_distributed", recipe))
 
 
 @pytest.mark.parametrize("recipe", SAVED)

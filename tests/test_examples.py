@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BESIDE = Path(sys.executable).parent
 
 
 def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -84,3 +85,17 @@ def test_the_demo_compares_and_resumes(corpus: Path, tmp_path: Path) -> None:
     adamw, adalomo = (next(r for r in summary["runs"] if r["recipe"] == n) for n in ("adamw", "adalomo"))
     assert adalomo["state_bytes"] * 100 < adamw["state_bytes"]
     assert adalomo["gradients_bytes"] * 2 < adamw["gradients_bytes"]
+
+
+def test_fsdp2_trains_on_two_processes_and_saves_what_one_reads(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "opt.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "fsdp2.py"), "--steps", "11", "--corpus", str(corpus), "--save", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
+    assert losses[-1] < losses[0]
+    inspected = subprocess.run([BESIDE / "optstate", "inspect", str(out)], capture_output=True, text=True)
+    assert inspected.returncode == 0, inspected.stderr
+    assert "Factored()" in inspected.stdout

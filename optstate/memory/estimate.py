@@ -129,8 +129,6 @@ def estimate(
     if seq_len is None:
         setting, shortened = _possible_length(model, setting)
         notes += shortened
-    if world_size > 1:
-        notes.append("this library steps no sharded parameters yet: this is what such a step would keep")
     question = Question(model, setting, way, fused_backward, chosen, exact, world_size, shard, tuple(recipes))
     return Estimate(
         source=model.name,
