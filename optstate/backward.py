@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from optstate import engines, groups, kernels
+from optstate import engines, groups, kernels, trainers
 from optstate.kernels import Product, Scalar
 from optstate.optimizer import Optimizer
 from optstate.placement import here, is_distributed
@@ -136,6 +136,10 @@ class FusedBackward:
         self._in_backward = False
         self._mode = _Mode.UPDATE
 
+    def look_again(self) -> None:
+        """Look for engines and trainers once more at the next update: one may have taken over meanwhile."""
+        self._engine_checked = False
+
     def _require_active(self, action: str) -> None:
         if not self.active:
             raise RuntimeError(f"{action}() needs an active fused backward: this one was removed, fuse again")
@@ -228,6 +232,7 @@ class FusedBackward:
         """First update of a backward pass: look around, and leave a mark that only a completed pass removes."""
         if not self._engine_checked:
             engines.refuse_live_objects(self._handles)
+            trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
         self._attach_new()
         self._in_backward = True

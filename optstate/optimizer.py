@@ -52,6 +52,8 @@ class _Fused(Protocol):
 
     def close_step(self) -> None: ...
 
+    def look_again(self) -> None: ...
+
     def _reset(self) -> None: ...
 
 
@@ -420,6 +422,8 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups = resume.loaded_groups(self.param_groups, saved["param_groups"])
         self._flags = DeferredFlags()
         self.accept_partial_step()
+        if self._fused is not None:
+            self._fused.look_again()  # trainers load when they take an optimizer over
         resume.warn_if_written_otherwise(saved, self.plan())
         resume.warn_if_unclipped(saved, self._fused.clip_grad_norm if self._fused is not None else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "sources.txt"
     path.write_text("".join(p.read_text() for p in sorted((ROOT / "optstate").rglob("*.py"))))
     return path
+
+
+@pytest.mark.parametrize("script", ["hf_trainer.py", "accelerate_loop.py", "lightning_module.py", "trl_sft.py"])
+def test_every_trainer_trains_a_small_llama(script: str) -> None:
+    done = run(script, "--steps", "24")
+    assert done.returncode == 0, done.stderr
+    line = re.search(r"loss (\S+) -> (\S+) nats per byte in 24 steps", done.stdout)
+    assert line is not None
+    before, after = map(float, line.groups())
+    assert after < before - 0.5
 
 
 def test_compose_your_own_prints_a_plan_and_trains() -> None:
