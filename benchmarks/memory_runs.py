@@ -20,8 +20,8 @@ import optstate
 from optstate import registry
 from optstate.memory import peak_extra_bytes
 from optstate.memory.extrapolate import traced
-from optstate.memory.fakes import default_dtype
 from optstate.memory.setting import BuildOptions, Model, ParamShape, Setting
+from optstate.memory.sources.modules import default_dtype
 
 SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "vocab_size": 1000}
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}

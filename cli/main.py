@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from typing import Annotated
 
 import typer
+
+from optstate.collector import paused
 
 from .check import check
 from .convert import convert
@@ -18,6 +22,9 @@ HELP = (
     "Optimizer state: what training needs in memory, what a checkpoint holds, whether it is sound, how two differ, and "
     "which recipes there are."
 )
+
+NEED_TORCH = ("estimate", "recipes")
+"""Commands that import torch whatever they are asked, and keep little else in memory."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=HELP)
 
@@ -33,11 +40,15 @@ def show_version(value: bool) -> None:
 
 @app.callback(help=HELP)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Options of the command itself."""
+    if context.invoked_subcommand in NEED_TORCH:
+        context.with_resource(paused())
+        atexit.register(gc.freeze)  # else the interpreter searches all objects twice at its end: a second
 
 
 app.command()(inspect)

@@ -12,6 +12,7 @@ from optstate.checkpoint.container import MAX_HEADER
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.kinds import open_file, read_bytes, size_of
 from optstate.checkpoint.strict_json import NotJSONError, decode, plain
+from optstate.collector import paused
 from optstate.memory.setting import Model, ParamShape
 from optstate.memory.sources.builtin import config_of
 from optstate.memory.sources.causal_lm import causal_lm, transformers_version
@@ -56,8 +57,9 @@ def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
         raise SourceError("no config of a model: it has no model_type")
     _check_all_sizes(config)
     shapes = parameters(config) if kind in ARCHITECTURES else None
-    if transformers_version():
-        return causal_lm(config, name, origin, dtype)
+    with paused():  # while transformers is imported
+        if transformers_version():
+            return causal_lm(config, name, origin, dtype)
     if shapes is None:
         known = ", ".join(ARCHITECTURES)
         raise SourceError(f"model_type '{shown(kind)}' needs transformers, which is not installed; without it: {known}")
