@@ -7,9 +7,11 @@ are five standard deviations of what independent bits would give: chance alone w
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -21,10 +23,10 @@ from torch import Tensor
 
 import optstate
 from optstate import kernels, stores, updates, weights
-from optstate.kernels import Product
+from optstate.kernels import Noise, Product
 from optstate.kernels.rounding import random_bits16
 from optstate.memory import peak_extra_bytes
-from optstate.spec import ParamSpec
+from optstate.spec import ParamSpec, Region
 from optstate.weights import Plain, StochasticRounding, as_weights
 
 chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
@@ -425,3 +427,37 @@ def test_plain_rounds_to_nearest(dtype):
     param.grad = grad
     opt.step()
     assert torch.equal(param, want)
+
+
+@pytest.mark.parametrize(
+    ("whole", "offset", "shape", "parts"),
+    [
+        ((6, 10), (0, 3), (6, 4), (1, 3)),
+        ((6, 11), (3, 0), (3, 11), (2, 1)),
+        ((7, 11), (4, 5), (3, 6), (2, 2)),
+        ((3, 5, 7), (0, 2, 3), (3, 3, 4), (1, 2, 2)),
+        ((1 << 17, 1 << 17), (65535, 5), (3, 9), (2, 1 << 14)),
+    ],
+    ids=str,
+)
+def test_random_bits_of_a_part_are_those_of_the_whole_wherever_it_lies(
+    whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], parts: tuple[int, ...]
+) -> None:
+    """The last case crosses element 2**33, where the hash's upper 32 bits change."""
+    region = Region(whole, offset, shape, parts)
+    noise = Noise("p", step=3)
+    bits = noise_of_part(noise, region)
+    places = itertools.product(*(range(start, start + size) for start, size in zip(offset, shape, strict=True)))
+    for got, place in zip(bits, places, strict=True):
+        flat = 0
+        for i, size in zip(place, whole, strict=True):
+            flat = flat * size + i
+        assert got == noise.at(flat).bits16(1, CPU).item()
+
+
+def noise_of_part(noise: Noise, region: Region) -> list[int]:
+    """Taken in two slices, as a step does."""
+    mine = replace(noise, region=region)
+    cut = region.numel // 3
+    first, rest = mine.bits16(cut, CPU), mine.at(cut).bits16(region.numel - cut, CPU)
+    return torch.cat([first, rest]).tolist()

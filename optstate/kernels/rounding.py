@@ -42,7 +42,8 @@ class Noise:
             return random_bits16(key, self.start, count, device)
         if self.region.start is not None:
             return random_bits16(key, self.region.start + self.start, count, device)
-        return _scattered_bits16(key, global_index(self.region, self.start, count, device))
+        index = global_index(self.region, self.start, count, device)
+        return _scattered_bits16(key, index, math.prod(self.region.whole))
 
 
 def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:
@@ -58,15 +59,14 @@ def random_bits16(key: int, start: int, count: int, device: torch.device) -> Ten
     return hashed.view(torch.int16)[start - 2 * first :][:count]
 
 
-def _scattered_bits16(key: int, index: Tensor) -> Tensor:
-    """int16, what `random_bits16` has for the elements of these flat indices, int64."""
-    word, bits = index >> 1, torch.empty(index.shape, dtype=torch.int16, device=index.device)
-    for high in range(int(word.min() >> 32), int(word.max() >> 32) + 1) if index.numel() else ():
-        here = word >> 32 == high
-        low = (word[here] & MASK32).to(torch.int32) if high else word[here].to(torch.int32)
-        halves = _hashed(key, high, low).view(torch.int16).view(-1, 2)
-        bits[here] = halves.gather(1, (index[here] & 1).view(-1, 1)).view(-1)
-    return bits
+def _scattered_bits16(key: int, index: Tensor, end: int) -> Tensor:
+    """int16, what `random_bits16` has for the elements of these flat indices, int64 and below `end`."""
+    word = index >> 1
+    low = (word & MASK32).to(torch.int32)
+    hashed = _hashed(key, 0, low.clone())
+    for high in range(1, (max(end - 1, 0) >> 33) + 1):
+        hashed = torch.where(word >> 32 == high, _hashed(key, high, low.clone()), hashed)
+    return hashed.view(torch.int16).view(-1, 2).gather(1, (index & 1).view(-1, 1)).view(-1)
 
 
 def known_finite(value: Tensor) -> bool:
