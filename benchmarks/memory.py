@@ -155,7 +155,7 @@ def goals_of(results: dict[str, Any]) -> list[Goal]:
         Goal("largest difference of an extrapolated peak", max(row["difference"] for row in depth), 0, "bytes"),
         Goal("extrapolations that differ in kinds or phase", sum(not row["same"] for row in depth), 0),
         Goal("settings that could not be extrapolated", sum(not row["extrapolated"] for row in depth), 0),
-        Goal("LLaMA-7B, fused AdaLomo, 2048 tokens, imports included", large["seconds"], 6.0, "s"),
+        Goal("`optstate estimate llama-7b --checkpointing`, imports included", large["seconds"], 6.0, "s"),
         Goal("memory of that process", large["rss"] / 1e9, 1.0, "GB"),
     ]
 
