@@ -221,6 +221,11 @@ MADE: dict[str, tuple[str, bytes, str]] = {
         bytes(8),
         "shape an object is not a list",
     ),
+    "the shape is an empty object": (
+        '{"a":{"dtype":"BOOL","shape":{},"data_offsets":[0,1]}}',
+        b"\0",
+        "is not a list of counts",
+    ),
     "the shape has a boolean": (
         '{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}',
         bytes(8),

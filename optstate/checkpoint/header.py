@@ -330,7 +330,8 @@ class _Parser:
         if not isinstance(dtype, str) or dtype not in BITS:
             self.report.error(where, f"unknown dtype {value_text(dtype)}")
             return None
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in shape):
+        # An object arrives as `Pairs`, which is a list, too: an empty one would pass for the shape of a scalar.
+        if type(shape) is not list or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in shape):
             self.report.error(where, f"shape {value_text(shape)} is not a list of counts")
             return None
         pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
