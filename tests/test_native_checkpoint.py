@@ -435,7 +435,7 @@ class TestRefusals:
         from optstate.checkpoint import native
 
         model = mlp(BF16, WIDE)
-        optimizer, original, calls = small(model), native.read_into, []
+        optimizer, original, calls = small(model), native.read_part_into, []
 
         def failing(own: torch.Tensor, stored: Any) -> None:
             calls.append(stored)
@@ -443,7 +443,7 @@ class TestRefusals:
                 raise OSError("input/output error")
             original(own, stored)
 
-        monkeypatch.setattr(native, "read_into", failing)
+        monkeypatch.setattr(native, "read_part_into", failing)
         with pytest.raises(optstate.CheckpointError, match="reading failed half-way: input/output error"):
             optstate.load(optimizer, file)
         loss_of(model, 0).backward()
