@@ -389,12 +389,8 @@ class FusedBackward:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
         if self.clip_grad_norm is not None and self._coefficient is None:
             self._norm(self._squares_of(held))
-        done = len(self._updated)
         for batch in self.optimizer._batches(held):
-            self.optimizer._step_all(batch, self._scale(), done)
-            done += len(batch)
-            for param in batch:
-                param.grad = None
+            self._update(batch)
 
     @torch.no_grad()
     def _squares_of(self, params: list[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from adalomo import AdaLomo, Lomo
 from optstate.recipes import AdamW8bit
 from optstate.weights import StochasticRounding
 from tests.trainer_runs import (
+    QUIET,
     Batch,
     as_on_a_gpu_in_fp16,
     assert_close,
@@ -37,15 +38,10 @@ STEPS, SIZE = 6, 2
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     values = {
+        **QUIET,
         "output_dir": str(folder),
         "max_steps": STEPS,
         "per_device_train_batch_size": SIZE,
-        "max_grad_norm": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
     }
     return TrainingArguments(**{**values, **changes})
 

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from adalomo import AdaLomo
 from tests.trainer_runs import (
+    QUIET,
     assert_close,
     assert_equal,
     fresh_accelerate,  # noqa: F401
@@ -40,15 +41,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def build(folder: Path, fused: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> SFTTrainer:
     values = {
+        **QUIET,
         "output_dir": str(folder),
         "max_steps": STEPS,
         "per_device_train_batch_size": SIZE,
-        "max_grad_norm": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,
     }
     return SFTTrainer(

@@ -19,6 +19,17 @@ LENGTH = 24
 Batch = dict[str, Tensor]
 
 
+QUIET: dict[str, Any] = {
+    "max_grad_norm": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+"""Arguments of transformers' trainers: every loss is logged, nothing is clipped, saved, reported or drawn."""
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings for the whole process: each test begins without those of the last."""

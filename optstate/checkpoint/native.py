@@ -61,7 +61,7 @@ def save(
     replaced at once or not at all. Memory: none for tensors on the CPU, else one tensor.
 
     Where parameters are split among devices (FSDP2, HSDP, tensor parallelism), every rank must call this; rank 0 writes
-    the bytes that an unsharded run would.
+    the bytes that an unsharded run would, where it keeps the same stores.
 
     State of more than `max_shard_size` bytes becomes several files of at most that many each,
     `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
