@@ -13,10 +13,10 @@ from torch import Tensor
 from optstate import groups, kernels, resume
 from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
-from optstate.sharding import run_alone, run_together
+from optstate.sharding import run_together
 from optstate.shortcuts import stepped_by_torch
 from optstate.stepping import context, run_chain
-from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests
+from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Route, Transform, as_route
 from optstate.weights import Weights
 

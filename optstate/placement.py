@@ -69,23 +69,22 @@ class Placement:
         return tuple(self.mesh.get_group(d) for d in sorted({d for dim in chosen for d in self.split[dim]}))
 
     def zeros(self, field: FieldSpec, spec: ParamSpec) -> Tensor:
-        """A field of the parameter's state, of zeros: a DTensor of the field's global shape."""
+        """A field of the parameter's state, of zeros: a DTensor of the field's shape across devices."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        placements = self.of_field(field, spec)
-        shape, _ = compute_local_shape_and_global_offset(field.shape, self.mesh, placements)
+        whole, dims = field.across(spec)
+        placements = self.along(dims)
+        shape, _ = compute_local_shape_and_global_offset(whole, self.mesh, placements)
         local = torch.zeros(shape, dtype=field.dtype, device=self.mesh.device_type)
-        stride = torch.empty(field.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=torch.Size(field.shape), stride=stride
-        )
+        stride = torch.empty(whole, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride)
 
-    def of_field(self, field: FieldSpec, spec: ParamSpec) -> tuple[Any, ...]:
-        """Split where the parameter is split along a dimension that the field has, else replicated."""
+    def along(self, dims: Sequence[int]) -> tuple[Any, ...]:
+        """How a tensor lies whose dimensions run along these of the parameter: split where the parameter is split along
+        one of them, else replicated."""
         from torch.distributed.tensor import Replicate, Shard
 
-        dims = field.dims if field.per == 1 else (0,) if spec.splits_at(field.per) else ()
         found: list[Any] = []
         for place in self.placements:
             dim = getattr(place, "dim", None)
@@ -111,12 +110,12 @@ class Placement:
 
 
 def copy_part(own: Tensor, theirs: Tensor) -> None:
-    """`own.copy_(theirs)`, whichever of the two is distributed and however."""
+    """`own.copy_(theirs)`, whichever of the two is distributed and however; one may be flat and the other in rows."""
     if not is_distributed(own):
-        own.copy_(theirs.full_tensor() if is_distributed(theirs) else theirs)  # type: ignore[attr-defined]
+        own.copy_(_whole(theirs).reshape(own.shape))
         return
     mine: Any = own
-    if is_distributed(theirs):
+    if is_distributed(theirs) and theirs.shape == own.shape:
         their: Any = theirs
         if tuple(their.placements) != tuple(mine.placements):
             their = their.redistribute(mine.device_mesh, mine.placements)
@@ -125,5 +124,10 @@ def copy_part(own: Tensor, theirs: Tensor) -> None:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(own.shape, mine.device_mesh, mine.placements)
-    part = theirs[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    here(own).copy_(part)
+    part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    here(own).copy_(_whole(theirs).reshape(own.shape)[part])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of it, on every device."""
+    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]

@@ -233,7 +233,6 @@ def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, traina
     slots = {}
     for name, slot in chain.slots(spec).items():
         store, note = slot.store.resolve(spec, slot.signed)
-        store.check_region(spec)
         slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
     return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
 

@@ -1,4 +1,4 @@
-"""Sums across shards: driving one-parameter steps that ask for totals."""
+"""Sums and largest values across shards: driving one-parameter steps that ask for them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optstate.placement import Placement
-from optstate.stores import Partial, Requests
+from optstate.stores import Largest, Partial, Requests
 
-__all__ = ["add_up", "lock_step", "own_totals", "run_alone", "run_together"]
+__all__ = ["add_up", "lock_step", "run_together"]
 
 T = TypeVar("T")
-
-
-def own_totals(request: Any) -> Any:
-    """The reply to a request where nothing is sharded: each total is the local sum."""
-    if isinstance(request, Partial):
-        return request.local
-    if isinstance(request, tuple):
-        return tuple(own_totals(item) for item in request)
-    return request
-
-
-def run_alone(requests: Requests[T]) -> T:
-    """Drive one step whose parameter is whole on this device."""
-    try:
-        request = next(requests)
-        while True:
-            request = requests.send(own_totals(request))
-    except StopIteration as stop:
-        return cast(T, stop.value)
 
 
 def lock_step(runs: Sequence[Requests[T]], reduce: Callable[[list[Any]], list[Any]]) -> list[T]:
@@ -68,24 +49,26 @@ class Pending(NamedTuple):
 
 def run_together(steps: Sequence[tuple[Placement, Requests[Any]]]) -> None:
     """Drive the steps of several parameters, each split among devices, with one all-reduce a round for all that share
-    their devices. Every device must call this with the same parameters in the same order."""
+    their devices, or two where largest values are asked for. Every device must call this with the same parameters in
+    the same order."""
     lock_step([_marked(placement, requests) for placement, requests in steps], add_up)
 
 
 def add_up(pending: Sequence[Pending]) -> list[Any]:
-    """The totals of all requests over the devices each has to be added up over."""
+    """The replies to all requests, each over the devices it is about."""
     parts: dict[Any, list[Tensor]] = {}
 
     def note(placement: Placement, item: Any) -> Callable[[], Any]:
-        """Put every local sum into the all-reduce it belongs to; returns what reads the totals afterwards."""
-        if isinstance(item, tuple) and not isinstance(item, Partial):
+        """Put every local value into the all-reduce it belongs to; returns what reads the totals afterwards."""
+        if isinstance(item, tuple) and not isinstance(item, Partial | Largest):
             readers = [note(placement, each) for each in item]
             return lambda: tuple(read() for read in readers)
-        local, dims = (item.local, item.dim) if isinstance(item, Partial) else (item, None)
-        groups = placement.groups((dims,) if isinstance(dims, int) else dims)
+        local, dim = (item, None) if isinstance(item, Tensor) else (item.local, item.dim)
+        groups = placement.groups((dim,) if isinstance(dim, int) else dim)
         if not groups:
             return lambda: local
-        key = (groups, local.dtype, local.device)
+        how = dist.ReduceOp.MAX if isinstance(item, Largest) else dist.ReduceOp.SUM
+        key = (groups, how, local.dtype, local.device)
         place = len(parts.setdefault(key, []))
         parts[key].append(local)
         return lambda: totals[key][place].view(local.shape)
@@ -93,9 +76,10 @@ def add_up(pending: Sequence[Pending]) -> list[Any]:
     readers = [note(placement, request) for placement, request in pending]
     totals = {}
     for key, tensors in parts.items():
+        groups, how, *_ = key
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        for group in key[0]:
-            dist.all_reduce(flat, group=group)
+        for group in groups:
+            dist.all_reduce(flat, op=how, group=group)
         totals[key] = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [read() for read in readers]
 

@@ -109,6 +109,18 @@ class ParamSpec:
         region = self.region
         return region is None or (region.start is not None and region.is_even(0) and region.numel % per == 0)
 
+    def has_rows_of(self, per: int) -> bool:
+        """Whether the last dimension, and what every device has of it, is a multiple of `per`: runs of so many elements
+        of the flattened parameter are then whole on a device, and those of a row make up a row of a field."""
+        if self.region is None or not self.shape:
+            return self.region is None
+        size, parts = self.shape[-1], self.region.parts[-1]
+        return size % per == 0 and -(-size // parts) % per == 0
+
+    def keeps_together(self, per: int) -> bool:
+        """Whether each run of `per` elements of the flattened parameter, counted from its start, is on one device."""
+        return self.splits_at(per) or self.has_rows_of(per)
+
     def is_sharded(self, dim: int) -> bool:
         """Whether dimension `dim` (negative counts from the end) is split over devices."""
         return self.region is not None and self.region.parts[dim] > 1
@@ -121,14 +133,28 @@ class FieldSpec:
     `dims[i]` is the parameter dimension that dimension `i` of the field runs along, so a field is sharded
     exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
     `per` is how many consecutive elements of the flattened parameter share one entry of the flattened field, where
-    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256. Such a field is
-    sharded where the parameter `splits_at` that many elements, else every device has all of it.
+    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256. See `across`.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     dims: tuple[int, ...]
     per: int = 1
+
+    def across(self, spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Its shape where the parameter is split among devices, and the parameter dimension behind each of its own.
+
+        A flat field with an entry per so many elements is split as the flattened parameter is, where that
+        `splits_at` them; takes the shape of the parameter's rows, where these are made up of so many each; else every
+        device has all of it.
+        """
+        if self.per == 1:
+            return self.shape, self.dims
+        if spec.splits_at(self.per):
+            return self.shape, (0,)
+        if spec.has_rows_of(self.per):
+            return (*spec.shape[:-1], spec.shape[-1] // self.per), tuple(range(spec.ndim))
+        return self.shape, ()
 
     @property
     def nbytes(self) -> int:

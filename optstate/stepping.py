@@ -48,7 +48,7 @@ def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Reques
     else:
         _write(plan, update, ctx)
     for statistic in statistics.values():
-        statistic.commit()
+        yield from statistic.commit_part()
 
 
 def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context) -> Requests[None]:

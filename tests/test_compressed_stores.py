@@ -22,9 +22,8 @@ import optstate
 from optstate import recipes, stores, updates, weights
 from optstate.kernels import Noise, Product, dynamic_map, linear_map
 from optstate.plan import ParamPlan
-from optstate.sharding import run_alone
 from optstate.spec import ParamSpec, Region
-from optstate.stores import AxisMax, Block4, Block8, Factored, Float8, Full, Grouped, Guard, Statistic, Store
+from optstate.stores import AxisMax, Block4, Block8, Factored, Float8, Full, Grouped, Guard, Statistic, Store, run_alone
 from optstate.updates import Transform
 from tests.models import assert_same
 

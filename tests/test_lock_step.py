@@ -11,10 +11,10 @@ from torch import Tensor
 from adalomo import AdaLomo
 from optstate import kernels
 from optstate.plan import ParamPlan, plan_parameter
-from optstate.sharding import lock_step, own_totals, run_alone
+from optstate.sharding import lock_step
 from optstate.spec import ParamSpec, Region
 from optstate.stepping import run_chain
-from optstate.stores import Guard, NonFiniteGradientError, Partial
+from optstate.stores import Guard, NonFiniteGradientError, Partial, own_totals, run_alone
 from optstate.updates import Context
 
 STEPS = 10

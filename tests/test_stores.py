@@ -14,9 +14,8 @@ from torch import Tensor
 import optstate
 from optstate import kernels, stores, updates
 from optstate.kernels import Product
-from optstate.sharding import run_alone
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores import Factored, Full, Guard, Statistic, Store
+from optstate.stores import Factored, Full, Guard, Statistic, Store, run_alone
 from optstate.updates import Context, State, Transform, Update
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16

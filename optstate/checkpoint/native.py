@@ -83,13 +83,13 @@ def save(
     except ValueError as error:
         raise CheckpointError(path, f"not saved: {error}", refused=True) from None
     names = parameter_names(optimizer, plan)
-    tensors = {
-        tensor_key(names[i], key): value
-        for i, state in saved["state"].items()
-        for key, value in state.items()
-        if key != "step"
-    }
-    entries = [NewEntry(name, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for i, state in saved["state"].items():
+        for key, field in plan.params[i].fields.items():
+            name = tensor_key(names[i], key)
+            tensors[name] = state[key]
+            entries.append(NewEntry(name, DTYPES[field.dtype], field.shape))
     metadata = {KEY: text}
     room = header_size(metadata, entries)
 

@@ -104,6 +104,8 @@ def pieces(shape: Sequence[int], limit: int, align: int = 1) -> list[Piece]:
     Pieces are sub-tensors as long as that keeps them within the limit.
     """
     shape = tuple(shape)
+    if not math.prod(shape):
+        return []
     found = list(_pieces(shape, limit, align, (), 0))
     if all(piece.stop - piece.start <= max(limit, align) for piece in found):
         return found

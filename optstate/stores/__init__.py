@@ -1,12 +1,13 @@
 """How one statistic is kept between steps."""
 
 from optstate.stores.axes import AxisMax
-from optstate.stores.base import MEANINGS, Fields, Partial, Requests, Shape, Slot, Store
+from optstate.stores.base import MEANINGS, Fields, Shape, Slot, Store
 from optstate.stores.blockwise import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
 from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError
+from optstate.stores.requests import Largest, Partial, Requests, own_totals, run_alone
 from optstate.stores.statistic import MovedStatistic, Statistic
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Full",
     "Grouped",
     "Guard",
+    "Largest",
     "MovedStatistic",
     "NonFiniteGradientError",
     "Partial",
@@ -29,4 +31,6 @@ __all__ = [
     "Slot",
     "Statistic",
     "Store",
+    "own_totals",
+    "run_alone",
 ]

@@ -14,8 +14,10 @@ from optstate.kernels import Noise
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.full import Full
+from optstate.stores.requests import Largest, Requests
+from optstate.stores.statistic import Statistic
 
-__all__ = ["AxisMax", "axis_fields", "axis_maxima", "broadcast_axes"]
+__all__ = ["AxisMax", "axis_fields", "axis_maxima", "broadcast_axes", "whole_axis_maxima"]
 
 
 def axis_names(ndim: int) -> list[str]:
@@ -28,26 +30,34 @@ def axis_fields(spec: ParamSpec, dtype: torch.dtype) -> dict[str, FieldSpec]:
     return {name: FieldSpec((spec.shape[i],), dtype, (i,)) for i, name in enumerate(axis_names(spec.ndim))}
 
 
-def axis_maxima(value: Tensor, largest: bool = True) -> dict[str, Tensor]:
-    """The largest element, or the smallest, at every index of every dimension."""
-    others = [[d for d in range(value.ndim) if d != i] for i in range(value.ndim)]
-    extreme = torch.amax if largest else torch.amin
-    return {name: extreme(value, dims) for name, dims in zip(axis_names(value.ndim), others, strict=True)}
+def axis_maxima(value: Tensor, signed: bool) -> dict[str, Tensor]:
+    """The largest magnitude at every index of every dimension, 0 where there is nothing."""
+    names, dims = axis_names(value.ndim), [other_dims(i, value.ndim) for i in range(value.ndim)]
+    if not value.numel():
+        return {name: value.new_zeros(size) for name, size in zip(names, value.shape, strict=True)}
+    maxima = {name: torch.amax(value, others) for name, others in zip(names, dims, strict=True)}
+    if signed:  # not of `value.abs()`: that would be one more tensor of the parameter's size
+        for name, others in zip(names, dims, strict=True):
+            maxima[name] = torch.maximum(maxima[name], -torch.amin(value, others))
+    return maxima
+
+
+def whole_axis_maxima(value: Tensor, signed: bool) -> Requests[dict[str, Tensor]]:
+    """`axis_maxima`, over all of a parameter of which this device may have a part only."""
+    maxima = axis_maxima(value, signed)
+    totals = yield tuple(Largest(m, other_dims(i, value.ndim)) for i, m in enumerate(maxima.values()))
+    return dict(zip(maxima, totals, strict=True))
+
+
+def other_dims(dim: int, ndim: int) -> tuple[int, ...]:
+    """All dimensions but one."""
+    return tuple(d for d in range(ndim) if d != dim)
 
 
 def broadcast_axes(fields: Mapping[str, Tensor], shape: Shape) -> list[Tensor]:
     """The vector of every dimension in a shape that broadcasts: `[m, 1]` and `[1, n]` from `[m]` and `[n]`."""
     ndim = len(shape)
     return [fields[name].view([-1 if d == i else 1 for d in range(ndim)]) for i, name in enumerate(axis_names(ndim))]
-
-
-def refuse_maxima_in_parts(store: Store, spec: ParamSpec) -> None:
-    """Raise ValueError for a parameter of several devices: only sums are taken across them, not maxima."""
-    if spec.region is not None:
-        raise ValueError(
-            f"{store} needs the largest values of the whole of {spec.name!r}, which is split among devices: keep the "
-            "statistic in Full() or Block8()"
-        )
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,6 @@ class AxisMax(Store):
                 "or momentum in Full(), Block8() or Block4()"
             )
 
-    def check_region(self, spec: ParamSpec) -> None:
-        refuse_maxima_in_parts(self, spec)
-
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         return axis_fields(spec, spec.accumulator)
 
@@ -89,4 +96,7 @@ class AxisMax(Store):
         return reduce(torch.minimum, broadcast_axes(fields, shape))
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
-        return axis_maxima(value)
+        return axis_maxima(value, signed=False)
+
+    def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
+        return (yield from whole_axis_maxima(value, signed=False))

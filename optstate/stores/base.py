@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,34 +13,18 @@ from optstate import kernels
 from optstate.describe import short
 from optstate.kernels import Codebook, Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
+from optstate.stores.requests import Requests
 
 if TYPE_CHECKING:
     from optstate.stores.statistic import Statistic
 
-__all__ = ["MEANINGS", "Fields", "Partial", "Requests", "Shape", "Slot", "Store", "difference", "square_of"]
+__all__ = ["MEANINGS", "NO_NOISE", "Fields", "Shape", "Slot", "Store", "difference", "square_of"]
 
 NO_NOISE = Noise("", 0)
 
-T = TypeVar("T")
 Shape = Sequence[int]
 Fields = Mapping[str, Tensor]
 """The tensors of one statistic by field name. A store with a single field names it `""`."""
-
-
-class Partial(NamedTuple):
-    """A sum over dimension `dim`, or several, of a local shard (negative, counted from the end)."""
-
-    local: Tensor
-    dim: int | tuple[int, ...]
-
-
-Requests = Generator[Any, Any, T]
-"""A computation that works on one shard of a parameter and needs sums over all of it.
-
-It yields the local sum and is sent back the total: a tensor stands for a sum over every dimension, a `Partial`
-for one over a single dimension, a tuple for several in one round. On one device each total is the local sum.
-The total is the receiver's own and may be overwritten.
-"""
 
 
 class Store:
@@ -83,9 +67,6 @@ class Store:
         """
         return self, ""
 
-    def check_region(self, spec: ParamSpec) -> None:
-        """Raise ValueError if the format cannot be kept in parts as this parameter is split among devices."""
-
     def check(self, signed: bool, smallest_weight: float) -> None:
         """Raise ValueError if the format cannot hold a statistic of this kind (see `Slot`)."""
 
@@ -108,6 +89,17 @@ class Store:
         gave to what is new; a format with few mantissa bits rounds steps of a small weight away.
         """
         raise NotImplementedError
+
+    def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
+        """`encode`, of the part of the parameter on this device: fields as far as they are here.
+
+        Raises:
+            TypeError: if the format needs all of the parameter to take a value.
+        """
+        if not self.elementwise and statistic.spec.region is not None:
+            raise TypeError(f"{self} cannot take a value of which this device has only a part")
+        yield from ()
+        return self.encode(value, statistic.noise, statistic.weight)
 
     def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, ...]:
         """The statistic as factors whose product it is, with the parameter's dimensions, each of full size or 1."""

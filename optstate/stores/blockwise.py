@@ -14,9 +14,13 @@ from optstate import kernels
 from optstate.describe import HIDDEN
 from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes, refuse_maxima_in_parts
+from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes, whole_axis_maxima
 from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.full import Full
+from optstate.stores.maxima import block_maxima, kept_maxima
+from optstate.stores.requests import Requests
+from optstate.stores.shared_blocks import SharedBlocks
+from optstate.stores.statistic import Statistic
 
 __all__ = ["Block4", "Block8", "Float8"]
 
@@ -25,9 +29,6 @@ FEWEST_ELEMENTS = 4096
 
 LARGEST_BLOCK = 1 << 16
 """A slice of a parameter holds at least one block."""
-
-SMALLEST_MAXIMUM = 2.0**-120
-"""The least block maximum that is kept: the smallest code times a smaller one would underflow to zero."""
 
 LARGEST_E4M3 = 448.0
 SMALLEST_E4M3 = 2.0**-9
@@ -42,7 +43,7 @@ E4M3 = Codebook((EVERY_E4M3 / LARGEST_E4M3).tolist())
 
 
 @dataclass(frozen=True)
-class _Blockwise(Store):
+class Blockwise(Store):
     """A code per element and the largest magnitude, `absmax` in fp32, of every `block` consecutive elements.
 
     Blocks run along the flattened parameter; the last may be short. The optimizer fits `signed` to the statistic.
@@ -50,6 +51,8 @@ class _Blockwise(Store):
 
     block: int = 256
     signed: bool = field(default=True, kw_only=True, metadata=HIDDEN)
+
+    per_byte: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if type(self.block) is not int or self.block % 2 or not 2 <= self.block <= LARGEST_BLOCK:
@@ -65,16 +68,19 @@ class _Blockwise(Store):
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if spec.numel < FEWEST_ELEMENTS:
             return Full(), f"under {FEWEST_ELEMENTS} elements: kept in full"
-        if not spec.splits_at(self.block):
-            return Full(), f"split among devices where blocks of {self.block} do not end: kept in full"
-        return replace(self, signed=signed), ""
+        store = replace(self, signed=signed)
+        if spec.keeps_together(self.block):
+            return store, ""
+        if not spec.keeps_together(self.per_byte):
+            return Full(), f"split among devices within a byte of {self.per_byte} codes: kept in full"
+        return SharedBlocks(store), f"split among devices within blocks of {self.block}: each has all maxima"
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         absmax = FieldSpec((-(-spec.numel // self.block),), torch.float32, (), per=self.block)
         return {"codes": self._codes(spec), "absmax": absmax}
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"]
+        count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"].view(-1)
         ranges = self._ranges(count, absmax.device)
         if len(ranges) == 1:
             return self._read(codes, absmax, count).view(shape)
@@ -95,37 +101,37 @@ class _Blockwise(Store):
     def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
         """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""
         step = max(kernels.slice_elements(device) // 2 // self.block, 1) * self.block
-        return [(first, min(first + step, count)) for first in range(0, count, step)]
+        return [(first, min(first + step, count)) for first in range(0, max(count, 1), step)]
 
     def _read(self, codes: Tensor, absmax: Tensor, count: int) -> Tensor:
         """`count` elements, flat and new."""
-        values = self._decode(codes, count)
+        values = self.decode(codes, count)
         for part, maximum in _blocks(values, absmax, self.block):
             part.mul_(maximum)
         return values
 
     def _encode(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and maxima of a flat value, which may be overwritten."""
-        absmax = _maxima(value, self.block)
+        absmax = block_maxima(value, self.block)
         scaled = value if self.signed else value.clone()
         for part, maximum in _blocks(scaled, absmax, self.block):
             part.div_(maximum)
-        return self._codes_of(scaled, value), absmax
+        return self.encode_scaled(scaled, value), absmax
 
     def _codes(self, spec: ParamSpec) -> FieldSpec:
         return FieldSpec(spec.shape, torch.uint8, tuple(range(spec.ndim)))
 
-    def _decode(self, codes: Tensor, count: int) -> Tensor:
+    def decode(self, codes: Tensor, count: int) -> Tensor:
         """Values in [-1, 1] of `count` elements, flat and new."""
         raise NotImplementedError
 
-    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
+    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
         """Codes of `scaled = value / absmax`; both may be overwritten, and are one tensor if signed."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Block8(_Blockwise):
+class Block8(Blockwise):
     """8-bit codes of bitsandbytes' dynamic map, signed for first moments, unsigned for second ones.
 
     Bytes per element: `1 + 4 / block`, 1.016 at 256. The nearest code is taken, so the error of an element is at most
@@ -149,10 +155,10 @@ class Block8(_Blockwise):
     def codebook(self) -> Codebook:
         return SIGNED_8 if self.signed else UNSIGNED_8
 
-    def _decode(self, codes: Tensor, count: int) -> Tensor:
+    def decode(self, codes: Tensor, count: int) -> Tensor:
         return self.codebook.decode(codes)
 
-    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
+    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
         if self.signed:
             return self.codebook.encode(scaled)
         # A quotient may underflow to zero; the value itself, however small, still tells that it was positive.
@@ -160,7 +166,7 @@ class Block8(_Blockwise):
 
 
 @dataclass(frozen=True)
-class Block4(_Blockwise):
+class Block4(Blockwise):
     """4-bit codes, two a byte: the dynamic-exponent map for first moments, `1/16 ... 16/16` for second ones.
 
     Bytes per element: `0.5 + 4 / block`, 0.531 at 128. Worst error of an element: 0.12 of its block's largest magnitude
@@ -181,18 +187,20 @@ class Block4(_Blockwise):
     block: int = 128
     rank1: bool = False
 
+    per_byte: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.rank1, bool):
             raise TypeError(f"Block4(rank1={self.rank1!r}): give True or False")
 
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
-        store, why = super().resolve(spec, signed)
-        if self.rank1 and isinstance(store, Block4):
-            if spec.ndim >= 2:
-                return _RankOne4(signed=signed), ""
-            return replace(store, rank1=False), "a vector has no rows and columns: blocks"
-        return store, why
+        if not self.rank1:
+            return super().resolve(spec, signed)
+        if spec.ndim >= 2 and spec.numel >= FEWEST_ELEMENTS and spec.keeps_together(self.per_byte):
+            return _RankOne4(signed=signed), ""
+        store, why = replace(self, rank1=False).resolve(spec, signed)
+        return store, why or "a vector has no rows and columns: blocks"
 
     @property
     def codebook(self) -> Codebook:
@@ -201,10 +209,10 @@ class Block4(_Blockwise):
     def _codes(self, spec: ParamSpec) -> FieldSpec:
         return FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
 
-    def _decode(self, codes: Tensor, count: int) -> Tensor:
+    def decode(self, codes: Tensor, count: int) -> Tensor:
         return self.codebook.decode_nibbles(codes, count)
 
-    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
+    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
         return self.codebook.encode_nibbles(scaled)
 
 
@@ -218,9 +226,6 @@ class _RankOne4(Store):
 
     def __str__(self) -> str:
         return str(Block4(rank1=True))
-
-    def check_region(self, spec: ParamSpec) -> None:
-        refuse_maxima_in_parts(self, spec)
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
@@ -237,11 +242,15 @@ class _RankOne4(Store):
         return value
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
-        pieces = self._pieces(value.shape, value.device)
-        largest, smallest = axis_maxima(value), axis_maxima(value, largest=False)
-        maxima = {name: _safe(torch.maximum(largest[name], -smallest[name]).float()) for name in largest}
-        axes, codes = broadcast_axes(maxima, value.shape), []
-        for piece in pieces:
+        return self._encode(value, axis_maxima(value, signed=True))
+
+    def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
+        return self._encode(value, (yield from whole_axis_maxima(value, signed=True)))
+
+    def _encode(self, value: Tensor, maxima: dict[str, Tensor]) -> Fields:
+        maxima = {name: kept_maxima(largest.float()) for name, largest in maxima.items()}
+        axes, codes = broadcast_axes(maxima, value.shape), [value.new_empty(0, dtype=torch.uint8)]
+        for piece in self._pieces(value.shape, value.device):
             scaled = torch.div(piece.of(value), reduce(torch.minimum, map(piece.of, axes)))
             codes.append(self.codebook.encode_nibbles(scaled.float().contiguous()))
         return {"codes": _joined(codes), **maxima}
@@ -257,7 +266,7 @@ class _RankOne4(Store):
 
 
 @dataclass(frozen=True)
-class Float8(_Blockwise):
+class Float8(Blockwise):
     """8-bit floats, e4m3, scaled so that a block's largest magnitude is 448: torchao's format.
 
     Bytes per element: `1 + 4 / block`, 1.016 at 256. Worst relative error: 6.25 % down to 3.5e-5 of the block's
@@ -275,32 +284,14 @@ class Float8(_Blockwise):
     def _codes(self, spec: ParamSpec) -> FieldSpec:
         return replace(super()._codes(spec), dtype=torch.float8_e4m3fn)
 
-    def _decode(self, codes: Tensor, count: int) -> Tensor:
+    def decode(self, codes: Tensor, count: int) -> Tensor:
         return E4M3.decode(codes)
 
-    def _codes_of(self, scaled: Tensor, value: Tensor) -> Tensor:
+    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
         scaled.mul_(LARGEST_E4M3).clamp_(-LARGEST_E4M3, LARGEST_E4M3)  # PyTorch before 2.13 makes infinity NaN
         if not self.signed:
             scaled = torch.where(value > 0, scaled.clamp(min=SMALLEST_E4M3), scaled)
         return scaled.to(torch.float8_e4m3fn)
-
-
-# --- maxima --------------------------------------------------------------------------------------------------------
-
-
-def _maxima(flat: Tensor, block: int) -> Tensor:
-    """The largest magnitude of every block of a flat value."""
-    whole = flat.numel() // block * block
-    magnitude = flat.abs()
-    maxima = magnitude[:whole].view(-1, block).amax(-1)
-    if whole < flat.numel():
-        maxima = torch.cat([maxima, magnitude[whole:].amax().view(1)])
-    return _safe(maxima)
-
-
-def _safe(maxima: Tensor) -> Tensor:
-    """Kept within what codes can be multiplied by without becoming zero or infinite."""
-    return maxima.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

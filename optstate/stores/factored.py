@@ -12,8 +12,9 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Partial, Requests, Shape, Store, square_of
+from optstate.stores.base import Fields, Shape, Store, square_of
 from optstate.stores.full import Full
+from optstate.stores.requests import Partial, Requests
 from optstate.stores.statistic import Statistic
 
 __all__ = ["Factored"]
@@ -62,27 +63,28 @@ class Factored(Store):
         return share * col
 
     def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, Tensor]:
-        return self._product(fields["row"], fields["col"], fields["row"])
+        return self._product(fields["row"], fields["col"], fields["row"].mean(-1, keepdim=True))
 
     def factors_here(self, statistic: Statistic) -> tuple[Tensor, Tensor]:
         row, col = statistic.current["row"], statistic.current["col"]
-        return self._product(row, col, self._whole_one(statistic))
-
-    def check_region(self, spec: ParamSpec) -> None:
-        if spec.ndim >= 2 and spec.is_sharded(-1) and spec.is_sharded(-2):
-            raise ValueError(
-                f"{spec.name!r} is split along both its rows and its columns, so no device has the whole of either "
-                "mean: shard it along one dimension, or keep the statistic in Full()"
-            )
+        return self._product(row, col, self._overall_mean(statistic))
 
     @staticmethod
-    def _whole_one(statistic: Statistic) -> Tensor:
-        """Whichever of the two vectors is whole on this device: both have the same mean, the statistic's."""
-        return statistic.current["col" if statistic.spec.is_sharded(-2) else "row"]
+    def _overall_mean(statistic: Statistic) -> Tensor:
+        """The mean of every matrix, `[..., 1]`, which is that of either vector: of one that is whole on this device."""
+        if _is_split_both_ways(statistic.spec):
+            if statistic.overall is None:
+                raise RuntimeError(
+                    f"the factored statistic of {statistic.spec.name!r} is split along rows and columns: it can be "
+                    "read only after it was moved in the same step"
+                )
+            return statistic.overall
+        whole = statistic.current["col" if statistic.spec.is_sharded(-2) else "row"]
+        return whole.mean(-1, keepdim=True)
 
     @staticmethod
-    def _product(row: Tensor, col: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        mean = whole.mean(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)  # all zeros: 0, not 0 / 0
+    def _product(row: Tensor, col: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        mean = mean.clamp(min=torch.finfo(row.dtype).tiny)  # all zeros: 0, not 0 / 0
         return rearrange(row / mean, "... m -> ... m 1"), rearrange(col, "... n -> ... 1 n")
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
@@ -92,21 +94,21 @@ class Factored(Store):
         dense = kernels.evaluate(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)
         row, col = self._means(statistic, rows, cols)
-        self._hold_ema(statistic, row, col, weight)
+        yield from self._hold_ema(statistic, row, col, weight)
 
     def ema_of_square(
         self, statistic: Statistic, value: Product, weight: Scalar, eps: float, minus: Tensor | None = None
     ) -> Requests[None]:
         row, col = yield from self._means_of_square(statistic, value, minus)
-        self._hold_ema(statistic, row.add_(eps), col.add_(eps), statistic.guard.masked(weight))
+        yield from self._hold_ema(statistic, row.add_(eps), col.add_(eps), statistic.guard.masked(weight))
 
     def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
         row, col = yield from self._means_of_square(statistic, value)
-        statistic.hold_fields(row=row.add_(statistic.fields["row"]), col=col.add_(statistic.fields["col"]))
+        yield from self._hold(statistic, row.add_(statistic.fields["row"]), col.add_(statistic.fields["col"]))
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
         row, col = statistic.current["row"], statistic.current["col"]
-        mean = self._whole_one(statistic).mean(-1, keepdim=True)
+        mean = self._overall_mean(statistic)
         if floor > 0:  # a bound on the product does not factor: this needs the full tensor
             share = rearrange(row / mean.clamp(min=floor), "... m -> ... m 1")
             return ((share * rearrange(col, "... n -> ... 1 n")).clamp_(min=square_of(floor, col)).rsqrt_(),)
@@ -135,7 +137,18 @@ class Factored(Store):
         m, n = statistic.spec.shape[-2:]
         return rows.squeeze(-1).div_(n), cols.squeeze(-2).div_(m)
 
-    @staticmethod
-    def _hold_ema(statistic: Statistic, row: Tensor, col: Tensor, weight: Scalar) -> None:
+    def _hold_ema(self, statistic: Statistic, row: Tensor, col: Tensor, weight: Scalar) -> Requests[None]:
         fields = statistic.fields
-        statistic.hold_fields(row=torch.lerp(fields["row"], row, weight), col=torch.lerp(fields["col"], col, weight))
+        yield from self._hold(statistic, torch.lerp(fields["row"], row, weight), torch.lerp(fields["col"], col, weight))
+
+    @staticmethod
+    def _hold(statistic: Statistic, row: Tensor, col: Tensor) -> Requests[None]:
+        statistic.hold_fields(row=row, col=col)
+        if _is_split_both_ways(statistic.spec):
+            total = yield Partial(row.sum(-1, keepdim=True), -2)
+            statistic.overall = total / statistic.spec.shape[-2]
+
+
+def _is_split_both_ways(spec: ParamSpec) -> bool:
+    """Whether no device has the whole of either vector."""
+    return spec.is_sharded(-1) and spec.is_sharded(-2)

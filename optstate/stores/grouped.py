@@ -12,8 +12,9 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Partial, Requests, Shape, Store, difference
+from optstate.stores.base import Fields, Shape, Store, difference
 from optstate.stores.full import Full
+from optstate.stores.requests import Partial, Requests
 from optstate.stores.statistic import Statistic
 
 __all__ = ["Grouped"]
@@ -70,25 +71,11 @@ class Grouped(Store):
                 "moment or momentum in Full(), Block8() or Block4()"
             )
 
-    def check_region(self, spec: ParamSpec) -> None:
-        rows = self._rows_per_group(spec.shape)
-        region = spec.region
-        if (
-            rows > 1
-            and region is not None
-            and region.parts[0] > 1
-            and (not region.is_even(0) or region.shape[0] % rows)
-        ):
-            raise ValueError(
-                f"{spec.name!r} is split among {region.parts[0]} devices within groups of {rows} rows: take a number "
-                'of devices that keeps groups whole, or group it by "row"'
-            )
-
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         if self.by == "tensor":
             return {"mean": FieldSpec((), spec.accumulator, ())}
         groups = spec.shape[0] // self._rows_per_group(spec.shape)
-        return {"mean": FieldSpec((groups,), spec.accumulator, (0,))}
+        return {"mean": FieldSpec((groups,), spec.accumulator, () if self._is_cut(spec) else (0,))}
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return self.factors(fields, shape)[0].expand(*shape)
@@ -99,6 +86,13 @@ class Grouped(Store):
             return (mean.view(1, *ones),)
         return (mean.repeat_interleave(self._rows_per_group(shape)).view(-1, *ones),)
 
+    def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
+        (means,) = self.factors(statistic.current, statistic.shape)
+        if self._is_cut(statistic.spec):
+            assert statistic.spec.region is not None
+            means = means[statistic.spec.region.index[0]]
+        return (means,)
+
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         if self.by == "tensor":
             return {"mean": value.mean()}
@@ -106,7 +100,9 @@ class Grouped(Store):
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         dense = kernels.evaluate(value)
-        totals, _ = yield from self._totals(dense.sum(tuple(range(1, dense.ndim)), keepdim=True), dense.new_zeros(()))
+        totals, _ = yield from self._totals(
+            statistic, dense.sum(tuple(range(1, dense.ndim)), keepdim=True), dense.new_zeros(())
+        )
         self._hold_ema(statistic, self._means(statistic, totals), weight)
 
     def ema_of_square(
@@ -124,16 +120,24 @@ class Grouped(Store):
         """Mean of the squared value in every group; refuses what is not finite."""
         rows = kernels.sums_of_rows(value)
         if not statistic.guard.checked:
-            totals, total = yield from self._totals(rows, rows.sum())
+            totals, total = yield from self._totals(statistic, rows, rows.sum())
             statistic.guard.check(torch.isfinite(total))
         else:
-            totals, _ = yield from self._totals(rows, rows.new_zeros(()))
+            totals, _ = yield from self._totals(statistic, rows, rows.new_zeros(()))
         return self._means(statistic, totals)
 
-    def _totals(self, rows: Tensor, everything: Tensor) -> Requests[tuple[Tensor, Tensor]]:
-        """The sums of the local rows over all shards of the other dimensions, over all rows too for one group; and the
-        sum of `everything`, 0-d, over all shards."""
-        sums = rows.sum() if self.by == "tensor" else Partial(rows, tuple(range(1 - rows.ndim, 0)))
+    def _totals(self, statistic: Statistic, rows: Tensor, everything: Tensor) -> Requests[tuple[Tensor, Tensor]]:
+        """The sums of the local rows over all shards of the other dimensions, of all rows in every group that no
+        device has whole; and the sum of `everything`, 0-d, over all shards."""
+        spec = statistic.spec
+        if self.by == "tensor":
+            sums: Tensor | Partial = rows.sum()
+        elif self._is_cut(spec):
+            assert spec.region is not None
+            sums = rows.new_zeros((spec.shape[0], *rows.shape[1:]))
+            sums[spec.region.index[0]] = rows
+        else:
+            sums = Partial(rows, tuple(range(1 - rows.ndim, 0)))
         totals, total = yield sums, everything
         return totals, total
 
@@ -143,6 +147,13 @@ class Grouped(Store):
             return totals / math.prod(shape)
         rows = self._rows_per_group(shape)
         return totals.view(-1, rows).sum(-1).div_(rows * math.prod(shape[1:]))
+
+    def _is_cut(self, spec: ParamSpec) -> bool:
+        """Whether a group's rows may be on several devices, so that every device keeps the means of all groups."""
+        rows, region = self._rows_per_group(spec.shape), spec.region
+        if rows <= 1 or region is None or region.parts[0] == 1:
+            return False
+        return -(-region.whole[0] // region.parts[0]) % rows != 0
 
     @staticmethod
     def _hold_ema(statistic: Statistic, means: Tensor, weight: Scalar) -> None:

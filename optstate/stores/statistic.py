@@ -11,8 +11,9 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import ParamSpec
-from optstate.stores.base import NO_NOISE, Fields, Requests, Shape, Store, square_of
+from optstate.stores.base import NO_NOISE, Fields, Shape, Store, square_of
 from optstate.stores.guard import Guard
+from optstate.stores.requests import Requests, run_alone
 
 __all__ = ["MovedStatistic", "Statistic"]
 
@@ -25,7 +26,7 @@ class Statistic:
     chain that needs sums over the parameter: holding it back would cost a second copy, so it moves at once.
     """
 
-    __slots__ = ("_held", "_held_fields", "_weight", "fields", "guard", "noise", "shape", "spec", "store")
+    __slots__ = ("_held", "_held_fields", "fields", "guard", "noise", "overall", "shape", "spec", "store", "weight")
 
     def __init__(
         self,
@@ -40,7 +41,9 @@ class Statistic:
         self.shape = spec.shape if shape is None else shape
         self._held: Tensor | None = None
         self._held_fields: dict[str, Tensor] = {}
-        self._weight = 1.0
+        self.weight = 1.0
+        self.overall: Tensor | None = None
+        """A mean over the whole parameter that no field on this device has, once the step has asked for it."""
 
     def read(self) -> Tensor:
         """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
@@ -111,10 +114,14 @@ class Statistic:
         self._held = torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight)
 
     def commit(self) -> None:
+        """Write what was held back, of a slice or of a parameter that is whole here."""
+        run_alone(self.commit_part())
+
+    def commit_part(self) -> Requests[None]:
         """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
-        if self._held is not None and self.spec.region is not None and not self.store.elementwise:
-            raise TypeError(f"{self.store} cannot take a value of which this device has only a part")
-        held = self._held_fields if self._held is None else self.store.encode(self._held, self.noise, self._weight)
+        held: Fields = self._held_fields
+        if self._held is not None:
+            held = yield from self.store.encode_part(self, self._held)
         for name, value in held.items():
             field = self.fields[name]
             field.copy_(self.guard.choose(value.reshape(field.shape), field))
@@ -128,7 +135,7 @@ class Statistic:
         if isinstance(weight, Tensor):
             weight = 0.0
         self.store.check(signed=False, smallest_weight=weight)
-        self._weight = min(self._weight, weight)
+        self.weight = min(self.weight, weight)
 
     def _flagged(self, value: Product) -> Product:
         """The value, with word for the kernel of a gradient that may not be finite: nothing is held back in place."""
