@@ -272,8 +272,7 @@ class FusedBackward:
                 f"the gradient of {self._name(param)!r} arrives in parts, so its norm cannot be measured: use "
                 "checkpoint(..., use_reentrant=False)"
             )
-        assert param.grad is not None
-        self._squares[param] = kernels.sum_of_squares(Product(param.grad))
+        self._squares[param] = self._square_here(param)
 
     # --- clipping and accumulation ----------------------------------------------------------------------------
 
@@ -281,9 +280,11 @@ class FusedBackward:
         """Measure the global L2 norm of all gradients of `loss` and change nothing.
 
         Runs one backward pass that keeps the graph, so `loss.backward()` can follow, and that computes gradients of
-        this optimizer's parameters only; they are freed as they come. With `clip_grad_norm` set, the next backward is
-        scaled, once, by `min(1, clip_grad_norm / (norm + 1e-6))` (LOMO, arXiv 2306.09782, section 3.3.1). Costs about
-        one backward.
+        this optimizer's parameters only; they are freed as they come. Where they are distributed, gradients of all
+        parameters are computed, and the norm is that over all devices, each of which must call this.
+
+        With `clip_grad_norm` set, the next backward is scaled, once, by `min(1, clip_grad_norm / (norm + 1e-6))`
+        (LOMO, arXiv 2306.09782, section 3.3.1). Costs about one backward.
 
         A compiled model must allow a second backward: `torch._functorch.config.donated_buffer = False`.
 
@@ -300,11 +301,6 @@ class FusedBackward:
                 "grad_norm() comes first in a step, but gradients were already used or are being accumulated: call "
                 "step() before it; under accumulate() run every micro-batch, step() then clips their sum"
             )
-        if any(is_distributed(p) for p in self._params()):
-            raise RuntimeError(
-                "grad_norm() cannot measure the gradients of distributed parameters beforehand: run backward() under "
-                "fused.accumulate(), step() then clips by the norm over all devices"
-            )
         if _has_reentrant_checkpoint(loss):
             raise RuntimeError(
                 "grad_norm() cannot see gradients behind checkpoint(..., use_reentrant=True): use use_reentrant=False"
@@ -314,10 +310,13 @@ class FusedBackward:
         self._mode = _Mode.MEASURE
         try:
             inputs = [p for p in self._params() if p.requires_grad]
-            torch.autograd.backward(loss, retain_graph=True, inputs=inputs)
+            if any(map(is_distributed, inputs)):  # FSDP2 computes with whole parameters, which are not these
+                torch.autograd.backward(loss, retain_graph=True)
+            else:
+                torch.autograd.backward(loss, retain_graph=True, inputs=inputs)
         finally:
             self._mode = _Mode.UPDATE
-        squares = list(self._squares.values())
+        squares = self._over_devices(self._squares)
         self._squares.clear()
         return self._norm(squares)
 
@@ -388,22 +387,26 @@ class FusedBackward:
     def _step_held(self, held: list[Tensor]) -> None:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
         if self.clip_grad_norm is not None and self._coefficient is None:
-            self._norm(self._squares_of(held))
+            self._norm(self._over_devices({param: self._square_here(param) for param in held}))
         for batch in self.optimizer._batches(held):
             self._update(batch)
 
     @torch.no_grad()
-    def _squares_of(self, params: list[Tensor]) -> list[Tensor]:
-        """The sum of squares of each gradient, over all devices."""
-        squares, split = [], []
-        for param in params:
+    def _square_here(self, param: Tensor) -> Tensor:
+        """The sum of squares of a gradient, as far as it is on this device."""
+        leaf = self.optimizer._leaf(param)
+        return kernels.sum_of_squares(Product(groups.checked_gradient(param, leaf.plan.spec, leaf.placement)))
+
+    def _over_devices(self, squares: dict[Tensor, Tensor]) -> list[Tensor]:
+        """Each sum of squares over all devices that have a part of its parameter."""
+        total, split = [], []
+        for param, square in squares.items():
             leaf = self.optimizer._leaf(param)
-            square = kernels.sum_of_squares(Product(groups.checked_gradient(param, leaf.plan.spec, leaf.placement)))
             if leaf.is_split and leaf.placement is not None:
                 split.append(Pending(leaf.placement, square))
             else:
-                squares.append(square)
-        return squares + add_up(split)
+                total.append(square)
+        return total + add_up(split)
 
 
 def _weak_hook(reference: weakref.ref[FusedBackward]) -> Callable[[Tensor], None]:

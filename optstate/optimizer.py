@@ -151,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):
             if leaf.placement is not None:
                 state[key] = leaf.placement.zeros(field, leaf.plan.spec)
             else:
-                state[key] = torch.zeros(field.shape, dtype=field.dtype, device=param.device)
+                state[key] = torch.zeros(field.layout(leaf.plan.spec)[0], dtype=field.dtype, device=param.device)
         self.state[param] = state
         return state
 

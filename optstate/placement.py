@@ -69,11 +69,11 @@ class Placement:
         return tuple(self.mesh.get_group(d) for d in sorted({d for dim in chosen for d in self.split[dim]}))
 
     def zeros(self, field: FieldSpec, spec: ParamSpec) -> Tensor:
-        """A field of the parameter's state, of zeros: a DTensor of the field's shape across devices."""
+        """A field of the parameter's state, of zeros: a DTensor of the field's shape in memory."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        whole, dims = field.across(spec)
+        whole, dims = field.layout(spec)
         placements = self.along(dims)
         shape, _ = compute_local_shape_and_global_offset(whole, self.mesh, placements)
         local = torch.zeros(shape, dtype=field.dtype, device=self.mesh.device_type)

@@ -128,12 +128,13 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One stored tensor: its global shape, its dtype, and the parameter dimension behind each of its own.
+    """One stored tensor: its global shape in a file, its dtype, and the parameter dimension behind each of its own.
 
     `dims[i]` is the parameter dimension that dimension `i` of the field runs along, so a field is sharded
     exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
     `per` is how many consecutive elements of the flattened parameter share one entry of the flattened field, where
-    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256. See `across`.
+    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256. Such a field is
+    flat in a file; see `layout` for memory.
     """
 
     shape: tuple[int, ...]
@@ -141,20 +142,19 @@ class FieldSpec:
     dims: tuple[int, ...]
     per: int = 1
 
-    def across(self, spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Its shape where the parameter is split among devices, and the parameter dimension behind each of its own.
+    def layout(self, spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Its shape in memory, whatever devices there are, and the parameter dimension behind each of its own, along
+        which it is split as far as the parameter is.
 
-        A flat field with an entry per so many elements is split as the flattened parameter is, where that
-        `splits_at` them; takes the shape of the parameter's rows, where these are made up of so many each; else every
-        device has all of it.
+        A field with an entry per so many elements has the parameter's rows, where these are made up of so many each;
+        else it is flat. Every device has all of it where the parameter is split within them.
         """
         if self.per == 1:
             return self.shape, self.dims
-        if spec.splits_at(self.per):
-            return self.shape, (0,)
-        if spec.has_rows_of(self.per):
-            return (*spec.shape[:-1], spec.shape[-1] // self.per), tuple(range(spec.ndim))
-        return self.shape, ()
+        if spec.shape and spec.shape[-1] % self.per == 0:
+            dims = tuple(range(spec.ndim)) if spec.has_rows_of(self.per) else ()
+            return (*spec.shape[:-1], spec.shape[-1] // self.per), dims
+        return self.shape, (0,) if spec.splits_at(self.per) else ()
 
     @property
     def nbytes(self) -> int:

@@ -24,10 +24,11 @@ CLOSE = 1e-6
 STATE_CLOSE = 2e-4
 """Of the largest number of its tensor: a statistic of squares doubles relative errors."""
 
-CODED_CLOSE = 5e-4
-"""Half the learning rate: where sums in another order move a number across a tie, its 8-bit code is the neighbour."""
+CODED = ("adamfactor", "adamw4bit", "adamw8bit", "lion8bit", "sgdm8bit")
+CODED_CLOSE = 1e-3
+"""Their learning rate: sums in another order move a number across a tie, and its code becomes the neighbour."""
 
-TIMEOUT = 400
+TIMEOUT = 900
 """Seconds for all cases of one number of processes: five times what they take on a quiet machine."""
 
 
@@ -58,27 +59,36 @@ def failed(value: Any) -> bool:
     return isinstance(value, str) and "Traceback" in value
 
 
-ODD = ("adalomo", "adafactor", "lomo", "adamw", "came")
+NAMED = ("adalomo", "adafactor", "lomo", "adamw", "adamw8bit", "adamfactor", "came")
+"""The recipes that go through every way of wrapping; the others, too, are run where parts are uneven."""
+
 BOTH = (False, True)
 SHARDED = [
-    *(("equals_unsharded", recipe, fused, 8, True, (2,)) for recipe in ranks.RECIPES for fused in BOTH),
-    *(("equals_unsharded", "adalomo", fused, rows, True, (2,)) for rows in (7, 3, 1) for fused in BOTH),
-    *(("equals_unsharded", recipe, True, 7, False, (2,)) for recipe in ODD),
-    *(("equals_unsharded", recipe, False, 1, False, (2,)) for recipe in ODD),
+    *(
+        ("equals_unsharded", recipe, fused, rows, layers, (2,))
+        for recipe in NAMED
+        for fused in BOTH
+        for rows in (8, 7, 3, 1)
+        for layers in BOTH
+    ),
+    *(
+        ("equals_unsharded", recipe, fused, 7, True, (2,))
+        for recipe in ranks.RECIPES
+        if recipe not in NAMED
+        for fused in BOTH
+    ),
     ("equals_unsharded", "adalomo", True, 8, True, (2, 1)),
     ("equals_unsharded", "adalomo", False, 8, True, (1, 2)),
 ]
-TENSOR_PARALLEL = [
-    ("tensor_parallel", recipe, fused)
-    for recipe, fused in [(name, False) for name in ranks.RECIPES] + [("adalomo", True), ("lomo", True)]
-]
+TENSOR_PARALLEL = [("tensor_parallel", recipe, fused) for recipe in ranks.RECIPES for fused in BOTH]
 OTHERS: list[tuple[Any, ...]] = [
     ("rounding_is_that_of_the_whole", True),
     ("mixed_precision", False),
     ("mixed_precision", True),
     ("accumulation", False),
     ("accumulation", True),
-    ("clipped_by_the_norm_over_all_devices",),
+    ("clipped_by_the_norm_over_all_devices", "kept"),
+    ("clipped_by_the_norm_over_all_devices", "measured"),
     ("collectives", False),
     ("collectives", True),
     ("gradients_left", True),
@@ -93,11 +103,9 @@ OTHERS: list[tuple[Any, ...]] = [
     ("fused_under_replicate",),
 ]
 FOUR = [
-    *(("equals_unsharded", recipe, fused, 8, True, (2, 2)) for recipe in ("adalomo", "adamw") for fused in BOTH),
-    ("equals_unsharded", "came", True, 7, True, (4,)),
-    ("equals_unsharded", "adafactor", True, 3, True, (4,)),
-    ("tensor_parallel", "adamw", False, 2),
-    ("tensor_parallel", "lomo", True, 2),
+    *(("equals_unsharded", recipe, fused, 8, True, (2, 2)) for recipe in NAMED for fused in BOTH),
+    *(("equals_unsharded", recipe, True, rows, True, (4,)) for recipe in NAMED for rows in (7, 3)),
+    *(("tensor_parallel", recipe, fused, 2) for recipe in ranks.RECIPES for fused in BOTH),
 ]
 SAVED = ("adalomo", "adamw", "adamw8bit", "adamfactor", "came")
 
@@ -129,9 +137,9 @@ def one(tmp_path_factory: pytest.TempPathFactory, two: dict[Any, Any], checkpoin
 
 
 def tolerance(case: tuple[Any, ...]) -> float:
-    """Two processes add up gradients as one does, to the bit, unless rows are split or sums are of statistics, too."""
-    exact = case[:2] == ("equals_unsharded", "adamw8bit")
-    return CODED_CLOSE if case[1] in ("adamw8bit", "adamfactor") and not exact else CLOSE
+    """Two processes add up gradients as one does, to the bit: an average in codes of these alone is the same, too."""
+    exact = case[0] == "equals_unsharded" and case[-1] == (2,) and case[1] != "adamfactor"
+    return CODED_CLOSE if case[1] in CODED and not exact else CLOSE
 
 
 def result(results: dict[Any, Any], *case: Any) -> Any:
@@ -140,18 +148,19 @@ def result(results: dict[Any, Any], *case: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize("case", [*SHARDED, *TENSOR_PARALLEL], ids=str)
-def test_two_processes_end_where_one_does(two: dict[Any, Any], case: tuple[Any, ...]) -> None:
-    weights, state = result(two, *case)
+def check_close(case: tuple[Any, ...], weights: float, state: float) -> None:
     assert weights <= tolerance(case)
     assert state <= (STATE_CLOSE if tolerance(case) == CLOSE else 0.02)  # two codes apart at most
 
 
+@pytest.mark.parametrize("case", [*SHARDED, *TENSOR_PARALLEL], ids=str)
+def test_two_processes_end_where_one_does(two: dict[Any, Any], case: tuple[Any, ...]) -> None:
+    check_close(case, *result(two, *case))
+
+
 @pytest.mark.parametrize("case", FOUR, ids=str)
 def test_four_processes_end_where_one_does(four: dict[Any, Any], case: tuple[Any, ...]) -> None:
-    weights, state = result(four, *case)
-    assert weights <= CLOSE
-    assert state <= STATE_CLOSE
+    check_close(case, *result(four, *case))
 
 
 def test_stochastic_rounding_of_a_shard_is_that_of_the_whole(two: dict[Any, Any]) -> None:
@@ -168,8 +177,9 @@ def test_gradients_of_two_micro_batches_are_used_once(two: dict[Any, Any], fused
     assert result(two, "accumulation", fused) <= CLOSE
 
 
-def test_the_clip_is_by_the_norm_over_all_devices(two: dict[Any, Any]) -> None:
-    assert result(two, "clipped_by_the_norm_over_all_devices") <= CLOSE
+@pytest.mark.parametrize("how", ["kept", "measured"])
+def test_the_clip_is_by_the_norm_over_all_devices(two: dict[Any, Any], how: str) -> None:
+    assert result(two, "clipped_by_the_norm_over_all_devices", how) <= CLOSE
 
 
 def test_a_group_needs_two_all_reduces_and_a_whole_step_two_when_it_is_stepped(two: dict[Any, Any]) -> None:

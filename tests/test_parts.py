@@ -21,15 +21,9 @@ from optstate.sharding import lock_step
 from optstate.spec import FieldSpec, ParamSpec, Region
 from optstate.stepping import context, run_chain
 from optstate.stores import Guard, Largest, Partial, Store
+from tests.ranks import RECIPES
 
 STEPS = 5
-
-RATES = {
-    **dict.fromkeys(("adafactor", "adamfactor", "adammini", "adamw", "adamw4bit", "adamw8bit"), 1e-3),
-    **dict.fromkeys(("adalomo", "lomo", "sgd", "sgdm8bit", "sm3"), 1e-2),
-    **dict.fromkeys(("came", "lion", "lion8bit"), 1e-4),
-}
-"""A learning rate for every recipe."""
 
 
 def noise(shape: Sequence[int], seed: int) -> Tensor:
@@ -55,10 +49,10 @@ class Part:
         self.region = spec.region
         self.state: dict[str, Any] = {}
         for key, field in self.plan.fields.items():
-            self.state[key] = torch.zeros(field.across(spec)[0], dtype=field.dtype)[self.of_field(field)].clone()
+            self.state[key] = torch.zeros(field.layout(spec)[0], dtype=field.dtype)[self.of_field(field)].clone()
 
     def of_field(self, field: FieldSpec) -> tuple[slice, ...]:
-        shape, dims = field.across(self.plan.spec)
+        shape, dims = field.layout(self.plan.spec)
         if not dims:
             return (slice(None),) * len(shape)
         return tuple(cut(n, self.region.parts[d], self.place[d]) for n, d in zip(shape, dims, strict=True))
@@ -143,8 +137,8 @@ class Cut:
         for part, mine in zip(self.devices, self.params, strict=True):
             param[part.region.index] = mine
             for key, field in part.plan.fields.items():
-                whole = seen.setdefault(key, torch.zeros(field.across(part.plan.spec)[0], dtype=field.dtype))
-                if not field.across(part.plan.spec)[1] and part is not self.devices[0]:
+                whole = seen.setdefault(key, torch.zeros(field.layout(part.plan.spec)[0], dtype=field.dtype))
+                if not field.layout(part.plan.spec)[1] and part is not self.devices[0]:
                     assert torch.equal(whole, part.state[key])
                 whole[part.of_field(field)] = part.state[key]
         fields = self.plan.fields
@@ -278,14 +272,14 @@ def test_groups_of_rows_may_lie_on_several_devices(by, parts):
     both.check(False, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", sorted(RATES))
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
 @pytest.mark.parametrize(("shape", "parts"), [((64, 100), (3, 1)), ((61, 100), (2, 2)), ((9000,), (2,))], ids=str)
 def test_every_recipe_takes_a_parameter_in_parts_as_the_whole(recipe: str, shape: Any, parts: Any) -> None:
     """fp32, as above; averages that are kept in codes are of gradients and their squares alone."""
-    both = Cut(lambda params: optstate.recipes.get(recipe)(params, lr=RATES[recipe]), shape, parts)
+    both = Cut(RECIPES[recipe], shape, parts)
     both.train()
     both.check(False, rtol=1e-6, atol=2e-6)
 
 
 def test_no_recipe_is_left_out() -> None:
-    assert sorted(RATES) == optstate.recipes.names()
+    assert sorted(RECIPES) == optstate.recipes.names()
