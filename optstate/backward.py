@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -190,10 +189,8 @@ class FusedBackward:
             self._update_waiting()  # parameters behind them in their group had no gradient
         self._buffer = storage.data_ptr()
         self._waiting.append(param)
-        region = self.optimizer._leaf(param).plan.spec.region
-        assert region is not None
-        padded = math.prod(-(-size // parts) for size, parts in zip(region.whole, region.parts, strict=True))
-        if (grad.storage_offset() + padded) * grad.element_size() >= storage.nbytes():
+        end = grad.storage_offset() + self.optimizer._placed(param).slots_in_buffer
+        if end * grad.element_size() >= storage.nbytes():
             self._update_waiting()
 
     def _update_waiting(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optstate.spec import FieldSpec, ParamSpec, Region
 
-__all__ = ["Placement", "copy_part", "here", "is_distributed", "placement_of"]
+__all__ = ["Placement", "copy_part", "here", "index_here", "is_distributed", "placement_of", "whole"]
 
 
 def is_distributed(tensor: object) -> bool:
@@ -46,6 +46,7 @@ class Placement:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         self.mesh, self.placements, self.shape = param.device_mesh, tuple(param.placements), tuple(param.shape)
+        self.device = here(param).device  # the CPU under an offloading policy, whatever the mesh is of
         if any(isinstance(p, Partial) for p in self.placements):
             raise ValueError("it holds partial sums: redistribute it to Replicate() or Shard()")
         self.split: list[list[int]] = [[] for _ in self.shape]
@@ -68,17 +69,28 @@ class Placement:
         chosen = range(len(self.shape)) if dims is None else dims
         return tuple(self.mesh.get_group(d) for d in sorted({d for dim in chosen for d in self.split[dim]}))
 
+    @property
+    def slots_in_buffer(self) -> int:
+        """How many elements FSDP2 sets aside for this device's part of the gradient in the buffer of its group: parts
+        are padded along the dimension that FSDP2 splits, which it does over the first dimensions of the mesh."""
+        sizes = list(self.shape if self.region is None else self.region.shape)
+        first = next((i for i, place in enumerate(self.placements) if getattr(place, "dim", None) is not None), None)
+        if self.region is not None and first is not None and self.mesh.size(first) > 1:
+            dim = self.placements[first].dim % len(sizes)
+            sizes[dim] = -(-self.shape[dim] // self.region.parts[dim])
+        return math.prod(sizes)
+
     def zeros(self, field: FieldSpec, spec: ParamSpec) -> Tensor:
         """A field of the parameter's state, of zeros: a DTensor of the field's shape in memory."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        whole, dims = field.layout(spec)
+        layout, dims = field.layout(spec)
         placements = self.along(dims)
-        shape, _ = compute_local_shape_and_global_offset(whole, self.mesh, placements)
-        local = torch.zeros(shape, dtype=field.dtype, device=self.mesh.device_type)
-        stride = torch.empty(whole, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(whole), stride=stride)
+        shape, _ = compute_local_shape_and_global_offset(layout, self.mesh, placements)
+        local = torch.zeros(shape, dtype=field.dtype, device=self.device)
+        size, stride = torch.Size(layout), torch.empty(layout, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=size, stride=stride)
 
     def along(self, dims: Sequence[int]) -> tuple[Any, ...]:
         """How a tensor lies whose dimensions run along these of the parameter: split where the parameter is split along
@@ -111,23 +123,27 @@ class Placement:
 
 def copy_part(own: Tensor, theirs: Tensor) -> None:
     """`own.copy_(theirs)`, whichever of the two is distributed and however; one may be flat and the other in rows."""
-    if not is_distributed(own):
-        own.copy_(_whole(theirs).reshape(own.shape))
-        return
-    mine: Any = own
-    if is_distributed(theirs) and theirs.shape == own.shape:
+    if is_distributed(own) and is_distributed(theirs) and theirs.shape == own.shape:
+        mine: Any = own
         their: Any = theirs
         if tuple(their.placements) != tuple(mine.placements):
             their = their.redistribute(mine.device_mesh, mine.placements)
         here(own).copy_(here(their))
-        return
+    else:
+        here(own).copy_(whole(theirs).reshape(own.shape)[index_here(own)])
+
+
+def index_here(tensor: Tensor) -> tuple[slice, ...]:
+    """What cuts this device's part out of the whole tensor."""
+    if not is_distributed(tensor):
+        return ()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(own.shape, mine.device_mesh, mine.placements)
-    part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    here(own).copy_(_whole(theirs).reshape(own.shape)[part])
+    distributed: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, distributed.device_mesh, distributed.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of it, on every device."""
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every device: they must call this together if it is distributed."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import optstate
 from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import recipes
+from optstate.placement import here
 
 STEPS = 10
 BATCH = 8
@@ -154,20 +156,90 @@ def equals_unsharded(recipe: str, fused: bool, rows: int, layers: bool, mesh: tu
     return distance(model, plain), distance_of_state(optimizer, other)
 
 
-def tensor_parallel(recipe: str, fused: bool, data: int = 1) -> tuple[float, float]:
-    """Columns and rows split over two processes; with `data` > 1 FSDP2 over the others."""
+def split_both_ways(model: Net, data: int) -> Any:
+    """Columns and rows split over two processes; with `data` > 1 FSDP2 over the others. Returns the mesh."""
     mesh = init_device_mesh("cpu", (data, 2), mesh_dim_names=("data", "tensor"))
-    model, plain = net(), net()
     split = {"up": ColwiseParallel(output_layouts=Replicate()), "mid": ColwiseParallel(), "down": RowwiseParallel()}
     parallelize_module(model, mesh["tensor"], split)
     if data > 1:
         for layer in (model.mid, model.down):
             fully_shard(layer, mesh=mesh["data"])
         fully_shard(model, mesh=mesh["data"])
+    return mesh
+
+
+def tensor_parallel(recipe: str, fused: bool, data: int = 1) -> tuple[float, float]:
+    """Tensor parallelism, with FSDP2 if `data` > 1."""
+    model, plain = net(), net()
+    mesh = split_both_ways(model, data)
     optimizer, other = RECIPES[recipe](model.named_parameters()), RECIPES[recipe](plain.named_parameters())
     train(model, optimizer, fused, data, mesh.get_local_rank("data"))
     train_whole(plain, other, data)
     return distance(model, plain), distance_of_state(optimizer, other)
+
+
+class Uneven(nn.Module):
+    """Columns that two processes cannot share evenly; a small parameter comes last in the group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 7, bias=False)
+        self.second = nn.Linear(7, 16, bias=False)
+        self.last = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x + self.second(self.first(x).relu()))[:, :3])
+
+
+def uneven_columns(fused: bool) -> float:
+    """All processes must know of a group of gradients alike when it is complete, although their parts differ."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    model = Uneven()
+    plain = deepcopy(model)
+    rows = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model, mesh["tensor"], {"second": rows, "last": rows})
+    fully_shard(model, mesh=mesh["data"])
+    optimizer, other = RECIPES["adamw"](model.named_parameters()), RECIPES["adamw"](plain.named_parameters())
+    if fused:
+        optstate.fuse_backward(optimizer)
+    for step in range(3):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        model(my_part(x, 2, mesh.get_local_rank("data"))).square().mean().backward()
+        plain(x).square().mean().backward()
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+    return distance(model, plain)
+
+
+def one_file_of_two_meshes(recipe: str, folder: Path) -> tuple[bool, bool]:
+    """Some parameters lie on the whole mesh, others are whole for tensor parallelism. Whether the file holds what the
+    ranks have together, and whether each gets its own part back."""
+    model = net()
+    split_both_ways(model, 2)
+    optimizer = RECIPES[recipe](model.named_parameters())
+    train(model, optimizer, False, 2, dist.get_rank() // 2, range(2))
+    optstate.save(optimizer, folder / f"{recipe}.safetensors")
+    dist.barrier()
+    plain, again = net(), net()
+    split_both_ways(again, 2)
+    unsharded, other = RECIPES[recipe](plain.named_parameters()), RECIPES[recipe](again.named_parameters())
+    optstate.load(unsharded, folder / f"{recipe}.safetensors")
+    optstate.load(other, folder / f"{recipe}.safetensors")
+    gathered = [[whole(v) for v in state.values() if isinstance(v, Tensor)] for state in optimizer.state.values()]
+    loaded = [[v for v in state.values() if isinstance(v, Tensor)] for state in unsharded.state.values()]
+    return equal(gathered, loaded), equal(parts(optimizer), parts(other))
+
+
+def parts(optimizer: optstate.Optimizer) -> list[list[Tensor]]:
+    """The tensors of the state of every parameter, as far as they are here."""
+    states = optimizer.state.values()
+    return [[here(value) for value in state.values() if isinstance(value, Tensor)] for state in states]
+
+
+def equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
+    return all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
 
 
 def rounding_is_that_of_the_whole(layers: bool) -> float:

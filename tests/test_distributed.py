@@ -127,7 +127,9 @@ def two(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> dict[Any
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory, two: dict[Any, Any], checkpoints: Path) -> dict[Any, Any]:
     loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
-    return run(4, [*FOUR, *loads], tmp_path_factory.mktemp("four"))
+    others = [("uneven_columns", fused) for fused in BOTH]
+    others += [("one_file_of_two_meshes", recipe, checkpoints) for recipe in ("adamw8bit", "adalomo")]
+    return run(4, [*FOUR, *others, *loads], tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,16 @@ def test_two_processes_end_where_one_does(two: dict[Any, Any], case: tuple[Any, 
 @pytest.mark.parametrize("case", FOUR, ids=str)
 def test_four_processes_end_where_one_does(four: dict[Any, Any], case: tuple[Any, ...]) -> None:
     check_close(case, *result(four, *case))
+
+
+@pytest.mark.parametrize("fused", BOTH)
+def test_parts_of_different_sizes_are_stepped_together(four: dict[Any, Any], fused: bool) -> None:
+    assert result(four, "uneven_columns", fused) <= CLOSE
+
+
+@pytest.mark.parametrize("recipe", ["adamw8bit", "adalomo"])
+def test_parameters_on_a_part_of_the_mesh_are_saved_with_the_others(four: Any, checkpoints: Path, recipe: str) -> None:
+    assert result(four, "one_file_of_two_meshes", recipe, checkpoints) == (True, True)
 
 
 def test_stochastic_rounding_of_a_shard_is_that_of_the_whole(two: dict[Any, Any]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.stored import Stored
+from optstate.checkpoint.stored import Pieces, Stored
 from optstate.checkpoint.tensors import load, read_into
-from optstate.placement import copy_part, is_distributed
+from optstate.placement import copy_part, here, index_here, is_distributed, whole
 
 __all__ = ["any_distributed", "read_part_into", "write_gathered"]
 
@@ -29,20 +31,19 @@ def write_gathered(path: Any, tensors: Mapping[str, Tensor], write: Callable[[Na
     One whole tensor at a time is in memory. If writing fails, every rank raises.
 
     Raises:
-        CheckpointError: if a tensor lies on a part of the ranks only, or if rank 0 could not write.
+        CheckpointError: if not all ranks have parts of the same tensors, or if rank 0 could not write.
     """
-    meshes = [tensor.device_mesh for tensor in tensors.values() if is_distributed(tensor)]  # type: ignore[attr-defined]
-    if any(mesh.size() != dist.get_world_size() for mesh in meshes):
-        reason = "some parameters are on a part of the ranks only, which cannot be gathered into one file"
+    if not _agreed([(name, tuple(tensor.shape)) for name, tensor in tensors.items()]):
+        reason = "the ranks have parts of different parameters, which cannot be gathered into one file"
         raise CheckpointError(path, reason, "use torch.distributed.checkpoint", refused=True)
-    whole = ((name, _whole(tensor)) for name, tensor in tensors.items())
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
     failure: BaseException | None = None
     if dist.get_rank() == 0:
         try:
-            write(whole)
+            write(gathered)
         except BaseException as error:
             failure = error
-    for _ in whole:
+    for _ in gathered:
         pass  # the others wait until all have taken part
     told = [None if failure is None else str(failure)]
     dist.broadcast_object_list(told, src=0)
@@ -53,12 +54,22 @@ def write_gathered(path: Any, tensors: Mapping[str, Tensor], write: Callable[[Na
 
 
 def read_part_into(own: Tensor, stored: Stored) -> None:
-    """Fill `own`, or what of it is on this device, from a tensor of a file."""
-    if is_distributed(own):
-        copy_part(own, load(stored))
+    """Fill `own`, or what of it is on this device, from a tensor of a file: only the rows that it needs are read."""
+    index = index_here(own)
+    if not index:
+        read_into(here(own), stored)
+        return
+    if not isinstance(stored, Pieces) and stored.stride is None and stored.elements:
+        rows, row = index[0], stored.nbytes // own.shape[0]
+        shape = (rows.stop - rows.start, *own.shape[1:])
+        part = load(replace(stored, start=stored.start + rows.start * row, shape=shape))
+        here(own).copy_(part[(slice(None), *index[1:])])
     else:
-        read_into(own, stored)
+        copy_part(own, load(stored))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+def _agreed(what: Any) -> bool:
+    """Whether all ranks say the same."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, hashlib.sha256(repr(what).encode()).hexdigest())
+    return len(set(everywhere)) == 1

@@ -107,7 +107,8 @@ def bits(stored: Stored) -> Stored:
 
 
 def read_into(own: Tensor, stored: Stored) -> None:
-    """Fill `own` with a tensor of a file, by way of a copy only if one of the two is not plain memory.
+    """Fill `own` with a tensor of a file of as many elements, by way of a copy only if one of the two is not plain
+    memory.
 
     Raises:
         OSError: if the file ends early or cannot be read; `own` may then be filled in part.
@@ -116,7 +117,7 @@ def read_into(own: Tensor, stored: Stored) -> None:
     if plain and own.device.type == "cpu" and own.is_contiguous():
         _fill(own, stored)
     else:
-        own.copy_(load(stored))
+        own.copy_(load(stored).view(own.shape))
 
 
 def _fill(target: Tensor, stored: Stored) -> None:
