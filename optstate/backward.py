@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from optstate import engines, groups, kernels, trainers
+from optstate.collectives import LostProcessError
 from optstate.kernels import Product, Scalar
 from optstate.optimizer import Optimizer
 from optstate.placement import here, is_distributed
@@ -195,6 +196,7 @@ class FusedBackward:
 
     def _update_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
+        self.optimizer._require_agreement(waiting, done=len(self._updated))
         self._update(waiting)
 
     def _update(self, params: list[Tensor]) -> None:
@@ -383,8 +385,13 @@ class FusedBackward:
 
     def _step_held(self, held: list[Tensor]) -> None:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
+        self.optimizer._require_agreement(held, done=len(self._updated))
         if self.clip_grad_norm is not None and self._coefficient is None:
-            self._norm(self._over_devices({param: self._square_here(param) for param in held}))
+            try:
+                squares = self._over_devices({param: self._square_here(param) for param in held})
+            except LostProcessError as error:
+                raise self.optimizer._lost(held, len(self._updated), error) from error.__cause__
+            self._norm(squares)
         for batch in self.optimizer._batches(held):
             self._update(batch)
 

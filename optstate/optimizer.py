@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from optstate import groups, kernels, resume
+from optstate.collectives import Agreement, LostProcessError, listed
 from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_together
@@ -24,7 +26,7 @@ __all__ = ["InconsistentStateError", "Optimizer"]
 
 
 class InconsistentStateError(RuntimeError):
-    """A step broke off after some parameters were updated and before others were."""
+    """A step broke off after some parameters were updated, here or on another device, and before others were."""
 
 
 @dataclass
@@ -39,6 +41,11 @@ class _Leaf:
     def is_split(self) -> bool:
         """Whether this device has only a part of it, so that all devices must step it together."""
         return self.plan.spec.region is not None
+
+    @cached_property
+    def processes(self) -> tuple[Any, ...]:
+        """The process groups whose devices have the other parts of it."""
+        return () if self.placement is None else self.placement.groups()
 
 
 class _Fused(Protocol):
@@ -92,6 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         self._inconsistent = ""
         self._writing = False
         self._flags = DeferredFlags()
+        self._agreement = Agreement()
         shared = {} if self._route.rules else self._route.default.hyper
         super().__init__(groups.checked_params(params), {"lr": lr, **shared})
 
@@ -229,8 +237,10 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteGradientError: for an infinite or NaN gradient. The parameter it belongs to is unchanged; if
                 others were already updated, the optimizer is inconsistent from then on.
-            InconsistentStateError: if an earlier step broke off half-way.
-            RuntimeError: fused, if no gradient arrived since the last step or hooks were lost.
+            InconsistentStateError: if an earlier step broke off half-way, or if this one did as another process is
+                gone, or late by more than the process group's timeout; then `__cause__` is what the backend said.
+            RuntimeError: if parameters that are split among devices have a gradient on some of them only; nothing is
+                changed. Fused, if no gradient arrived since the last step or hooks were lost.
         """
         loss = None
         if closure is not None:
@@ -248,6 +258,7 @@ class Optimizer(torch.optim.Optimizer):
             self._fused.close_step()
         else:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self._require_agreement(params, done=0, all_groups=True)
             self._step_all(params, 1.0, done=0)
         self._flags.close_step()
         return loss
@@ -258,6 +269,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self.step_parameter(param, grad_scale)
         except BaseException as error:
+            if isinstance(error, LostProcessError):
+                raise self._lost([param], done, error) from error.__cause__
             if done or (self._writing and not isinstance(error, NonFiniteGradientError)):
                 self._break_off(done, param, str(error) or type(error).__name__)
             raise
@@ -304,10 +317,47 @@ class Optimizer(torch.optim.Optimizer):
             run_together(steps)
         except BaseException as error:
             finished = [self.state[p]["step"] > step for p, step in zip(params, before, strict=True)]
+            if isinstance(error, LostProcessError):
+                late = [param for param, ready in zip(params, finished, strict=True) if not ready]
+                raise self._lost(late, done + sum(finished), error) from error.__cause__
             if done or any(finished) or (self._writing and not isinstance(error, NonFiniteGradientError)):
                 failed = params[finished.index(False)] if False in finished else params[-1]
                 self._break_off(done + sum(finished), failed, str(error) or type(error).__name__)
             raise
+
+    def _require_agreement(self, params: Iterable[Tensor], done: int, all_groups: bool = False) -> None:
+        """Raise unless all devices are about to step the same split parameters, after `done` others.
+
+        all_groups: agree with all devices that share a parameter with this one, also on stepping none of theirs.
+        """
+        if all(leaf.placement is None for leaf in self._leaves.values()):
+            return
+        leaves = [leaf for leaf in map(self._leaf, params) if leaf.is_split]
+        shared = self._leaves.values() if all_groups else leaves
+        chosen: dict[Any, list[str]] = {leaf.processes: [] for leaf in shared if leaf.is_split}
+        for leaf in leaves:
+            chosen[leaf.processes].append(leaf.plan.spec.name)
+        try:
+            difference = self._agreement.difference(chosen)
+        except LostProcessError as error:
+            raise self._lost(list(params), done, error) from error.__cause__
+        if difference:
+            if done:
+                self._inconsistent = f"{done} parameters were updated, then {difference}"
+            raise RuntimeError(
+                f"{difference}, but parameters that are split among devices are stepped by all together: give them "
+                "zeros where they have none (p.grad = torch.zeros_like(p)), or none anywhere"
+            )
+
+    def _lost(self, params: list[Tensor], updated: int, error: LostProcessError) -> InconsistentStateError:
+        """What to raise when a collective failed: others may have got its result, and gone on with this step."""
+        which = listed([self._name(param) for param in params]) if params else "no parameter"
+        step = 1 + max((self._state_of(param)["step"] for param in params), default=0)
+        self._inconsistent = f"{updated} parameters were updated, then step {step} of {which} failed: {error}"
+        return InconsistentStateError(
+            f"step {step} broke off at {which}: {error}. Weights may be updated in part, here or on other devices: "
+            "load the last checkpoint in new processes"
+        )
 
     def _placed(self, param: Tensor) -> Placement:
         placement = self._leaf(param).placement
@@ -469,5 +519,6 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._leaves, self._fused, self._flags, self._writing = {}, None, DeferredFlags(), False
+        self._agreement = Agreement()
         for index in range(len(self.param_groups)):
             self._adopt(index)

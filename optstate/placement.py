@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.collectives import collective
 from optstate.spec import FieldSpec, ParamSpec, Region
 
 __all__ = ["Placement", "copy_part", "here", "index_here", "is_distributed", "placement_of", "whole"]
@@ -113,11 +114,13 @@ class Placement:
 
         Raises:
             TypeError: if the gradient is not distributed.
+            LostProcessError: if partial sums cannot be added up, as another process does not take part.
         """
         if not is_distributed(grad):
             raise TypeError("its gradient is no DTensor although the parameter is one")
         if tuple(grad.placements) != self.placements:
-            grad = grad.redistribute(placements=self.placements)
+            with collective():
+                return here(grad.redistribute(placements=self.placements))
         return here(grad)
 
 

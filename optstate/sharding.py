@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optstate.collectives import collective
 from optstate.placement import Placement
 from optstate.stores import Largest, Partial, Requests
 
@@ -55,7 +56,11 @@ def run_together(steps: Sequence[tuple[Placement, Requests[Any]]]) -> None:
 
 
 def add_up(pending: Sequence[Pending]) -> list[Any]:
-    """The replies to all requests, each over the devices it is about."""
+    """The replies to all requests, each over the devices it is about.
+
+    Raises:
+        LostProcessError: if another process does not take part.
+    """
     parts: dict[Any, list[Tensor]] = {}
 
     def note(placement: Placement, item: Any) -> Callable[[], Any]:
@@ -79,7 +84,8 @@ def add_up(pending: Sequence[Pending]) -> list[Any]:
         groups, how, *_ = key
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         for group in groups:
-            dist.all_reduce(flat, op=how, group=group)
+            with collective():
+                dist.all_reduce(flat, op=how, group=group)
         totals[key] = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [read() for read in readers]
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -423,16 +420,22 @@ def fused_under_replicate() -> float:
 
 def save_distributed(recipe: str, folder: Path) -> None:
     """Five steps, then torch's distributed checkpoint and the one file of `optstate.save`."""
+    saved_run(recipe, folder)
+
+
+def saved_run(recipe: str, folder: Path, fused: bool = False) -> tuple[nn.Module, optstate.Optimizer]:
+    """A run that has just saved itself in both ways after five steps."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
     world, rank = dist.get_world_size(), dist.get_rank()
     model = shard(net(), init_device_mesh("cpu", (world,)), True)
     optimizer = RECIPES[recipe](model.named_parameters())
-    train(model, optimizer, False, world, rank, range(5))
+    train(model, optimizer, fused, world, rank, range(5))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder / "dcp")
     optstate.save(optimizer, folder / "opt.safetensors")
+    return model, optimizer
 
 
 def load_distributed(recipe: str, folder: Path, how: str) -> float:
@@ -461,24 +464,3 @@ def load_distributed(recipe: str, folder: Path, how: str) -> float:
     train_whole(plain, other, 2, range(5))
     train_whole(plain, other, world, range(5, 10))
     return distance(model, plain)
-
-
-def main() -> None:
-    """Run the cases named in a file, and leave rank 0's results beside it."""
-    torch.set_num_threads(1)
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    results: dict[Any, Any] = {}
-    for name, *args in torch.load(folder / "cases.pt", weights_only=False):
-        key = (name, *map(str, args))
-        try:
-            results[key] = globals()[name](*args)
-        except Exception:
-            results[key] = traceback.format_exc()
-    torch.save(results, folder / f"results{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,17 +6,14 @@ processes share their processes, which take seconds to start.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import optstate
 from tests import ranks
+from tests.launching import failed, launch, result
 
 CLOSE = 1e-6
 """fp32 weights of order one, ten steps: gradients averaged over processes are summed in another order."""
@@ -33,30 +30,10 @@ TIMEOUT = 900
 
 
 def run(world: int, cases: list[tuple[Any, ...]], folder: Path) -> dict[Any, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(cases, folder / "cases.pt")
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    command = [sys.executable, "-m", "tests.ranks"]
-    with (folder / "log").open("w") as log:
-        started = [
-            subprocess.Popen([*command, str(rank), str(world), str(folder)], env=environment, stdout=log, stderr=log)
-            for rank in range(world)
-        ]
-        try:
-            codes = [process.wait(timeout=TIMEOUT) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-    assert codes == [0] * world, (folder / "log").read_text()[-3000:]
-    everywhere = [torch.load(folder / f"results{rank}.pt", weights_only=False) for rank in range(world)]
+    """The results of rank 0, and what failed on any other."""
+    everywhere = launch("tests.ranks", world, cases, folder, timeout=TIMEOUT)
     failures = {key: value for results in everywhere for key, value in results.items() if failed(value)}
     return {**everywhere[0], **failures}
-
-
-def failed(value: Any) -> bool:
-    """Whether a case left a traceback instead of a result."""
-    return isinstance(value, str) and "Traceback" in value
 
 
 NAMED = ("adalomo", "adafactor", "lomo", "adamw", "adamw8bit", "adamfactor", "came")
@@ -142,12 +119,6 @@ def tolerance(case: tuple[Any, ...]) -> float:
     """Two processes add up gradients as one does, to the bit: an average in codes of these alone is the same, too."""
     exact = case[0] == "equals_unsharded" and case[-1] == (2,) and case[1] != "adamfactor"
     return CODED_CLOSE if case[1] in CODED and not exact else CLOSE
-
-
-def result(results: dict[Any, Any], *case: Any) -> Any:
-    found = results[(case[0], *map(str, case[1:]))]
-    assert not failed(found), found
-    return found
 
 
 def check_close(case: tuple[Any, ...], weights: float, state: float) -> None:

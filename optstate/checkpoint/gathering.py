@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.stored import Pieces, Stored
 from optstate.checkpoint.tensors import load, read_into
+from optstate.collectives import LostProcessError, collective, from_all
 from optstate.placement import copy_part, here, index_here, is_distributed, whole
 
-__all__ = ["any_distributed", "read_part_into", "write_gathered"]
+__all__ = ["any_distributed", "check_gatherable", "failing_together", "read_part_into", "write_gathered"]
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -25,32 +27,65 @@ def any_distributed(tensors: Mapping[str, Tensor]) -> bool:
     return any(is_distributed(tensor) for tensor in tensors.values())
 
 
-def write_gathered(path: Any, tensors: Mapping[str, Tensor], write: Callable[[Named], None]) -> None:
-    """Call `write` with the whole tensors, one after the other, on rank 0; every rank must call this.
-
-    One whole tensor at a time is in memory. If writing fails, every rank raises.
-
-    Raises:
-        CheckpointError: if not all ranks have parts of the same tensors, or if rank 0 could not write.
-    """
-    if not _agreed([(name, tuple(tensor.shape)) for name, tensor in tensors.items()]):
+def check_gatherable(path: Any, tensors: Any) -> None:
+    """Raise CheckpointError unless all ranks name the same tensors, each of which rank 0 can then gather."""
+    with collective():
+        told = from_all(hashlib.sha256(repr(tensors).encode()).hexdigest(), (dist.group.WORLD,))
+    if len(set(told.values())) > 1:
         reason = "the ranks have parts of different parameters, which cannot be gathered into one file"
         raise CheckpointError(path, reason, "use torch.distributed.checkpoint", refused=True)
-    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+
+
+@contextmanager
+def failing_together(path: Any) -> Iterator[None]:
+    """Every rank must run the body; where it raises on one, it raises on all, so that none waits for another.
+
+    Raises:
+        CheckpointError: if the body raised on another rank, or another rank is gone or late.
+    """
     failure: BaseException | None = None
-    if dist.get_rank() == 0:
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+    if not isinstance(failure, LostProcessError):
         try:
-            write(gathered)
-        except BaseException as error:
-            failure = error
-    for _ in gathered:
-        pass  # the others wait until all have taken part
-    told = [None if failure is None else str(failure)]
-    dist.broadcast_object_list(told, src=0)
+            with collective():
+                reasons = from_all(_reason(failure), (dist.group.WORLD,))
+        except LostProcessError as error:
+            failure = failure or error
+    if isinstance(failure, LostProcessError):
+        hint = "the file is what it was before, or the complete new one; load it in new processes"
+        raise CheckpointError(path, f"saving broke off: {failure}", hint) from failure.__cause__
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        raise CheckpointError(path, f"not saved, rank 0 failed: {told[0]}")
+    for rank, reason in reasons.items():
+        if reason is not None:
+            raise CheckpointError(path, f"not saved, rank {rank} failed: {reason}")
+
+
+def _reason(failure: BaseException | None) -> str | None:
+    """Why a rank failed, for the others."""
+    if isinstance(failure, CheckpointError):
+        return f"{failure.reason}; {failure.hint}" if failure.hint else failure.reason
+    return None if failure is None else str(failure) or type(failure).__name__
+
+
+def write_gathered(tensors: Mapping[str, Tensor], write: Callable[[Named], None]) -> None:
+    """Call `write` with the whole tensors, one after the other, on rank 0; every rank must call this.
+
+    One whole tensor at a time is in memory. Where `write` raises, the other ranks come to the end all the same.
+
+    Raises:
+        LostProcessError: if another process does not take part.
+    """
+    gathered = ((name, _whole(tensor)) for name, tensor in tensors.items())
+    try:
+        if dist.get_rank() == 0:
+            write(gathered)
+    finally:
+        for _ in gathered:
+            pass  # all have to take part in gathering what is left
 
 
 def read_part_into(own: Tensor, stored: Stored) -> None:
@@ -68,8 +103,6 @@ def read_part_into(own: Tensor, stored: Stored) -> None:
         copy_part(own, load(stored))
 
 
-def _agreed(what: Any) -> bool:
-    """Whether all ranks say the same."""
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, hashlib.sha256(repr(what).encode()).hexdigest())
-    return len(set(everywhere)) == 1
+def _whole(tensor: Tensor) -> Tensor:
+    with collective():
+        return whole(tensor)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,14 @@ from optstate.checkpoint.document import (
     to_json,
 )
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.gathering import Named, any_distributed, read_part_into, write_gathered
+from optstate.checkpoint.gathering import (
+    Named,
+    any_distributed,
+    check_gatherable,
+    failing_together,
+    read_part_into,
+    write_gathered,
+)
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.sharded import create_set
 from optstate.checkpoint.stored import Stored
@@ -61,7 +69,7 @@ def save(
     replaced at once or not at all. Memory: none for tensors on the CPU, else one tensor.
 
     Where parameters are split among devices (FSDP2, HSDP, tensor parallelism), every rank must call this; rank 0 writes
-    the bytes that an unsharded run would, where it keeps the same stores.
+    the bytes that an unsharded run would, where it keeps the same stores. What fails on one rank fails on all.
 
     State of more than `max_shard_size` bytes becomes several files of at most that many each,
     `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
@@ -72,16 +80,20 @@ def save(
     Raises:
         InconsistentStateError: if a step broke off half-way.
         CheckpointError: if the file cannot be written, exists although `overwrite` is false, or the optimizer holds
-            what has no place in it.
+            what has no place in it; if another rank failed, is gone, or is late by more than its process group's
+            timeout.
         ValueError: if `max_shard_size` is below one byte.
     """
-    saved, plan = optimizer.state_dict(), optimizer.plan()
-    try:
-        resume.check(optimizer, plan, saved)  # what could not be loaded again is not written either
-        document = described(optimizer, plan, saved)
-        text = to_json(document if model is None else with_tied_names(document, optimizer, model))
-    except ValueError as error:
-        raise CheckpointError(path, f"not saved: {error}", refused=True) from None
+    plan = optimizer.plan()
+    tell_others = _telling_others(optimizer, plan, path)
+    with tell_others():
+        saved = optimizer.state_dict()
+        try:
+            resume.check(optimizer, plan, saved)  # what could not be loaded again is not written either
+            document = described(optimizer, plan, saved)
+            text = to_json(document if model is None else with_tied_names(document, optimizer, model))
+        except ValueError as error:
+            raise CheckpointError(path, f"not saved: {error}", refused=True) from None
     names = parameter_names(optimizer, plan)
     tensors: dict[str, Tensor] = {}
     entries = []
@@ -99,10 +111,21 @@ def save(
                 file.put(name, bytes_of(tensor))
             file.finish(metadata)
 
-    if any_distributed(tensors):
-        write_gathered(path, tensors, write)
-    else:
-        write(iter(tensors.items()))
+    with tell_others():
+        if any_distributed(tensors):
+            write_gathered(tensors, write)
+        else:
+            write(iter(tensors.items()))
+
+
+def _telling_others(optimizer: Optimizer, plan: Plan, path: Path) -> Callable[[], AbstractContextManager[None]]:
+    """What a part of saving runs under: where state is split among devices, it must succeed on all of them."""
+    if not any(map(any_distributed, optimizer.state.values())):
+        return nullcontext
+    tell_others = partial(failing_together, path)
+    with tell_others():
+        check_gatherable(path, [(param.spec.name, param.spec.shape, param.stores) for param in plan])
+    return tell_others
 
 
 def load(
