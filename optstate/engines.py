@@ -1,4 +1,4 @@
-"""Recognising the training engines under which a fused update would be wrong, and refusing them."""
+"""Recognising the training engines under which an update would be wrong, and refusing them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,31 @@ from torch import Tensor
 
 from optstate import kernels
 
-__all__ = ["refuse_live_objects", "refuse_parameters"]
+__all__ = ["refuse_flat_parameter", "refuse_live_objects", "refuse_parameters"]
+
+
+def refuse_flat_parameter(name: str, param: Tensor, in_parts: bool) -> None:
+    """Raise TypeError for a flat parameter of FSDP1 whose recipe needs to know the parameters in it.
+
+    in_parts: whether the recipe treats each element, or block of them, by itself.
+    """
+    if not in_parts and is_flat(param):
+        raise TypeError(
+            f"{name!r} is a piece of a flat parameter of FSDP1, in which rows, columns and norms of the parameters are "
+            "lost, so this recipe would become another one: use FSDP2 (fully_shard), or a recipe that works element by "
+            "element, such as AdamW"
+        )
+
+
+def is_flat(param: Tensor) -> bool:
+    """Whether FSDP1 made this parameter, or made it a piece of one."""
+    return type(param).__name__ == "FlatParameter" or bool(getattr(param, "_fsdp_flattened", False))
 
 
 def refuse_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise RuntimeError if a parameter belongs to an engine or to another fused optimizer."""
     for name, param in named:
-        if type(param).__name__ == "FlatParameter" or getattr(param, "_fsdp_flattened", False):
+        if is_flat(param):
             raise RuntimeError(
                 f"{name!r} is sharded by FSDP1, which never calls gradient hooks: use FSDP2 (fully_shard), "
                 "or leave the update to step()"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from optstate import groups, kernels, resume
+from optstate import engines, groups, kernels, resume
 from optstate.collectives import Agreement, LostProcessError, listed
 from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
@@ -147,6 +147,7 @@ class Optimizer(torch.optim.Optimizer):
             name, param = item if isinstance(item, tuple) else (f"param_{first + i}", item)
             name = group["param_names"][i] if "param_names" in group else name
             spec = groups.spec_of(name, param, group)
+            engines.refuse_flat_parameter(name, param, all(chain.knows_no_shape for chain in self._route.chains))
             plans.append(plan_parameter(spec, self._route, self._weights, param.requires_grad or param in self.state))
         return plans
 

@@ -405,6 +405,27 @@ def under_ddp() -> float:
     return distance(model, plain)
 
 
+def under_fsdp1(own_shapes: bool) -> tuple[str, float]:
+    """Stepped under FSDP1, which makes one flat parameter of all, or pieces of it: what AdaLomo says, and AdamW."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, plain = net(), net()
+    wrapped = FullyShardedDataParallel(model, use_orig_params=own_shapes, device_id=torch.device("cpu"))
+    try:
+        RECIPES["adalomo"](wrapped.named_parameters())
+    except TypeError as error:
+        said = str(error)
+    else:
+        said = "nothing"
+    optimizer, other = RECIPES["adamw"](wrapped.named_parameters()), RECIPES["adamw"](plain.named_parameters())
+    train(wrapped, optimizer, False, world, rank)
+    train_whole(plain, other, world)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (wrapped, plain))
+    return said, (ours[: len(theirs)] - theirs).abs().max().item()  # the end is padding
+
+
 def fused_under_replicate() -> float:
     """The replacement for DistributedDataParallel: FSDP2's `replicate`."""
     from torch.distributed._composable.replicate_with_fsdp import replicate

@@ -77,6 +77,8 @@ OTHERS: list[tuple[Any, ...]] = [
     ("replaced_parameters", False),
     ("replaced_parameters", True),
     ("under_ddp",),
+    ("under_fsdp1", False),
+    ("under_fsdp1", True),
     ("fused_under_replicate",),
 ]
 FOUR = [
@@ -195,6 +197,15 @@ def test_parameters_sharded_after_the_optimizer_was_built_are_taken_over(two: di
 
 def test_stepped_under_ddp(two: dict[Any, Any]) -> None:
     assert result(two, "under_ddp") <= CLOSE
+
+
+@pytest.mark.parametrize("own_shapes", BOTH)
+def test_under_fsdp1_only_what_works_element_by_element(two: dict[Any, Any], own_shapes: bool) -> None:
+    """A flat parameter counts as a vector: AdaLomo would factor nothing, and clip each device's piece by itself."""
+    said, distance = result(two, "under_fsdp1", own_shapes)
+    assert "a piece of a flat parameter of FSDP1" in said
+    assert "use FSDP2 (fully_shard), or a recipe that works element by element, such as AdamW" in said
+    assert distance <= CLOSE
 
 
 def test_fused_under_replicate_the_remedy_for_ddp(two: dict[Any, Any]) -> None:

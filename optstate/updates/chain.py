@@ -45,6 +45,11 @@ class Chain(Transform):
         return all(t.elementwise for t in self.transforms)
 
     @cached_property
+    def knows_no_shape(self) -> bool:
+        """Whether every element, or block of them, goes its own way: a parameter may be flat, or a piece of one."""
+        return self.elementwise and all(slot.store.elementwise for slot in self.declared_slots({}).values())
+
+    @cached_property
     def reads_param(self) -> bool:  # type: ignore[override]
         return any(t.reads_param for t in self.transforms)
 
