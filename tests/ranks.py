@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import optstate
@@ -23,6 +23,8 @@ from optstate.placement import here
 STEPS = 10
 BATCH = 8
 TOKENS = 12
+SAVED_ROWS = 7
+"""Rows that neither two nor four processes can share evenly."""
 
 EPS = 1e-5
 """For Adam: elements whose gradient is rounding alone would otherwise step by as much as all others."""
@@ -249,7 +251,7 @@ def rounding_is_that_of_the_whole(layers: bool) -> float:
         for i, (a, b) in enumerate(zip(model.parameters(), plain.parameters(), strict=True)):
             grad = torch.randn(b.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(b.dtype)
             b.grad = grad
-            a.grad = torch.distributed.tensor.distribute_tensor(grad, a.device_mesh, a.placements)
+            a.grad = distribute_tensor(grad, a.device_mesh, a.placements)
         optimizer.step()
         other.step()
     return distance(model, plain)
@@ -439,6 +441,18 @@ def fused_under_replicate() -> float:
     return distance(model, plain)
 
 
+def other_parameters_on_each_rank(file: Path) -> str:
+    """What `optstate.save` says where ranks train different parameters, as stages of a pipeline do."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = RECIPES["adamw"]([(f"stage{dist.get_rank()}.weight", weight)])
+    try:
+        optstate.save(optimizer, file)
+    except optstate.CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
 def save_distributed(recipe: str, folder: Path) -> None:
     """Five steps, then torch's distributed checkpoint and the one file of `optstate.save`."""
     saved_run(recipe, folder)
@@ -450,7 +464,7 @@ def saved_run(recipe: str, folder: Path, fused: bool = False) -> tuple[nn.Module
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
     world, rank = dist.get_world_size(), dist.get_rank()
-    model = shard(net(), init_device_mesh("cpu", (world,)), True)
+    model = shard(net(SAVED_ROWS), init_device_mesh("cpu", (world,)), True)
     optimizer = RECIPES[recipe](model.named_parameters())
     train(model, optimizer, fused, world, rank, range(5))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
@@ -470,7 +484,7 @@ def load_distributed(recipe: str, folder: Path, how: str) -> float:
     )
 
     world, rank = dist.get_world_size(), dist.get_rank()
-    model, plain = net(), net()
+    model, plain = net(SAVED_ROWS), net(SAVED_ROWS)
     if world > 1:
         shard(model, init_device_mesh("cpu", (world,)), True)
     optimizer, other = RECIPES[recipe](model.named_parameters()), RECIPES[recipe](plain.named_parameters())

@@ -86,7 +86,7 @@ FOUR = [
     *(("equals_unsharded", recipe, True, rows, True, (4,)) for recipe in NAMED for rows in (7, 3)),
     *(("tensor_parallel", recipe, fused, 2) for recipe in ranks.RECIPES for fused in BOTH),
 ]
-SAVED = ("adalomo", "adamw", "adamw8bit", "adamfactor", "came")
+SAVED = ("adalomo", "adamw", "adamw8bit", "adamw4bit", "adamfactor", "came")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> dict[Any
     loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
     for recipe in SAVED:
         (checkpoints / recipe).mkdir()
-    return run(2, [*saves, *loads, *SHARDED, *TENSOR_PARALLEL, *OTHERS], tmp_path_factory.mktemp("two"))
+    stages = [("other_parameters_on_each_rank", checkpoints / "stages.safetensors")]
+    return run(2, [*saves, *loads, *SHARDED, *TENSOR_PARALLEL, *OTHERS, *stages], tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,14 @@ def test_parts_of_different_sizes_are_stepped_together(four: dict[Any, Any], fus
 @pytest.mark.parametrize("recipe", ["adamw8bit", "adalomo"])
 def test_parameters_on_a_part_of_the_mesh_are_saved_with_the_others(four: Any, checkpoints: Path, recipe: str) -> None:
     assert result(four, "one_file_of_two_meshes", recipe, checkpoints) == (True, True)
+
+
+def test_ranks_that_train_different_parameters_cannot_save_one_file(two: dict[Any, Any], checkpoints: Path) -> None:
+    file = checkpoints / "stages.safetensors"
+    said = result(two, "other_parameters_on_each_rank", file)
+    assert "the ranks have parts of different parameters" in said
+    assert "use torch.distributed.checkpoint" in said
+    assert not file.exists()
 
 
 def test_stochastic_rounding_of_a_shard_is_that_of_the_whole(two: dict[Any, Any]) -> None:
@@ -227,7 +236,7 @@ def test_what_two_processes_saved_goes_on_in_one_two_and_four(
 def test_the_one_file_is_what_an_unsharded_run_writes(two: Any, checkpoints: Path, tmp_path: Path, recipe: str) -> None:
     """Equal in every byte but the numbers' last digits: load it unsharded, and save it again."""
     result(two, "save_distributed", recipe, checkpoints / recipe)
-    optimizer = ranks.RECIPES[recipe](ranks.net().named_parameters())
+    optimizer = ranks.RECIPES[recipe](ranks.net(ranks.SAVED_ROWS).named_parameters())
     optstate.load(optimizer, checkpoints / recipe / "opt.safetensors")
     optstate.save(optimizer, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (checkpoints / recipe / "opt.safetensors").read_bytes()

@@ -117,7 +117,7 @@ def test_a_rank_killed_in_a_save_leaves_the_file_of_before(victim: int, tmp_path
     file, temporary = tmp_path / "opt.safetensors", [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
     assert len(temporary) == (victim == 0)  # what rank 0 wrote to
     assert set(open_checkpoint(file).document.steps) == {1}
-    optimizer = ranks.RECIPES["adalomo"](ranks.net().named_parameters())
+    optimizer = ranks.RECIPES["adalomo"](ranks.net(ranks.SAVED_ROWS).named_parameters())
     optstate.load(optimizer, file)
     optimizer.zero_grad()
     optstate.save(optimizer, file)

@@ -141,8 +141,7 @@ class Cut:
                 if not field.layout(part.plan.spec)[1] and part is not self.devices[0]:
                     assert torch.equal(whole, part.state[key])
                 whole[part.of_field(field)] = part.state[key]
-        fields = self.plan.fields
-        return param, {key: value.reshape(fields[key].shape) for key, value in seen.items()}
+        return param, seen
 
     def check(self, state_bits: bool, **close: float) -> None:
         param, state = self.joined()

@@ -17,7 +17,7 @@ from optstate.checkpoint.tensors import load, read_into
 from optstate.collectives import LostProcessError, collective, from_all
 from optstate.placement import copy_part, here, index_here, is_distributed, whole
 
-__all__ = ["any_distributed", "check_gatherable", "failing_together", "read_part_into", "write_gathered"]
+__all__ = ["any_distributed", "failing_together", "read_part_into", "write_gathered"]
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -27,21 +27,14 @@ def any_distributed(tensors: Mapping[str, Tensor]) -> bool:
     return any(is_distributed(tensor) for tensor in tensors.values())
 
 
-def check_gatherable(path: Any, tensors: Any) -> None:
-    """Raise CheckpointError unless all ranks name the same tensors, each of which rank 0 can then gather."""
-    with collective():
-        told = from_all(hashlib.sha256(repr(tensors).encode()).hexdigest(), (dist.group.WORLD,))
-    if len(set(told.values())) > 1:
-        reason = "the ranks have parts of different parameters, which cannot be gathered into one file"
-        raise CheckpointError(path, reason, "use torch.distributed.checkpoint", refused=True)
-
-
 @contextmanager
-def failing_together(path: Any) -> Iterator[None]:
+def failing_together(path: Any, tensors: Any) -> Iterator[None]:
     """Every rank must run the body; where it raises on one, it raises on all, so that none waits for another.
 
+    tensors: in what repr() tells apart, what is to be gathered: rank 0 must have a part of all of it.
+
     Raises:
-        CheckpointError: if the body raised on another rank, or another rank is gone or late.
+        CheckpointError: if the body raised on another rank, another rank is gone or late, or has other tensors.
     """
     failure: BaseException | None = None
     try:
@@ -51,7 +44,8 @@ def failing_together(path: Any) -> Iterator[None]:
     if not isinstance(failure, LostProcessError):
         try:
             with collective():
-                reasons = from_all(_reason(failure), (dist.group.WORLD,))
+                digest = hashlib.sha256(repr(tensors).encode()).hexdigest()
+                told = from_all((_reason(failure), digest), (dist.group.WORLD,))
         except LostProcessError as error:
             failure = failure or error
     if isinstance(failure, LostProcessError):
@@ -59,9 +53,12 @@ def failing_together(path: Any) -> Iterator[None]:
         raise CheckpointError(path, f"saving broke off: {failure}", hint) from failure.__cause__
     if failure is not None:
         raise failure
-    for rank, reason in reasons.items():
+    for rank, (reason, _) in told.items():
         if reason is not None:
             raise CheckpointError(path, f"not saved, rank {rank} failed: {reason}")
+    if len({digest for _, digest in told.values()}) > 1:
+        what = "the ranks have parts of different parameters, which cannot be gathered into one file"
+        raise CheckpointError(path, what, "use torch.distributed.checkpoint", refused=True)
 
 
 def _reason(failure: BaseException | None) -> str | None:

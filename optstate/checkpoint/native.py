@@ -36,7 +36,6 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.gathering import (
     Named,
     any_distributed,
-    check_gatherable,
     failing_together,
     read_part_into,
     write_gathered,
@@ -122,10 +121,7 @@ def _telling_others(optimizer: Optimizer, plan: Plan, path: Path) -> Callable[[]
     """What a part of saving runs under: where state is split among devices, it must succeed on all of them."""
     if not any(map(any_distributed, optimizer.state.values())):
         return nullcontext
-    tell_others = partial(failing_together, path)
-    with tell_others():
-        check_gatherable(path, [(param.spec.name, param.spec.shape, param.stores) for param in plan])
-    return tell_others
+    return partial(failing_together, path, [(param.spec.name, param.spec.shape, param.stores) for param in plan])
 
 
 def load(
