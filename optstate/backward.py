@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
@@ -99,11 +99,24 @@ class FusedBackward:
     def attach(self) -> None:
         """Hook every parameter that trains and has no hook of this optimizer: after unfreezing, for example."""
         self._require_active("attach")
+        self.optimizer._follow_replaced()
         self._hook([p for p in self._params() if p.requires_grad and not self._is_hooked(p)])
 
     def _attach_new(self) -> None:
         """Hook parameters that began to train after fusing. Lost hooks are not healed: `close_step` reports them."""
+        self.optimizer._follow_replaced()
         self._hook([p for p in self._params() if p.requires_grad and p not in self._handles])
+
+    def take_over(self, replaced: Mapping[Tensor, Tensor]) -> None:
+        """Hook parameters that were put in the place of others, and let those go: they may be whole where these are
+        sharded."""
+        for old in replaced:
+            handle = self._handles.pop(old, None)
+            if handle is not None:
+                handle.remove()
+            self._kept.discard(old)
+        self._hook([p for p in replaced.values() if p.requires_grad])
+        self.look_again()
 
     def _hook(self, missing: list[Tensor]) -> None:
         if missing:

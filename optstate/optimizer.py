@@ -61,6 +61,8 @@ class _Fused(Protocol):
 
     def look_again(self) -> None: ...
 
+    def take_over(self, replaced: Mapping[Tensor, Tensor]) -> None: ...
+
     def _reset(self) -> None: ...
 
 
@@ -193,40 +195,54 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: if state that has begun to fill would have to change its format.
         """
-        ours = iter(list(self._leaves.items()))
-        replaced = []
+        ours = iter(list(self._leaves))
+        replaced: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
-            for param, (old, leaf) in zip(group["params"], ours, strict=False):
+            for param, old in zip(group["params"], ours, strict=False):
                 if param is not old:
                     fits = is_distributed(param) and param.shape == old.shape and param.dtype == old.dtype
                     if not fits or param in self._leaves:
                         return  # `_leaf` refuses it
-                    replaced.append((param, old, leaf))
-        for param, old, leaf in replaced:
-            self._replace(param, old, leaf)
+                    replaced[old] = param
+        plans = {old: self._plan_again(param, old) for old, param in replaced.items()}  # raises before anything changes
+        for old, plan in plans.items():
+            self._replace(replaced[old], old, plan)
         if replaced:
             order = [p for group in self.param_groups for p in group["params"]]
             self._leaves = {param: self._leaves[param] for param in order}
             if self._fused is not None:
-                self._fused.attach()
+                self._fused.take_over(replaced)
 
-    def _replace(self, param: Tensor, old: Tensor, leaf: _Leaf) -> None:
-        """Let `param` take the place of `old`, with its state."""
+    def _plan_again(self, param: Tensor, old: Tensor) -> ParamPlan:
+        """The plan of `param` in the place of `old`, if the state there is can become its state."""
+        leaf = self._leaves[old]
         spec = groups.spec_of(leaf.plan.spec.name, param, self.param_groups[leaf.group])
         plan = plan_parameter(spec, self._route, self._weights, leaf.plan.trainable)
-        past = self.state.pop(old, None)
-        if past is not None and past["step"] and plan.stores != leaf.plan.stores:
+        steps = self.state[old]["step"] if old in self.state else 0
+        if steps and plan.stores != leaf.plan.stores:
             raise RuntimeError(
-                f"{spec.name!r} was sharded after {past['step']} steps, and its statistics would need another format: "
+                f"{spec.name!r} was sharded after {steps} steps, and its state would need another format: "
                 "shard the model before the first step, or save, shard, build the optimizer and load"
             )
-        self._leaves[param] = _Leaf(plan, leaf.group, placement_of(param))
-        del self._leaves[old]
+        return plan
+
+    def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan) -> None:
+        """Let `param` take the place of `old`, with its state."""
+        self._leaves[param] = _Leaf(plan, self._leaves.pop(old).group, placement_of(param))
+        past = self.state.pop(old, None)
         if past is not None:
             state = self._allocate(param)
             state["step"] = past["step"]
             for key in plan.fields if past["step"] else ():
                 copy_part(state[key], past[key])
+
+    def train(self) -> None:
+        """Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.
+
+        `step()` does so, too. Called before the first backward, the whole parameters are freed by then, and a fused
+        update begins with the first gradient. Transformers' Trainer calls this before every step.
+        """
+        self._follow_replaced()
 
     # --- stepping ---------------------------------------------------------------------------------------------
 

@@ -100,7 +100,8 @@ def main(module: str, folder: Path, collective_timeout: str, world: int) -> None
 
 def run_cases(functions: Any, folder: Path, limit: timedelta | None, rank: int, world: int) -> None:
     """Run the cases named in a file, and leave this rank's results beside it."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # trainers read them; the store below is what counts
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
     results = {}

@@ -17,10 +17,18 @@ BESIDE = Path(sys.executable).parent
 
 def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """An example in a process of its own; one thread, as processes that share cores slow each other down."""
-    script, *rest = map(str, args)
-    command = [sys.executable, str(ROOT / "examples" / script), *rest]
+    return launch([sys.executable], *args)
+
+
+def run_on_two(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """An example in two processes."""
+    return launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *args)
+
+
+def launch(launcher: list[str], script: str | Path, *rest: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, str(ROOT / "examples" / script), *map(str, rest)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("script", ["hf_trainer.py", "accelerate_loop.py", "lightning_module.py", "trl_sft.py"])
 def test_every_trainer_trains_a_small_llama(script: str) -> None:
-    done = run(script, "--steps", "24")
+    assert_learnt(run(script, "--steps", "24"))
+
+
+def test_accelerate_trains_a_small_llama_sharded_over_two_processes() -> None:
+    done = run_on_two("accelerate_fsdp2.py", "--steps", "24")
+    assert_learnt(done)
+    assert "in this process of 2" in done.stdout
+
+
+def assert_learnt(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
     line = re.search(r"loss (\S+) -> (\S+) nats per byte in 24 steps", done.stdout)
     assert line is not None
@@ -100,10 +117,7 @@ def test_the_demo_compares_and_resumes(corpus: Path, tmp_path: Path) -> None:
 
 def test_fsdp2_trains_on_two_processes_and_saves_what_one_reads(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "opt.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / "fsdp2.py"), "--steps", "11", "--corpus", str(corpus), "--save", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    done = run_on_two("fsdp2.py", "--steps", "11", "--corpus", corpus, "--save", out)
     assert done.returncode == 0, done.stderr
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
     assert losses[-1] < losses[0]

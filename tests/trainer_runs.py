@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,15 +35,21 @@ QUIET: dict[str, Any] = {
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its settings for the whole process: each test begins without those of the last."""
     yield
+    forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """Make accelerate look at its surroundings anew."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """12 thousand parameters over bytes; embedding, attention, gated feed-forward and norms, head untied."""
+def tiny_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
+    """12 thousand parameters over bytes; embedding, attention, gated feed-forward and norms, head untied or tied."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=64, **sizes)).to(dtype)
+    config = LlamaConfig(vocab_size=256, max_position_embeddings=64, tie_word_embeddings=tied, **sizes)
+    return LlamaForCausalLM(config).to(dtype)
 
 
 def windows(count: int) -> list[Batch]:
@@ -122,3 +129,10 @@ def fuse_if(fused: bool, optimizer: optstate.Optimizer, clip: float | None = Non
 def as_on_a_gpu_in_fp16(accelerator: Any) -> None:
     """What `mixed_precision="fp16"` makes of an Accelerator; accelerate does not offer it on a CPU."""
     accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+def as_on_gpus() -> None:
+    """Make accelerate shard on CPUs, too. FSDP2 works there, but accelerate ignores an FSDP plugin unless it counts the
+    processes as those of GPUs; tensors and sums stay on the CPU."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
