@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from optstate.backward import FusedBackward, fuse_backward
     from optstate.checkpoint.errors import CheckpointError
     from optstate.checkpoint.native import load, save
+    from optstate.consistency import InconsistentStateError
     from optstate.memory.estimate import estimate
-    from optstate.optimizer import InconsistentStateError, Optimizer
+    from optstate.optimizer import Optimizer
     from optstate.roles import declare_roles
     from optstate.spec import ParamSpec, is_matrix, is_vector
     from optstate.stores import NonFiniteGradientError
@@ -43,7 +44,7 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "optstate.checkpoint.errors",
     "FusedBackward": "optstate.backward",
-    "InconsistentStateError": "optstate.optimizer",
+    "InconsistentStateError": "optstate.consistency",
     "NonFiniteGradientError": "optstate.stores",
     "Optimizer": "optstate.optimizer",
     "ParamSpec": "optstate.spec",

@@ -263,9 +263,8 @@ class FusedBackward:
         """Remember it if the last backward pass updated parameters and then failed outside any hook."""
         if self._in_backward:
             self._in_backward = False
-            if self._updated and not self.optimizer._inconsistent:
-                count = len(self._updated)
-                self.optimizer._inconsistent = f"{count} parameters were updated, then the backward pass failed"
+            if self._updated and not self.optimizer._consistency.reason:
+                self.optimizer._consistency.broke_off(len(self._updated), "the backward pass failed")
                 self._abandon()
 
     def _abandon(self) -> None:

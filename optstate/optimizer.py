@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from optstate import engines, groups, kernels, resume
-from optstate.collectives import Agreement, LostProcessError, listed
-from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
+from optstate.collectives import Agreement, LostProcessError
+from optstate.consistency import Consistency, InconsistentStateError, reason_of
+from optstate.leaves import Leaf, batches, replacements
+from optstate.placement import Placement, copy_part, here, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_together
 from optstate.shortcuts import stepped_by_torch
@@ -23,29 +23,6 @@ from optstate.updates import Route, Transform, as_route
 from optstate.weights import Weights
 
 __all__ = ["InconsistentStateError", "Optimizer"]
-
-
-class InconsistentStateError(RuntimeError):
-    """A step broke off after some parameters were updated, here or on another device, and before others were."""
-
-
-@dataclass
-class _Leaf:
-    """What the optimizer remembers of one parameter besides its state."""
-
-    plan: ParamPlan
-    group: int
-    placement: Placement | None = None
-
-    @property
-    def is_split(self) -> bool:
-        """Whether this device has only a part of it, so that all devices must step it together."""
-        return self.plan.spec.region is not None
-
-    @cached_property
-    def processes(self) -> tuple[Any, ...]:
-        """The process groups whose devices have the other parts of it."""
-        return () if self.placement is None else self.placement.groups()
 
 
 class _Fused(Protocol):
@@ -95,11 +72,10 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self._route = as_route(recipe)
         self._weights = weights
-        self._leaves: dict[Tensor, _Leaf] = {}
+        self._leaves: dict[Tensor, Leaf] = {}
         self._fused: _Fused | None = None
         self._clip_of_original: float | None = None
-        self._inconsistent = ""
-        self._writing = False
+        self._consistency = Consistency()
         self._flags = DeferredFlags()
         self._agreement = Agreement()
         shared = {} if self._route.rules else self._route.default.hyper
@@ -138,7 +114,7 @@ class Optimizer(torch.optim.Optimizer):
         """Plan and allocate the parameters of one group."""
         group = self.param_groups[index]
         for param, plan in zip(group["params"], self._plan_group(group, len(self._leaves)), strict=True):
-            self._leaves[param] = _Leaf(plan, index, placement_of(param))
+            self._leaves[param] = Leaf(plan, index, placement_of(param))
             if param.requires_grad and param not in self.state:
                 self._allocate(param)
 
@@ -176,7 +152,7 @@ class Optimizer(torch.optim.Optimizer):
         tensors = (here(v) for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _leaf(self, param: Tensor) -> _Leaf:
+    def _leaf(self, param: Tensor) -> Leaf:
         leaf = self._leaves.get(param)
         if leaf is None:
             self._follow_replaced()
@@ -195,20 +171,12 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: if state that has begun to fill would have to change its format.
         """
-        ours = iter(list(self._leaves))
-        replaced: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            for param, old in zip(group["params"], ours, strict=False):
-                if param is not old:
-                    fits = is_distributed(param) and param.shape == old.shape and param.dtype == old.dtype
-                    if not fits or param in self._leaves:
-                        return  # `_leaf` refuses it
-                    replaced[old] = param
+        order = [p for group in self.param_groups for p in group["params"]]
+        replaced = replacements(list(self._leaves), order)
         plans = {old: self._plan_again(param, old) for old, param in replaced.items()}  # raises before anything changes
         for old, plan in plans.items():
             self._replace(replaced[old], old, plan)
         if replaced:
-            order = [p for group in self.param_groups for p in group["params"]]
             self._leaves = {param: self._leaves[param] for param in order}
             if self._fused is not None:
                 self._fused.take_over(replaced)
@@ -216,7 +184,7 @@ class Optimizer(torch.optim.Optimizer):
     def _plan_again(self, param: Tensor, old: Tensor) -> ParamPlan:
         """The plan of `param` in the place of `old`, if the state there is can become its state."""
         leaf = self._leaves[old]
-        spec = groups.spec_of(leaf.plan.spec.name, param, self.param_groups[leaf.group])
+        spec = groups.spec_of(leaf.name, param, self.param_groups[leaf.group])
         plan = plan_parameter(spec, self._route, self._weights, leaf.plan.trainable)
         steps = self.state[old]["step"] if old in self.state else 0
         if steps and plan.stores != leaf.plan.stores:
@@ -228,7 +196,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan) -> None:
         """Let `param` take the place of `old`, with its state."""
-        self._leaves[param] = _Leaf(plan, self._leaves.pop(old).group, placement_of(param))
+        self._leaves[param] = Leaf(plan, self._leaves.pop(old).group, placement_of(param))
         past = self.state.pop(old, None)
         if past is not None:
             state = self._allocate(param)
@@ -282,14 +250,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_and_remember(self, param: Tensor, grad_scale: float | Tensor, done: int) -> None:
         """Update one parameter after `done` others, and remember if that leaves the step half made."""
-        self._writing = False
+        self._consistency.writing = False
         try:
             self.step_parameter(param, grad_scale)
         except BaseException as error:
             if isinstance(error, LostProcessError):
                 raise self._lost([param], done, error) from error.__cause__
-            if done or (self._writing and not isinstance(error, NonFiniteGradientError)):
-                self._break_off(done, param, str(error) or type(error).__name__)
+            if done or (self._consistency.writing and not isinstance(error, NonFiniteGradientError)):
+                self._break_off(done, param, reason_of(error))
             raise
 
     def _step_all(self, params: Iterable[Tensor], grad_scale: float | Tensor, done: int) -> None:
@@ -302,32 +270,12 @@ class Optimizer(torch.optim.Optimizer):
             done += len(batch)
 
     def _batches(self, params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """Parameters in order: those that are whole one by one, split ones as many together as share their rounds of
-        sums without much memory. Sizes are those of the largest part, so that all devices decide alike."""
-        batch: list[Tensor] = []
-        held = 0
-        for param in params:
-            leaf, size = self._leaf(param), 0
-            if leaf.is_split:
-                spec = leaf.plan.spec
-                assert spec.region is not None
-                if leaf.plan.chain.temporaries(spec) or spec.dtype != spec.accumulator:
-                    size = -(-spec.numel // math.prod(spec.region.parts))
-            if batch and (not leaf.is_split or held + size > kernels.chunk_elements(param.device)):
-                yield batch
-                batch, held = [], 0
-            if leaf.is_split:
-                batch.append(param)
-                held += size
-            else:
-                yield [param]
-        if batch:
-            yield batch
+        return batches((param, self._leaf(param)) for param in params)
 
     @torch.no_grad()
     def _step_together(self, params: list[Tensor], grad_scale: float | Tensor, done: int) -> None:
         """Update parameters of which this device has parts, after `done` others, and remember a step half made."""
-        self._writing = False
+        self._consistency.writing = False
         before = [self._state_of(param)["step"] for param in params]
         steps = [(self._placed(param), self._requests(param, grad_scale)) for param in params]
         try:
@@ -337,9 +285,10 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(error, LostProcessError):
                 late = [param for param, ready in zip(params, finished, strict=True) if not ready]
                 raise self._lost(late, done + sum(finished), error) from error.__cause__
-            if done or any(finished) or (self._writing and not isinstance(error, NonFiniteGradientError)):
+            written = self._consistency.writing and not isinstance(error, NonFiniteGradientError)
+            if done or any(finished) or written:
                 failed = params[finished.index(False)] if False in finished else params[-1]
-                self._break_off(done + sum(finished), failed, str(error) or type(error).__name__)
+                self._break_off(done + sum(finished), failed, reason_of(error))
             raise
 
     def _require_agreement(self, params: Iterable[Tensor], done: int, all_groups: bool = False) -> None:
@@ -353,14 +302,14 @@ class Optimizer(torch.optim.Optimizer):
         shared = self._leaves.values() if all_groups else leaves
         chosen: dict[Any, list[str]] = {leaf.processes: [] for leaf in shared if leaf.is_split}
         for leaf in leaves:
-            chosen[leaf.processes].append(leaf.plan.spec.name)
+            chosen[leaf.processes].append(leaf.name)
         try:
             difference = self._agreement.difference(chosen)
         except LostProcessError as error:
             raise self._lost(list(params), done, error) from error.__cause__
         if difference:
             if done:
-                self._inconsistent = f"{done} parameters were updated, then {difference}"
+                self._consistency.broke_off(done, difference)
             raise RuntimeError(
                 f"{difference}, but parameters that are split among devices are stepped by all together: give them "
                 "zeros where they have none (p.grad = torch.zeros_like(p)), or none anywhere"
@@ -368,13 +317,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _lost(self, params: list[Tensor], updated: int, error: LostProcessError) -> InconsistentStateError:
         """What to raise when a collective failed: others may have got its result, and gone on with this step."""
-        which = listed([self._name(param) for param in params]) if params else "no parameter"
         step = 1 + max((self._state_of(param)["step"] for param in params), default=0)
-        self._inconsistent = f"{updated} parameters were updated, then step {step} of {which} failed: {error}"
-        return InconsistentStateError(
-            f"step {step} broke off at {which}: {error}. Weights may be updated in part, here or on other devices: "
-            "load the last checkpoint in new processes"
-        )
+        return self._consistency.lost([self._name(param) for param in params], step, updated, error)
 
     def _placed(self, param: Tensor) -> Placement:
         placement = self._leaf(param).placement
@@ -415,7 +359,7 @@ class Optimizer(torch.optim.Optimizer):
             ctx = context(plan, state, param, grad, group, step, guard, grad_scale)
             if finite is not None:
                 yield from ctx.check_finite(finite)
-            self._writing = True
+            self._consistency.writing = True
             if not stepped_by_torch(plan, state, ctx):
                 yield from run_chain(plan, state, ctx)
             if guard.finite is not None:
@@ -433,7 +377,7 @@ class Optimizer(torch.optim.Optimizer):
         return state
 
     def _name(self, param: Tensor) -> str:
-        return self._leaf(param).plan.spec.name
+        return self._leaf(param).name
 
     # --- saving and loading -----------------------------------------------------------------------------------
 
@@ -480,9 +424,7 @@ class Optimizer(torch.optim.Optimizer):
                     try:
                         copy(own[key], value)
                     except BaseException as error:
-                        self._inconsistent = (
-                            f"loading ended at {self._name(param)!r}: {str(error) or type(error).__name__}"
-                        )
+                        self._consistency.reason = f"loading ended at {self._name(param)!r}: {reason_of(error)}"
                         raise
                 else:
                     own[key] = int(value)
@@ -496,25 +438,21 @@ class Optimizer(torch.optim.Optimizer):
 
     def accept_partial_step(self) -> None:
         """Go on after a step that broke off: parameters keep what they have, updated or not."""
-        self._inconsistent = ""
+        self._consistency.reason = ""
         if self._fused is not None:
             self._fused._reset()
 
     def _break_off(self, updated: int, param: Tensor, reason: str) -> None:
         """Remember that a step failed at `param` after `updated` other parameters had been updated."""
-        name = self._name(param)
-        sliced = self._writing and self._leaf(param).plan.is_sliced(param.device)
+        leaf = self._leaf(param)
+        sliced = self._consistency.writing and leaf.plan.is_sliced(param.device)
         half = " and may itself be updated in part" if sliced else ""
-        self._inconsistent = f"{updated} parameters were updated, then {name!r} failed{half}: {reason}"
+        self._consistency.broke_off(updated, f"{leaf.name!r} failed{half}: {reason}")
 
     def _require_consistent(self, action: str) -> None:
         if self._fused is not None and action != "backward":
             self._fused.check_backward_completed()
-        if self._inconsistent:
-            raise InconsistentStateError(
-                f"{action}() refused, a step broke off half-way: {self._inconsistent}. "
-                "Load the last checkpoint, or call accept_partial_step() to go on with the weights as they are"
-            )
+        self._consistency.require(action)
 
     def _refuse_bad_flags(self, wait: bool) -> None:
         """Raise if a gradient on an accelerator turned out not to be finite; its update was a step of size zero."""
@@ -523,19 +461,23 @@ class Optimizer(torch.optim.Optimizer):
             self.state[param]["step"] -= 1
         if bad:
             names = ", ".join(self._name(p) for p in bad[:3])
-            self._inconsistent = (
+            self._consistency.reason = (
                 f"the gradients of {len(bad)} parameters were not finite ({names}); these were not updated"
             )
-            raise NonFiniteGradientError(self._inconsistent)
+            raise NonFiniteGradientError(self._consistency.reason)
 
     def __getstate__(self) -> dict[str, Any]:
         clip = self._fused.clip_grad_norm if self._fused is not None else self._clip_of_original
-        own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._inconsistent}
+        own = {"_route": self._route, "_weights": self._weights, "_reason": self._consistency.reason}
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        reason = state.pop("_reason")
         super().__setstate__(state)
-        self._leaves, self._fused, self._flags, self._writing = {}, None, DeferredFlags(), False
+        self._consistency = Consistency()
+        self._consistency.reason = reason
+        self._leaves, self._fused, self._flags, self._consistency.writing = {}, None, DeferredFlags(), False
         self._agreement = Agreement()
         for index in range(len(self.param_groups)):
             self._adopt(index)

@@ -1,0 +1,82 @@
+"""What an optimizer knows of each of its parameters besides the state, and which of them it updates together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from optstate import kernels
+from optstate.placement import Placement, is_distributed
+from optstate.plan import ParamPlan
+
+__all__ = ["Leaf", "batches", "replacements"]
+
+
+@dataclass
+class Leaf:
+    """One parameter: its plan, the index of its group, and how it lies on several devices if it does."""
+
+    plan: ParamPlan
+    group: int
+    placement: Placement | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, or what stands for one."""
+        return self.plan.spec.name
+
+    @property
+    def is_split(self) -> bool:
+        """Whether this device has only a part of it, so that all devices must step it together."""
+        return self.plan.spec.region is not None
+
+    @cached_property
+    def processes(self) -> tuple[Any, ...]:
+        """The process groups whose devices have the other parts of it."""
+        return () if self.placement is None else self.placement.groups()
+
+    @property
+    def held(self) -> int:
+        """Elements of temporaries that its step keeps while it waits for sums: those of the largest part, so that all
+        devices decide alike."""
+        spec = self.plan.spec
+        if spec.region is None or not (self.plan.chain.temporaries(spec) or spec.dtype != spec.accumulator):
+            return 0
+        return -(-spec.numel // math.prod(spec.region.parts))
+
+
+def batches(params: Iterable[tuple[Tensor, Leaf]]) -> Iterator[list[Tensor]]:
+    """Parameters in order: those that are whole one by one, split ones as many together as share their rounds of sums
+    without much memory."""
+    batch: list[Tensor] = []
+    held = 0
+    for param, leaf in params:
+        if batch and (not leaf.is_split or held + leaf.held > kernels.chunk_elements(param.device)):
+            yield batch
+            batch, held = [], 0
+        if leaf.is_split:
+            batch.append(param)
+            held += leaf.held
+        else:
+            yield [param]
+    if batch:
+        yield batch
+
+
+def replacements(ours: Sequence[Tensor], now: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Which of our parameters were replaced by distributed ones of the same shape and dtype, in order; none if
+    something else was put in the place of one."""
+    found = {}
+    known = set(ours)
+    for old, param in zip(ours, now, strict=False):
+        if param is not old:
+            fits = is_distributed(param) and param.shape == old.shape and param.dtype == old.dtype
+            if not fits or param in known:
+                return {}
+            found[old] = param
+    return found
