@@ -199,9 +199,9 @@ class FusedBackward:
         """
         grad = here(param.grad) if param.grad is not None else param
         storage = grad.untyped_storage()
-        if self._waiting and storage.data_ptr() != self._buffer:
+        if self._waiting and storage._cdata != self._buffer:
             self._update_waiting()  # parameters behind them in their group had no gradient
-        self._buffer = storage.data_ptr()
+        self._buffer = storage._cdata
         self._waiting.append(param)
         end = grad.storage_offset() + self.optimizer._placed(param).slots_in_buffer
         if end * grad.element_size() >= storage.nbytes():

@@ -45,7 +45,7 @@ class Leaf:
         """Elements of temporaries that its step keeps while it waits for sums: those of the largest part, so that all
         devices decide alike."""
         spec = self.plan.spec
-        if spec.region is None or not (self.plan.chain.temporaries(spec) or spec.dtype != spec.accumulator):
+        if spec.region is None or self.plan.knows_no_shape or not self.plan.chain.temporaries(spec):
             return 0
         return -(-spec.numel // math.prod(spec.region.parts))
 

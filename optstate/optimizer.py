@@ -350,12 +350,9 @@ class Optimizer(torch.optim.Optimizer):
         if spec.numel:
             guard = Guard(spec.name, grad)
             finite = None if plan.guards else kernels.all_finite(grad, plan.largest_gradient(group))
-            if (
-                plan.guards
-                and grad.dtype != spec.accumulator
-                and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device)
-            ):
-                grad = grad.to(spec.accumulator)  # read several times: convert a small one once
+            read_again = spec.region is None and plan.guards and grad.dtype != spec.accumulator
+            if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
+                grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
             ctx = context(plan, state, param, grad, group, step, guard, grad_scale)
             if finite is not None:
                 yield from ctx.check_finite(finite)

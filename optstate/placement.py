@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from optstate.collectives import collective
 from optstate.spec import FieldSpec, ParamSpec, Region
@@ -62,7 +63,8 @@ class Placement:
                     f"its dimension of size {size} is split twice, into {count} parts that are not equal: shard it "
                     "along different dimensions"
                 )
-        shape, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        with unset_fake_temporarily():  # PyTorch reads offsets from tensors
+            shape, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
         self.region = Region(self.shape, offset, shape, parts) if any(n > 1 for n in parts) else None
 
     def groups(self, dims: Sequence[int] | None = None) -> tuple[Any, ...]:
@@ -88,7 +90,8 @@ class Placement:
 
         layout, dims = field.layout(spec)
         placements = self.along(dims)
-        shape, _ = compute_local_shape_and_global_offset(layout, self.mesh, placements)
+        with unset_fake_temporarily():
+            shape, _ = compute_local_shape_and_global_offset(layout, self.mesh, placements)
         local = torch.zeros(shape, dtype=field.dtype, device=self.device)
         size, stride = torch.Size(layout), torch.empty(layout, device="meta").stride()
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=size, stride=stride)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from optstate import kernels
-from optstate.spec import FieldSpec, ParamSpec
+from optstate.spec import FieldSpec, ParamSpec, Region
 from optstate.stores import Full, Store
-from optstate.updates import Chain, Hyper, Route, add_decayed_weights, clip_by_value, scale_by_adam
+from optstate.updates import Chain, Hyper, Route, add_decayed_weights, as_route, clip_by_value, scale_by_adam
 from optstate.weights import Plain, Weights, as_weights
 
 __all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
@@ -75,10 +75,24 @@ class ParamPlan:
         """Bytes of state over all shards; none while the parameter is frozen."""
         return sum(field.nbytes for field in self.fields.values()) if self.trainable else 0
 
+    def for_region(self, region: Region | None) -> ParamPlan:
+        """The plan of the same parameter where this device has that part of it, None for all of it.
+
+        Raises:
+            ValueError: if a store cannot be kept in such parts.
+        """
+        spec = replace(self.spec, region=region)
+        return replace(plan_parameter(spec, as_route(self.chain), self.weights, self.trainable), rule=self.rule)
+
     @cached_property
     def guards(self) -> bool:
         """Whether the chain itself notices a gradient that is not finite."""
         return self.chain.guards(self.spec)
+
+    @cached_property
+    def knows_no_shape(self) -> bool:
+        """Whether every element, or block of them, goes its own way: nothing is asked for once a step has begun."""
+        return self.chain.elementwise and all(slot.store.elementwise for slot in self.slots.values())
 
     @cached_property
     def largest_square_root(self) -> float:

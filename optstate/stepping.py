@@ -11,7 +11,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Noise, Piece
 from optstate.plan import ParamPlan, SlotPlan
-from optstate.stores import Guard, MovedStatistic, Requests, Statistic
+from optstate.stores import Guard, MovedStatistic, Requests, Statistic, together
 from optstate.updates import Chain, Context, Update
 
 __all__ = ["context", "run_chain"]
@@ -47,8 +47,7 @@ def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Reques
         yield from _run_slices(plan, update, statistics, ctx)
     else:
         _write(plan, update, ctx)
-    for statistic in statistics.values():
-        yield from statistic.commit_part()
+    yield from together([statistic.commit_part() for statistic in statistics.values()])
 
 
 def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context) -> Requests[None]:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -312,18 +313,14 @@ def clipped_by_the_norm_over_all_devices(how: str) -> float:
     return distance(model, plain)
 
 
-def collectives(fused: bool) -> tuple[int, int]:
-    """All-reduces of one AdaLomo step and groups of parameters; FSDP2's own are reduce-scatters."""
-    model = shard(net(), init_device_mesh("cpu", (dist.get_world_size(),)), True)
-    optimizer = RECIPES["adalomo"](model.named_parameters())
+def collectives(recipe: str, fused: bool, dtype: torch.dtype, rows: int) -> tuple[int, int]:
+    """All-reduces of one step and groups of parameters; FSDP2's own are reduce-scatters."""
+    model = shard(net(rows, dtype), init_device_mesh("cpu", (dist.get_world_size(),)), True)
+    optimizer = RECIPES[recipe](model.named_parameters())
     train(model, optimizer, fused, dist.get_world_size(), dist.get_rank(), range(1))
-    seen, original = [], dist.all_reduce
-    dist.all_reduce = lambda *args, **more: (seen.append(args[0].numel()), original(*args, **more))[1]
-    try:
+    with patch.object(dist, "all_reduce", Mock(wraps=dist.all_reduce)) as asked:
         train(model, optimizer, fused, dist.get_world_size(), dist.get_rank(), range(1, 2))
-    finally:
-        dist.all_reduce = original
-    return len(seen), 4
+    return asked.call_count, sum(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def gradients_left(fused: bool) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import optstate
 from tests import ranks
@@ -58,6 +59,14 @@ SHARDED = [
     ("equals_unsharded", "adalomo", False, 8, True, (1, 2)),
 ]
 TENSOR_PARALLEL = [("tensor_parallel", recipe, fused) for recipe in ranks.RECIPES for fused in BOTH]
+COUNTED = [
+    ("adalomo", False, torch.float32, 8),
+    ("adalomo", True, torch.float32, 8),
+    ("adalomo", False, torch.bfloat16, 8),
+    ("adalomo", True, torch.bfloat16, 8),
+    ("adamw", False, torch.float32, 8),
+    ("adamw8bit", True, torch.float32, 7),
+]
 OTHERS: list[tuple[Any, ...]] = [
     ("rounding_is_that_of_the_whole", True),
     ("mixed_precision", False),
@@ -66,8 +75,7 @@ OTHERS: list[tuple[Any, ...]] = [
     ("accumulation", True),
     ("clipped_by_the_norm_over_all_devices", "kept"),
     ("clipped_by_the_norm_over_all_devices", "measured"),
-    ("collectives", False),
-    ("collectives", True),
+    *(("collectives", *case) for case in COUNTED),
     ("gradients_left", True),
     ("unused_parameter", False),
     ("unused_parameter", True),
@@ -176,11 +184,12 @@ def test_the_clip_is_by_the_norm_over_all_devices(two: dict[Any, Any], how: str)
     assert result(two, "clipped_by_the_norm_over_all_devices", how) <= CLOSE
 
 
-def test_a_group_needs_two_all_reduces_and_a_whole_step_two_when_it_is_stepped(two: dict[Any, Any]) -> None:
-    count, groups = result(two, "collectives", True)
-    assert count <= 2 * groups
-    count, _ = result(two, "collectives", False)
-    assert count == 2
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+def test_a_group_needs_two_all_reduces_and_so_does_a_whole_step_that_is_not_fused(two: Any, case: Any) -> None:
+    recipe, fused, *_ = case
+    count, groups = result(two, "collectives", *case)
+    assert groups == 4
+    assert count <= 2 * groups if fused else count == (1 if recipe == "adamw" else 2)
 
 
 def test_a_fused_backward_leaves_no_gradient(two: dict[Any, Any]) -> None:

@@ -197,9 +197,9 @@ def test_blocks_of_a_parameter_in_parts_are_those_of_the_whole(store: Store, sha
     ("block", "shape", "parts", "shared", "asks"),
     [
         (256, (40, 512), (3, 1), False, 0),
-        (256, (60, 100), (2, 1), True, 2),
+        (256, (60, 100), (2, 1), True, 1),
         (256, (16, 1024), (1, 2), False, 0),
-        (256, (16, 520), (1, 2), True, 2),
+        (256, (16, 520), (1, 2), True, 1),
         (64, (16, 512), (1, 2), False, 0),
     ],
     ids=str,

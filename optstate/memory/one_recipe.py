@@ -174,7 +174,11 @@ class _Case:
         question = self.question
         one_at_a_time = self.setting.fused_backward and self.setting.grad_accum == 1
         setting = replace(self.setting, fused_backward=one_at_a_time)
-        return per_rank(question.model, self.plan, setting, question.world_size, question.shard)
+        try:
+            return per_rank(question.model, self.plan, setting, question.world_size, question.shard)
+        except ValueError as error:
+            devices = f"on {question.world_size} devices, {question.shard}"
+            raise QuestionError(f"recipe {self.recipe.name!r} {devices}: {error}") from error
 
     def from_shapes(self, why: str = "", notes: tuple[str, ...] = ()) -> RecipeEstimate:
         """Without a trace: weights, gradients and state."""
@@ -218,21 +222,31 @@ class _Case:
         """The peak on one of several devices, and where it is: a bound put together from what one device was seen to
         need, since nothing was traced on several.
 
-        At the start of the backward pass all activations are alive, and at its end all gradients are.
+        At the start of the backward pass all activations are alive; at the end of its layers all their gradients are,
+        and the activations of one layer; then, under fsdp, the root's gradients are scattered; then comes the update.
         """
         rank, most = self.rank, trace.most
-        early = rank.gradients if self.setting.grad_accum > 1 else min(rank.gradients, self._largest_gradient)
-        kept = {"weights": rank.weights + self.question.model.buffer_bytes, "state": rank.state}
-        seen = {kind: most.get(kind, 0) for kind in ("activations", "logits", "scratch")}
-        whole = rank.gathered + rank.root
-        backward = {**seen, "gradients": early + rank.scattered + rank.root_gradients}
-        update = {"activations": 0, "logits": 0, "scratch": seen["scratch"], "gradients": rank.gradients}
-        moments = {
-            "backward": {**kept, **backward, "weights": kept["weights"] + whole},
-            "update": {**kept, **update},
-        }
-        phase = max(moments, key=lambda name: sum(moments[name].values()))
-        return {kind: moments[phase][kind] for kind in KINDS}, phase
+        kept_at_start = rank.gradients if self.setting.grad_accum > 1 else rank.one_layer or self._largest_gradient
+        start = {kind: most.get(kind, 0) for kind in ("activations", "logits", "scratch")}
+        update = {**start, "activations": 0, "logits": 0}
+        end = {**update, "activations": start["activations"] // (self.question.model.layers or 1)}
+        weights = rank.weights + self.question.model.buffer_bytes
+        all_weights, whole = weights + rank.gathered + rank.root, rank.scattered + rank.root_gradients
+        moments = [
+            ("backward", start, all_weights, min(kept_at_start, rank.gradients) + whole),
+            ("backward", end, all_weights, self._gradients_of_layers + whole),
+            ("backward", update, weights, rank.gradients + rank.root_gradients + rank.root_scattered),
+            ("update", update, weights, rank.gradients),
+        ]
+        found = [(phase, {**of, "weights": w, "gradients": g, "state": rank.state}) for phase, of, w, g in moments]
+        phase, peak = max(found, key=lambda moment: sum(moment[1].values()))
+        return {kind: peak[kind] for kind in KINDS}, phase
+
+    @property
+    def _gradients_of_layers(self) -> int:
+        """Gradients that are here when those of all layers are: the root's are still whole."""
+        fused = self.setting.fused_backward and self.setting.grad_accum == 1
+        return self.rank.one_layer if fused and self.rank.one_layer else self.rank.gradients - self.rank.one_root
 
     @property
     def _largest_gradient(self) -> int:

@@ -9,27 +9,33 @@ its figures are given. What is split, by the stages of ZeRO (arXiv 1910.02054, s
     zero2   state and gradients
     fsdp    state, gradients and weights (ZeRO's stage 3)
 
-State is that of the stores themselves, `fields()` decided on the whole parameter and then cut: a number per element or
-per row goes with its rows, block scales with the elements of the chunk (rounded up), columns and sums over the whole
-parameter are on every device. Activations, logits and the scratch of an update belong to a device's own batch and do
-not divide.
+State is what an optimizer for such parts plans: stores decide on the parameter as it is split (blocks that do not end
+where parts do are kept otherwise), and a field is split with the parameter's rows if it has an entry for each, or for a
+number of elements that parts are a multiple of; else every device has all of it, as of columns and of sums over the
+whole parameter. Activations, logits and the scratch of an update belong to a device's own batch and do not divide.
 
-fsdp, with each layer wrapped and the model around them, also has whole weights for a while: those of two layers, one in
-use and one fetched ahead, and those of the root (what is in no layer: embedding, head, last norm), which stay from the
-forward pass to the end of the backward pass. Whole gradients wait to be added up and scattered: those of one layer, and
-those of the root until the backward pass ends. All of these have the parameter's dtype.
+fsdp, with each layer wrapped and the model around them, also has whole weights and gradients for a while. Weights: of
+two layers, one in use and one fetched ahead, and of the root (what is in no layer: embedding, head, last norm), which
+stay from the forward pass to the end of the backward pass. Gradients: of one layer and, laid out to be scattered, of
+the layer before; of the root, from when they are made until they are laid out at the end of the backward pass. What is
+gathered or laid out has `W * ceil(m / W)` rows of each parameter. All of it has the parameter's dtype. The gradients
+that are left of a group share one buffer, so a fused backward frees them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from optstate.memory.setting import Model, ParamShape, Setting
 from optstate.memory.sources.modules import families
 from optstate.optimizer import Optimizer
 from optstate.plan import ParamPlan, Plan
-from optstate.spec import FieldSpec, ParamSpec
+from optstate.spec import FieldSpec, ParamSpec, Region
+from optstate.updates import Chain
+from optstate.weights import Weights
 
 __all__ = ["SHARDS", "PerRank", "local_shape", "per_rank"]
 
@@ -41,9 +47,12 @@ SPLIT = {"none": "", "zero1": "state", "zero2": "state gradients", "fsdp": "stat
 class PerRank:
     """Bytes on rank 0, which has the most. All of it follows from shapes: analytic, no step was run.
 
-    weights, gradients, state: what stays for the step; gradients are the largest single one under a fused backward.
-    gathered: whole weights of two layers. scattered: whole gradients of one. root, root_gradients: whole weights and
-    gradients of what is in no layer. These four are 0 unless the shard is "fsdp". notes: what is not counted.
+    weights, gradients, state: what stays for the step; gradients are the largest single one under a fused backward, or
+    under fsdp those of the largest group. gathered: whole weights of two layers. scattered: whole gradients of one
+    layer, and of one laid out. root, root_gradients, root_scattered: whole weights, gradients, and laid-out gradients
+    of what is in no layer. one_layer, one_root: gradients of the largest layer, and of the root, that are here in the
+    end. All but the first three are 0 unless the shard is "fsdp". notes: what is not counted, and what is kept
+    otherwise than on one device.
     """
 
     world_size: int
@@ -55,6 +64,9 @@ class PerRank:
     scattered: int = 0
     root: int = 0
     root_gradients: int = 0
+    root_scattered: int = 0
+    one_layer: int = 0
+    one_root: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,7 +77,7 @@ class PerRank:
     @property
     def whole(self) -> int:
         """What is there for a while only, of whole parameters."""
-        return self.gathered + self.scattered + self.root + self.root_gradients
+        return self.gathered + self.scattered + self.root + self.root_gradients + self.root_scattered
 
 
 def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size: int, shard: str) -> PerRank:
@@ -74,7 +86,7 @@ def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size:
     plan: of an optimizer for the whole model, or that optimizer. setting: of it, whether the backward pass is fused.
 
     Raises:
-        ValueError: for another shard, or a world size below one.
+        ValueError: for another shard, a world size below one, or a store that cannot be kept in such parts.
     """
     if shard not in SHARDS:
         raise ValueError(f"shard={shard!r} is none of {', '.join(SHARDS)}")
@@ -82,15 +94,19 @@ def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size:
         raise ValueError(f"world_size={world_size!r} must be a whole number of devices, at least 1")
     plan = plan.plan() if isinstance(plan, Optimizer) else plan
     split = SPLIT[shard].split() if world_size > 1 else []
-    grads = [_weight_bytes(p, world_size if "gradients" in split else 1) for p in model.parameters if p.trainable]
+    trained = [param for param in model.parameters if param.trainable]
+    grads = [_weight_bytes(param, world_size if "gradients" in split else 1) for param in trained]
+    whole = _whole_parameters(model, world_size) if "weights" in split else {}
+    in_parts = list(_planned_in_parts(plan, world_size if "state" in split else 1))
+    at_once = max(whole["one_layer"], whole["one_root"]) if whole else max(grads, default=0)
     return PerRank(
         world_size=world_size,
         shard=shard,
         weights=sum(_weight_bytes(param, world_size if "weights" in split else 1) for param in model.parameters),
-        gradients=max(grads, default=0) if setting.fused_backward else sum(grads),
-        state=sum(_state_bytes(param, world_size if "state" in split else 1) for param in plan),
-        notes=_notes(shard, world_size),
-        **(_whole_parameters(model) if "weights" in split else {}),
+        gradients=at_once if setting.fused_backward else sum(grads),
+        state=sum(map(_state_bytes, in_parts)),
+        notes=(*_notes(shard, world_size), *_kept_otherwise(plan, in_parts)),
+        **whole,
     )
 
 
@@ -104,36 +120,65 @@ def _weight_bytes(param: ParamShape, world_size: int) -> int:
     return local.nbytes
 
 
-def _state_bytes(param: ParamPlan, world_size: int) -> int:
-    """Bytes of all that is kept for a parameter, as far as it is on rank 0."""
-    if not param.trainable:
-        return 0
-    return sum(_local_field(field, param.spec, world_size).nbytes for field in param.fields.values())
+def region_of_first(shape: tuple[int, ...], world_size: int) -> Region | None:
+    """The part of a parameter that rank 0 has; None for all of it."""
+    if world_size == 1 or not shape:
+        return None
+    others = len(shape) - 1
+    return Region(shape, (0,) * len(shape), local_shape(shape, world_size), (world_size, *(1,) * others))
 
 
-def _local_field(field: FieldSpec, spec: ParamSpec, world_size: int) -> FieldSpec:
-    """A field as far as it belongs to the first rows of the parameter."""
-    if not spec.numel:
-        return field
-    rows = local_shape(spec.shape, world_size)[0] if spec.shape else 1
-    whole = spec.shape[0] if spec.shape else 1
-    if field.per > 1:  # one entry for so many consecutive elements
-        entries = -(-(spec.numel // whole * rows) // field.per)
-        return FieldSpec((entries,), field.dtype, field.dims, field.per)
-    sizes = (-(-n * rows // whole) if dim == 0 else n for n, dim in zip(field.shape, field.dims, strict=True))
-    return FieldSpec(tuple(sizes), field.dtype, field.dims)
+def _planned_in_parts(plan: Plan, world_size: int) -> Iterator[ParamPlan]:
+    """The plan of each parameter that trains, as rank 0 has it. Parameters that are alike are planned once."""
+    alike: dict[tuple[ParamSpec, Chain, Weights], ParamPlan] = {}
+    for param in plan:
+        if not param.trainable:
+            continue
+        key = replace(param.spec, name=""), param.chain, param.weights
+        if key not in alike:
+            alike[key] = param.for_region(region_of_first(param.spec.shape, world_size))
+        yield alike[key]
 
 
-def _whole_parameters(model: Model) -> dict[str, int]:
-    """Bytes of whole weights and gradients under fsdp."""
+def _state_bytes(param: ParamPlan) -> int:
+    """Bytes of all that rank 0 keeps for a parameter."""
+    return sum(_bytes_of_first(field, param.spec) for field in param.fields.values())
+
+
+def _kept_otherwise(plan: Plan, in_parts: Iterable[ParamPlan]) -> Iterator[str]:
+    """Statistics whose store is another one than on one device, counted by the reason."""
+    whole = [slot for param in plan if param.trainable for slot in param.slots.values()]
+    parts = [slot for param in in_parts for slot in param.slots.values()]
+    changed = Counter(part.note for one, part in zip(whole, parts, strict=True) if one.store != part.store)
+    for reason, count in changed.items():
+        yield f"{count} of {len(whole)} statistics {reason}"
+
+
+def _bytes_of_first(field: FieldSpec, spec: ParamSpec) -> int:
+    """Bytes of a field on rank 0, which has the first and largest part where the field is split."""
+    shape, dims = field.layout(spec)
+    if spec.region is not None and dims:
+        shape = tuple(-(-size // spec.region.parts[dim]) for size, dim in zip(shape, dims, strict=True))
+    return math.prod(shape) * field.dtype.itemsize
+
+
+def _whole_parameters(model: Model, world_size: int) -> dict[str, int]:
+    """Bytes of what fsdp has of groups of parameters for a while."""
     layers = _layers(model.parameters)
     inside = {param.name for layer in layers for param in layer}
     root = [param for param in model.parameters if param.name not in inside]
+    trained = [[param for param in group if param.trainable] for group in (*layers, root)]
+    *of_layers, one_root = (sum(_weight_bytes(param, world_size) for param in group) for group in trained)
+    one_layer = max(of_layers, default=0)
+    gathered = [world_size * sum(_weight_bytes(param, world_size) for param in layer) for layer in layers]
     return {
-        "gathered": sum(sorted(map(_nbytes, layers))[-2:]),
-        "scattered": max(map(_gradient_bytes, layers), default=0),
-        "root": _nbytes(root),
-        "root_gradients": _gradient_bytes(root),
+        "gathered": sum(sorted(gathered)[-2:]),
+        "scattered": max(map(_nbytes, trained[:-1]), default=0) + world_size * one_layer,
+        "root": world_size * sum(_weight_bytes(param, world_size) for param in root),
+        "root_gradients": _nbytes(trained[-1]),
+        "root_scattered": world_size * one_root,
+        "one_layer": one_layer,
+        "one_root": one_root,
     }
 
 
@@ -145,10 +190,6 @@ def _layers(parameters: tuple[ParamShape, ...]) -> list[list[ParamShape]]:
 
 def _nbytes(params: Iterable[ParamShape]) -> int:
     return sum(param.nbytes for param in params)
-
-
-def _gradient_bytes(params: Iterable[ParamShape]) -> int:
-    return sum(param.nbytes for param in params if param.trainable)
 
 
 def _notes(shard: str, world_size: int) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
 from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError
-from optstate.stores.requests import Largest, Partial, Requests, own_totals, run_alone
+from optstate.stores.requests import Largest, Partial, Requests, own_totals, run_alone, together
 from optstate.stores.statistic import MovedStatistic, Statistic
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "Store",
     "own_totals",
     "run_alone",
+    "together",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
-__all__ = ["Largest", "Partial", "Requests", "own_totals", "run_alone"]
+__all__ = ["Largest", "Partial", "Requests", "own_totals", "run_alone", "together"]
 
 T = TypeVar("T")
 
@@ -53,3 +54,16 @@ def run_alone(requests: Requests[T]) -> T:
             request = requests.send(own_totals(request))
     except StopIteration as stop:
         return cast(T, stop.value)
+
+
+def together(runs: Sequence[Requests[None]]) -> Requests[None]:
+    """Several computations about one parameter as one, which asks for what all of them ask for at once."""
+    replies: tuple[Any, ...] = (None,) * len(runs)
+    while runs:
+        asked = []
+        for run, reply in zip(runs, replies, strict=True):
+            with suppress(StopIteration):
+                asked.append((run, run.send(reply)))
+        runs = [run for run, _ in asked]
+        if runs:
+            replies = yield tuple(request for _, request in asked)
