@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py --steps 30
 
 Shard first, then build the optimizer, then fuse. The state is sharded as the parameters are; `optstate.save`, called
-by every process, gathers it into the one file that an unsharded run would write; torch.distributed.checkpoint works, too.
+by every process, gathers it into the one file that an unsharded run would write, and torch.distributed.checkpoint
+works, too.
 """
 
 from __future__ import annotations
