@@ -296,7 +296,7 @@ class Optimizer(torch.optim.Optimizer):
 
         all_groups: agree with all devices that share a parameter with this one, also on stepping none of theirs.
         """
-        if all(leaf.placement is None for leaf in self._leaves.values()):
+        if kernels.rehearsing() or all(leaf.placement is None for leaf in self._leaves.values()):
             return
         leaves = [leaf for leaf in map(self._leaf, params) if leaf.is_split]
         shared = self._leaves.values() if all_groups else leaves

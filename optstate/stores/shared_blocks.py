@@ -50,7 +50,7 @@ class SharedBlocks(Store):
         return self.blocks.fields(spec, signed)
 
     def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
-        codes, absmax = statistic.current["codes"].view(-1), statistic.current["absmax"]
+        codes, absmax = (statistic.current[name].view(-1) for name in ("codes", "absmax"))
         value = absmax.new_empty(statistic.spec.local_numel)
         per_code = statistic.spec.local_numel // max(codes.numel(), 1)
         for first, last, block in self._pieces(statistic.spec, absmax.device):
