@@ -67,6 +67,7 @@ COUNTED = [
     ("adamw", False, torch.float32, 8),
     ("adamw8bit", True, torch.float32, 7),
 ]
+CONVERTED = [("adamw", "adamw8bit"), ("adamw8bit", "adamw"), ("adamw", "adamfactor"), ("adamw8bit", "adamw4bit")]
 OTHERS: list[tuple[Any, ...]] = [
     ("rounding_is_that_of_the_whole", True),
     ("mixed_precision", False),
@@ -108,8 +109,11 @@ def two(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> dict[Any
     loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
     for recipe in SAVED:
         (checkpoints / recipe).mkdir()
+    converted = [("file_of_another_format", *case, checkpoints) for case in CONVERTED]
     stages = [("other_parameters_on_each_rank", checkpoints / "stages.safetensors")]
-    return run(2, [*saves, *loads, *SHARDED, *TENSOR_PARALLEL, *OTHERS, *stages], tmp_path_factory.mktemp("two"))
+    return run(
+        2, [*saves, *loads, *SHARDED, *TENSOR_PARALLEL, *OTHERS, *converted, *stages], tmp_path_factory.mktemp("two")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,11 @@ def test_parts_of_different_sizes_are_stepped_together(four: dict[Any, Any], fus
 @pytest.mark.parametrize("recipe", ["adamw8bit", "adalomo"])
 def test_parameters_on_a_part_of_the_mesh_are_saved_with_the_others(four: Any, checkpoints: Path, recipe: str) -> None:
     assert result(four, "one_file_of_two_meshes", recipe, checkpoints) == (True, True)
+
+
+@pytest.mark.parametrize("case", CONVERTED, ids=str)
+def test_a_file_in_other_stores_is_converted_on_every_device(two: Any, checkpoints: Path, case: Any) -> None:
+    assert result(two, "file_of_another_format", *case, checkpoints)
 
 
 def test_ranks_that_train_different_parameters_cannot_save_one_file(two: dict[Any, Any], checkpoints: Path) -> None:

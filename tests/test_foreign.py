@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.optimization import Adafactor as TransformersAdafactor
 
+import optstate
+from optstate import recipes
 from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.document import SlotRecord, TensorValue
@@ -41,6 +43,7 @@ from tests.foreign_files import (
     param,
     read,
     saved,
+    tensor,
     train,
     trained,
 )
@@ -858,3 +861,28 @@ def test_the_name_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state of AdamW \(torch\), not of Lion") as caught:
         read(adamw(), tmp_path, optimizer="Lion")
     assert caught.value.refused
+
+
+# --- our own state_dict --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [recipes.AdamW8bit, recipes.AdamW4bit])
+@pytest.mark.parametrize("says_stores", [True, False], ids=["with stores", "as distributed checkpoints have it"])
+def test_blocks_in_rows_are_read_as_our_own_file_has_them(kind: Any, says_stores: bool, tmp_path: Path) -> None:
+    """In memory maxima, and codes of four bits, are in rows where these hold whole blocks; in a file they are flat."""
+    weight = nn.Parameter(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))
+    optimizer = kind([("w", weight)])
+    weight.grad = weight.detach().clone()
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg.absmax"].ndim == 2
+    optstate.save(optimizer, tmp_path / "own.safetensors")
+    tree = optimizer.state_dict()
+    if not says_stores:
+        del tree["optstate"]
+    found, own = read(tree, tmp_path), open_checkpoint(tmp_path / "own.safetensors")
+    assert found.tensors.keys() == own.tensors.keys()
+    for key, stored in own.tensors.items():
+        assert (found.tensors[key].shape, found.tensors[key].dtype) == (stored.shape, stored.dtype)
+        assert torch.equal(tensor(found.tensors[key]), tensor(stored))
+    slots = [document.parameters[0].slots for document in (found.document, own.document)]
+    assert [(s.store, s.block) for s in slots[0].values()] == [(s.store, s.block) for s in slots[1].values()]

@@ -21,6 +21,7 @@ from optstate.checkpoint.recode import Recoder
 from optstate.checkpoint.to_recipe import COUNTED_FROM, chain_of, onto
 from optstate.checkpoint.values import UnreadableStatisticError, Values
 from optstate.optimizer import Optimizer
+from optstate.placement import copy_part
 from optstate.plan import ParamPlan, Plan
 
 __all__ = ["conversion_onto", "load_converted"]
@@ -121,7 +122,7 @@ class _Source:
             hyper = self.conversion.checkpoint.document.groups[param.group].hyper
             self.ready = {}
             self.recoder.carry(param, self.conversion.transfers[param.name], eps_of(hyper), self.ready.__setitem__)
-        own.copy_(self.ready.pop(key))
+        copy_part(own, self.ready.pop(key))
 
 
 def _matched(own: Document, checkpoint: Checkpoint) -> list[Parameter]:

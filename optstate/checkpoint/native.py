@@ -146,7 +146,7 @@ def load(
             file is taken where every number stays what it was.
         allow_lossy: convert what is kept in other stores or by another recipe, as `optstate convert` does; it shows
             what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. Memory:
-            one parameter's statistics in fp32.
+            one parameter's statistics in fp32, all of it on every device.
         key, names: of other tools' files, as for `optstate convert`.
 
     Raises:
@@ -160,9 +160,6 @@ def load(
         if difference is None:
             return
     hint = "nothing was changed; build the optimizer as the saved run did"
-    if any(any_distributed(state) for state in optimizer.state.values()):
-        reason = difference or "another tool's file"
-        raise CheckpointError(path, f"not taken as it is: {reason}", f"{hint}, or run `optstate convert`", refused=True)
     try:
         conversion = conversion_onto(optimizer, checkpoint)
     except CheckpointError:  # it contradicts itself

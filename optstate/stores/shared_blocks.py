@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.kernels import Codebook, global_index
+from optstate.kernels import Codebook, Noise, global_index
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Store
+from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.maxima import kept_maxima
 from optstate.stores.requests import Largest, Requests
 from optstate.stores.statistic import Statistic
@@ -48,6 +48,14 @@ class SharedBlocks(Store):
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         return self.blocks.fields(spec, signed)
+
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        """As always, of the whole parameter."""
+        return self.blocks.read(fields, shape)
+
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
+        """As always, of the whole parameter."""
+        return self.blocks.encode(value, noise, weight)
 
     def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
         codes, absmax = (statistic.current[name].view(-1) for name in ("codes", "absmax"))

@@ -109,6 +109,8 @@ def _say(draft: Draft, slot: str, fields: dict[str, Stored], meaning: Meaning, w
         case _:
             if kind == "AxisMax" or "rank1=True" in words:
                 draft.has_shape(_of_axes(fields), slot)
+            if "codes" in fields:
+                fields["codes"] = _flat(fields["codes"])
             draft.put(slot, words or ("AxisMax()" if slot == "accumulator" else "Unknown()"), meaning, fields)
 
 
@@ -119,10 +121,17 @@ def _of_axes(fields: Mapping[str, Stored]) -> tuple[int, ...]:
 
 
 def _codes(draft: Draft, slot: str, fields: dict[str, Stored], meaning: Meaning, words: str) -> None:
-    """Codes of 8 bits in the parameter's shape, or of 4 bits, two to a byte."""
+    """Codes of 8 bits in the parameter's shape, or of 4 bits, two to a byte. In memory maxima and codes of 4 bits are
+    in rows, where these hold whole blocks and bytes; in a file they are flat."""
     codes, scales = fields["codes"], fields["absmax"].elements
     shape, kind = draft.shape, words.partition("(")[0]
-    packed = kind == "Block4" or (not kind and codes.dtype == "U8" and shape is not None and codes.shape != shape)
+    fields = {"codes": codes, "absmax": _flat(fields["absmax"])}
+    in_pairs = codes.dtype == "U8" and (codes.shape != shape if shape is not None else _looks_packed(codes, scales))
+    packed = kind == "Block4" or (not kind and in_pairs)
+    if packed:
+        fields["codes"] = _flat(codes)
+        if shape is None and len(codes.shape) > 1:
+            shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     if packed and shape is None:  # an odd number of elements looks like an even one
         block = re.search(r"block=(\d{1,6})", words)
         draft.put(slot, words, meaning, fields, block=int(block[1]) if block else BLOCKS["Block4"])
@@ -130,3 +139,14 @@ def _codes(draft: Draft, slot: str, fields: dict[str, Stored], meaning: Meaning,
     store = kind or ("Float8" if codes.dtype == "F8_E4M3" else "Block4" if packed else "Block8")
     shape = shape if packed and shape is not None else codes.shape
     draft.codes(slot, store, fields, meaning, shape, draft.block_of(slot, prod(shape), scales))
+
+
+def _looks_packed(codes: Stored, scales: int) -> bool:
+    """Whether bytes in rows are two codes each, if nothing else tells: their blocks are then those that `Block4` has
+    unless it is told otherwise, and not `Block8`'s."""
+    return len(codes.shape) > 1 and scales * BLOCKS["Block4"] == 2 * codes.elements
+
+
+def _flat(stored: Stored) -> Stored:
+    """A tensor as it is in a file of our own."""
+    return replace(stored, shape=(stored.elements,)) if stored.stride is None else stored
