@@ -3,8 +3,9 @@
     python benchmarks/memory.py [--quick] [--json PATH]
 
 A LLaMA of 3.3 million parameters through transformers (4 layers of width 256, fp32, 2 x 128 tokens): the tracer
-counts exact bytes here, without an allocator's rounding. Needs the extra `bench`. Exit code 0, whether goals are met or
-missed.
+counts exact bytes here, without an allocator's rounding. The traces beside real steps are those for a CPU, the ones of
+an estimate are for a GPU: they differ where a kernel does, as attention with dropout, which this model has not. Needs
+the extra `bench`. Exit code 0, whether goals are met or missed.
 """
 
 from __future__ import annotations

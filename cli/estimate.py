@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,6 +35,7 @@ FIGURES = (
     "weights_bytes",
     "buffer_bytes",
     "gradients_bytes",
+    "gradients_most_bytes",
     "state_bytes",
     "activations_bytes",
     "logits_bytes",
@@ -81,7 +83,11 @@ def estimate(
     shard: Annotated[str, typer.Option(metavar="KIND", help="What they divide: none, zero1, zero2, fsdp.")] = "none",
     inputs: Annotated[
         str | None,
-        typer.Option("--input", metavar="MODULE:FUNCTION", help="What a model of your own is called with."),
+        typer.Option(
+            "--input",
+            metavar="MODULE:FUNCTION",
+            help="What a model of your own is called with: a function of batch size and length.",
+        ),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Trace all layers instead of extrapolating.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="List the tensors that are alive at the peak.")] = False,
@@ -91,12 +97,13 @@ def estimate(
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
     as_json: JSON = False,
 ) -> None:
-    """Estimate what training MODEL needs in memory: weights, gradients, state, activations, and the peak of all.
+    """Estimate what training MODEL needs on a GPU: weights, gradients, state, activations, and the peak of all.
 
     Nothing is allocated or downloaded, and no GPU is needed: the model and the recipe's real optimizer run on tensors
     without values. With --gpu it says whether that fits and, if not, what would.
 
-    Exit code 0: it fits, or there is no --gpu. 1: no recipe fits. 2: wrong use. 3: MODEL cannot be read.
+    Exit code 0: a recipe fits for sure, or there is no --gpu. 1: none does, or it is tight or unknown. 2: wrong use.
+    3: MODEL cannot be read.
 
     Examples:
 
@@ -106,15 +113,19 @@ def estimate(
 
       optstate estimate mypackage.models:build --input mypackage.models:batch --recipe adamw --explain
     """
+    assumed = ""
     with failing(), _answering(model):
         from optstate.memory.estimate import estimate as answer  # imports torch: not for --help
         from optstate.memory.solve import largest, what_would_fit
 
         if solve is not None or gpu is not None:
             _check(solve, gpu)
+        names = _named(recipe, compare)
+        if not names:
+            names, assumed = _recipe_of(model)
         found = answer(
             model,
-            recipe=_recipes(model, recipe, compare),
+            recipe=names,
             fused_backward=fused_backward,
             dtype=dtype,
             weights=weights,
@@ -130,6 +141,8 @@ def estimate(
             gpu=gpu,
             exact=exact,
         )
+        if assumed:
+            found = replace(found, notes=(*found.notes, assumed))
         sizes = largest(found, solve) if solve is not None else None
         changes = what_would_fit(found) if sizes is None and gpu is not None and not found.fits else None
     if plot is not None:
@@ -191,29 +204,30 @@ def _check(solve: str | None, gpu: str | None) -> None:
     gpu_of(gpu)
 
 
-def _recipes(source: str, named: Sequence[str] | None, compared: str | None) -> list[str]:
-    """The recipes asked for; else the one whose state a checkpoint holds; else the default."""
+def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
+    """The recipes asked for."""
     names = [name for text in (*(named or ()), compared or "") for name in text.split(",")]
     chosen = [name.strip() for name in names if name.strip()]
-    if chosen:
-        return chosen
-    if named or compared is not None:
+    if not chosen and (named or compared is not None):
         from optstate.memory.errors import QuestionError
 
         raise QuestionError("--recipe and --compare need names: see `optstate recipes`")
-    return [_recipe_of_state(source) or DEFAULT]
+    return chosen
 
 
-def _recipe_of_state(source: str) -> str:
-    """The recipe of a checkpoint, if the source is one and no model's folder."""
+def _recipe_of(source: str) -> tuple[list[str], str]:
+    """The recipe whose state a checkpoint holds, else the default; and what is to be said about that."""
     from optstate.memory.sources import SourceError, recipe_of
 
     if not os.path.lexists(source) or os.path.lexists(os.path.join(source, "config.json")):
-        return ""
+        return [DEFAULT], ""
     try:
-        return recipe_of(source)
-    except SourceError:
-        return ""
+        name = recipe_of(source)
+    except SourceError:  # no optimizer's checkpoint
+        return [DEFAULT], ""
+    if name:
+        return [name], ""
+    return [DEFAULT], f"the file names no recipe of optstate: {DEFAULT} is assumed, so give its own with --recipe"
 
 
 def _plot(found: Estimate, path: str) -> None:
@@ -281,7 +295,7 @@ def _print(found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[C
         peak = gib(change.estimate.peak_bytes)
         typer.echo(filled(f"would fit: {change.what}, {peak} GiB at the peak (traced): {change.options}"))
     if changes is not None and not changes:
-        typer.echo("would fit: nothing that was tried; divide it among devices, or take a smaller model")
+        typer.echo(filled(f"would fit: {_nothing_fits(found)}"))
 
 
 def _print_columns(
@@ -297,6 +311,8 @@ def _print_columns(
     lines += [("version", f"{name} {version}") for name, version in found.versions.items()]
     lines += [("solved", _size_words(size)) for size in sizes or ()]
     lines += [("would fit", f"{change.what}: {change.options}") for change in changes or ()]
+    if changes is not None and not changes:
+        lines.append(("would fit", _nothing_fits(found)))
     print_lines(lines)
     typer.echo()
     print_table(("RECIPE", "WHAT", "VALUE", "GIB", "BASIS"), [row for one in found.recipes for row in _rows(one)])
@@ -326,6 +342,14 @@ def _rows(one: RecipeEstimate) -> Iterator[tuple[str, ...]]:
 
 def _alive(one: RecipeEstimate) -> list[tuple[Any, ...]]:
     return [(item.nbytes, item.kind, "x".join(map(str, item.shape)), item.dtype, item.what) for item in one.alive]
+
+
+def _nothing_fits(found: Estimate) -> str:
+    from optstate.memory.verdict import UNKNOWN
+
+    if any(one.verdict == UNKNOWN for one in found.recipes):
+        return "unknown, as long as activations are: the trace says why"
+    return "nothing that was tried; divide it among devices, or take a smaller model"
 
 
 def _size_words(size: Largest) -> str:

@@ -165,6 +165,20 @@ class TestAnswers:
         assert (one["recipe"], one["state_bytes"]) == ("adamw8bit", optimizer.state_nbytes())
         assert as_json(tmp_path / "opt.safetensors", "--recipe", "lomo")["recipes"][0]["state_bytes"] == 0
 
+    def test_a_file_that_names_no_recipe(self, tmp_path: Path) -> None:
+        model = mlp(width=600)
+        optimizer = AdamW8bit(model.named_parameters())
+        loss_of(model, 0).backward()
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
+        assumed = "the file names no recipe of optstate: adalomo is assumed, so give its own with --recipe"
+        tree = as_json(tmp_path / "opt.pt")
+        assert tree["recipes"][0]["recipe"] == "adalomo"
+        assert assumed in tree["notes"]
+        tree = as_json(tmp_path / "opt.pt", "--recipe", "adamw8bit")
+        assert tree["recipes"][0]["state_bytes"] == optimizer.state_nbytes()
+        assert assumed not in tree["notes"]
+
     def test_a_picture(self, weights: Path, tmp_path: Path) -> None:
         run(weights, "--plot", tmp_path / "a.png")
         assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -179,7 +193,7 @@ class TestFitting:
         checkpointed = as_json(*asked, "--checkpointing")["recipes"][0]["device_bytes"][1]
         assert checkpointed < least - 1
         assert as_json(*asked, "--gpu", f"{most / 1e6:.6f}MB")["recipes"][0]["verdict"] == "fits"
-        assert as_json(*asked, "--gpu", f"{least / 1e6:.6f}MB")["recipes"][0]["verdict"] == "tight"
+        assert as_json(*asked, "--gpu", f"{least / 1e6:.6f}MB", code=1)["recipes"][0]["verdict"] == "tight"
         text = run(*asked, "--gpu", f"{(least - 1) / 1e6:.6f}MB", code=1)
         assert figures(text)["adamw", "verdict"][0] == "no"
         facts = [line.split("\t", 1) for line in text.split("\n\n")[0].splitlines()]
@@ -187,22 +201,31 @@ class TestFitting:
         assert would[0] == "adamw with activation checkpointing: --recipe adamw --checkpointing"
         assert would[1].startswith("adamw with a batch of ")
 
-    def test_one_of_several_is_enough(self, weights: Path) -> None:
+    def test_unknown_is_not_said_to_fit(self, weights: Path) -> None:
         params = 100 * 50 + 100
         memory = (
             300_000_000 + 4 * params + 4 * 100 * 50 + 3000
         )  # the context, weights, one gradient and AdaLomo's state
-        both = as_json(weights, "--compare", "adalomo,adamw", "--gpu", f"{memory / 1e6:.6f}MB")
+        both = as_json(weights, "--compare", "adalomo,adamw", "--gpu", f"{memory / 1e6:.6f}MB", code=1)
         assert [one["verdict"] for one in both["recipes"]] == ["unknown", "no"]
         alone = as_json(weights, "--recipe", "adamw", "--gpu", f"{memory / 1e6:.6f}MB", code=1)
-        assert alone["would_fit"] == []
+        assert alone["would_fit"] == both["would_fit"] == []
+        told = run(weights, "--gpu", "24GiB", code=1)
+        assert "would fit\tunknown, as long as activations are: the trace says why" in told.splitlines()
+
+    def test_one_of_several_is_enough(self, tiny: Path) -> None:
+        asked = (tiny, "--compare", "lomo,adamw", "-s", 512, "-b", 512)
+        lomo, adamw = (one["device_bytes"] for one in as_json(*asked)["recipes"])
+        assert lomo[1] < adamw[1]
+        both = as_json(*asked, "--gpu", f"{(adamw[1] - 1) / 1e6:.6f}MB")
+        assert [one["verdict"] for one in both["recipes"]] == ["fits", "tight"]
 
     def test_solving(self, tiny: Path) -> None:
         asked = (tiny, "--recipe", "adalomo", "-s", 256, "--gpu", "1.2GB")
         (solved,) = as_json(*asked, "-b", 20, "--solve", "batch")["solved"]
         assert solved["value"] > 1
         for more, verdict in ((0, "fits"), (1, "tight")):
-            again = as_json(*asked, "-b", solved["value"] + more)
+            again = as_json(*asked, "-b", solved["value"] + more, code=more)
             assert again["recipes"][0]["verdict"] == verdict
         assert "not even of 1" in run(tiny, "-s", 64, "--gpu", "0.9GB", "--solve", "batch", code=1)
 
@@ -224,6 +247,8 @@ class TestWrongUse:
             (["--weights", "split8", "--dtype", "fp16"], "fp16"),
             (["--attn", "flash"], "sdpa"),
             (["--shard", "zero3"], "fsdp"),
+            (["--shard", "fsdp"], "--world-size"),
+            (["--shard", "zero2", "--world-size", "2"], "--no-fused-backward"),
             (["--clip", "value"], "norm"),
             (["-b", "0"], "batch_size"),
             (["-s", "-5"], "seq_len"),

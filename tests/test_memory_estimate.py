@@ -26,6 +26,7 @@ from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, TIGHT, UNK
 from optstate.recipes import AdamW
 from optstate.stores import Full
 from optstate.weights import Split
+from tests.memory_models import Tokens
 
 GIB = 2**30
 
@@ -170,9 +171,50 @@ class TestPeak:
         assert not traced["adamw"].fused_backward
         assert traced["adalomo"].fused_backward
 
+    def test_tied_parameters_have_more_gradients_than_one_each(self) -> None:
+        """That of the head waits for that of the embedding, and their sum is a third."""
+        matrix = 4 * 1000 * 16
+        found = optstate.estimate(
+            Tokens(tied=True), recipe=["lomo", "sgd"], example_inputs=(torch.zeros(8, 4, dtype=torch.long),)
+        )
+        fused, stepped = found.recipes
+        assert fused.gradients_bytes == matrix
+        assert stepped.gradients_bytes == stepped.weights_bytes
+        for one in (fused, stepped):
+            assert 3 * matrix <= (one.gradients_most_bytes or 0) < 3.2 * matrix
+            assert one.at_peak["gradients"] <= (one.gradients_most_bytes or 0)
+            assert (one.basis["gradients_bytes"], one.basis["gradients_most_bytes"]) == (EXACT, TRACED)
+
+    def test_dropout_in_attention_costs_nothing(self, tmp_path: Path) -> None:
+        """GPT-2 has it by default; fused kernels keep no mask of it, and probabilities less than ever."""
+        sizes = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+        found = []
+        for dropout in (0.1, 0.0):
+            (tmp_path / "config.json").write_text(json.dumps({**sizes, "attn_pdrop": dropout}))
+            found.append(optstate.estimate(tmp_path, recipe="adamw").recipes[0])
+        assert found[0] == found[1]
+        assert not found[0].notes
+        assert (found[0].activations_bytes or 0) < 4 * 4 * 1024 * 1024  # one layer's probabilities in fp32
+
+    def test_inputs_have_the_dtype_of_the_weights(self) -> None:
+        """As functions make them by default; others are refused, as PyTorch refuses them."""
+
+        def factory() -> nn.Module:
+            return Small(torch.get_default_dtype())
+
+        made = {dtype: optstate.estimate(factory, dtype=dtype, example_inputs=rows) for dtype in ("bf16", "fp32")}
+        for dtype, size in (("bf16", 2), ("fp32", 4)):
+            (inputs,) = [a for a in made[dtype].recipes[0].alive if a.what == "input"]
+            assert inputs.nbytes == -(-size * 2048 * 71 // 512) * 512
+        refused = optstate.estimate(factory, dtype="bf16", example_inputs=(torch.zeros(3, 71),)).recipes[0]
+        assert refused.peak_bytes is None
+        assert "a product of bfloat16 and float32 tensors" in refused.how
+
     def test_shapes_alone_give_no_peak_and_say_why(self, tmp_path: Path) -> None:
         safetensors.torch.save_file({"w": torch.zeros(100, 50)}, tmp_path / "model.safetensors")
-        one = optstate.estimate(tmp_path / "model.safetensors", recipe="adamw", gpu=1).recipes[0]
+        found = optstate.estimate(tmp_path / "model.safetensors", recipe="adamw", gpu=1, batch_size=4)
+        assert "float32, nothing was run\n" in str(found)
+        (one,) = found.recipes
         assert (one.weights_bytes, one.gradients_bytes, one.state_bytes) == (20_000, 20_000, 40_000)
         assert one.peak_bytes is one.activations_bytes is one.reserved_bytes is one.device_bytes is None
         assert "peak_bytes" not in one.basis
@@ -278,6 +320,25 @@ class TestVerdict:
             assert gpu(name) == gpu(name.lower().replace(" ", "")) == verdict.Gpu(name, int(size * GIB))
 
 
+class TestFits:
+    @pytest.mark.parametrize(("over", "verdict"), [(0, FITS), (-1, TIGHT)])
+    def test_tight_is_not_said_to_fit(self, over: int, verdict: str, worked_out: list[Setting]) -> None:
+        one = optstate.estimate("made up", recipe="adamw").recipes[0]
+        assert one.device_bytes is not None
+        found = optstate.estimate("made up", recipe="adamw", gpu=f"{(one.device_bytes[1] + over) / 1e6:.6f}MB")
+        assert found.recipes[0].verdict == verdict
+        assert found.fits is (verdict == FITS)
+
+    def test_unknown_is_not_said_to_fit(self) -> None:
+        found = optstate.estimate(Small(), recipe=["adamw", "lomo"], gpu="24GiB")  # without inputs: shapes alone
+        assert {one.verdict for one in found.recipes} == {UNKNOWN}
+        assert not found.fits
+        assert what_would_fit(found) == ()
+
+    def test_without_a_gpu_nothing_is_too_large(self) -> None:
+        assert optstate.estimate(Small()).fits
+
+
 class TestQuestions:
     @pytest.mark.parametrize(
         ("asked", "message"),
@@ -294,6 +355,10 @@ class TestQuestions:
             ({"world_size": 1.5}, "at least 1"),
             ({"attention": "flash"}, "eager"),
             ({"shard": "zero3"}, "fsdp"),
+            ({"shard": "fsdp"}, "world_size"),
+            ({"shard": "zero1", "world_size": 2}, "no-fused-backward"),
+            ({"example_inputs": (torch.zeros(3, 71),), "batch_size": 2}, "batch size and length"),
+            ({"example_inputs": (torch.zeros(3, 71),), "seq_len": 2048}, "batch size and length"),
             ({"clip": "value"}, "norm"),
             ({"gpu": "x"}, "24GiB"),
         ],
@@ -305,6 +370,22 @@ class TestQuestions:
         with pytest.raises(QuestionError, match=message) as caught:
             optstate.estimate(factory, **asked)
         assert "\n" not in str(caught.value)
+
+    def test_attention_that_cannot_be_chosen_is_refused(self) -> None:
+        with pytest.raises(SourceError, match="set_attn_implementation"):
+            optstate.estimate(Small(), example_inputs=rows, attention="eager")
+
+    def test_inputs_of_a_size_of_their_own_are_told_as_such(self) -> None:
+        found = optstate.estimate(Small(), example_inputs=(torch.zeros(3, 71),))
+        assert "inputs as given" in str(found)
+        assert "2048" not in str(found)
+        setting = found.to_json()["setting"]
+        assert (setting["batch_size"], setting["seq_len"]) == (None, None)
+
+    def test_fused_updates_on_several_devices_say_under_what(self, tiny: Path) -> None:
+        fused, stepped = optstate.estimate(tiny, recipe=["lomo", "sgd"], seq_len=16, world_size=2).recipes
+        assert any("replicate" in note for note in fused.notes)
+        assert not any("replicate" in note for note in stepped.notes)
 
     def test_a_recipe_may_be_any_function_that_makes_an_optimizer(self) -> None:
         def mine(params: Any, weights: Any = "auto") -> optstate.Optimizer:

@@ -229,6 +229,18 @@ def test_a_model_is_built_with_any_number_of_layers(tmp_path: Path) -> None:
         assert names_and_shapes(built) == parameters(config)
 
 
+def test_a_type_that_tells_its_layers_itself_is_built_with_any_number(tmp_path: Path) -> None:
+    """`layer_types` of a Mamba is read only."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 6, "state_size": 4, "expand": 2}
+    config = {"model_type": "mamba", **sizes}
+    model = find_model(written(tmp_path, config))
+    assert (of(model), model.layers) == (names_and_shapes(on_meta(config)), 6)
+    assert model.build is not None
+    with FakeTensorMode():
+        built = model.build(BuildOptions(layers=3))
+    assert names_and_shapes(built) == names_and_shapes(on_meta({**config, "num_hidden_layers": 3}))
+
+
 def test_layers_of_different_kinds_are_not_called_identical(tmp_path: Path) -> None:
     kinds = {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
@@ -482,6 +494,13 @@ def test_a_checkpoint_of_pytorch(tmp_path: Path) -> None:
     assert recipe_of(file) == "adamw"
 
 
+def test_weights_that_pytorch_saved_are_no_state(tmp_path: Path) -> None:
+    torch.save(mlp().state_dict(), tmp_path / "model.pt")
+    line = fails(tmp_path / "model.pt")
+    assert "looks like model weights" in line
+    assert line.endswith("give the model's config.json, safetensors file or package.module:factory")
+
+
 def test_state_that_tells_no_shapes(tmp_path: Path) -> None:
     module = mlp()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -700,6 +719,18 @@ def test_checkpointing_of_a_module_that_has_none() -> None:
     assert build is not None
     with pytest.raises(SourceError, match="checkpoint inside it"):
         build(BuildOptions(checkpointing=True))
+
+
+def test_attention_of_a_module_that_has_none_to_choose() -> None:
+    build = find_model(factory).build
+    assert build is not None
+    with pytest.raises(SourceError, match="choose eager attention inside it"):
+        build(BuildOptions(attention="eager"))
+
+
+def test_inputs_follow_sizes_only_as_functions_of_them() -> None:
+    given = [None, torch.zeros(5, 8), always, lambda count, length: torch.zeros(count, length, 8)]
+    assert [find_model(factory, inputs=one).sized for one in given] == [True, False, False, True]
 
 
 def test_inputs_in_every_form() -> None:

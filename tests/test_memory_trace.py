@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from adalomo import AdaLomo, Lomo
 from optstate import registry
 from optstate.memory import peak_extra_bytes
 from optstate.memory.extrapolate import traced
-from optstate.memory.setting import KINDS, BuildOptions, Setting, Trace
+from optstate.memory.setting import KINDS, BuildOptions, Model, Setting, Trace
 from optstate.memory.trace import UntraceableError, trace
 from optstate.recipes import AdamW
 from tests.memory_models import MLP, Block, Tokens, llama, model_of, real_peak, token_batch, tokens
@@ -150,6 +151,126 @@ def test_updates_of_large_parameters_need_what_real_ones_do(name: str) -> None:
     param.grad = torch.ones(shape)
     optimizer.step()
     assert -20 <= seen.most["scratch"] - peak_extra_bytes(optimizer.step) <= 136_000
+
+
+# --- kernels of accelerators ------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal attention over 64 channels in 4 heads; returns the mean square of its outputs."""
+
+    def __init__(self, dropout: float, named: bool = True) -> None:
+        super().__init__()
+        self.dropout, self.named = dropout, named
+        self.qkv = nn.Linear(64, 3 * 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        if self.named:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True).square().mean()
+        return F.scaled_dot_product_attention(q, k, v, None, self.dropout, True).square().mean()
+
+
+def attention(dropout: float, named: bool = True) -> Model:
+    return model_of(lambda _: Attention(dropout, named), lambda count, length: ((torch.zeros(count, length, 64),), {}))
+
+
+SCORES = replace(FP32, batch_size=2, seq_len=512)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_dropout_in_attention_keeps_nothing_on_an_accelerator(named: bool) -> None:
+    """Flash and memory-efficient kernels keep output and log-sum-exp, and make the mask again: linear in length."""
+    seen = trace(attention(0.1, named), Lomo, SCORES)
+    assert seen == trace(attention(0.0), Lomo, SCORES)
+    assert not seen.notes
+    tokens = 2 * 512
+    kept = 4 * tokens * (64 + 3 * 64 + 64 + 4)  # inputs, queries with keys and values, outputs, log-sum-exp
+    gradients = 4 * tokens * (64 + 3 * 64 + 3 * 64)  # of outputs, of queries, keys and values, and of all in one
+    assert kept <= seen.most["activations"] + seen.most["logits"] <= kept + gradients + 4 * 512
+    longer = trace(attention(0.1, named), Lomo, replace(SCORES, seq_len=1024))
+    weights = seen.at_peak["weights"]
+    assert longer.peak - weights == pytest.approx(2 * (seen.peak - weights), rel=0.05)
+
+
+def test_a_gpt2_needs_what_a_real_step_without_that_dropout_allocates() -> None:
+    """Without, the CPU has a fused kernel, too. With it, its real steps need much more, and traces for it say so."""
+    transformers = __import__("transformers")
+
+    def gpt2(dropout: float) -> Model:
+        sizes = {"n_layer": 2, "n_embd": 128, "n_head": 8, "vocab_size": 1000}
+
+        def build(options: BuildOptions) -> nn.Module:
+            config = transformers.GPT2Config(**sizes, attn_pdrop=dropout, use_cache=False, attn_implementation="sdpa")
+            return transformers.GPT2LMHeadModel(config).train()
+
+        def batch(count: int, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            ids = torch.zeros(count, length, dtype=torch.long)
+            return (), {"input_ids": ids, "labels": ids}
+
+        return model_of(build, batch)
+
+    setting = replace(SMALL, seq_len=256)
+    real = {dropout: real_peak(gpt2(dropout), AdamW, setting) for dropout in (0.0, 0.1)}
+    assert real[0.1] > 1.3 * real[0.0]
+    assert trace(gpt2(0.1), AdamW, setting).peak == pytest.approx(real[0.0], rel=0.005)  # sizes rounded up to 512
+    assert trace(gpt2(0.1), AdamW, setting, device="cpu").peak == pytest.approx(real[0.1], rel=0.005)
+
+
+def test_attention_that_pytorch_calls_itself_is_without_dropout_too() -> None:
+    class Layer(nn.TransformerEncoderLayer):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x).sum()
+
+    def layer(dropout: float) -> Model:
+        def build(_: BuildOptions) -> nn.Module:
+            made = Layer(64, 4, 128, dropout=0.1, batch_first=True)
+            made.self_attn.dropout = dropout
+            return made
+
+        return model_of(build, lambda count, length: ((torch.zeros(count, length, 64),), {}))
+
+    assert trace(layer(0.1), Lomo, SCORES) == trace(layer(0.0), Lomo, SCORES)
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+def test_dropout_in_attention_is_written_out_on_the_cpu_and_real_steps_need_it() -> None:
+    model = attention(0.1)
+    seen = trace(model, Lomo, SCORES, device="cpu")
+    assert seen.peak == pytest.approx(real_peak(model, Lomo, SCORES), rel=0.005)
+    assert seen.peak > 2 * 4 * 512 * 512 * 4 > trace(model, Lomo, SCORES).peak
+    assert any("written out" in note for note in seen.notes)
+
+
+def test_heads_that_no_fused_kernel_takes_are_told() -> None:
+    class Narrow(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(2, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v[..., :8], is_causal=True).sum()
+
+    model = replace(attention(0.0), build=lambda _: Narrow(0.0))
+    assert any("written out" in note for note in trace(model, Lomo, SCORES).notes)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNBase]) -> None:
+    """oneDNN's kernel of an LSTM hides half of what it takes; without it a real step allocates what is traced."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(64, 128, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0].square().mean()
+
+    model = model_of(lambda _: Recurrent(), lambda count, length: ((torch.zeros(count, length, 64),), {}))
+    setting = replace(FP32, batch_size=16, seq_len=50)
+    seen = trace(model, AdamW, setting)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert seen.peak == pytest.approx(real_peak(model, AdamW, setting), rel=0.01)  # sizes rounded up to 512 bytes
+    assert any("step by step" in note for note in seen.notes)
+    assert torch.backends.mkldnn.enabled
 
 
 # --- depth ------------------------------------------------------------------------------------------------------------
@@ -315,6 +436,21 @@ class NoLoss(Tokens):
         return self.head(self.embedding(ids))
 
 
+class OtherKeys(Tokens):
+    def forward(self, ids: Tensor) -> Any:
+        return {"logits": self.head(self.embedding(ids))}
+
+
+class Mixed(Tokens):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).float()).sum()
+
+
+class MixedConvolution(Tokens):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.conv1d(self.embedding(ids).transpose(1, 2), self.head.weight[:, :, None].double()).sum()
+
+
 class Impossible(Tokens):
     def __init__(self) -> None:
         raise OSError("no such file:\nand more")
@@ -326,7 +462,10 @@ class Impossible(Tokens):
         (Reads, ["aten._local_scalar_dense.default needs the values of tensors", "in forward"]),
         (Routes, ["aten.nonzero.default needs the values of tensors", "in forward"]),
         (Broken, ["RuntimeError in forward:head"]),
-        (NoLoss, ["TypeError", "gives no loss, but a FakeTensor"]),
+        (NoLoss, ["returns a tensor of 8 x 4 x 1000, and no loss: let it return a tensor of one number"]),
+        (OtherKeys, ["returns a dict, and no loss", "'loss'"]),
+        (Mixed, ["TypeError in forward:head: a product of float32 and bfloat16 tensors", "give inputs of the dtype"]),
+        (MixedConvolution, ["a product of bfloat16 and float64 tensors"]),
         (Impossible, ["OSError in its construction: no such file:"]),
     ],
 )
@@ -340,6 +479,31 @@ def test_what_cannot_be_traced_names_the_operation(kind: type[nn.Module], words:
     assert all(word in message for word in words), message
     assert "\n" not in message
     assert (torch.get_default_dtype(), gc.isenabled()) == (dtype, collects)
+
+
+@pytest.mark.parametrize("kind", [Mixed, MixedConvolution])
+def test_mixtures_that_are_refused_are_those_that_pytorch_refuses(kind: type[nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        kind().to(torch.bfloat16)(torch.zeros(8, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda loss: {"loss": loss},
+        lambda loss: (loss, loss.new_zeros(1000)),
+        lambda loss: [loss],
+        lambda loss: SimpleNamespace(loss=loss),
+    ],
+)
+def test_a_loss_may_be_where_trainers_look_for_it(wrapped: Any) -> None:
+    class Wrapped(Tokens):
+        def forward(self, ids: Tensor) -> Any:
+            return wrapped(super().forward(ids))
+
+    seen = trace(replace(tokens(), build=lambda _: Wrapped()), Lomo, FP32)
+    plain = trace(tokens(), Lomo, FP32)
+    assert plain.peak <= seen.peak <= plain.peak + 4 * 1024  # what is returned beside it
 
 
 def test_shapes_alone_are_not_enough() -> None:

@@ -69,8 +69,9 @@ def estimate(
     """What training needs in memory, part by part, and whether it fits: from shapes, and from a step on fake tensors.
 
     Weights, gradients and optimizer state are exact: the recipe's own plan says them. Activations, temporaries and the
-    peak come from running the model and the real optimizer, hooks included, on tensors without values. Nothing is
-    allocated, nothing is downloaded, and no GPU is needed. Printing the answer shows a table in GiB (2**30 bytes).
+    peak come from running the model and the real optimizer, hooks included, on tensors without values; where a GPU has
+    other kernels than a CPU, the GPU's are counted. Nothing is allocated, nothing is downloaded, and no GPU is needed.
+    Printing the answer shows a table in GiB (2**30 bytes).
 
     Args:
         source: a published model's name ("llama-7b"), a config.json or a folder with one, a safetensors file or index
@@ -85,12 +86,13 @@ def estimate(
         batch_size, seq_len: of one micro-batch. seq_len: 2048 tokens, or as many as the model has positions for.
         grad_accum: micro-batches per step.
         checkpointing: recompute activations layer by layer.
-        attention: "sdpa" or "eager".
+        attention: "sdpa", which keeps what a GPU's fused kernels keep, or "eager".
         clip: "norm" clips by the global norm of all gradients, else "none".
         world_size, shard: devices, and what they divide among them: "none", "zero1" (state), "zero2" (gradients, too),
             "fsdp" (weights, too). Figures are those of one device.
-        example_inputs: what the model is called with where it is no language model of transformers: arguments, a
-            function of batch size and length, or its name.
+        example_inputs: what the model is called with where it is no language model of transformers: a function of
+            batch size and length, or its name, called with `dtype` as the default; or arguments, which have a size of
+            their own.
         gpu: judge whether it fits: a size ("24GiB"; numbers are GiB) or a name ("RTX 4090").
         exact: trace all layers instead of two numbers of layers from which the rest follows.
 
@@ -113,7 +115,12 @@ def estimate(
         raise QuestionError("recipe is empty: give at least one name")
     chosen = None if gpu is None else gpu_of(gpu)
     way = _way_of(weights)
+    if shard != "none" and world_size == 1:
+        raise QuestionError(f"shard {shard!r} divides among devices: give world_size (--world-size), too")
     model = find_model(source, inputs=example_inputs, dtype=named)
+    if not model.sized and (batch_size != 1 or seq_len is not None):
+        reason = "batch_size and seq_len would change nothing: the inputs are given, with a size of their own"
+        raise QuestionError(f"{reason}; leave both out, or give a function of batch size and length")
     own = {param.dtype for param in model.parameters}
     setting = Setting(
         dtype=own.pop() if len(own) == 1 else named,
@@ -143,6 +150,7 @@ def estimate(
         notes=tuple(notes),
         versions=_versions(),
         question=question,
+        sized=model.sized,
     )
 
 

@@ -75,6 +75,7 @@ def traced(
         phase=phase_of(peak.name(model.layers)),
         alive=largest(seen[-1].timeline.alive(deepest[peak].index)),
         most=dict(zip(KINDS, most, strict=True)),
+        notes=seen[-1].notes,
     )
     counts = f"{', '.join(map(str, SHALLOW[:-1]))} and {SHALLOW[-1]}"
     return result, f"traced with {counts} layers, extrapolated to {model.layers}"

@@ -10,17 +10,55 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["HOME", "OnOneDevice", "converting_modules", "fake_mode", "without_values"]
+__all__ = [
+    "HOME",
+    "OnOneDevice",
+    "converting_modules",
+    "fake_mode",
+    "kernels_of_accelerators",
+    "refuse_mixture",
+    "without_values",
+]
 
 HOME = torch.device("cpu")
 """Fake tensors elsewhere need a build of PyTorch for that device: without, a backward pass ends the process."""
+
+ATTENTION: Callable[..., Tensor] = F.scaled_dot_product_attention
+DROPOUT_P = 4
+"""The place of `dropout_p` among its arguments."""
+
+aten = torch.ops.aten
+PRODUCTS = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.mv.default,
+        aten.addmv.default,
+        aten.dot.default,
+        aten.convolution.default,
+    }
+)
+"""Operators that take tensors of one dtype only; their kernels for fake tensors do not look."""
 
 
 def fake_mode() -> FakeTensorMode:
     """Inside, tensors are made without memory; tensors with values that operators meet are taken as shapes."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def refuse_mixture(func: Any, args: tuple[Any, ...]) -> None:
+    """Raise TypeError for a product of tensors of several dtypes, as its kernel does where there are values."""
+    if func not in PRODUCTS:
+        return
+    dtypes = list(dict.fromkeys(str(arg.dtype) for arg in args if isinstance(arg, Tensor)))
+    if len(dtypes) > 1:
+        both = " and ".join(dtype.removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"a product of {both} tensors, which PyTorch refuses: give inputs of the dtype of the weights")
 
 
 class OnOneDevice(TorchFunctionMode):
@@ -43,6 +81,40 @@ def _home(device: Any) -> Any:
     if device is None or torch.device(device).type == "meta":
         return device
     return HOME
+
+
+def _without_dropout(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention whose dropout keeps nothing."""
+    if len(args) > DROPOUT_P:
+        args = (*args[:DROPOUT_P], 0.0, *args[DROPOUT_P + 1 :])
+    else:
+        kwargs["dropout_p"] = 0.0
+    return ATTENTION(*args, **kwargs)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention that is called by a reference from before is without dropout, too."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (_without_dropout if func is ATTENTION else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kernels_of_accelerators() -> Iterator[None]:
+    """Inside, operators keep what an accelerator's kernels do, where the CPU chooses others.
+
+    `scaled_dot_product_attention` with dropout: fused kernels draw the mask again from its seed, so they keep what they
+    do without dropout. The CPU has none with dropout and writes out probabilities and masks, batch x heads x length x
+    length. Recurrent layers: oneDNN's kernel hides what it keeps, so they run step by step.
+    """
+    setattr(F, "scaled_dot_product_attention", _without_dropout)  # noqa: B010, modes do not see calls within PyTorch's
+    try:
+        with torch.backends.mkldnn.flags(enabled=False), _FusedAttention():
+            yield
+    finally:
+        setattr(F, "scaled_dot_product_attention", ATTENTION)  # noqa: B010
 
 
 @contextmanager

@@ -33,10 +33,13 @@ MADE_FOR_FUSED = "made for fused backward"
 """What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
 
 SHAPES_TELL = ("weights_bytes", "buffer_bytes", "gradients_bytes", "state_bytes", "known_bytes")
+SEEN_ON_ONE = "gradients_most_bytes"
+"""What a trace tells that does not hold where gradients are divided among devices."""
 TRACES_TELL = ("activations_bytes", "logits_bytes", "scratch_bytes")
 PEAK_TELLS = ("peak_bytes", "peak_phase", "at_peak")
 
-MIB = 2**20
+REFUSES_FUSED = ("zero1", "zero2")
+"""Ways to shard in which no hook of the backward pass sees the gradient that is used."""
 
 Build = Callable[..., Optimizer]
 
@@ -105,6 +108,7 @@ class Question:
             SourceError: if the model cannot.
         """
         case = _Case(self, recipe)
+        case.check()
         key = recipe, case.setting
         if key not in self.answered:
             self.answered[key] = self._traced(case)
@@ -139,6 +143,13 @@ class _Case:
         chosen = self.question.fused_backward
         fused = self.recipe.fused if chosen is None else chosen
         return replace(self.question.setting, fused_backward=fused, weights=str(self.question.weights))
+
+    def check(self) -> None:
+        """Raise QuestionError for a run that the library refuses."""
+        shard = self.question.shard
+        if self.setting.fused_backward and shard in REFUSES_FUSED:
+            reason = f"recipe {self.recipe.name!r} updates in the backward pass, which {shard} refuses"
+            raise QuestionError(f"{reason}: give fused_backward=False (--no-fused-backward), or shard fsdp")
 
     @property
     def build(self) -> Build:
@@ -200,9 +211,11 @@ class _Case:
         divided = self.question.world_size > 1
         peak, phase = self._divided(trace) if divided else (dict(trace.at_peak), trace.phase)
         guessed = ("reserved_bytes", "device_bytes", *(("verdict",) if self.question.gpu is not None else ()))
-        shapes = self.from_shapes(how, (*notes, *self._gradients_beside_each_other(trace)))
+        shapes = self.from_shapes(how, (*notes, *trace.notes))
+        on_one = {} if divided else {SEEN_ON_ONE: TRACED}
         return replace(
             shapes,
+            gradients_most_bytes=None if divided else trace.most.get("gradients", 0),
             activations_bytes=trace.most.get("activations", 0),
             logits_bytes=trace.most.get("logits", 0),
             scratch_bytes=trace.most.get("scratch", 0),
@@ -212,6 +225,7 @@ class _Case:
             alive=trace.alive,
             basis={
                 **shapes.basis,
+                **on_one,
                 **dict.fromkeys(TRACES_TELL, TRACED),
                 **dict.fromkeys(PEAK_TELLS, ASSUMED if divided else TRACED),
                 **dict.fromkeys(guessed, ASSUMED),
@@ -252,19 +266,14 @@ class _Case:
     def _largest_gradient(self) -> int:
         return max((param.nbytes for param in self.question.model.parameters if param.trainable), default=0)
 
-    def _gradients_beside_each_other(self, trace: Trace) -> Iterable[str]:
-        """More gradients at once than the largest: where several come from one operation, or a tied one is summed."""
-        seen = trace.most.get("gradients", 0)
-        if self.question.world_size == 1 and self.setting.fused_backward and seen > 1.01 * self.rank.gradients + MIB:
-            size = f"{seen / 2**30:.3g} GiB"
-            yield f"gradients alive at once come to {size}: those of tied parameters are summed up before they are used"
-
     def notes(self) -> Iterable[str]:
         """What a reader of the figures should know."""
         if self.setting.fused_backward and self.setting.grad_accum > 1:
             yield "gradients of several micro-batches are kept until the last: fusing saves no gradients"
         if self.setting.fused_backward and self.setting.clip == "norm":
             yield "clipping by the global norm takes a second backward pass, and the first keeps its graph"
+        if self.setting.fused_backward and self.question.world_size > 1 and self.question.shard == "none":
+            yield "fused updates on several devices: under FSDP2's replicate; DistributedDataParallel is refused"
         scratch = max((param.scratch_bytes for param in self.plan), default=0)
         if scratch:
             yield f"an update takes up to {scratch / 2**30:.3g} GiB of temporaries, says the plan"

@@ -42,13 +42,13 @@ def gib(nbytes: int | None) -> str:
 
 
 def setting_tree(estimate: Estimate) -> dict[str, Any]:
-    """The run as plain data."""
+    """The run as plain data; sizes are None where inputs have their own."""
     setting = estimate.setting
     return {
         "dtype": setting.dtype,
         "weights": setting.weights,
-        "batch_size": setting.batch_size,
-        "seq_len": setting.seq_len,
+        "batch_size": setting.batch_size if estimate.sized else None,
+        "seq_len": setting.seq_len if estimate.sized else None,
         "grad_accum": setting.grad_accum,
         "checkpointing": setting.checkpointing,
         "attention": setting.attention,
@@ -61,8 +61,13 @@ def setting_tree(estimate: Estimate) -> dict[str, Any]:
 def setting_words(estimate: Estimate) -> str:
     """The run in words."""
     setting = estimate.setting
-    words = [setting.dtype, f"batch {setting.batch_size} x {setting.seq_len}", f"{setting.attention} attention"]
-    words.append("activation checkpointing" if setting.checkpointing else "no checkpointing")
+    words = [setting.dtype]
+    if any(one.peak_bytes is not None for one in estimate.recipes):
+        words.append(f"batch {setting.batch_size} x {setting.seq_len}" if estimate.sized else "inputs as given")
+        words.append(f"{setting.attention} attention")
+        words.append("activation checkpointing" if setting.checkpointing else "no checkpointing")
+    else:
+        words.append("nothing was run")
     if setting.weights != "auto":
         words.append(f"weights {setting.weights}")
     if setting.grad_accum > 1:
@@ -106,8 +111,9 @@ def lines_of(estimate: Estimate) -> list[Line]:
     lines: list[Line] = [
         ("update", "", lambda one: "fused" if one.fused_backward else "step()"),
         ("weights", "weights_bytes", lambda one: gib(one.weights_bytes)),
-        ("gradients, most at once", "gradients_bytes", lambda one: gib(one.gradients_bytes)),
+        ("gradients", "gradients_bytes", lambda one: gib(one.gradients_bytes)),
         ("optimizer state", "state_bytes", lambda one: gib(one.state_bytes)),
+        ("gradients, most at once", "gradients_most_bytes", lambda one: gib(one.gradients_most_bytes)),
         ("activations, most at once", "activations_bytes", lambda one: gib(one.activations_bytes)),
         ("allocated at the peak", "peak_bytes", lambda one: gib(one.peak_bytes)),
         *((f"  {WORDS.get(kind, kind)}", "at_peak", part(kind)) for kind in KINDS),

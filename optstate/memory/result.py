@@ -24,7 +24,7 @@ EXACT, TRACED, ASSUMED = "exact", "traced", "assumed"
 NOT_INCLUDED = (
     "what the CUDA context takes beyond the assumed 0.3 to 1 GB",
     "fragmentation of the allocator beyond the assumed factor",
-    "workspaces of cuBLAS, cuDNN and NCCL",
+    "workspaces of cuBLAS, cuDNN, NCCL and fused attention",
     "what torch.compile and custom kernels save or add",
     "a data loader that pins or prefetches batches on the GPU",
     "other processes on the GPU, a display among them",
@@ -35,10 +35,12 @@ NOT_INCLUDED = (
 class RecipeEstimate:
     """What one recipe needs on one device, in bytes. What is not known is None.
 
-    weights_bytes, buffer_bytes, gradients_bytes, state_bytes: from shapes. gradients_bytes is of those alive together:
-    all, or the largest where each is used and freed in the backward pass. activations_bytes, logits_bytes,
-    scratch_bytes: the most at any moment. peak_bytes: the most of everything together; at_peak: of these, by kind.
-    basis: how each figure was got. how: how the trace was made, or why there is none. gpu: to judge for, or None.
+    weights_bytes, buffer_bytes, gradients_bytes, state_bytes: from shapes. gradients_bytes is one gradient of every
+    parameter, or the largest where each is used and freed in the backward pass. gradients_most_bytes,
+    activations_bytes, logits_bytes, scratch_bytes: the most at any moment; of gradients that can be more than
+    gradients_bytes, as a tied parameter has several that wait to be summed, and accumulation adds one to what is there.
+    peak_bytes: the most of everything together; at_peak: of these, by kind. basis: how each figure was got. how: how
+    the trace was made, or why there is none. gpu: to judge for, or None.
     """
 
     recipe: str
@@ -58,6 +60,7 @@ class RecipeEstimate:
     how: str = ""
     notes: tuple[str, ...] = ()
     gpu: Gpu | None = None
+    gradients_most_bytes: int | None = None
 
     @property
     def known_bytes(self) -> int:
@@ -92,6 +95,7 @@ class RecipeEstimate:
             "buffer_bytes": self.buffer_bytes,
             "gradients_bytes": self.gradients_bytes,
             "state_bytes": self.state_bytes,
+            "gradients_most_bytes": self.gradients_most_bytes,
             "activations_bytes": self.activations_bytes,
             "logits_bytes": self.logits_bytes,
             "scratch_bytes": self.scratch_bytes,
@@ -119,7 +123,8 @@ class Estimate:
     """The answer of `optstate.estimate`. `print` it; `optstate.memory.solve` searches on from it.
 
     source, origin: what was estimated, and where that is from. parameters: elements; tensors: how many tensors hold
-    them. setting: the run, but for what each recipe decides. world_size, shard: over how many devices, and how.
+    them. setting: the run, but for what each recipe decides. sized: whether inputs follow its batch size and length.
+    world_size, shard: over how many devices, and how.
     """
 
     source: str
@@ -135,6 +140,7 @@ class Estimate:
     versions: Mapping[str, str] = field(default_factory=dict)
     not_included: tuple[str, ...] = NOT_INCLUDED
     question: Question | None = field(default=None, repr=False, compare=False)
+    sized: bool = True
 
     def __str__(self) -> str:
         return report.text(self)
@@ -148,8 +154,9 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether one of the recipes is not known to be too much for the GPU."""
-        return any(one.verdict != verdict.NO for one in self.recipes)
+        """Whether one of the recipes fits the GPU for sure: not if verdicts are "tight" or "unknown". True without
+        a GPU, where nothing was to fit."""
+        return self.gpu is None or any(one.verdict == verdict.FITS for one in self.recipes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data of the schema `optstate.estimate/1`."""

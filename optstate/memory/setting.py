@@ -53,7 +53,8 @@ class Model:
     parameters: every one of them, in the model's order. buffer_bytes: of its buffers. layers: how many identical layers
     it has, None if that is unknown. build: makes the module, in the default dtype, on fake tensors if the caller is in
     a FakeTensorMode; None where only shapes are known. batch: arguments of the module for a batch size and a sequence
-    length; what it returns has a `loss`, or is one. origin: where this is from, in words, with versions.
+    length; what it returns has a `loss`, begins with it, or is it. sized: whether the batch follows these two. origin:
+    where this is from, in words, with versions.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Model:
     layers: int | None = None
     build: Callable[[BuildOptions], nn.Module] | None = field(default=None, repr=False)
     batch: Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]] | None = field(default=None, repr=False)
+    sized: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -107,7 +109,7 @@ class Trace:
 
     peak: the most bytes alive at one moment. at_peak: of these, by kind. phase: where that was: "forward", "loss",
     "backward" or "update", with the module or parameter after a colon where known. alive: the largest tensors then.
-    most: the most bytes of each kind at any moment.
+    most: the most bytes of each kind at any moment. notes: where an accelerator may keep something else.
     """
 
     peak: int
@@ -115,3 +117,4 @@ class Trace:
     phase: str
     alive: tuple[Alive, ...]
     most: Mapping[str, int]
+    notes: tuple[str, ...] = ()

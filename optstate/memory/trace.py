@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from optstate import kernels
 from optstate.backward import FusedBackward, fuse_backward
-from optstate.memory.fakes import OnOneDevice, converting_modules, fake_mode, without_values
+from optstate.memory.fakes import OnOneDevice, converting_modules, fake_mode, kernels_of_accelerators, without_values
 from optstate.memory.position import Position, phase_of
 from optstate.memory.setting import KINDS, Alive, BuildOptions, Model, Setting, Trace
 from optstate.memory.sources.modules import default_dtype
@@ -34,6 +34,9 @@ LARGEST = 10
 CLIP = 1.0
 """The norm in a run that clips: any, as its value changes no size."""
 
+WRITTEN_OUT = "_safe_softmax"
+"""What only `scaled_dot_product_attention` calls, where it has no fused kernel."""
+
 Recipe = Callable[[Iterable[Any]], Optimizer]
 
 
@@ -41,12 +44,17 @@ class UntraceableError(ValueError):
     """A model cannot be run without values; the message names the operation."""
 
 
+class NoLossError(TypeError):
+    """A forward pass returns nothing that could be a loss."""
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of one step. stacks: names of the lists of identical layers."""
+    """What was seen of one step. stacks: names of the lists of identical layers. notes: as in a `Trace`."""
 
     timeline: Timeline
     stacks: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None = None, device: str = "cuda") -> Trace:
@@ -68,12 +76,14 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
         recipe: gets the groups of `optstate.declare_roles(module)` and gives the optimizer, `setting.weights` included.
         layers: build only so many of the identical layers.
         device: the type of the device it is for: "cpu" counts exact bytes, others round up to 512; updates go through
-            a parameter in parts as large as they are there. Whatever it is, tensors are fake ones on the CPU.
+            a parameter in parts as large as they are there, and attention keeps what its kernels keep there.
+            Whatever it is, tensors are fake ones on the CPU.
 
     Raises:
         UntraceableError: if the model cannot be built or run without values.
     """
-    timeline = observe(model, recipe, setting, layers=layers, device=device).timeline
+    seen = observe(model, recipe, setting, layers=layers, device=device)
+    timeline = seen.timeline
     moments = timeline.moments
     place, moment = max(moments.items(), key=lambda item: item[1].total)
     most = [max(other.most[i] for other in moments.values()) for i in range(len(KINDS))]
@@ -83,6 +93,7 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
         phase=phase_of(place),
         alive=largest(timeline.alive(moment.index)),
         most=dict(zip(KINDS, most, strict=True)),
+        notes=seen.notes,
     )
 
 
@@ -110,11 +121,12 @@ def observe(
     if model.build is None or model.batch is None:
         raise UntraceableError(f"{model.name}: only the shapes of its parameters are known, not what it computes")
     options = BuildOptions(layers, setting.attention, setting.checkpointing)
-    with _undisturbed(), fake_mode(), OnOneDevice(), one_sequence_per_row(), kernels.rehearsal(device):
+    elsewhere: AbstractContextManager[None] = nullcontext() if device == "cpu" else kernels_of_accelerators()
+    with _undisturbed(), fake_mode(), OnOneDevice(), elsewhere, one_sequence_per_row(), kernels.rehearsal(device):
         with _naming_errors(model), converting_modules(), default_dtype(getattr(torch, setting.dtype)):
             module = model.build(options)
         with without_values(module):
-            with _naming_errors(model):
+            with _naming_errors(model), default_dtype(getattr(torch, setting.dtype)):
                 args, kwargs = model.batch(setting.batch_size, setting.seq_len)
             position = Position(module)
             tracker = Tracker(position.where, rounding=1 if device == "cpu" else 512)
@@ -123,7 +135,7 @@ def observe(
                 step.warm_up()
                 tracker.restart()
                 step.run()
-        return Seen(Timeline(tracker.events), _stacks(module, layers or model.layers))
+        return Seen(Timeline(tracker.events), _stacks(module, layers or model.layers), tuple(_notes(module, tracker)))
 
 
 class _Step:
@@ -199,10 +211,28 @@ class _Step:
     def _loss(self) -> Tensor:
         with self.position.during("forward"):
             output = self.module(*self.args, **self.kwargs)
-        loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+        loss = _loss_in(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"the forward pass gives no loss, but a {type(output).__name__}")
+            raise NoLossError(f"its forward pass returns {_described(output)}, and no loss: {LOSSES}")
         return loss
+
+
+LOSSES = "let it return a tensor of one number, a tuple that begins with it, or a dict or an object with it as 'loss'"
+
+
+def _loss_in(output: Any) -> Any:
+    """Where trainers look for the loss."""
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple | list) and output and not hasattr(output, "loss"):
+        return output[0]
+    return output if isinstance(output, Tensor) else getattr(output, "loss", None)
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of {' x '.join(map(str, output.shape)) or 'one number'}"
+    return "nothing" if output is None else f"a {type(output).__name__}"
 
 
 @contextmanager
@@ -214,6 +244,8 @@ def _naming_errors(model: Model, tracker: Tracker | None = None) -> Iterator[Non
         raise UntraceableError(
             f"{model.name} cannot be traced: {error.func} needs the values of tensors{_in(tracker)}"
         ) from error
+    except NoLossError as error:
+        raise UntraceableError(f"{model.name} cannot be traced: {error}") from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UntraceableError(
@@ -242,6 +274,15 @@ def _undisturbed() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def _notes(module: nn.Module, tracker: Tracker) -> Iterator[str]:
+    """Where the kernels of an accelerator may keep something else than was seen."""
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        yield "recurrent layers were run step by step: the fused kernels of a GPU keep buffers of their own instead"
+    if any(WRITTEN_OUT in storage.what for storage, _ in tracker.events):
+        sizes = "batch x heads x length x length"
+        yield f"attention is counted as written out, {sizes}: the CPU's fused kernel takes no such shapes, a GPU's may"
 
 
 def _stacks(module: nn.Module, layers: int | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward as _run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optstate.memory.fakes import HOME
+from optstate.memory.fakes import HOME, refuse_mixture
 from optstate.memory.setting import KINDS, Alive
 
 __all__ = ["Event", "Moment", "Storage", "Timeline", "Tracker"]
@@ -100,8 +100,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.last_operator = func
+        if func.namespace != "prim":  # questions such as which device a tensor is on
+            self.last_operator = func
         try:
+            refuse_mixture(func, args)
             result = func(*args, **(kwargs or {}))
         except BaseException:
             self.failed_in = self.where()[0]

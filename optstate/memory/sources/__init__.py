@@ -78,7 +78,8 @@ def _with_inputs(model: Model, inputs: Any) -> Model:
         return model
     if model.build is None:
         raise SourceError(f"inputs are of no use for {shown(model.origin)}: only shapes are known", usage=True)
-    return replace(model, batch=factory.batch_of(inputs))
+    batch = factory.batch_of(inputs)
+    return replace(model, batch=batch, sized=batch is None or batch.sized)
 
 
 def _of_path(path: Path, dtype: str, names: str | None) -> Model:

@@ -221,7 +221,7 @@ def _with_layers(plain: Mapping[str, Any], config: Any, layers: int | None) -> M
         return plain
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     changed = {**_without(plain, {"num_hidden_layers", key}), key: layers}
-    kinds = getattr(config, "layer_types", None)
+    kinds = plain.get("layer_types")  # where the config leaves them out, its class tells them by the number of layers
     return {**changed, "layer_types": [kinds[0]] * layers} if kinds else changed
 
 

@@ -9,6 +9,7 @@ import torch
 
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.foreign.wrapped import WEIGHTS
 from optstate.checkpoint.names import read_names, with_names
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.memory.setting import Model, ParamShape
@@ -51,7 +52,10 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         return open_checkpoint(path)
     except CheckpointError as error:
-        raise SourceError(str(error)) from error
+        if WEIGHTS not in error.reason:
+            raise SourceError(str(error)) from error
+        hint = "give the model's config.json, safetensors file or package.module:factory"
+        raise SourceError(f"{error}; {hint}") from error
 
 
 def _parameters(checkpoint: Checkpoint, dtype: str) -> list[ParamShape]:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from optstate.checkpoint.errors import shown
 from optstate.memory.setting import BuildOptions, Model, ParamShape
-from optstate.memory.sources.causal_lm import Batch, prepared, token_batch
+from optstate.memory.sources.causal_lm import SDPA, Batch, prepared, token_batch
 from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, copied, default_dtype, in_fake_mode, parameters_of
 
-__all__ = ["batch_of", "is_name", "of_callable", "of_module", "of_named"]
+__all__ = ["Inputs", "batch_of", "is_name", "of_callable", "of_module", "of_named"]
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -85,13 +86,12 @@ def _model(
     module: nn.Module,
     name: str,
     origin: str,
-    batch: Callable[[int, int], Batch] | None,
+    inputs: Inputs | None,
     build: Callable[[BuildOptions], nn.Module],
     dtype: str,
 ) -> Model:
     parameters = parameters_of(module)
-    if batch is None and _is_language_model(module):
-        batch = token_batch()
+    batch = token_batch() if inputs is None and _is_language_model(module) else inputs
     notes = () if batch is not None else (NO_INPUTS,)
     return Model(
         name=name,
@@ -100,6 +100,7 @@ def _model(
         buffer_bytes=buffer_bytes(module),
         build=build,
         batch=batch,
+        sized=inputs is None or inputs.sized,
         notes=(*notes, *_dtype_notes(parameters, dtype)),
     )
 
@@ -171,18 +172,39 @@ def _optioned(module: nn.Module, options: BuildOptions) -> nn.Module:
             choose(options.attention)
         except Exception as error:
             raise SourceError(f"{type(module).__name__} has no {options.attention}: {in_words(error)}") from error
+    elif options.attention != SDPA:
+        reason = f"a {type(module).__name__} has no set_attn_implementation()"
+        raise SourceError(
+            f"{reason}: choose {options.attention} attention inside it, and leave it out here", usage=True
+        )
     return prepared(module, options.checkpointing)
 
 
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
-def batch_of(inputs: Any) -> Callable[[int, int], Batch] | None:
+@dataclass(frozen=True)
+class Inputs:
+    """Batches from what was given. given: a function, or arguments. sized: whether it takes batch size and length."""
+
+    given: Any
+    name: str
+    sized: bool
+
+    def __call__(self, batch_size: int, seq_len: int) -> Batch:
+        """The arguments of the model, positional and named."""
+        sizes = (batch_size, seq_len) if self.sized else ()
+        given = _called(self.given, self.name, sizes) if callable(self.given) else self.given
+        args, kwargs = _arguments(given, self.name)
+        return tree_map_only(Tensor, _local, args), tree_map_only(Tensor, _local, kwargs)
+
+
+def batch_of(inputs: Any) -> Inputs | None:
     """Batches from what was given: a name or a function of batch size and sequence length, or of nothing; or the
     arguments themselves, as a tensor, a tuple or list of positional ones, a dict of named ones, or a tuple and a dict.
 
     Raises:
-        SourceError: for anything else; the returned function, if what was given raises.
+        SourceError: for anything else; what is returned, if what was given raises.
     """
     if inputs is None:
         return None
@@ -193,21 +215,18 @@ def batch_of(inputs: Any) -> Callable[[int, int], Batch] | None:
         inputs = _found(inputs)
     if not callable(inputs):
         _arguments(inputs, name)
-
-    def batch(batch_size: int, seq_len: int) -> Batch:
-        given = _called(inputs, name, batch_size, seq_len) if callable(inputs) else inputs
-        args, kwargs = _arguments(given, name)
-        return tree_map_only(Tensor, _local, args), tree_map_only(Tensor, _local, kwargs)
-
-    return batch
+    return Inputs(inputs, name, sized=callable(inputs) and _takes_sizes(inputs))
 
 
-def _called(function: Callable[..., Any], name: str, batch_size: int, seq_len: int) -> Any:
+def _takes_sizes(function: Callable[..., Any]) -> bool:
     try:
-        inspect.signature(function).bind(batch_size, seq_len)
-        sizes: tuple[int, ...] = (batch_size, seq_len)
+        inspect.signature(function).bind(1, 1)
     except (TypeError, ValueError):
-        sizes = ()
+        return False
+    return True
+
+
+def _called(function: Callable[..., Any], name: str, sizes: tuple[int, ...]) -> Any:
     try:
         return function(*sizes)
     except (Exception, SystemExit) as error:
