@@ -5,14 +5,16 @@ share a buffer for each group, as FSDP2 leaves them, and fused updates come from
 are values, and the other devices: tensors are fake, and so is the process group (`FakeStore`), whose sums return at
 once. `fully_shard` is called on a model of one layer; the other layers get shards like that one's, as making 4096 parts
 of each parameter only to keep the first takes minutes. Steps run as on an accelerator, with its larger pieces, and of
-batches of parameters that are alike one is stepped and counts for all.
+parameters that are alike one is stepped and counts for all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -30,8 +32,8 @@ from optstate.memory.sources.modules import default_dtype
 from optstate.placement import here
 
 LAYER = "model.layers."
-Sent = list[int]
-"""Bytes of each all-reduce."""
+Sent = list[tuple[Any, int]]
+"""The operation and the bytes of each all-reduce."""
 
 
 @contextmanager
@@ -134,9 +136,9 @@ def simulate(sharded: Sharded, recipe: Callable[..., optstate.Optimizer]) -> dic
         "state_whole": nbytes(whole),
         "groups": len(sharded.groups),
         "collectives": len(stepped),
-        "sent": ring * sum(stepped),
+        "sent": ring * bytes_of(stepped),
         "fused_collectives": len(sent),
-        "fused_sent": ring * sum(sent),
+        "fused_sent": ring * bytes_of(sent),
         "fsdp_sent": sharded.sent,
     }
 
@@ -185,13 +187,13 @@ def fused_step(sharded: Sharded, optimizer: optstate.Optimizer) -> int:
 
 @contextmanager
 def all_reduces() -> Iterator[Sent]:
-    """Inside, bytes of every all-reduce are noted."""
+    """Inside, every all-reduce is noted."""
     sent: Sent = []
     original = dist.all_reduce
 
-    def noting(tensor: Tensor, *args: Any, **more: Any) -> Any:
-        sent.append(tensor.numel() * tensor.element_size())
-        return original(tensor, *args, **more)
+    def noting(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Any:
+        sent.append((op, tensor.numel() * tensor.element_size()))
+        return original(tensor, op=op, group=group)
 
     dist.all_reduce = noting
     try:
@@ -200,20 +202,32 @@ def all_reduces() -> Iterator[Sent]:
         dist.all_reduce = original
 
 
+def bytes_of(sent: Sent) -> int:
+    return sum(size for _, size in sent)
+
+
 def step_alike_once(optimizer: optstate.Optimizer, sent: Sent) -> None:
-    """From now on of batches of parameters that are alike one is stepped, and its all-reduces count for the others."""
+    """From now on of parameters that are alike one is stepped, by itself, and what it asks for counts for the others: a
+    batch has one all-reduce a round for each operation, of what all of its parameters ask for in that round."""
     original = optimizer._step_together
     plans = {p: optimizer._leaf(p).plan for group in optimizer.param_groups for p in group["params"]}
     known: dict[Any, Sent] = {}
 
+    def asked_alone(param: Tensor, *args: Any) -> Sent:
+        like = tuple(param.shape), plans[param].chain, tuple(plans[param].stores.items())
+        if like not in known:
+            before = len(sent)
+            original([param], *args)
+            known[like] = sent[before:]
+            del sent[before:]
+        return known[like]
+
     def step_together(params: list[Tensor], *args: Any) -> None:
-        alike = tuple((tuple(p.shape), plans[p].chain, tuple(plans[p].stores.items())) for p in params)
-        if alike in known:
-            sent.extend(known[alike])
-            return
-        before = len(sent)
-        original(params, *args)
-        known[alike] = sent[before:]
+        for one_round in zip_longest(*(asked_alone(param, *args) for param in params)):
+            together: Counter[Any] = Counter()
+            for op, size in filter(None, one_round):
+                together[op] += size
+            sent.extend(together.items())
 
     optimizer._step_together = step_together
 

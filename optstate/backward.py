@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ class FusedBackward:
         self._squares: dict[Tensor, Tensor] = {}
         self._coefficient: Scalar | None = None
         self._engine_checked = False
+        self._others: weakref.WeakSet[Tensor] | None = None
         self._in_backward = False
         self._waiting: list[Tensor] = []
         self._buffer = 0
@@ -151,7 +153,7 @@ class FusedBackward:
 
     def look_again(self) -> None:
         """Look for engines and trainers once more at the next update: one may have taken over meanwhile."""
-        self._engine_checked = False
+        self._engine_checked, self._others = False, None
 
     def _require_active(self, action: str) -> None:
         if not self.active:
@@ -291,8 +293,8 @@ class FusedBackward:
         """Measure the global L2 norm of all gradients of `loss` and change nothing.
 
         Runs one backward pass that keeps the graph, so `loss.backward()` can follow, and that computes gradients of
-        this optimizer's parameters only; they are freed as they come. Where they are distributed, gradients of all
-        parameters are computed, and the norm is that over all devices, each of which must call this.
+        this optimizer's parameters only; they are freed as they come. Where they are distributed the norm is that over
+        all devices, each of which must call this.
 
         With `clip_grad_norm` set, the next backward is scaled, once, by `min(1, clip_grad_norm / (norm + 1e-6))`
         (LOMO, arXiv 2306.09782, section 3.3.1). Costs about one backward.
@@ -320,16 +322,31 @@ class FusedBackward:
         self._reset()
         self._mode = _Mode.MEASURE
         try:
-            inputs = [p for p in self._params() if p.requires_grad]
-            if any(map(is_distributed, inputs)):  # FSDP2 computes with whole parameters, which are not these
-                torch.autograd.backward(loss, retain_graph=True)
-            else:
-                torch.autograd.backward(loss, retain_graph=True, inputs=inputs)
+            self._backward_through(loss)
         finally:
             self._mode = _Mode.UPDATE
         squares = self._over_devices(self._squares)
         self._squares.clear()
         return self._norm(squares)
+
+    def _backward_through(self, loss: Tensor) -> None:
+        """A backward pass that keeps the graph and leaves the gradients of other parameters as they were."""
+        inputs = [p for p in self._params() if p.requires_grad]
+        if not any(map(is_distributed, inputs)):
+            torch.autograd.backward(loss, retain_graph=True, inputs=inputs)
+            return
+        # FSDP2 computes with whole parameters in the place of ours: gradients of all leaves must be computed.
+        ours = set(inputs)
+        if self._others is None:
+            self._others = weakref.WeakSet(leaf for leaf in engines.distributed_leaves() if leaf not in ours)
+        others = {leaf: leaf.grad for leaf in (*self._others, *_leaves_of(loss)) if leaf not in ours}
+        for leaf in others:
+            leaf.grad = None
+        try:
+            torch.autograd.backward(loss, retain_graph=True)
+        finally:
+            for leaf, grad in others.items():
+                leaf.grad = grad
 
     def _norm(self, squares: Iterable[Tensor]) -> Tensor:
         """The norm from sums of squares; sets the coefficient of this step."""
@@ -438,13 +455,21 @@ def _weak_hook(reference: weakref.ref[FusedBackward]) -> Callable[[Tensor], None
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     """Whether the graph of `loss` hides a part behind a reentrant checkpoint, which autograd runs as one node."""
+    return any("CheckpointFunctionBackward" in node.name() for node in _nodes_of(loss))
+
+
+def _leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors in which a backward pass from `loss` accumulates gradients."""
+    return [node.variable for node in _nodes_of(loss) if hasattr(node, "variable")]
+
+
+def _nodes_of(loss: Tensor) -> Iterator[Any]:
+    """Every node of the graph of `loss` once."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if "CheckpointFunctionBackward" in node.name():
-            return True
         seen.add(node)
+        yield node
         waiting.extend(before for before, _ in node.next_functions)
-    return False

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 __all__ = ["Agreement", "LostProcessError", "collective", "from_all"]
@@ -27,9 +26,9 @@ def collective(otherwise: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if type(error) is not RuntimeError and not isinstance(error, dist.DistError):  # memory, or a fake tensor's
+            raise
         reason = "another process is gone, or late by more than the process group's timeout"
         raise LostProcessError(f"{reason}{', or ' if otherwise else ''}{otherwise}") from error
 
@@ -65,6 +64,7 @@ class Agreement:
         Raises:
             LostProcessError: if another process does not answer.
         """
+        first, found = not self._seen, ""
         for groups, params in chosen.items():
             names = tuple(params)
             key = hash((groups, names))
@@ -72,10 +72,16 @@ class Agreement:
                 with collective(self._changed(groups, names)):
                     theirs = from_all(names, groups)
                 if any(other != names for other in theirs.values()):
-                    return _difference(theirs)
-                self._seen.add(key)
+                    found = found or _difference(theirs)
+                else:
+                    self._seen.add(key)
             self._last[groups] = names
-        return ""
+        if first and len(chosen) > 1:  # all are asking: none may go on while others have seen a difference
+            for groups in chosen:
+                with collective():
+                    told = from_all(found, groups)
+                found = found or next(filter(None, told.values()), "")
+        return found
 
     def _changed(self, groups: Groups, names: Sequence[str]) -> str:
         """What a process that does not answer may have missed."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from optstate import kernels
+from optstate.placement import is_distributed
 
-__all__ = ["refuse_flat_parameter", "refuse_live_objects", "refuse_parameters"]
+__all__ = ["distributed_leaves", "refuse_flat_parameter", "refuse_live_objects", "refuse_parameters"]
 
 
 def refuse_flat_parameter(name: str, param: Tensor, in_parts: bool) -> None:
@@ -52,6 +53,13 @@ def refuse_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
                 f"{name!r} already has a post-accumulate-grad hook: one of the two would see no gradient. Remove it "
                 "first; if it is an older fused optimizer, call optstate.fuse_backward(older).remove()"
             )
+
+
+def distributed_leaves() -> list[Tensor]:
+    """Every distributed tensor that is alive and can get a gradient. FSDP2 gives gradients to parameters that are in no
+    graph, so these cannot be found in another way; the search takes some tens of milliseconds."""
+    leaves = (item for item in gc.get_objects() if isinstance(item, Tensor) and is_distributed(item))
+    return [leaf for leaf in leaves if leaf.is_leaf and leaf.requires_grad]
 
 
 def refuse_live_objects(params: Iterable[Tensor]) -> None:

@@ -44,10 +44,13 @@ class Leaf:
     def held(self) -> int:
         """Elements of temporaries that its step keeps while it waits for sums: those of the largest part, so that all
         devices decide alike."""
-        spec = self.plan.spec
-        if spec.region is None or self.plan.knows_no_shape or not self.plan.chain.temporaries(spec):
+        plan, spec = self.plan, self.plan.spec
+        if spec.region is None or plan.knows_no_shape:
             return 0
-        return -(-spec.numel // math.prod(spec.region.parts))
+        sums = [slot for slot in plan.slots.values() if slot.store.exact_sums]
+        dense = plan.chain.temporaries(spec) or len(sums) < len(plan.slots)  # what is no sum is held until the end
+        vectors = sum(field.largest_part(spec) for slot in sums for field in slot.fields.values())
+        return vectors + (-(-spec.numel // math.prod(spec.region.parts)) if dense else 0)
 
 
 def batches(params: Iterable[tuple[Tensor, Leaf]]) -> Iterator[list[Tensor]]:

@@ -465,16 +465,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         clip = self._fused.clip_grad_norm if self._fused is not None else self._clip_of_original
-        own = {"_route": self._route, "_weights": self._weights, "_reason": self._consistency.reason}
+        own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._consistency.reason}
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        reason = state.pop("_reason")
+        self._consistency, self._agreement, self._flags = Consistency(), Agreement(), DeferredFlags()
+        self._consistency.reason = state.pop("_inconsistent")
         super().__setstate__(state)
-        self._consistency = Consistency()
-        self._consistency.reason = reason
-        self._leaves, self._fused, self._flags, self._consistency.writing = {}, None, DeferredFlags(), False
-        self._agreement = Agreement()
+        self._leaves, self._fused = {}, None
         for index in range(len(self.param_groups)):
             self._adopt(index)

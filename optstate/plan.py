@@ -247,6 +247,8 @@ def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, traina
     slots = {}
     for name, slot in chain.slots(spec).items():
         store, note = slot.store.resolve(spec, slot.signed)
+        if spec.region is not None and not store.takes_parts:
+            raise ValueError(f"{store} cannot keep {spec.name!r}, of which each device has only a part")
         slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
     return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
 

@@ -156,6 +156,13 @@ class FieldSpec:
             return (*spec.shape[:-1], spec.shape[-1] // self.per), dims
         return self.shape, (0,) if spec.splits_at(self.per) else ()
 
+    def largest_part(self, spec: ParamSpec) -> int:
+        """Elements of the tensor on the device that has most of it: the first."""
+        shape, dims = self.layout(spec)
+        if spec.region is not None and dims:
+            shape = tuple(-(-size // spec.region.parts[dim]) for size, dim in zip(shape, dims, strict=True))
+        return math.prod(shape)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor over all shards."""

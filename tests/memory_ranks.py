@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optstate
 from optstate import recipes
 from optstate.placement import here
+from tests import ranks
 
 LAYERS = 3
 
@@ -115,9 +117,14 @@ class Live(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self._see([result, args])
-        alive = [storage for ref in self._storages.values() if (storage := ref()) is not None]
-        self.most = max(self.most, sum(storage.nbytes() for storage in alive))
+        self.most = max(self.most, self.now)
         return result
+
+    @property
+    def now(self) -> int:
+        """Bytes of what is alive."""
+        alive = [storage for ref in self._storages.values() if (storage := ref()) is not None]
+        return sum(storage.nbytes() for storage in alive)
 
     def _see(self, items: Any) -> None:
         for item in tree_leaves(items):
@@ -144,3 +151,19 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory behind what of the tensors is on this rank; of memory that several share, once."""
     storages = {local.untyped_storage().data_ptr(): local.untyped_storage() for local in map(here, tensors)}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def kept_while_waiting(recipe: str, count: int, shape: tuple[int, ...]) -> int:
+    """The most bytes that a step of so many parameters has besides weights, gradients and state."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(0)])) for _ in range(count)]
+    optimizer = ranks.RECIPES[recipe]([(f"p{i}", param) for i, param in enumerate(params)])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    gc.collect()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    with Live([*params, *(param.grad for param in params), *state]) as live:
+        before = live.now
+        optimizer.step()
+    return live.most - before

@@ -332,6 +332,48 @@ def clipped_by_the_norm_over_all_devices(how: str) -> float:
     return distance(model, plain)
 
 
+def measured_beside_another_optimizer(layers: bool) -> tuple[float, float]:
+    """`grad_norm` of an optimizer that has some of the parameters. How far its norm is from that of its gradients, and
+    the others' gradients from what a single backward adds to what they had. Without `layers` some are not sharded."""
+    model, plain = net(), net()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if layers:
+        shard(model, mesh, True)
+    else:
+        fully_shard(model.mid, mesh=mesh)
+    for each in (model, plain):
+        each.up.weight.grad = torch.ones_like(each.up.weight)
+    handle = optstate.fuse_backward(Lomo(model.mid.named_parameters(), lr=0.0), clip_grad_norm=1.0)
+    loss = loss_of(model, batch(0))
+    norm = handle.grad_norm(loss)
+    loss.backward()
+    loss_of(plain, batch(0)).backward()
+    true = torch.stack([p.grad.square().sum() for p in plain.mid.parameters()]).sum().sqrt()
+    others = [name for name, _ in plain.named_parameters() if not name.startswith("mid")]
+    pairs = [(whole(model.get_parameter(name).grad), plain.get_parameter(name).grad) for name in others]
+    return abs(norm - true).item(), max((a - b).abs().max().item() for a, b in pairs)
+
+
+def gradients_that_differ_on_one_of_two_meshes() -> list[str]:
+    """What each of four ranks says where only rank 0 has a gradient for a parameter that it shares with rank 2, and all
+    have one for another that all share."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    one = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh["a"], [Shard(0)]))
+    both = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)]))
+    optimizer = RECIPES["adalomo"]([("one", one), ("both", both)])
+    both.grad = torch.ones_like(both)
+    one.grad = torch.ones_like(one) if dist.get_rank() == 0 else None
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "nothing"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, said)
+    return found
+
+
 def collectives(recipe: str, fused: bool, dtype: torch.dtype, rows: int) -> tuple[int, int]:
     """All-reduces of one step and groups of parameters; FSDP2's own are reduce-scatters."""
     model = shard(net(rows, dtype), init_device_mesh("cpu", (dist.get_world_size(),)), True)

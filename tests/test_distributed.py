@@ -76,6 +76,7 @@ OTHERS: list[tuple[Any, ...]] = [
     ("accumulation", True),
     ("clipped_by_the_norm_over_all_devices", "kept"),
     ("clipped_by_the_norm_over_all_devices", "measured"),
+    *(("measured_beside_another_optimizer", layers) for layers in BOTH),
     *(("collectives", *case) for case in COUNTED),
     ("gradients_left", True),
     ("unused_parameter", False),
@@ -119,7 +120,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> dict[Any
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory, two: dict[Any, Any], checkpoints: Path) -> dict[Any, Any]:
     loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
-    others = [("uneven_columns", fused) for fused in BOTH]
+    others: list[Any] = [("uneven_columns", fused) for fused in BOTH]
+    others.append(("gradients_that_differ_on_one_of_two_meshes",))
     others += [("one_file_of_two_meshes", recipe, checkpoints) for recipe in ("adamw8bit", "adalomo")]
     return run(4, [*FOUR, *others, *loads], tmp_path_factory.mktemp("four"))
 
@@ -154,6 +156,12 @@ def test_four_processes_end_where_one_does(four: dict[Any, Any], case: tuple[Any
 @pytest.mark.parametrize("fused", BOTH)
 def test_parts_of_different_sizes_are_stepped_together(four: dict[Any, Any], fused: bool) -> None:
     assert result(four, "uneven_columns", fused) <= CLOSE
+
+
+def test_a_missing_gradient_is_refused_on_all_ranks_not_only_where_it_is_seen(four: dict[Any, Any]) -> None:
+    said = result(four, "gradients_that_differ_on_one_of_two_meshes")
+    assert len(set(said)) == 1
+    assert said[0].startswith("RuntimeError: there are gradients for 'one' on rank 0 only")
 
 
 @pytest.mark.parametrize("recipe", ["adamw8bit", "adalomo"])
@@ -191,6 +199,13 @@ def test_gradients_of_two_micro_batches_are_used_once(two: dict[Any, Any], fused
 @pytest.mark.parametrize("how", ["kept", "measured"])
 def test_the_clip_is_by_the_norm_over_all_devices(two: dict[Any, Any], how: str) -> None:
     assert result(two, "clipped_by_the_norm_over_all_devices", how) <= CLOSE
+
+
+@pytest.mark.parametrize("layers", BOTH)
+def test_measuring_the_norm_leaves_the_gradients_of_other_optimizers(two: dict[Any, Any], layers: bool) -> None:
+    of_norm, of_others = result(two, "measured_beside_another_optimizer", layers)
+    assert of_norm <= CLOSE
+    assert of_others <= CLOSE
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=str)

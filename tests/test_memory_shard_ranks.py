@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import optstate
+from optstate import kernels
 from optstate.memory.result import RecipeEstimate
 from tests import memory_ranks
 from tests.launching import launch, result
@@ -15,6 +17,13 @@ RECIPES = ("adalomo", "lomo", "adafactor", "adamw", "adamw8bit", "came")
 CASES = [(recipe, fused, rows) for recipe in RECIPES for fused in (False, True) for rows in memory_ranks.SIZES]
 CLOSE = 0.02
 """Of rank 1, whose parts of uneven rows are smaller; rank 0's figures are held to the byte."""
+
+WAITING = [
+    *((recipe, (512, 512)) for recipe in ("adalomo", "adafactor", "came", "adamw", "adamw8bit", "sm3", "sgd")),
+    ("adalomo", (128, 128, 3, 3)),
+    ("adamw8bit", (520, 500)),
+]
+MANY = 40
 
 TIMEOUT = 600
 """Seconds for all cases: ten times what they take on a quiet machine."""
@@ -27,6 +36,7 @@ come last, and that an update needs the scratch of a whole parameter, which is m
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     cases = [("held", *case) for case in CASES]
+    cases += [("kept_while_waiting", recipe, count, shape) for recipe, shape in WAITING for count in (1, MANY)]
     return launch("tests.memory_ranks", 2, cases, tmp_path_factory.mktemp("held"), timeout=TIMEOUT)[0]
 
 
@@ -74,3 +84,11 @@ def test_the_peak_of_a_step_is_below_the_estimated_bound(measured: dict[Any, Any
     for rank in ranks_of(measured, case):
         assert rank["peak"] <= bound
         assert bound <= LOOSE.get(case[0], 1.45) * rank["peak"]
+
+
+@pytest.mark.parametrize("case", WAITING, ids=str)
+def test_many_parameters_that_share_their_sums_keep_little_while_they_wait(measured: Any, case: Any) -> None:
+    """Besides what one parameter takes a few tensors of a chunk, such as two new statistics, values and scales of those
+    that wait together. All parameters would keep ten chunks or more for each of these."""
+    one, many = (result(measured, "kept_while_waiting", case[0], count, case[1]) for count in (1, MANY))
+    assert many <= one + 5 * 4 * kernels.chunk_elements(torch.device("cpu"))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -75,9 +76,15 @@ class Part:
 class Cut:
     """A parameter in one piece, and the same one cut `parts[d]` times along every dimension d."""
 
-    def __init__(self, recipe: Callable[..., optstate.Optimizer], shape: Sequence[int], parts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        recipe: Callable[..., optstate.Optimizer],
+        shape: Sequence[int],
+        parts: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.shape, self.parts = tuple(shape), tuple(parts)
-        self.whole = torch.nn.Parameter(noise(shape, 1))
+        self.whole = torch.nn.Parameter(noise(shape, 1).to(dtype))
         group = {"params": [("p", self.whole)], "head_size": 16}
         self.optimizer = recipe([group])
         self.devices = [self._part(place) for place in product(*map(range, parts))]
@@ -88,7 +95,7 @@ class Cut:
         index = [cut(n, count, i) for n, count, i in zip(self.shape, self.parts, place, strict=True)]
         offset, size = tuple(s.start for s in index), tuple(s.stop - s.start for s in index)
         region = Region(self.shape, offset, size, self.parts)
-        spec = ParamSpec(name="p", shape=self.shape, dtype=torch.float32, head_size=16, region=region)
+        spec = ParamSpec(name="p", shape=self.shape, dtype=self.whole.dtype, head_size=16, region=region)
         return Part(spec, place, self.optimizer)
 
     @property
@@ -97,7 +104,7 @@ class Cut:
 
     def train(self) -> None:
         for step in range(1, STEPS + 1):
-            grad = gradient(self.shape, step)
+            grad = gradient(self.shape, step).to(self.whole.dtype)
             group = self.optimizer.param_groups[0]
             self.rounds.append(0)
             with torch.no_grad():
@@ -133,7 +140,7 @@ class Cut:
 
     def joined(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The parameter and its state, put together; what several devices have must be the same on all of them."""
-        param, seen = torch.full(self.shape, math.nan), {}
+        param, seen = torch.full(self.shape, math.nan, dtype=self.whole.dtype), {}
         for part, mine in zip(self.devices, self.params, strict=True):
             param[part.region.index] = mine
             for key, field in part.plan.fields.items():
@@ -286,3 +293,32 @@ def test_every_recipe_takes_a_parameter_in_parts_as_the_whole(recipe: str, shape
 
 def test_no_recipe_is_left_out() -> None:
     assert sorted(RECIPES) == optstate.recipes.names()
+
+
+@pytest.mark.parametrize(
+    "store", [stores.Block8(), stores.Block4(rank1=True), stores.AxisMax(), stores.Factored()], ids=str
+)
+def test_fp64_parameters_are_stepped_in_fp64_in_parts_too(store: Store) -> None:
+    """Scales are fp32 whatever the parameter is; what is computed with is not."""
+    update = updates.scale_by_rss if isinstance(store, stores.AxisMax) else updates.scale_by_rms
+    chain = optstate.chain(update(store, eps=1e-12))
+    recipe = lambda params: optstate.Optimizer(params, chain, lr=1e-2)  # noqa: E731
+    both = Cut(recipe, (16, 520), (1, 2), torch.float64)
+    both.train()
+    both.check(False, rtol=1e-6, atol=1e-6)
+    assert both.params[0].dtype == torch.float64
+
+
+def test_a_store_that_needs_all_of_a_parameter_is_refused_before_anything_is_written() -> None:
+    @dataclass(frozen=True)
+    class OneNumber(Store):
+        """The largest value of all, which its author did not write for parts."""
+
+        elementwise: ClassVar[bool] = False
+
+        def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
+            return {"largest": FieldSpec((), spec.accumulator, ())}
+
+    chain = optstate.chain(updates.scale_by_rss(OneNumber()))
+    with pytest.raises(ValueError, match="cannot keep 'p', of which each device has only a part"):
+        Cut(lambda params: optstate.Optimizer(params, chain, lr=1e-2), (4, 6), (2, 1))

@@ -24,7 +24,6 @@ that are left of a group share one buffer, so a fused backward frees them togeth
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from optstate.memory.setting import Model, ParamShape, Setting
 from optstate.memory.sources.modules import families
 from optstate.optimizer import Optimizer
 from optstate.plan import ParamPlan, Plan
-from optstate.spec import FieldSpec, ParamSpec, Region
+from optstate.spec import ParamSpec, Region
 from optstate.updates import Chain
 from optstate.weights import Weights
 
@@ -142,7 +141,7 @@ def _planned_in_parts(plan: Plan, world_size: int) -> Iterator[ParamPlan]:
 
 def _state_bytes(param: ParamPlan) -> int:
     """Bytes of all that rank 0 keeps for a parameter."""
-    return sum(_bytes_of_first(field, param.spec) for field in param.fields.values())
+    return sum(field.largest_part(param.spec) * field.dtype.itemsize for field in param.fields.values())
 
 
 def _kept_otherwise(plan: Plan, in_parts: Iterable[ParamPlan]) -> Iterator[str]:
@@ -152,14 +151,6 @@ def _kept_otherwise(plan: Plan, in_parts: Iterable[ParamPlan]) -> Iterator[str]:
     changed = Counter(part.note for one, part in zip(whole, parts, strict=True) if one.store != part.store)
     for reason, count in changed.items():
         yield f"{count} of {len(whole)} statistics {reason}"
-
-
-def _bytes_of_first(field: FieldSpec, spec: ParamSpec) -> int:
-    """Bytes of a field on rank 0, which has the first and largest part where the field is split."""
-    shape, dims = field.layout(spec)
-    if spec.region is not None and dims:
-        shape = tuple(-(-size // spec.region.parts[dim]) for size, dim in zip(shape, dims, strict=True))
-    return math.prod(shape) * field.dtype.itemsize
 
 
 def _whole_parameters(model: Model, world_size: int) -> dict[str, int]:

@@ -49,6 +49,11 @@ class Store:
         return not self.exact_sums
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether it can keep a parameter of which this device has only a part."""
+        return self.elementwise or self.exact_sums or type(self).encode_part is not Store.encode_part
+
+    @property
     def alignment(self) -> int:
         """A slice must begin at a multiple of this many elements of the flattened parameter."""
         return 1

@@ -51,11 +51,11 @@ class Statistic:
             return self._held.to(self.spec.accumulator)
         if self.store.elementwise or self.spec.region is None:
             return self.store.read(self.current, self.shape).to(self.spec.accumulator)
-        return multiplied(self.factors()).expand(*self.shape)
+        return self.compact().expand(*self.shape)
 
     def compact(self) -> Tensor:
         """Like `read`, but of size 1 in the dimensions along which the statistic does not vary."""
-        return self.read() if self._held is not None else multiplied(self.factors())
+        return self.read() if self._held is not None else multiplied(self.factors()).to(self.spec.accumulator)
 
     def factors(self) -> tuple[Tensor, ...]:
         """The statistic as of this step as small factors whose product it is."""
