@@ -23,7 +23,7 @@ import optstate
 from optstate.checkpoint import writer
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.writer import SafetensorsFile
-from tests.ranks import RECIPES, batch, distance, loss_of, my_part, net, saved_run, shard, train, whole
+from tests.ranks import RECIPES, SAVED_ROWS, batch, distance, loss_of, my_part, net, saved_run, shard, train, whole
 
 
 def at_call(number: int, function: Callable[..., Any], what: Callable[[], None]) -> Callable[..., Any]:
@@ -94,7 +94,7 @@ def killed_in_a_save(victim: int, folder: Path) -> str:
 def file_of_an_older_step(folder: Path) -> tuple[optstate.Optimizer, Path]:
     """An optimizer, and a file that was saved one step before."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    model = shard(net(), init_device_mesh("cpu", (world,)), True)
+    model = shard(net(SAVED_ROWS), init_device_mesh("cpu", (world,)), True)
     optimizer, file = RECIPES["adalomo"](model.named_parameters()), folder / "opt.safetensors"
     train(model, optimizer, False, world, rank, range(1))
     optstate.save(optimizer, file)

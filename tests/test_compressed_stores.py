@@ -848,8 +848,9 @@ class TestEveryStoreInEverySlot:
             tensors = {key: value for key, value in state.items() if key != "step"}
             assert state["step"] == STEPS
             assert {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()} == {
-                k: (f.shape, f.dtype) for k, f in declared.items()
+                k: (f.layout(plan.spec)[0], f.dtype) for k, f in declared.items()
             }
+            assert {k: t.numel() for k, t in tensors.items()} == {k: math.prod(f.shape) for k, f in declared.items()}
             assert all(t.float().isfinite().all() for t in tensors.values())
             assert all(t.view(torch.uint8).any() if t.itemsize == 1 else t.any() for t in tensors.values())
 

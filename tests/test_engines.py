@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from adalomo import AdaLomo
+from adalomo import AdaLomo, Lomo
 from tests.models import assert_same, loss_of, mlp, weights_of
 
 
@@ -60,7 +60,9 @@ class TestDistributed:
         for use_orig_params in (True, False):
             wrapped = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
             with pytest.raises(RuntimeError, match="FSDP1, which never calls gradient hooks: use FSDP2"):
-                AdaLomo(wrapped.parameters(), fused_backward=True)
+                Lomo(wrapped.parameters(), fused_backward=True)
+            with pytest.raises(TypeError, match="a piece of a flat parameter of FSDP1"):
+                AdaLomo(wrapped.parameters())
 
 
 def test_a_grad_scaler_is_refused_when_fusing() -> None:
