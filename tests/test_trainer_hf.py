@@ -20,7 +20,7 @@ from optstate.recipes import AdamW8bit
 from optstate.weights import StochasticRounding
 from tests.trainer_runs import (
     QUIET,
-    Batch,
+    Recording,
     as_on_a_gpu_in_fp16,
     assert_close,
     assert_equal,
@@ -44,17 +44,6 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "per_device_train_batch_size": SIZE,
     }
     return TrainingArguments(**{**values, **changes})
-
-
-class Recording:
-    """A collator that keeps the batches, in the order in which Trainer drew them."""
-
-    def __init__(self) -> None:
-        self.batches: list[Batch] = []
-
-    def __call__(self, items: list[Batch]) -> Batch:
-        self.batches.append(stacked(items))
-        return self.batches[-1]
 
 
 def make(model: Any, args: TrainingArguments, kind: type[Trainer] = Trainer, **given: Any) -> tuple[Trainer, Recording]:

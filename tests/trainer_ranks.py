@@ -34,12 +34,12 @@ from tests.ranks import distance, distance_of_state, whole
 from tests.trainer_runs import (
     QUIET,
     Batch,
+    Recording,
     as_on_gpus,
     batches,
     by_hand,
     forget_accelerate,
     fuse_if,
-    stacked,
     tiny_llama,
     windows,
 )
@@ -271,17 +271,6 @@ def accelerated_from_the_first_gradient() -> list[int]:
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
-
-
-class Recording:
-    """A collator that keeps the batches, in the order in which Trainer drew them."""
-
-    def __init__(self) -> None:
-        self.batches: list[Batch] = []
-
-    def __call__(self, items: list[Batch]) -> Batch:
-        self.batches.append(stacked(items))
-        return self.batches[-1]
 
 
 class Counting(TrainerCallback):

@@ -65,6 +65,17 @@ def stacked(items: Iterable[Batch]) -> Batch:
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
+class Recording:
+    """A collator that keeps the batches, in the order in which Trainer drew them."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def __call__(self, items: list[Batch]) -> Batch:
+        self.batches.append(stacked(items))
+        return self.batches[-1]
+
+
 def batches(count: int, size: int = 2) -> list[Batch]:
     """The windows in order, as an unshuffled loader gives them."""
     rows = iter(windows(count * size))

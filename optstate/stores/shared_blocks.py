@@ -50,11 +50,11 @@ class SharedBlocks(Store):
         return self.blocks.fields(spec, signed)
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        """As always, of the whole parameter."""
+        """Of the whole parameter: what conversion of a file works on."""
         return self.blocks.read(fields, shape)
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
-        """As always, of the whole parameter."""
+        """Of the whole parameter: what conversion of a file works on."""
         return self.blocks.encode(value, noise, weight)
 
     def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
