@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.placement import is_distributed
+from optstate.live_objects import instances_of
 
 __all__ = ["distributed_leaves", "refuse_flat_parameter", "refuse_live_objects", "refuse_parameters"]
 
@@ -50,40 +50,45 @@ def refuse_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
             raise RuntimeError(f"{name!r} already has an optimizer in its backward pass: remove that one first")
         if getattr(param, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
-                f"{name!r} already has a post-accumulate-grad hook: one of the two would see no gradient. Remove it "
-                "first; if it is an older fused optimizer, call optstate.fuse_backward(older).remove()"
+                f"{name!r} already has a post-accumulate-grad hook: one of the two would see no gradient. "
+                "Remove that hook first"
             )
 
 
 def distributed_leaves() -> list[Tensor]:
     """Every distributed tensor that is alive and can get a gradient. FSDP2 gives gradients to parameters that are in no
     graph, so these cannot be found in another way; the search takes some tens of milliseconds."""
-    leaves = (item for item in gc.get_objects() if isinstance(item, Tensor) and is_distributed(item))
+    module = sys.modules.get("torch.distributed.tensor")
+    leaves = instances_of(module.DTensor) if module is not None else []
     return [leaf for leaf in leaves if leaf.is_leaf and leaf.requires_grad]
 
 
 def refuse_live_objects(params: Iterable[Tensor]) -> None:
     """Raise RuntimeError if DistributedDataParallel wraps one of the parameters or a GradScaler is in use.
 
-    Neither leaves a mark on the parameters, so the interpreter's live objects are searched: some tens of
-    milliseconds, when fusing and at the first backward pass, never in a step.
+    Neither leaves a mark on the parameters, so the objects of these classes are searched: some tens of milliseconds,
+    when fusing and at the first backward pass, never in a step.
     """
-    scaler_type: Any = torch.amp.GradScaler
-    wrapper_type: Any = torch.nn.parallel.DistributedDataParallel
-    ours = set(params)
     if kernels.rehearsing():
         return
-    for item in gc.get_objects():
-        kind = type(item)
-        if issubclass(kind, scaler_type) and item.is_enabled():
-            raise RuntimeError(
-                "a GradScaler is in use: a fused update would apply the scaled gradient, and could not be undone "
-                "when an overflow shows. Train in bf16 without a scaler, or leave the update to step(). "
-                "(If the scaler belongs to another model, create it with enabled=False or delete it)"
-            )
-        if issubclass(kind, wrapper_type) and any(p in ours for p in item.parameters()):
+    ours = set(params)
+    wrapper_type: Any = torch.nn.parallel.DistributedDataParallel
+    for item in instances_of(torch.amp.GradScaler, wrapper_type):
+        if isinstance(item, wrapper_type) and _wraps(item, ours):
             raise RuntimeError(
                 "the model is wrapped in DistributedDataParallel, which averages gradients after this update would "
                 "have used and freed them: replicas would drift apart. Use FSDP2 (fully_shard or replicate), "
                 "or leave the update to step()"
             )
+        if not isinstance(item, wrapper_type) and vars(item).get("_enabled"):
+            raise RuntimeError(
+                "a GradScaler is in use: a fused update would apply the scaled gradient, and could not be undone "
+                "when an overflow shows. Train in bf16 without a scaler, or leave the update to step(). "
+                "(If the scaler belongs to another model, create it with enabled=False or delete it)"
+            )
+
+
+def _wraps(wrapper: Any, params: set[Tensor]) -> bool:
+    """Whether one of these is a parameter of the wrapped model, if another thread is not just building the wrapper."""
+    module = vars(wrapper).get("_modules", {}).get("module")
+    return module is not None and any(param in params for param in module.parameters())

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from optstate import engines, groups, kernels, resume
 from optstate.collectives import Agreement, LostProcessError
-from optstate.consistency import Consistency, InconsistentStateError, reason_of
+from optstate.consistency import STEP, Consistency, InconsistentStateError, reason_of
 from optstate.leaves import Leaf, batches, replacements
-from optstate.placement import Placement, copy_part, here, placement_of
+from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_together
 from optstate.shortcuts import stepped_by_torch
@@ -26,21 +28,22 @@ __all__ = ["InconsistentStateError", "Optimizer"]
 
 
 class _Fused(Protocol):
-    """What the optimizer needs of the object that hooks it into the backward pass (`optstate.backward`)."""
+    """What the optimizer needs of the object that hooks it into the backward pass (`optstate.gradient_hooks`)."""
 
     clip_grad_norm: float | None
 
+    @property
+    def handle(self) -> Any: ...
+
     def attach(self) -> None: ...
 
-    def check_backward_completed(self) -> None: ...
+    def abandon(self) -> None: ...
 
     def close_step(self) -> None: ...
 
     def look_again(self) -> None: ...
 
     def take_over(self, replaced: Mapping[Tensor, Tensor]) -> None: ...
-
-    def _reset(self) -> None: ...
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -75,6 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         self._leaves: dict[Tensor, Leaf] = {}
         self._fused: _Fused | None = None
         self._clip_of_original: float | None = None
+        self._replaced_by: weakref.ref[Any] | None = None
         self._consistency = Consistency()
         self._flags = DeferredFlags()
         self._agreement = Agreement()
@@ -103,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def fused(self) -> Any:
         """The handle of `optstate.fuse_backward`, or None while updates happen in `step()`."""
-        return self._fused
+        return self._fused.handle if self._fused is not None else None
 
     @property
     def recipe(self) -> Route:
@@ -231,7 +235,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_consistent("step")
+        self._consistency.require_unbroken("step")
+        self._require_its_hooks()
         self._follow_replaced()
         if self._clip_of_original is not None:
             raise RuntimeError(
@@ -243,56 +248,57 @@ class Optimizer(torch.optim.Optimizer):
             self._fused.close_step()
         else:
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self._require_agreement(params, done=0, all_groups=True)
-            self._step_all(params, 1.0, done=0)
+            self._require_agreement(params, all_groups=True)
+            self._consistency.begin(STEP)
+            self._step_all(params, 1.0)
         self._flags.close_step()
+        self._consistency.close()
         return loss
 
-    def _step_and_remember(self, param: Tensor, grad_scale: float | Tensor, done: int) -> None:
-        """Update one parameter after `done` others, and remember if that leaves the step half made."""
-        self._consistency.writing = False
-        try:
-            self.step_parameter(param, grad_scale)
-        except BaseException as error:
-            if isinstance(error, LostProcessError):
-                raise self._lost([param], done, error) from error.__cause__
-            if done or (self._consistency.writing and not isinstance(error, NonFiniteGradientError)):
-                self._break_off(done, param, reason_of(error))
-            raise
+    def _require_its_hooks(self) -> None:
+        """Raise RuntimeError if a newer optimizer has taken the gradients of this one over."""
+        newer = self._replaced_by() if self._replaced_by is not None and self._fused is None else None
+        if newer is not None and newer.active:
+            raise RuntimeError(
+                f"a newer {type(newer.optimizer).__name__} was fused over parameters of this optimizer and frees their "
+                "gradients, so this one has none to step with: use the newer one, or call optstate.fuse_backward() on "
+                "this one, which takes the hooks back"
+            )
 
-    def _step_all(self, params: Iterable[Tensor], grad_scale: float | Tensor, done: int) -> None:
-        """Update parameters after `done` others: one by one, or together where they are split among devices."""
+    def _step_all(self, params: Iterable[Tensor], grad_scale: float | Tensor) -> None:
+        """Update parameters: one by one, or together where they are split among devices."""
         for batch in self._batches(params):
-            if self._leaf(batch[0]).is_split:
-                self._step_together(batch, grad_scale, done)
-            else:
-                self._step_and_remember(batch[0], grad_scale, done)
-            done += len(batch)
+            try:
+                if self._leaf(batch[0]).is_split:
+                    self._step_together(batch, grad_scale)
+                else:
+                    self.step_parameter(batch[0], grad_scale)
+            except BaseException as error:
+                self._remember(batch, error)
+                raise
+
+    def _remember(self, params: list[Tensor], error: BaseException) -> None:
+        """Say what broke off a step, if the step may have changed something; the mark itself was set beforehand."""
+        late = [param for param in params if self._name(param) not in self._consistency.updated]
+        if isinstance(error, LostProcessError):
+            raise self._lost(late, error) from error.__cause__
+        if isinstance(error, NonFiniteGradientError):
+            self._consistency.refused_everywhere()
+        if self._consistency.written:
+            self._consistency.broke_off(self._name((late or params)[0]), reason_of(error))
 
     def _batches(self, params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         return batches((param, self._leaf(param)) for param in params)
 
     @torch.no_grad()
-    def _step_together(self, params: list[Tensor], grad_scale: float | Tensor, done: int) -> None:
-        """Update parameters of which this device has parts, after `done` others, and remember a step half made."""
-        self._consistency.writing = False
-        before = [self._state_of(param)["step"] for param in params]
+    def _step_together(self, params: list[Tensor], grad_scale: float | Tensor) -> None:
+        """Update parameters of which this device has parts."""
+        names = [self._name(param) for param in params]
         steps = [(self._placed(param), self._requests(param, grad_scale)) for param in params]
-        try:
-            run_together(steps)
-        except BaseException as error:
-            finished = [self.state[p]["step"] > step for p, step in zip(params, before, strict=True)]
-            if isinstance(error, LostProcessError):
-                late = [param for param, ready in zip(params, finished, strict=True) if not ready]
-                raise self._lost(late, done + sum(finished), error) from error.__cause__
-            written = self._consistency.writing and not isinstance(error, NonFiniteGradientError)
-            if done or any(finished) or written:
-                failed = params[finished.index(False)] if False in finished else params[-1]
-                self._break_off(done + sum(finished), failed, reason_of(error))
-            raise
+        run_together(steps, before=lambda: self._consistency.begin_asking(names))
 
-    def _require_agreement(self, params: Iterable[Tensor], done: int, all_groups: bool = False) -> None:
-        """Raise unless all devices are about to step the same split parameters, after `done` others.
+    def _require_agreement(self, params: Iterable[Tensor], all_groups: bool = False) -> None:
+        """Raise unless all devices are about to step the same split parameters.
 
         all_groups: agree with all devices that share a parameter with this one, also on stepping none of theirs.
         """
@@ -306,19 +312,19 @@ class Optimizer(torch.optim.Optimizer):
         try:
             difference = self._agreement.difference(chosen)
         except LostProcessError as error:
-            raise self._lost(list(params), done, error) from error.__cause__
+            raise self._lost(list(params), error) from error.__cause__
         if difference:
-            if done:
-                self._consistency.broke_off(done, difference)
+            if self._consistency.written:
+                self._consistency.disagreed(difference)
             raise RuntimeError(
                 f"{difference}, but parameters that are split among devices are stepped by all together: give them "
                 "zeros where they have none (p.grad = torch.zeros_like(p)), or none anywhere"
             )
 
-    def _lost(self, params: list[Tensor], updated: int, error: LostProcessError) -> InconsistentStateError:
+    def _lost(self, params: list[Tensor], error: LostProcessError) -> InconsistentStateError:
         """What to raise when a collective failed: others may have got its result, and gone on with this step."""
         step = 1 + max((self._state_of(param)["step"] for param in params), default=0)
-        return self._consistency.lost([self._name(param) for param in params], step, updated, error)
+        return self._consistency.lost([self._name(param) for param in params], step, error)
 
     def _placed(self, param: Tensor) -> Placement:
         placement = self._leaf(param).placement
@@ -348,7 +354,8 @@ class Optimizer(torch.optim.Optimizer):
             state = {key: here(value) if isinstance(value, Tensor) else value for key, value in whole_state.items()}
         step, group = state["step"] + 1, self.param_groups[leaf.group]
         if spec.numel:
-            guard = Guard(spec.name, grad)
+            written = [original, *(value for value in whole_state.values() if isinstance(value, Tensor))]
+            guard = Guard(spec.name, grad, before_write=lambda: self._before_write(spec.name, written))
             finite = None if plan.guards else kernels.all_finite(grad, plan.largest_gradient(group))
             read_again = spec.region is None and plan.guards and grad.dtype != spec.accumulator
             if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
@@ -356,12 +363,22 @@ class Optimizer(torch.optim.Optimizer):
             ctx = context(plan, state, param, grad, group, step, guard, grad_scale)
             if finite is not None:
                 yield from ctx.check_finite(finite)
-            self._consistency.writing = True
             if not stepped_by_torch(plan, state, ctx):
                 yield from run_chain(plan, state, ctx)
             if guard.finite is not None:
                 self._flags.add(original, guard.finite)
+        self._consistency.begin_writing(spec.name)
         whole_state["step"] = step
+        self._consistency.finish(spec.name)
+
+    def _before_write(self, name: str, tensors: list[Tensor]) -> None:
+        """Mark a parameter as being written, and tell autograd, which must refuse graphs that need the old values.
+
+        This is the one place that does so for every way of writing: kernels of PyTorch's fused optimizers do not, and
+        what is written in a part of a distributed tensor is not seen at the whole.
+        """
+        self._consistency.begin_writing(name)
+        increment_version([*tensors, *(here(tensor) for tensor in tensors if is_distributed(tensor))])
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of one parameter, made if it just began to train, moved if the model was."""
@@ -382,9 +399,10 @@ class Optimizer(torch.optim.Optimizer):
         """torch's layout, plus the key `optstate` with the stores in use. Tensors, numbers and strings only.
 
         Raises:
-            InconsistentStateError: if a step broke off half-way.
+            InconsistentStateError: if a step broke off half-way, or if a backward pass has updated parameters and
+                `step()` did not follow.
         """
-        self._require_consistent("state_dict")
+        self._consistency.require_whole("state_dict")
         self._follow_replaced()
         self._refuse_bad_flags(wait=True)
         clip = self._fused.clip_grad_norm if self._fused is not None else None
@@ -415,13 +433,14 @@ class Optimizer(torch.optim.Optimizer):
         """
         resume.check(self, self.plan(), saved)
         for param, state in resume.entries(self, saved):
-            own = self._state_of(param)
+            name, own = self._name(param), self._state_of(param)
+            self._consistency.reason = f"loading ended at {name!r}"
             for key, value in state.items():
                 if isinstance(own[key], Tensor):
                     try:
                         copy(own[key], value)
                     except BaseException as error:
-                        self._consistency.reason = f"loading ended at {self._name(param)!r}: {reason_of(error)}"
+                        self._consistency.reason = f"loading ended at {name!r}: {reason_of(error)}"
                         raise
                 else:
                     own[key] = int(value)
@@ -434,45 +453,39 @@ class Optimizer(torch.optim.Optimizer):
         resume.warn_if_unclipped(saved, self._fused.clip_grad_norm if self._fused is not None else None)
 
     def accept_partial_step(self) -> None:
-        """Go on after a step that broke off: parameters keep what they have, updated or not."""
-        self._consistency.reason = ""
+        """Go on after a step that broke off: parameters keep what they have, updated or not.
+
+        Gradients that the broken step used, and those that a fused backward was collecting, are dropped.
+        """
         if self._fused is not None:
-            self._fused._reset()
-
-    def _break_off(self, updated: int, param: Tensor, reason: str) -> None:
-        """Remember that a step failed at `param` after `updated` other parameters had been updated."""
-        leaf = self._leaf(param)
-        sliced = self._consistency.writing and leaf.plan.is_sliced(param.device)
-        half = " and may itself be updated in part" if sliced else ""
-        self._consistency.broke_off(updated, f"{leaf.name!r} failed{half}: {reason}")
-
-    def _require_consistent(self, action: str) -> None:
-        if self._fused is not None and action != "backward":
-            self._fused.check_backward_completed()
-        self._consistency.require(action)
+            self._fused.abandon()
+        elif self._consistency.broken:
+            for param in self._leaves:
+                param.grad = None
+        self._consistency.forget()
 
     def _refuse_bad_flags(self, wait: bool) -> None:
         """Raise if a gradient on an accelerator turned out not to be finite; its update was a step of size zero."""
         bad = self._flags.bad(wait)
-        for param in bad:
-            self.state[param]["step"] -= 1
         if bad:
             names = ", ".join(self._name(p) for p in bad[:3])
             self._consistency.reason = (
                 f"the gradients of {len(bad)} parameters were not finite ({names}); these were not updated"
             )
+            for param in bad:
+                self.state[param]["step"] -= 1
             raise NonFiniteGradientError(self._consistency.reason)
 
     def __getstate__(self) -> dict[str, Any]:
         clip = self._fused.clip_grad_norm if self._fused is not None else self._clip_of_original
-        own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._consistency.reason}
+        own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._consistency.reason_of_copy}
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        self._consistency, self._agreement, self._flags = Consistency(), Agreement(), DeferredFlags()
-        self._consistency.reason = state.pop("_inconsistent")
+        self._consistency = Consistency(state.pop("_inconsistent"))
+        self._agreement, self._flags = Agreement(), DeferredFlags()
         super().__setstate__(state)
-        self._leaves, self._fused = {}, None
+        self._leaves, self._fused, self._replaced_by = {}, None, None
         for index in range(len(self.param_groups)):
             self._adopt(index)

@@ -48,11 +48,19 @@ class Pending(NamedTuple):
     request: Any
 
 
-def run_together(steps: Sequence[tuple[Placement, Requests[Any]]]) -> None:
+def run_together(steps: Sequence[tuple[Placement, Requests[Any]]], before: Callable[[], None] = lambda: None) -> None:
     """Drive the steps of several parameters, each split among devices, with one all-reduce a round for all that share
     their devices, or two where largest values are asked for. Every device must call this with the same parameters in
-    the same order."""
-    lock_step([_marked(placement, requests) for placement, requests in steps], add_up)
+    the same order.
+
+    before: called before each round, when all that it sends is ready.
+    """
+
+    def reduce(pending: Sequence[Pending]) -> list[Any]:
+        before()
+        return add_up(pending)
+
+    lock_step([_marked(placement, requests) for placement, requests in steps], reduce)
 
 
 def add_up(pending: Sequence[Pending]) -> list[Any]:

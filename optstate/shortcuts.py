@@ -29,6 +29,7 @@ def stepped_by_torch(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) ->
     if isinstance(lr, Tensor) or isinstance(ctx.grad_scale, Tensor) or ctx.grad_scale != 1.0:
         return False
     beta1, beta2 = map(ctx.read, adam.betas)
+    ctx.guard.begin_writing()
     torch._fused_adamw_(
         [ctx.param.detach()],
         [ctx.grad],

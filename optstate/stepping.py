@@ -94,6 +94,7 @@ def _write(plan: ParamPlan, update: Update, ctx: Context) -> None:
     if ctx.guard.finite is not None:
         masked = ctx.guard.masked
         update = replace(update, scale=masked(update.scale), decay=masked(update.decay), finite=ctx.guard.finite)
+    ctx.guard.begin_writing()
     kernels.apply(ctx.param, update, update.decay, ctx.codec, ctx.start)
 
 

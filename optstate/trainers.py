@@ -10,7 +10,6 @@ anything is updated. A call of one's own goes unnoticed.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from optstate import kernels
+from optstate.live_objects import instances_of
 
 __all__ = ["refuse_settings"]
 
@@ -33,12 +33,10 @@ def refuse_settings(optimizer: torch.optim.Optimizer, clip_grad_norm: float | No
     checks = [(kind, check) for module, name, check in _KNOWN if (kind := _class(module, name)) is not None]
     if not checks or kernels.rehearsing():
         return
-    kinds = tuple(kind for kind, _ in checks)
-    for item in gc.get_objects():
-        if issubclass(type(item), kinds):
-            for kind, check in checks:
-                if isinstance(item, kind):
-                    check(item, optimizer, clip_grad_norm)
+    for item in instances_of(*(kind for kind, _ in checks)):
+        for kind, check in checks:
+            if isinstance(item, kind):
+                check(item, optimizer, clip_grad_norm)
 
 
 def _class(module: str, name: str) -> Any:

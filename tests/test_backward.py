@@ -351,7 +351,7 @@ class TestRefusals:
         """The hook would fire twice with partial gradients, the second computed from updated weights."""
         torch.manual_seed(0)
         layer = nn.Linear(6, 6)
-        AdaLomo(layer.named_parameters(), fused_backward=True)
+        _optimizer = AdaLomo(layer.named_parameters(), fused_backward=True)
         x = torch.randn(3, 6).requires_grad_()
         for _ in range(2):
             x = checkpoint(lambda h: torch.tanh(layer(h)), x, use_reentrant=True)
@@ -437,13 +437,6 @@ class TestRefusals:
         model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
         with pytest.raises(RuntimeError, match="'0.weight' already has a post-accumulate-grad hook"):
             AdaLomo(model.named_parameters(), fused_backward=True)
-
-    def test_another_optstate_optimizer_on_the_same_parameters(self) -> None:
-        model = mlp()
-        first = AdaLomo(model.named_parameters(), fused_backward=True)
-        with pytest.raises(RuntimeError, match="already has a post-accumulate-grad hook"):
-            AdaLomo(model.named_parameters(), fused_backward=True)
-        assert first is not None
 
     def test_refusing_leaves_no_hook_behind(self) -> None:
         model = mlp()
@@ -567,7 +560,7 @@ class TestBrokenOutsideOfHooks:
         with pytest.raises(KeyboardInterrupt):
             param.square().sum().backward()
             optimizer.step()
-        with pytest.raises(optstate.InconsistentStateError, match="'param_0' failed: KeyboardInterrupt"):
+        with pytest.raises(optstate.InconsistentStateError, match="'param_0' failed and may.*: KeyboardInterrupt"):
             optimizer.state_dict()
 
     def test_gradients_of_a_failed_batch_do_not_reach_the_next(self) -> None:
@@ -683,7 +676,7 @@ class TestClipIsNeverDroppedSilently:
     def test_torchs_clip_after_a_fused_backward_finds_nothing(self) -> None:
         """Gradients are gone: trainers that clip by default report a norm of 0."""
         model = mlp()
-        AdaLomo(model.named_parameters(), fused_backward=True)
+        _optimizer = AdaLomo(model.named_parameters(), fused_backward=True)
         loss_of(model, 0).backward()
         assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0
 

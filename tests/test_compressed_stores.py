@@ -917,7 +917,9 @@ def test_a_gradient_found_not_finite_later_leaves_everything_bit_for_bit(
     """As on an accelerator, where the flag is read a step later: of every store in every slot, in slices and, where
     a sum over the whole parameter follows, with full statistics of several chunks that move in place."""
     original = Guard.__init__
-    monkeypatch.setattr(Guard, "__init__", lambda self, name, grad: original(self, name, grad, deferred=True))
+    monkeypatch.setattr(
+        Guard, "__init__", lambda self, name, grad, **more: original(self, name, grad, deferred=True, **more)
+    )
     with chunk_of(chunk):
         run = build(dtype, *tail, updates.add_decayed_weights(0.1))
         for (case, shape), p in run.params.items():

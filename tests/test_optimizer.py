@@ -29,7 +29,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
 def defer_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check gradients as on an accelerator: the flag stays on the device."""
     original = stores.Guard.__init__
-    monkeypatch.setattr(stores.Guard, "__init__", lambda self, name, grad: original(self, name, grad, deferred=True))
+    monkeypatch.setattr(
+        stores.Guard, "__init__", lambda self, name, grad, **more: original(self, name, grad, deferred=True, **more)
+    )
 
 
 class TestParameters:

@@ -595,7 +595,9 @@ def test_a_gradient_found_not_finite_later_changes_no_bit(
     name: str, way: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = stores.Guard.__init__
-    monkeypatch.setattr(stores.Guard, "__init__", lambda self, p, grad: original(self, p, grad, deferred=True))
+    monkeypatch.setattr(
+        stores.Guard, "__init__", lambda self, p, grad, **more: original(self, p, grad, deferred=True, **more)
+    )
     param = nn.Parameter(gaussians(8, 71, 66).to(BF16))
     optimizer = TRAINED[name]([("p", param)], lr=1e-2, weights=way)
     for step in range(3):

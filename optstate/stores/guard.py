@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,21 @@ class Guard:
     On a CPU the flag is at hand, and `check` raises before anything is written. On an accelerator reading it
     would stall the queue: the step then runs with every weight and scale set to zero where the flag is False,
     which leaves parameter and state as they were, and the optimizer reads the flag later.
+
+    before_write: called once, before the parameter or its state is written in this step.
     """
 
-    __slots__ = ("checked", "deferred", "dtype", "finite", "name")
+    __slots__ = ("_before_write", "checked", "deferred", "dtype", "finite", "name")
 
-    def __init__(self, name: str, grad: Tensor, deferred: bool | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        grad: Tensor,
+        deferred: bool | None = None,
+        before_write: Callable[[], None] | None = None,
+    ) -> None:
         self.name = name
+        self._before_write = before_write
         self.dtype = accumulator_dtype(grad.dtype)
         elsewhere = kernels.device_type(grad.device) != "cpu" or (is_fake(grad) and not kernels.rehearsing())
         self.deferred = elsewhere if deferred is None else deferred
@@ -44,6 +55,12 @@ class Guard:
                 f"the gradient of {self.name!r} is not finite or its squares overflow; weight and state are unchanged. "
                 "Skip the batch, lower the learning rate, or find the loss that overflows"
             )
+
+    def begin_writing(self) -> None:
+        """Say that the parameter or its state is about to be written. Whatever writes calls this before it does."""
+        if self._before_write is not None:
+            self._before_write()
+            self._before_write = None
 
     def masked(self, weight: Scalar) -> Scalar:
         """`weight`, or zero if the gradient is known on the device not to be finite."""

@@ -101,6 +101,7 @@ class Statistic:
     def hold_ema(self, value: Product, weight: Scalar) -> None:
         """Elementwise moving average towards `value`."""
         if self._moves_in_place:
+            self.guard.begin_writing()
             kernels.ema(self.fields[""], self._flagged(value), weight)
         else:
             self._held = torch.lerp(self.read(), kernels.values(value), weight)
@@ -108,6 +109,7 @@ class Statistic:
     def hold_ema_of_square(self, value: Product, weight: Scalar, eps: float) -> None:
         """Elementwise moving average towards `value**2 + eps`."""
         if self._moves_in_place:
+            self.guard.begin_writing()
             kernels.ema_of_square(self.fields[""], self._flagged(value), weight, eps)
             return
         square = kernels.values(value).square()
@@ -122,6 +124,8 @@ class Statistic:
         held: Fields = self._held_fields
         if self._held is not None:
             held = yield from self.store.encode_part(self, self._held)
+        if held:
+            self.guard.begin_writing()
         for name, value in held.items():
             field = self.fields[name]
             field.copy_(self.guard.choose(value.reshape(field.shape), field))
