@@ -3,6 +3,9 @@
 Autograd sees to the values that it saved itself: each carries the version of its tensor. It does not see what Python
 code reads anew while the pass runs: a checkpointed block that is computed again with a weight it uses without gradient,
 or a `torch.autograd.Function` that keeps a weight in its context. Both would compute with the new value.
+
+Only the parameter itself is watched: a `detach()` of it that was made in the forward pass and handed on as an argument
+is another tensor with the same values, and reading that one again is not noticed.
 """
 
 from __future__ import annotations
@@ -38,8 +41,11 @@ class _Guarded:
         sets = name in ("__set__", "__delete__")
         if name == "__get__":
             name = func.__self__.__name__
-        if not sets and name not in _WITHOUT_VALUES and torch._C._current_graph_task_id() >= 0:
-            which = " and ".join(_NAMES[id(item)] for item in tree_leaves((args, kwargs)) if isinstance(item, cls))
+        if torch._C._current_graph_task_id() < 0:  # no pass runs here: the one that updated them ended, well or not
+            for item in _hidden_in(args, kwargs):
+                show(item)
+        elif not sets and name not in _WITHOUT_VALUES:
+            which = " and ".join(_NAMES.get(id(item), "a weight") for item in _hidden_in(args, kwargs))
             raise RuntimeError(
                 f"{name}() would read {which} in the backward pass that has updated it already, and get the new value "
                 "for the old one. If checkpointed parts share a layer, use checkpoint(..., use_reentrant=False); if a "
@@ -49,6 +55,10 @@ class _Guarded:
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+def _hidden_in(args: Any, kwargs: Any) -> list[Tensor]:
+    return [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor) and isinstance(item, _Guarded)]
 
 
 class _UpdatedParameter(_Guarded, nn.Parameter):
