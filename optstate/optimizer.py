@@ -15,7 +15,7 @@ from optstate import engines, groups, kernels, resume
 from optstate.collectives import Agreement, LostProcessError
 from optstate.consistency import STEP, Consistency, InconsistentStateError, reason_of
 from optstate.leaves import Leaf, batches, replacements
-from optstate.placement import Placement, copy_part, here, is_distributed, placement_of
+from optstate.placement import Placement, copy_part, here, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_together
 from optstate.shortcuts import stepped_by_torch
@@ -355,6 +355,8 @@ class Optimizer(torch.optim.Optimizer):
         step, group = state["step"] + 1, self.param_groups[leaf.group]
         if spec.numel:
             written = [original, *(value for value in whole_state.values() if isinstance(value, Tensor))]
+            if leaf.placement is not None:
+                written += [param, *(value for value in state.values() if isinstance(value, Tensor))]
             guard = Guard(spec.name, grad, before_write=lambda: self._before_write(spec.name, written))
             finite = None if plan.guards else kernels.all_finite(grad, plan.largest_gradient(group))
             read_again = spec.region is None and plan.guards and grad.dtype != spec.accumulator
@@ -378,7 +380,7 @@ class Optimizer(torch.optim.Optimizer):
         what is written in a part of a distributed tensor is not seen at the whole.
         """
         self._consistency.begin_writing(name)
-        increment_version([*tensors, *(here(tensor) for tensor in tensors if is_distributed(tensor))])
+        increment_version(tensors)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of one parameter, made if it just began to train, moved if the model was."""
