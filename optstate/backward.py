@@ -39,10 +39,11 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
             step then needs two: `fused.grad_norm(loss)` measures, the next backward is scaled.
 
     Raises:
-        RuntimeError: under DistributedDataParallel, FSDP1, DeepSpeed or a GradScaler, or if a parameter has a
-            foreign fused hook already.
+        RuntimeError: under DistributedDataParallel, FSDP1, DeepSpeed, a GradScaler or `torch.inference_mode()`, or if
+            a parameter has a foreign fused hook already.
         ValueError: if the optimizer is fused already with another `clip_grad_norm`.
     """
+    groups.refuse_inference_mode("fusing an optimizer")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"fuse_backward got a {type(optimizer).__name__}: it fuses optstate optimizers")
     if clip_grad_norm is not None:
@@ -248,6 +249,7 @@ class FusedBackward:
             engines.refuse_live_objects(self._handles)
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
+        self.optimizer._require_usable_values()
         self._attach_new()
         self._in_backward = True
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
