@@ -83,14 +83,14 @@ def paired(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]])
     Raises:
         ValueError: if other groups than empty ones are there on one side only.
     """
-    if len(own) == len(saved):
-        return list(saved)
-    left = iter(group for group in saved if len(group["params"]))
-    found = [next(left, None) if len(group["params"]) else None for group in own]
-    count = sum(len(group["params"]) > 0 for group in own)
-    if count != sum(len(group["params"]) > 0 for group in saved):
+    counts = [[len(group["params"]) for group in groups] for groups in (own, saved)]
+    filled = [[count for count in sizes if count] for sizes in counts]
+    if counts[0] != counts[1] and filled[0] == filled[1]:
+        left = iter(group for group in saved if len(group["params"]))
+        return [next(left) if len(group["params"]) else None for group in own]
+    if len(own) != len(saved):
         raise ValueError(f"the saved optimizer had {len(saved)} param groups, this one has {len(own)}")
-    return found
+    return list(saved)
 
 
 def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -219,9 +219,7 @@ def test_a_run_goes_on_wrapped_or_not(wrap: Callable[[nn.Module], nn.Module], tm
         saved = AdamW(model.named_parameters(), lr=1e-2)
         train(model, saved)
         optstate.save(saved, tmp_path / "a.safetensors", model=model)
-        assert "tied" not in json.dumps(
-            [p.tied for p in open_checkpoint(tmp_path / "a.safetensors").document.parameters]
-        )
+        assert not any(p.tied for p in open_checkpoint(tmp_path / "a.safetensors").document.parameters)
         other = second()
         for from_file in (False, True):
             optimizer = AdamW(other.named_parameters(), lr=1e-2)
