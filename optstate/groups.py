@@ -221,7 +221,7 @@ class UsedValues:
     """Checks the values of param groups when they are used, where they are others than at the last time."""
 
     def __init__(self) -> None:
-        self._checked: dict[int, tuple[Any, ...]] = {}
+        self._checked: dict[int, tuple[tuple[str, ...], list[Any]]] = {}
 
     def require(self, groups: Sequence[Mapping[str, Any]], chains: Mapping[int, Chain]) -> None:
         """Raise TypeError or ValueError if a learning rate or a hyper-parameter cannot be used for a step.
@@ -236,16 +236,23 @@ class UsedValues:
             if type(lr) is not float or not 0.0 <= lr < math.inf:
                 with _in_group(place):
                     _check_lr(lr)
-            values = (chain, *[group.get(key) for key in chain.hyper])
-            if not _alike(self._checked.get(place), values):
+            keys, before = self._checked.get(place, ((), None))
+            values = [group.get(key) for key in keys]
+            if before is None or not _alike(before, values):
                 with _in_group(place):
                     check_values(group, chain)
-                self._checked[place] = values
+                keys = tuple(chain.hyper)
+                self._checked[place] = keys, [_kept(group[key]) for key in keys]
 
 
-def _alike(before: Any, values: Any) -> bool:
+def _kept(value: Any) -> Any:
+    """A value that stays what it is when the group's changes in place."""
+    return list(value) if isinstance(value, list) else value
+
+
+def _alike(before: list[Any], values: list[Any]) -> bool:
     try:
-        return bool(before == values)
+        return before == values
     except (RuntimeError, ValueError, TypeError):  # tensors and arrays of several numbers
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,20 @@ def test_equal_names_stay_equal() -> None:
     assert canonical_names(["a.w", "_orig_mod.a.w"]) == ["a.w", "a.w"]
     assert canonical_names(["a.w", "a.w"]) == ["a.w", "a.w"]
     assert same_names(["module.a", "b"], ["a", "c"]) == [True, False]
+
+
+def test_any_names_stay_apart_whatever_is_wrapped_around_all_of_them() -> None:
+    """Names that differ in more than words which only wrappers use; the order in which they come changes nothing."""
+    words = ["module", "base_model", "model", "base_layer", "default", "lora_A", "original_module", "a", "w", ""]
+    chance = random.Random(0)
+    for _ in range(3000):
+        given = list({".".join(chance.choices(words, k=chance.randint(1, 5))) for _ in range(chance.randint(1, 5))})
+        names = canonical_names(given)
+        assert len(set(names)) == len(given), given
+        assert canonical_names(names) == names, given
+        assert canonical_names(given[::-1]) == names[::-1], given
+        for wrapper in ("module.", "_orig_mod.", "module._orig_mod."):
+            assert canonical_names([wrapper + name for name in given]) == names, given
 
 
 # --- each once ----------------------------------------------------------------------------------------------------

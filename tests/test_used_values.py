@@ -112,6 +112,14 @@ def test_other_numbers_are_checked_too(build: Any, key: str, value: Any, match: 
     refused(model, optimizer, match)
 
 
+def test_a_list_that_changes_in_place_is_checked_again() -> None:
+    model, optimizer = built(AdamW, False)
+    optimizer.param_groups[0]["betas"] = [0.9, 0.999]
+    step(model, optimizer)
+    optimizer.param_groups[0]["betas"][1] = 1.0
+    refused(model, optimizer, r"betas\[1\]=1.0 is out of range")
+
+
 def test_a_number_that_was_taken_out_is_missed() -> None:
     model, optimizer = built(AdamW, False)
     del optimizer.param_groups[0]["eps"]
