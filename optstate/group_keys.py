@@ -22,8 +22,11 @@ OURS = frozenset(
 )
 """Hyper-parameters of this library's transforms, under the names that they have unless a recipe chooses others."""
 
-RULES = frozenset(("amsgrad", "maximize", "nesterov", "centered", "caution", "cautious", "decoupled_weight_decay"))
+RULES = frozenset(("amsgrad", "maximize", "nesterov", "centered", "caution", "cautious"))
 """Switches of other libraries' optimizers that make another rule of theirs."""
+
+DECOUPLED = ("decoupled_weight_decay", "weight_decouple")
+"""What other libraries call a decay that is not part of the gradient, as it is not in this library's recipes."""
 
 SYNONYMS = {"learning_rate": "lr", "epsilon": "eps", "weight_decay_rate": "weight_decay", "wd": "weight_decay"}
 
@@ -47,7 +50,12 @@ def refuse_unknown(group: Mapping[str, Any], known: Collection[str], elsewhere: 
                 f"{key}={value!r} in a param group asks for another rule than that of its chain, which has {listed}: "
                 "leave it out, or choose a recipe that has it"
             )
-        meant = _meant(key, {*known, *elsewhere, *OURS})
+        if key in DECOUPLED and value is False and not _is_off(group.get("weight_decay")):
+            raise ValueError(
+                f"{key}=False in a param group asks for a decay that is part of the gradient: leave it out, or compose "
+                "a chain with add_decayed_weights before the moments"
+            )
+        meant = None if key in DECOUPLED else _meant(key, {*known, *elsewhere, *OURS})
         if meant is not None:
             raise ValueError(
                 f"unknown hyper-parameter {key!r} in a param group: did you mean {meant!r}? Its chain has {listed}; "

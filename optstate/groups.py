@@ -52,8 +52,15 @@ def checked_params(params: Any) -> list[dict[str, Any]]:
 
 def _listed(group: Any) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "params" not in group:
-        raise TypeError(f"a param group must be a dict with the key 'params', not {type(group).__name__}")
+        what = (
+            f"one with {', '.join(map(repr, group)) or 'nothing'}"
+            if isinstance(group, Mapping)
+            else type(group).__name__
+        )
+        raise TypeError(f"a param group must be a dict with the key 'params', not {what}")
     given = group["params"]
+    if not isinstance(given, Iterable) or isinstance(given, str | Mapping):
+        raise TypeError(f"the parameters of a group are a {type(given).__name__}: give tensors, or pairs with names")
     if isinstance(given, set | frozenset):
         raise TypeError("the parameters of a group are a set, which has another order in every run: give a list")
     return {**group, "params": [given] if isinstance(given, Tensor) else list(given)}

@@ -390,12 +390,38 @@ def test_a_key_that_is_nearly_a_hyper_parameter_is_asked_about(key: str, meant: 
         (AdamW, "momentum", 0.9, "unknown hyper-parameter 'momentum'"),
         (AdamW, "amsgrad", True, "amsgrad=True in a param group asks for another rule"),
         (AdamW, "maximize", True, "maximize=True in a param group asks for another rule"),
+        (AdamW, "nesterov", True, "nesterov=True in a param group asks for another rule"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(build: Any, key: str, value: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         build(grouped(net(), (4,), **{key: value}))
     build(grouped(net(), (4,), **{key: False if value is True else 0.0}))  # nothing is asked for
+
+
+def test_groups_of_torchs_optimizers_are_taken_where_the_rule_is_the_same() -> None:
+    for source in (torch.optim.AdamW, torch.optim.Adam):
+        groups = source(net().named_parameters(), lr=0.3, betas=(0.8, 0.9), weight_decay=0.0).param_groups
+        assert [AdamW(groups).param_groups[0][key] for key in ("lr", "betas")] == [0.3, (0.8, 0.9)]
+    AdamW(torch.optim.AdamW(net().named_parameters(), weight_decay=0.1).param_groups)
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False in a param group asks for a decay that is part"):
+        AdamW(torch.optim.Adam(net().named_parameters(), weight_decay=0.1).param_groups)
+
+
+@pytest.mark.parametrize(
+    ("group", "match"),
+    [
+        ({"parms": []}, "must be a dict with the key 'params', not one with 'parms'"),
+        ({"params": None}, "the parameters of a group are a NoneType"),
+        ({"params": "weights"}, "the parameters of a group are a str"),
+        ([], "must be a dict with the key 'params', not list"),
+    ],
+)
+def test_what_is_no_group(group: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        AdamW([{"params": []}, group])
+    with pytest.raises(TypeError, match=match):
+        AdamW(net().named_parameters()).add_param_group(group)
 
 
 def test_sam_takes_our_optimizers_as_it_takes_torchs() -> None:
