@@ -419,7 +419,9 @@ class Optimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         for key, value in state.items():
             if isinstance(value, Tensor) and value.device != param.device:
-                state[key] = torch.empty_like(value, device=param.device).copy_(value)
+                with torch.inference_mode(False):
+                    state[key] = torch.empty_like(value, device=param.device)
+                state[key].copy_(value)
         return state
 
     def _name(self, param: Tensor) -> str:
@@ -533,6 +535,7 @@ class Optimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        groups.refuse_inference_mode("copying an optimizer")
         state = dict(state)
         self._consistency, self._agreement, self._flags = Consistency(), Agreement(), DeferredFlags()
         self._consistency.reason = state.pop("_inconsistent")

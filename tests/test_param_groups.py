@@ -500,6 +500,7 @@ def test_nothing_is_built_under_inference_mode() -> None:
             lambda: AdamW(model.named_parameters()),
             lambda: AdaLomo(model.named_parameters(), fused_backward=True),
             lambda: optstate.fuse_backward(optimizer),
+            lambda: copy.deepcopy(optimizer),
             lambda: optimizer.add_param_group({"params": [("w", nn.Parameter(torch.ones(2)))]}),
         ):
             with pytest.raises(RuntimeError, match=r"under torch\.inference_mode\(\).*outside of it"):
