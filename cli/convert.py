@@ -75,9 +75,11 @@ def convert(
     limit = _size(max_shard_size) if max_shard_size is not None else None
     _check_words(to, by_slot, recipe, settings, layout)
     with failing():
+        from optstate.checkpoint.as_here import with_canonical_names
         from optstate.checkpoint.opening import open_checkpoint
 
-        checkpoint = open_checkpoint(source, key=key, names=names, optimizer=optimizer)
+        opened = open_checkpoint(source, key=key, names=names, optimizer=optimizer)
+        checkpoint = with_canonical_names(opened)
         conversion = _planned(checkpoint, to, by_slot, recipe, settings)
         layout = _layout(conversion, layout, target)
         if limit is not None and layout != "optstate":

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from optstate import groups
 from optstate.gradient_hooks import GradientHooks
 from optstate.optimizer import Optimizer
 
@@ -32,10 +33,11 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
     warning, and is refused from then on.
 
     Raises:
-        RuntimeError: under DistributedDataParallel, FSDP1, DeepSpeed or a GradScaler, or if a parameter has somebody
-            else's hook already.
+        RuntimeError: under DistributedDataParallel, FSDP1, DeepSpeed, a GradScaler or `torch.inference_mode()`, or if
+            a parameter has somebody else's hook already.
         ValueError: if the optimizer is fused already with another `clip_grad_norm`.
     """
+    groups.refuse_inference_mode("fusing an optimizer")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"fuse_backward got a {type(optimizer).__name__}: it fuses optstate optimizers")
     if clip_grad_norm is not None:

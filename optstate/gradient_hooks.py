@@ -253,6 +253,7 @@ class GradientHooks:
             engines.refuse_live_objects(self._handles)
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
+        self.optimizer._require_usable_values()
         self._attach_new()
         consistency.begin(number)
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from optstate import engines, groups, kernels, resume
+from optstate import engines, groups, kernels, naming, resume
 from optstate.collectives import Agreement, LostProcessError
 from optstate.consistency import STEP, Consistency, InconsistentStateError, reason_of
 from optstate.leaves import Leaf, batches, replacements
@@ -21,7 +21,7 @@ from optstate.sharding import run_together
 from optstate.shortcuts import stepped_by_torch
 from optstate.stepping import context, run_chain
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
-from optstate.updates import Route, Transform, as_route
+from optstate.updates import Chain, Route, Transform, as_route
 from optstate.weights import Weights
 
 __all__ = ["InconsistentStateError", "Optimizer"]
@@ -51,8 +51,10 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         params: `model.parameters()`, `model.named_parameters()`, or param groups. Names are needed by routes that
-            match names and make messages and plans readable. A group may hold any hyper-parameter of the recipe,
-            and `role` and `head_size`, which declare what its parameters are. A route splits each group by chain.
+            match names and make messages and plans readable; a name decides how a weight is rounded at random, so
+            each must be there once. What wrappers put into names (`module.`, `_orig_mod.`) is left out. A group may
+            be empty, and hold any hyper-parameter of the recipe, `role` and `head_size`, which declare what its
+            parameters are, and keys of others' (`lr_scale`). A route splits each group by chain.
         recipe: a chain, a single transform, or a route that picks a chain per parameter.
         lr: learning rate, a number or a 0-d tensor; multiplies the whole update, weight decay included.
         weights: how new values are written: "auto" (stochastic rounding for bf16 and fp16 parameters, else plain)
@@ -63,6 +65,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: for arguments that cannot be right, naming the value and what would be.
+        RuntimeError: under `torch.inference_mode()`, whose tensors cannot be updated later.
     """
 
     def __init__(
@@ -82,8 +85,17 @@ class Optimizer(torch.optim.Optimizer):
         self._consistency = Consistency()
         self._flags = DeferredFlags()
         self._agreement = Agreement()
+        self._values = groups.UsedValues()
+        groups.refuse_inference_mode("building an optimizer")
+        listed = groups.checked_params(params)
+        self._names = naming.Names(groups.names_in(listed))
+        self._chains: dict[int, Chain] = {}
+        self._built = False
         shared = {} if self._route.rules else self._route.default.hyper
-        super().__init__(groups.checked_params(params), {"lr": lr, **shared})
+        super().__init__(listed, {"lr": lr, **shared})
+        self._built = True
+        self._share_defaults()
+        resume.warn_if_unnamed(self.param_groups, self.plan())
 
     # --- parameters -------------------------------------------------------------------------------------------
 
@@ -91,18 +103,46 @@ class Optimizer(torch.optim.Optimizer):
         """Add parameters; their state is created at once. A route makes one group for each chain it picks.
 
         Raises:
-            TypeError, ValueError: for unknown hyper-parameters, values out of range, and parameters that are not
-                floating-point leaf tensors or are in a group already. Nothing is added then.
+            TypeError, ValueError: for misspelled hyper-parameters, values out of range, names that are there already,
+                and parameters that are not floating-point leaf tensors or are in a group already. Nothing is added
+                then.
+            RuntimeError: under `torch.inference_mode()`.
         """
+        groups.refuse_inference_mode("adding parameters")
         group = groups.checked_group(param_group, set(self._leaves))
-        parts = groups.split_by_chain(group, self._route, self.defaults["lr"])
+        given = groups.name_group(group, self._names, self.param_groups)
+        canonical = group.get("param_names", [])
+        made_of = dict(zip(canonical, given, strict=True))
+        parts = groups.split_by_chain(group, self._route, made_of, self.defaults)
+        for part in parts:  # raises for what cannot be kept, before anything is added
+            self._plan_group(part, len(self._leaves), made_of)
+        self._names.use(given, canonical)
         for part in parts:
-            self._plan_group(part, len(self._leaves))  # raises for what cannot be kept, before anything is added
-        for part in parts:
+            self._name_empty_groups(part)
             super().add_param_group(part)
             self._adopt(len(self.param_groups) - 1)
+        if self._built:
+            self._share_defaults()
+            resume.warn_if_unnamed(self.param_groups, self.plan())
         if self._fused is not None:
             self._fused.attach()
+
+    def _name_empty_groups(self, part: dict[str, Any]) -> None:
+        """Give empty groups the empty list of names that torch wants where other groups have names."""
+        if not part["params"] and self._names:
+            part["param_names"] = []
+        elif "param_names" in part and not self._leaves:
+            for group in self.param_groups:
+                group["param_names"] = []
+
+    def _share_defaults(self) -> None:
+        """Make `defaults` what all groups share, which schedulers look at, and give it to empty groups."""
+        if self._route.rules:
+            chains = list(dict.fromkeys(self._chains.values())) or self._route.chains
+            self.defaults = {"lr": self.defaults["lr"], **groups.shared_defaults(chains)}
+        for group in self.param_groups:
+            if not group["params"]:
+                group.update({key: value for key, value in self.defaults.items() if key not in group})
 
     @property
     def fused(self) -> Any:
@@ -118,21 +158,25 @@ class Optimizer(torch.optim.Optimizer):
         """Plan and allocate the parameters of one group."""
         group = self.param_groups[index]
         for param, plan in zip(group["params"], self._plan_group(group, len(self._leaves)), strict=True):
+            self._chains.setdefault(index, plan.chain)
             self._leaves[param] = Leaf(plan, index, placement_of(param))
             if param.requires_grad and param not in self.state:
                 self._allocate(param)
 
-    def _plan_group(self, group: dict[str, Any], first: int) -> list[ParamPlan]:
-        """The plans of a group's parameters, which are numbered from `first` where they have no names."""
+    def _plan_group(self, group: dict[str, Any], first: int, made_of: Mapping[str, str] = {}) -> list[ParamPlan]:
+        """The plans of a group's parameters, which are numbered from `first` where they have no names.
+
+        made_of: the given names of canonical ones that are not in use yet.
+        """
         plans = []
-        for i, item in enumerate(group["params"]):
-            name, param = item if isinstance(item, tuple) else (f"param_{first + i}", item)
-            name = group["param_names"][i] if "param_names" in group else name
-            spec = groups.spec_of(name, param, group)
+        for i, param in enumerate(group["params"]):
+            name = group["param_names"][i] if "param_names" in group else naming.by_place(first + i)
+            spec = groups.spec_of(name, param, group, made_of.get(name) or self._names.given(name))
             engines.refuse_flat_parameter(name, param, all(chain.knows_no_shape for chain in self._route.chains))
             plans.append(plan_parameter(spec, self._route, self._weights, param.requires_grad or param in self.state))
         return plans
 
+    @torch.inference_mode(False)
     def _allocate(self, param: Tensor) -> dict[str, Any]:
         """Create the state of one parameter: step 0 and zeros."""
         leaf = self._leaves[param]
@@ -188,7 +232,7 @@ class Optimizer(torch.optim.Optimizer):
     def _plan_again(self, param: Tensor, old: Tensor) -> ParamPlan:
         """The plan of `param` in the place of `old`, if the state there is can become its state."""
         leaf = self._leaves[old]
-        spec = groups.spec_of(leaf.name, param, self.param_groups[leaf.group])
+        spec = groups.spec_of(leaf.name, param, self.param_groups[leaf.group], leaf.plan.spec.given)
         plan = plan_parameter(spec, self._route, self._weights, leaf.plan.trainable)
         steps = self.state[old]["step"] if old in self.state else 0
         if steps and plan.stores != leaf.plan.stores:
@@ -238,6 +282,7 @@ class Optimizer(torch.optim.Optimizer):
         self._consistency.require_unbroken("step")
         self._require_its_hooks()
         self._follow_replaced()
+        self._require_usable_values()
         if self._clip_of_original is not None:
             raise RuntimeError(
                 f"this is a copy of an optimizer fused with clip_grad_norm={self._clip_of_original}, but not fused: "
@@ -264,6 +309,10 @@ class Optimizer(torch.optim.Optimizer):
                 "gradients, so this one has none to step with: use the newer one, or call optstate.fuse_backward() on "
                 "this one, which takes the hooks back"
             )
+
+    def _require_usable_values(self) -> None:
+        """Raise TypeError or ValueError for hyper-parameters that were changed to what no step can use."""
+        self._values.require(self.param_groups, self._chains)
 
     def _step_all(self, params: Iterable[Tensor], grad_scale: float | Tensor) -> None:
         """Update parameters: one by one, or together where they are split among devices."""
@@ -389,7 +438,9 @@ class Optimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         for key, value in state.items():
             if isinstance(value, Tensor) and value.device != param.device:
-                state[key] = torch.empty_like(value, device=param.device).copy_(value)
+                with torch.inference_mode(False):
+                    state[key] = torch.empty_like(value, device=param.device)
+                state[key].copy_(value)
         return state
 
     def _name(self, param: Tensor) -> str:
@@ -434,6 +485,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: as `load_state_dict`. If `copy` raises, the optimizer is inconsistent from then on.
         """
         resume.check(self, self.plan(), saved)
+        taken_over = resume.names_to_take_over(self, self.plan(), saved)
         for param, state in resume.entries(self, saved):
             name, own = self._name(param), self._state_of(param)
             self._consistency.reason = f"loading ended at {name!r}"
@@ -451,8 +503,21 @@ class Optimizer(torch.optim.Optimizer):
         self.accept_partial_step()
         if self._fused is not None:
             self._fused.look_again()  # trainers load when they take an optimizer over
+        resume.warn_if_rounded_otherwise(saved, self.param_groups, self.plan(), taken_over)
+        if taken_over:
+            self._take_names(taken_over)
         resume.warn_if_written_otherwise(saved, self.plan())
         resume.warn_if_unclipped(saved, self._fused.clip_grad_norm if self._fused is not None else None)
+
+    def _take_names(self, names: Sequence[str]) -> None:
+        """Give parameters that have no names these, in order."""
+        self._names.use(names, names)
+        unused = iter(names)
+        for group in self.param_groups:
+            group["param_names"] = [next(unused) for _ in group["params"]]
+            for param, name in zip(group["params"], group["param_names"], strict=True):
+                leaf = self._leaf(param)
+                leaf.plan = replace(leaf.plan, spec=replace(leaf.plan.spec, name=name))
 
     def accept_partial_step(self) -> None:
         """Go on after a step that broke off: parameters keep what they have, updated or not.
@@ -480,13 +545,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         clip = self._fused.clip_grad_norm if self._fused is not None else self._clip_of_original
-        own = {"_route": self._route, "_weights": self._weights, "_inconsistent": self._consistency.reason_of_copy}
+        own: dict[str, Any] = {"_route": self._route, "_weights": self._weights, "_names": self._names}
+        own["_inconsistent"] = self._consistency.reason_of_copy
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        groups.refuse_inference_mode("copying an optimizer")
         state = dict(state)
         self._consistency = Consistency(state.pop("_inconsistent"))
         self._agreement, self._flags = Agreement(), DeferredFlags()
+        self._names = state.pop("_names", naming.Names())
+        self._values, self._chains, self._built = groups.UsedValues(), {}, True
         super().__setstate__(state)
         self._leaves, self._fused, self._replaced_by = {}, None, None
         for index in range(len(self.param_groups)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optstate import kernels
-from optstate.spec import FieldSpec, ParamSpec, Region
+from optstate.spec import FieldSpec, ParamSpec, Region, can_be_stepped
 from optstate.stores import Full, Store
 from optstate.updates import Chain, Hyper, Route, add_decayed_weights, as_route, clip_by_value, scale_by_adam
 from optstate.weights import Plain, Weights, as_weights
@@ -164,10 +164,19 @@ class ParamPlan:
                 return adam, decay
         return None
 
+    def rounds_by_name(self, group: Mapping[str, Any]) -> bool:
+        """Whether a step with the group's hyper-parameters uses random bits, which are a function of the name."""
+        if not self.slots and not self.weights.is_random:
+            return False
+        slots = self.chain.declared_slots(group)
+        of_slots = (slot.store.is_random(slots[name].smallest_weight) for name, slot in self.slots.items())
+        return self.weights.is_random or any(of_slots)
+
     @property
     def scratch_bytes(self) -> int:
         """Bytes of temporaries a step needs beyond its chunks of a few MB, at most; 0 where nothing grows."""
-        if self.spec.local_numel <= kernels.chunk_elements(torch.device("cpu")):
+        small = self.spec.local_numel <= kernels.chunk_elements(torch.device("cpu"))
+        if small or not can_be_stepped(self.spec.dtype):
             return 0
         full = self.chain.temporaries(self.spec, until=self.first_sliced) * self.spec.local_numel
         # New row and column statistics, their factors and the squares of those: nothing for a matrix, but as much
@@ -181,7 +190,9 @@ class ParamPlan:
         notes = [f"{slot.name}: {slot.note}" for slot in self.slots.values() if slot.note]
         if self.spec.region is not None:
             notes.append(f"{'x'.join(map(str, self.spec.region.shape))} of it here")
-        if not self.trainable:
+        if not can_be_stepped(self.spec.dtype):
+            notes.append("frozen: weights of this dtype are never stepped")
+        elif not self.trainable:
             notes.append("frozen: no state until it gets a gradient")
         if self.fused_adamw is not None:
             notes.append("PyTorch's fused AdamW where contiguous and unclipped")
@@ -244,6 +255,8 @@ def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, traina
         ValueError: if a store or a way to write weights cannot be used for it.
     """
     chain, rule = route.pick(spec)
+    if not can_be_stepped(spec.dtype):
+        return ParamPlan(spec, chain, rule, {}, Plain(), trainable=False)
     slots = {}
     for name, slot in chain.slots(spec).items():
         store, note = slot.store.resolve(spec, slot.signed)

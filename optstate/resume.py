@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optstate import naming
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
+from optstate.spec import is_fake
 
 __all__ = [
     "KEY",
@@ -19,7 +22,11 @@ __all__ = [
     "entries",
     "header",
     "loaded_groups",
+    "names_to_take_over",
+    "paired",
+    "warn_if_rounded_otherwise",
     "warn_if_unclipped",
+    "warn_if_unnamed",
     "warn_if_written_otherwise",
 ]
 
@@ -68,13 +75,105 @@ def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Itera
             yield param, saved["state"][index]
 
 
+def paired(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any] | None]:
+    """The saved group of each of this optimizer's own, None for an empty one that was not saved.
+
+    Trainers make an empty group or leave it out, as parameters happen to need it: it holds no state either way.
+
+    Raises:
+        ValueError: if other groups than empty ones are there on one side only.
+    """
+    counts = [[len(group["params"]) for group in groups] for groups in (own, saved)]
+    filled = [[count for count in sizes if count] for sizes in counts]
+    if counts[0] != counts[1] and filled[0] == filled[1]:
+        left = iter(group for group in saved if len(group["params"]))
+        return [next(left) if len(group["params"]) else None for group in own]
+    if len(own) != len(saved):
+        raise ValueError(f"the saved optimizer had {len(saved)} param groups, this one has {len(own)}")
+    return list(saved)
+
+
 def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved hyper-parameters with this optimizer's parameters and names."""
+    """The saved hyper-parameters with this optimizer's parameters and names, and with what only its groups have."""
     groups = []
-    for ours, theirs in zip(own, saved, strict=True):
-        kept = {key: ours[key] for key in ("params", "param_names") if key in ours}
-        groups.append(deepcopy(theirs) | kept)
+    for ours, theirs in zip(own, paired(own, saved), strict=True):
+        hyper = {key: value for key, value in (theirs or {}).items() if key not in ("params", "param_names")}
+        groups.append(ours | deepcopy(hyper))
     return groups
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def warn_if_unnamed(own: Sequence[Mapping[str, Any]], plan: Plan) -> None:
+    """Warn if weights or statistics are rounded by random bits that follow places, as there are no names."""
+    params = [(param, group) for group in own for param in group["params"]]
+    for (param, group), planned in zip(params, plan, strict=True):
+        if "param_names" in group or is_fake(param) or not (planned.trainable and planned.rounds_by_name(group)):
+            continue
+        warnings.warn(
+            "the parameters have no names, and some are rounded by random bits that follow from names: they follow "
+            "from places now, so another order or number of parameters changes the rounding. Pass "
+            "model.named_parameters(), or groups of such pairs",
+            stacklevel=4,
+        )
+        return
+
+
+def _names(saved: Mapping[str, Any]) -> list[str] | None:
+    """The saved parameters' names in order, None if they have none."""
+    groups = [group for group in saved["param_groups"] if len(group["params"])]
+    if not groups or not all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
+        return None
+    return [str(name) for group in groups for name in group["param_names"]]
+
+
+def names_to_take_over(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[str]:
+    """Names that come with the saved state for an optimizer that has none: the run then rounds as it did.
+
+    None where names exist, come twice, or stand for a parameter that would be stepped by another chain.
+    """
+    names = _names(saved)
+    if names is None or any("param_names" in group for group in optimizer.param_groups):
+        return []
+    names = naming.canonical_names(names)
+    route = getattr(optimizer, "recipe", None)
+    fits = all(
+        route is None or route.pick(replace(param.spec, name=name))[0] == param.chain
+        for param, name in zip(plan, names, strict=True)
+    )
+    return names if fits and len(set(names)) == len(names) else []
+
+
+def warn_if_rounded_otherwise(
+    saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]], plan: Plan, taken_over: Sequence[str]
+) -> None:
+    """Warn if random rounding goes on with other bits than in the saved run, as the names are others; or if state was
+    matched by places, and names were taken over with it."""
+    ours_too = saved.get(KEY, {}).get("weights", {})  # state of other libraries was not rounded so
+    names = _names(saved) or [naming.by_place(i) for i in range(len(plan))]
+    groups = [group for group in own for _ in group["params"]]
+    for i, (name, param, group) in enumerate(zip(names, plan, groups, strict=True)):
+        if i not in ours_too or not param.trainable or not param.rounds_by_name(group):
+            continue
+        if taken_over:
+            warnings.warn(
+                "this optimizer was built without names and the saved state has some: it was matched by the order of "
+                "parameters, and the names were taken over, so that random rounding goes on as in the saved run. Pass "
+                "model.named_parameters() to have names compared",
+                stacklevel=4,
+            )
+            return
+        if name != param.spec.name:
+            warnings.warn(
+                f"{param.spec.name!r} was rounded at random under the name {name!r} in the saved run, so rounding goes "
+                "on with other random bits: give the optimizer the same names, or none if it had none, to go on alike",
+                stacklevel=4,
+            )
+            return
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
 
 
 def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> None:
@@ -107,26 +206,36 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict[str, Any]]) -> None:
-    own = optimizer.param_groups
-    if len(own) != len(saved):
-        raise ValueError(f"the saved optimizer had {len(saved)} param groups, this one has {len(own)}")
-    first = 0
-    for i, (ours, theirs) in enumerate(zip(own, saved, strict=True)):
+    own, first = optimizer.param_groups, 0
+    for i, (ours, theirs) in enumerate(zip(own, paired(own, saved), strict=True)):
+        if theirs is None:
+            continue
         if len(ours["params"]) != len(theirs["params"]):
             counts = f"{len(theirs['params'])} parameters, here it has {len(ours['params'])}"
             raise ValueError(f"param group {i} was saved with {counts}")
-        if "param_names" in ours and "param_names" in theirs:
-            for here, there in zip(ours["param_names"], theirs["param_names"], strict=True):
-                if here != there:
-                    raise ValueError(
-                        f"param group {i} has {here!r} where {there!r} was saved: the order or model differs"
-                    )
+        if not ours["params"]:
+            continue
         chain = plan.params[first].chain
         missing = {"lr", *chain.hyper} - set(theirs)
         if missing:
             raise ValueError(f"param group {i} was saved without {sorted(missing)[0]!r}: it comes from another recipe")
         check_values(theirs, chain)
         first += len(ours["params"])
+    _check_names(own, paired(own, saved))
+
+
+def _check_names(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any] | None]) -> None:
+    """Names must be the same where both sides have them, whatever wrappers put into them."""
+    pairs = [
+        (i, here, str(there))
+        for i, (ours, theirs) in enumerate(zip(own, saved, strict=True))
+        if theirs is not None and theirs.get("param_names") and "param_names" in ours
+        for here, there in zip(ours["param_names"], theirs["param_names"], strict=True)
+    ]
+    same = naming.same_names([here for _, here, _ in pairs], [there for _, _, there in pairs])
+    for (i, here, there), alike in zip(pairs, same, strict=True):
+        if not alike:
+            raise ValueError(f"param group {i} has {here!r} where {there!r} was saved: the order or model differs")
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["ROLES", "FieldSpec", "ParamSpec", "Region", "accumulator_dtype", "is_fake", "is_matrix", "is_vector"]
+__all__ = [
+    "ROLES",
+    "FieldSpec",
+    "ParamSpec",
+    "Region",
+    "accumulator_dtype",
+    "can_be_stepped",
+    "is_fake",
+    "is_matrix",
+    "is_vector",
+]
 
 
 ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
 """The roles a recipe of this library may ask for. A parameter with several (tied weights) gets the first of them."""
+
+
+STEPPED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_be_stepped(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype can be updated: integers, packed codes and numbers of 8 bits and less cannot."""
+    return dtype in STEPPED
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +81,7 @@ class ParamSpec:
     `role` is declared by the caller (a param group's `role` entry), never read from the name;
     without a declaration it is "matrix" from two dimensions on and "vector" below.
     `region` is the part of it on this device; None if that is all of it.
+    `name` is without what wrappers put into it, such as `module.`; `given` is the name with that, "" if it is the same.
     """
 
     name: str
@@ -71,6 +90,7 @@ class ParamSpec:
     role: str = ""
     head_size: int | None = None
     region: Region | None = None
+    given: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.role:

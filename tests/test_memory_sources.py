@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import optstate
 from optstate import recipes
-from optstate.memory.setting import BuildOptions, Model
+from optstate.memory.setting import BuildOptions, Model, ParamShape
 from optstate.memory.sources import SourceError, find_model, known_models, recipe_of
 from optstate.memory.sources.builtin import CONFIGS
 from optstate.memory.sources.modules import default_dtype
@@ -580,9 +580,16 @@ def nothing() -> nn.Module:
     return nn.Identity()
 
 
-def integers() -> nn.Module:
+def eighths() -> nn.Module:
     module = nn.Module()
-    module.codes = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    module.codes = nn.Parameter(torch.zeros(2, dtype=torch.float8_e4m3fn))
+    return module
+
+
+def frozen_codes() -> nn.Module:
+    """A matrix in 4 bits that does not train, beside an adapter that does."""
+    module = nn.Linear(8, 2, dtype=torch.bfloat16)
+    module.codes = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)
     return module
 
 
@@ -651,6 +658,16 @@ def test_a_factory_of_a_language_model_needs_no_inputs() -> None:
     assert module.config._attn_implementation == "eager"
 
 
+def test_frozen_codes_are_weights_without_state() -> None:
+    found = {param.name: param for param in find_model(frozen_codes).parameters}
+    assert found["codes"] == ParamShape("codes", (128, 1), "uint8", trainable=False)
+    for recipe, state in (("adamw", 2 * 4 * 18), ("adamw8bit", None), ("adalomo", None), ("adammini", None)):
+        estimate = optstate.estimate(frozen_codes, recipe=recipe, dtype="bfloat16")[recipe]
+        assert estimate.weights_bytes == 128 + 2 * 18
+        if state is not None:
+            assert estimate.state_bytes == state
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -659,7 +676,7 @@ def test_a_factory_of_a_language_model_needs_no_inputs() -> None:
         ("reading", "leave reading them and loading weights out of it"),
         ("elsewhere", "puts 'table' on cuda:0"),
         ("nothing", "has no parameters"),
-        ("integers", "'codes' is uint8"),
+        ("eighths", "'codes' is float8_e4m3fn and not frozen"),
         ("lazy", "has no shape yet"),
         ("always", "returns a dict"),
         ("NUMBER", "is of type int"),

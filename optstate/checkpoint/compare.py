@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optstate.checkpoint.as_here import with_canonical_names
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.disagreements import Finding, Pair, disagreements, matched
 from optstate.checkpoint.document import SlotRecord
@@ -178,6 +179,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, tolerance: float, track: Track = it
         tolerance: largest relative difference, in the L2 norm, of what is close.
         track: what the statistics go through while they are compared, such as a progress bar.
     """
+    a, b = with_canonical_names(a), with_canonical_names(b)
     matches = matched(a, b)
     findings, notes = disagreements(a, b, matches.pairs)
     tasks = [(pair, slot) for pair in matches.pairs for slot in dict.fromkeys((*pair[0].slots, *pair[1].slots))]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optstate import resume
+from optstate import naming, resume
 from optstate.checkpoint.document import (
     WEIGHT,
     Document,
@@ -64,7 +64,8 @@ def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Doc
 def with_tied_names(document: Document, optimizer: Optimizer, model: nn.Module) -> Document:
     """The document with the other names that `model` has for the optimizer's parameters."""
     names: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, (_, param) in zip(naming.canonical_names([name for name, _ in named]), named, strict=True):
         names.setdefault(id(param), []).append(name)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     parameters = []

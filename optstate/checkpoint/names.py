@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from optstate.checkpoint.as_here import renamed
 from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.document import Parameter, tensor_key
+from optstate.checkpoint.document import Parameter
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.kinds import JSON, SAFETENSORS, UNKNOWN, identify, open_file, read_bytes, size_of
+from optstate.naming import canonical_names
 
 __all__ = ["Named", "Names", "read_names", "with_names"]
 
@@ -254,8 +256,12 @@ def _in_group_order(checkpoint: Checkpoint, names: Names) -> None:
 def _by_own_name(checkpoint: Checkpoint, names: Names) -> dict[str, Named]:
     """What is given for each of the checkpoint's own names, which must be the same."""
     lower = bool(checkpoint.document.source.get("lower_case"))
-    given = {named.name.lower() if lower else named.name: named for named in names.named}
     own = [param.name for param in checkpoint.document.parameters]
+    known = dict(zip(canonical_names(own), own, strict=True))
+    given: dict[str, Named] = {}
+    for named, short in zip(names.named, canonical_names([named.name for named in names.named]), strict=True):
+        key, short = (named.name.lower(), short.lower()) if lower else (named.name, short)
+        given[key if key in own else known.get(short, key)] = named
     missing = next((name for name in own if name not in given), None)
     if missing is not None or len(given) < len(own):
         other = next((named.name for key, named in given.items() if key not in own), "")
@@ -274,12 +280,8 @@ def _renamed(names: Names, param: Parameter, named: Named) -> Parameter:
         reason = f"it gives '{shown(named.name)}' of shape {_list(named.shape)} for parameter '{shown(param.name)}'"
         hint = "the order is that of the optimizer's groups, one after the other"
         raise _refused(names, f"{reason}, which has {_list(param.shape)} in the checkpoint", hint)
-    slots = {
-        key: replace(slot, fields={field: tensor_key(named.name, key, field) for field in slot.fields})
-        for key, slot in param.slots.items()
-    }
     shape = named.shape if param.shape is None else param.shape
-    return replace(param, name=named.name, shape=shape, dtype=param.dtype or named.dtype, slots=slots)
+    return replace(renamed(param, named.name), shape=shape, dtype=param.dtype or named.dtype)
 
 
 def _list(shape: tuple[int, ...] | None) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optstate import resume
+from optstate import naming, resume
+from optstate.checkpoint.as_here import with_canonical_names, with_groups_of
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.converted import conversion_onto, load_converted
 from optstate.checkpoint.describing import (
@@ -153,11 +154,14 @@ def load(
         CheckpointError: if the file is unreadable or another optimizer's, naming the first difference. If reading
             fails half-way, the optimizer refuses to step until a load succeeds.
     """
-    checkpoint = open_checkpoint(path, key=key, names=names)
+    opened = open_checkpoint(path, key=key, names=names)
+    counts = [len(group["params"]) for group in optimizer.param_groups]
+    checkpoint = with_groups_of(with_canonical_names(opened), counts)
     difference = None
     if checkpoint.kind == OPTSTATE and any(param.chain for param in checkpoint.document.parameters):
         difference = _load_exactly(optimizer, checkpoint)
         if difference is None:
+            _warn_of_other_names(optimizer, opened)
             return
     hint = "nothing was changed; build the optimizer as the saved run did"
     try:
@@ -177,6 +181,16 @@ def load(
         raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
     with _failing(path, hint):
         load_converted(optimizer, conversion)
+    _warn_of_other_names(optimizer, opened)
+
+
+def _warn_of_other_names(optimizer: Optimizer, opened: Checkpoint) -> None:
+    """Warn if our own run that saved the file rounded at random under other names."""
+    params, plan = opened.document.parameters, optimizer.plan()
+    names = [naming.by_place(i) if param.name.startswith("#") else param.name for i, param in enumerate(params)]
+    ours = {i: param.weights for i, param in enumerate(params) if param.weights}
+    saved = {"param_groups": [{"params": names, "param_names": names}], resume.KEY: {"weights": ours}}
+    resume.warn_if_rounded_otherwise(saved, optimizer.param_groups, plan, ())
 
 
 def _load_exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
@@ -221,7 +235,12 @@ def _matched(optimizer: Optimizer, plan: Plan, document: Document, entries: Mapp
     for name, own, saved in zip(names, plan, document.parameters, strict=True):
         by_place = not saved.weights and saved.name.startswith("#")  # of a tool that does not name them
         if saved.name != name and not by_place:
-            raise ValueError(f"it has {saved.name!r} where this optimizer has {name!r}: the model or its order differs")
+            why = "the model or its order differs"
+            if saved.name.startswith("#"):
+                why = "it was saved without names, build the optimizer without names, too, or convert it with --names"
+            elif name.startswith("#"):
+                why = "it was saved with names, build the optimizer with model.named_parameters()"
+            raise ValueError(f"it has {saved.name!r} where this optimizer has {name!r}: {why}")
         _match_parameter(own, saved)
         if saved.step is None:
             continue

@@ -157,7 +157,6 @@ def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], gi
         first += len(members)
         declared = {"role": group.role, "head_size": group.head_size}
         groups.append({"params": members} | {key: value for key, value in declared.items() if value})
-    groups = [group for group in groups if group["params"]]
     written = _weights(document.parameters)
     weights = {} if written is None else {"weights": written}
     kept = _own_arguments(name, document) if same_rule(name, document.recipe) else {}
@@ -207,6 +206,8 @@ def _keep_hyper(
     new_rule: dict[str, Any] = {}
     expressed = set(_parameters(name)) if same_rule(name, document.recipe) else set()
     for group in optimizer.param_groups:
+        if not group["params"]:
+            continue
         source = sources[order[first]]
         chain, old = plan.params[first].chain, document.groups[source.group]
         if chain_of(source, document, old) == str(chain):

@@ -75,6 +75,10 @@ class Store:
     def check(self, signed: bool, smallest_weight: float) -> None:
         """Raise ValueError if the format cannot hold a statistic of this kind (see `Slot`)."""
 
+    def is_random(self, smallest_weight: float) -> bool:
+        """Whether `encode` uses its random bits for a statistic whose averaging weight gets as small as this."""
+        return False
+
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         """Name, global shape, dtype and placement of every tensor kept."""
         raise NotImplementedError

@@ -67,6 +67,10 @@ class Full(Store):
                 "stochastic=False, keep it in Full(), or lower beta"
             )
 
+    def is_random(self, smallest_weight: float) -> bool:
+        swallows = self.dtype == "bfloat16" and smallest_weight < SMALLEST_BF16_WEIGHT
+        return self.stochastic is True or (self.stochastic is None and swallows)
+
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         dtype = spec.accumulator if self.dtype is None else DTYPES[self.dtype]
         return {"": FieldSpec(spec.shape, dtype, tuple(range(spec.ndim)))}
@@ -76,8 +80,7 @@ class Full(Store):
         return stored.float() if stored.dtype == torch.bfloat16 else stored
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
-        swallows = self.dtype == "bfloat16" and weight < SMALLEST_BF16_WEIGHT
-        if self.stochastic or (self.stochastic is None and swallows):
+        if self.is_random(weight):
             value = value.float().contiguous()
             value = kernels.round_bf16(value, noise.bits16(value.numel(), value.device).view(value.shape))
         return {"": value}

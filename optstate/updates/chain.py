@@ -132,7 +132,8 @@ class Route:
     def pick(self, spec: ParamSpec) -> tuple[Chain, str]:
         """The chain for a parameter and the rule that chose it, in words."""
         for rule, candidate in self.rules:
-            if fnmatchcase(spec.name, rule) if isinstance(rule, str) else rule(spec):
+            names = (spec.name, spec.given) if spec.given else (spec.name,)
+            if any(fnmatchcase(name, rule) for name in names) if isinstance(rule, str) else rule(spec):
                 return candidate, rule if isinstance(rule, str) else getattr(rule, "__name__", repr(rule))
         return self.default, "default" if self.rules else ""
 
@@ -141,7 +142,8 @@ def route(rules: Sequence[tuple[Selector, Transform]], *, default: Transform) ->
     """Different chains for different parameters.
 
     rules: pairs of a rule and a chain, tried in order. A rule is a glob matched against the parameter's name
-        (`"*embed*"`), or a function of its `ParamSpec` (`optstate.is_matrix`).
+        (`"*embed*"`), as it was given or without what wrappers put into it, or a function of its `ParamSpec`
+        (`optstate.is_matrix`).
     default: the chain of every parameter that no rule matches.
     """
     for rule, _ in rules:

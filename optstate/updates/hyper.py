@@ -48,6 +48,8 @@ class Hyper:
         label = self.name if self.index is None else f"{self.name}[{self.index}]"
         try:
             value = self.read(group)
+        except KeyError:
+            raise ValueError(f"{self.name} is missing in the param group: give it a value") from None
         except (IndexError, TypeError):
             raise TypeError(
                 f"{self.name}={group[self.name]!r} has no entry {self.index}: give a tuple of numbers"

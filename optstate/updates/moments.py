@@ -86,7 +86,8 @@ class scale_by_adam(Transform):
     """Adam's rule (Kingma and Ba 2015, algorithm 1): `m / c1 / (sqrt(v / c2) + eps)`, `c = 1 - beta**step`.
 
     first: store of the slot `exp_avg`; second: of `exp_avg_sq`, never negative.
-    betas, eps: group keys `betas` and `eps`; eps is outside the root and after the bias correction, as in torch.
+    betas, eps: group keys `betas` and `eps`; eps is outside the root and after the bias correction, as in torch, and
+        positive: an element that never had a gradient would be zero divided by zero.
 
     Weight decay placed before this transform is Adam's L2 penalty; after it, AdamW's decoupled decay.
     """
@@ -98,7 +99,10 @@ class scale_by_adam(Transform):
 
     absorbs_decay: ClassVar[bool] = True
     prepares: ClassVar[bool] = True
-    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps")}
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {
+        "betas": BETAS,
+        "eps": Rule("eps", low=1e-38),  # zero by zero, where an element never had a gradient
+    }
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {

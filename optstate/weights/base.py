@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ __all__ = ["Weights"]
 
 class Weights:
     """Describes how fp32 results are written to a parameter. Subclasses are frozen dataclasses."""
+
+    is_random: ClassVar[bool] = False
+    """Whether results are rounded by random bits, which are a function of the parameter's name."""
 
     def __str__(self) -> str:
         return short(self)

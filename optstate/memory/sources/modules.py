@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from optstate.checkpoint.errors import shown
 from optstate.memory.setting import ParamShape
 from optstate.memory.sources.errors import SourceError, in_words
-from optstate.spec import is_fake
+from optstate.spec import can_be_stepped, is_fake
 
 __all__ = ["buffer_bytes", "copied", "default_dtype", "families", "in_fake_mode", "parameters_of", "probe"]
 
@@ -46,15 +46,17 @@ def parameters_of(module: nn.Module) -> tuple[ParamShape, ...]:
     """Every parameter once, in the module's order.
 
     Raises:
-        SourceError: if there is none, or one that no optimizer of this library steps; or one on an accelerator.
+        SourceError: if there is none, or one that trains and that no optimizer of this library steps.
     """
     found = []
     for name, param in module.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
             raise SourceError(f"parameter '{shown(name)}' has no shape yet: run the lazy module once before")
         dtype = str(param.dtype).removeprefix("torch.")
-        if not param.is_floating_point():
-            raise SourceError(f"parameter '{shown(name)}' is {dtype}: packed or integer weights are not trained")
+        if param.requires_grad and not can_be_stepped(param.dtype):
+            raise SourceError(
+                f"parameter '{shown(name)}' is {dtype} and not frozen: weights of this dtype are not stepped"
+            )
         found.append(ParamShape(name, tuple(param.shape), dtype, param.requires_grad))
     if not found:
         raise SourceError(f"the module, a {type(module).__name__}, has no parameters")
