@@ -112,8 +112,7 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _unsafe(path: str | os.PathLike[str], kind: str, error: UnsafeGlobalError) -> CheckpointError:
-    why = "which no saved value needs" if is_harmful(error.name) else "which is not on the list of what optstate reads"
-    what = f"asks for '{shown(error.name)}' when it is read, {why}"
+    what = f"asks for '{shown(error.name)}' when it is read, which is not on the list of what optstate reads"
     hint = "if you trust it, load it in a sandbox and save its tensors and plain values alone"
     return CheckpointError(path, f"{kind}{what}; it was not executed", hint, refused=True)
 
@@ -188,9 +187,9 @@ def _reference(saved: Any, length: int) -> _Reference:
     name = kind.name.rpartition(".")[2]
     dtype = STORAGES.get(name)
     width = BITS[dtype] // 8 if dtype is not None else OTHER_STORAGES.get(name)
-    if width is None:
+    if width is None and length > 5:  # the places of those behind it are not known, then
         raise PickleError(f"numbers in a '{shown(kind.name)}', whose size is not known")
-    return _Reference(key, dtype or name, elements, width, saved[5] if length > 5 else None)
+    return _Reference(key, dtype or kind.name, elements, width or 0, saved[5] if length > 5 else None)
 
 
 # The zip layout.

@@ -86,6 +86,7 @@ def state_dict_of(tree: Any, path: str) -> StateDict | None:
     """
     if not is_state_dict(tree):
         return None
+    tree = _numbered(tree)
     ids = tuple(_ids_of(group, i, path) for i, group in enumerate(tree["param_groups"]))
     for i, group in enumerate(tree["param_groups"]):
         _check_hypers(group, i, path)
@@ -97,6 +98,21 @@ def state_dict_of(tree: Any, path: str) -> StateDict | None:
     state = {ident: _state_of(ident, kept, names, path) for ident, kept in tree["state"].items()}
     rest = {key: value for key, value in tree.items() if key not in ("state", "param_groups")}
     return StateDict(path, tuple(tree["param_groups"]), ids, names, state, rest)
+
+
+def _numbered(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same with places for ids where these are the parameters themselves, as in an optimizer that is saved whole."""
+    places: dict[Stored, int] = {}
+    groups = []
+    for group in tree["param_groups"]:
+        ids = group.get("params") if isinstance(group, dict) else None
+        if isinstance(ids, list) and ids and all(isinstance(ident, Stored) for ident in ids):
+            group = {**group, "params": [places.setdefault(ident, len(places)) for ident in ids]}
+        groups.append(group)
+    if not places:
+        return tree
+    state = {places.get(key, key) if isinstance(key, Stored) else key: kept for key, kept in tree["state"].items()}
+    return {**tree, "state": state, "param_groups": groups}
 
 
 def _ids_of(group: Any, place: int, path: str) -> tuple[Id, ...]:

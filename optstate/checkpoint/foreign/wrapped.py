@@ -31,7 +31,7 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
         CheckpointError: if there is none, naming what the file looks like; or several, listing their keys.
     """
     found, together = dict(_optimizers(tree)), dict(_together(tree))
-    whole = {**_without_parts(found, together), **together}
+    whole = {**_without_parts(found, together), **together} or dict(_objects(tree))
     if key is not None:
         if key not in found and key not in whole:
             raise CheckpointError(path, f"no optimizer state at '{shown(key)}'{_at(tree, key)}", _keys(whole))
@@ -61,6 +61,13 @@ def _checked(state: Any, path: str) -> Any:
 def _optimizers(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every optimizer's state, by where it is: "optimizer_states.0"; "" for the whole."""
     return ((key, value) for key, value in _places(tree) if _is_state(value))
+
+
+def _objects(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The state in every optimizer that was saved itself, by where it is."""
+    for key, value in _places(tree):
+        if isinstance(value, Stranger) and is_state_dict(value.state):
+            yield key, {part: value.state[part] for part in ("state", "param_groups")}
 
 
 def _together(tree: Any) -> Iterator[tuple[str, Any]]:
