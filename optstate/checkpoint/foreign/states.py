@@ -28,6 +28,7 @@ from optstate.checkpoint.foreign import (
 )
 from optstate.checkpoint.foreign.trees import StateDict, state_dict_of
 from optstate.checkpoint.foreign.wrapped import chosen
+from optstate.checkpoint.inert import PickleError, check_tree
 
 __all__ = ["read", "read_file"]
 
@@ -64,8 +65,14 @@ def read_file(path: str | os.PathLike[str], key: str | None = None, optimizer: s
     text = os.fspath(path)
     strangers: dict[str, None] = {}
     notes: list[str] = []
-    checkpoint = read(chosen(torch_file.read(path, strangers), text, key, notes), text, optimizer)
-    notes += [f"of Python objects in the file only the names are read: {_listed(strangers)}"] if strangers else []
+    state = chosen(torch_file.read(path, strangers), text, key, notes)
+    if strangers:  # it may have been in one of them, into which nobody has looked
+        try:
+            check_tree(state)
+        except PickleError as error:
+            raise CheckpointError(text, str(error)) from None
+        notes.append(f"of Python objects in the file only the names are read: {_listed(strangers)}")
+    checkpoint = read(state, text, optimizer)
     return replace(checkpoint, notes=(*checkpoint.notes, *notes))
 
 

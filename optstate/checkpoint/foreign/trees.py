@@ -101,7 +101,7 @@ def state_dict_of(tree: Any, path: str) -> StateDict | None:
 
 
 def _numbered(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same with places for ids where these are the parameters themselves, as in an optimizer that is saved whole."""
+    """The same with places for ids where these are the parameters themselves, as in an optimizer that was pickled."""
     places: dict[Stored, int] = {}
     groups = []
     for group in tree["param_groups"]:

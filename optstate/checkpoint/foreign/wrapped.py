@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign import per_parameter
 from optstate.checkpoint.foreign.lomo_optim import are_attributes
 from optstate.checkpoint.foreign.trees import is_state_dict, type_name
-from optstate.checkpoint.inert import PickleError, Stranger, check_tree
+from optstate.checkpoint.inert import Stranger
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["chosen", "looks_like"]
@@ -30,8 +30,10 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
     Raises:
         CheckpointError: if there is none, naming what the file looks like; or several, listing their keys.
     """
-    found, together = dict(_optimizers(tree)), dict(_together(tree))
-    whole = {**_without_parts(found, together), **together} or dict(_objects(tree))
+    places = list(_places(tree))
+    found = {place: value for place, value in places if _is_state(value)}
+    together = {place: value for place, value in places if per_parameter.is_one_each(value)}
+    whole = {**_without_parts(found, together), **together} or dict(_objects(places))
     if key is not None:
         if key not in found and key not in whole:
             raise CheckpointError(path, f"no optimizer state at '{shown(key)}'{_at(tree, key)}", _keys(whole))
@@ -41,7 +43,7 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
         raise CheckpointError(path, f"it holds the state of {len(whole)} optimizers", _keys(whole))
     else:
         raise CheckpointError(path, *_without(tree))
-    state = _checked(whole[key] if key in whole else found[key], path)
+    state = whole[key] if key in whole else found[key]
     if key not in together:
         return state
     if notes is not None:
@@ -49,30 +51,11 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
     return per_parameter.merged(state)
 
 
-def _checked(state: Any, path: str) -> Any:
-    """A state that may have been within a stranger, into which nobody has looked."""
-    try:
-        check_tree(state)
-    except PickleError as error:
-        raise CheckpointError(path, str(error)) from None
-    return state
-
-
-def _optimizers(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every optimizer's state, by where it is: "optimizer_states.0"; "" for the whole."""
-    return ((key, value) for key, value in _places(tree) if _is_state(value))
-
-
-def _objects(tree: Any) -> Iterator[tuple[str, Any]]:
+def _objects(places: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The state in every optimizer that was saved itself, by where it is."""
-    for key, value in _places(tree):
+    for key, value in places:
         if isinstance(value, Stranger) and is_state_dict(value.state):
             yield key, {part: value.state[part] for part in ("state", "param_groups")}
-
-
-def _together(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every dict of the states of one parameter each, by where it is."""
-    return ((key, value) for key, value in _places(tree) if per_parameter.is_one_each(value))
 
 
 def _is_state(tree: Any) -> bool:
@@ -86,9 +69,10 @@ def _without_parts(found: dict[str, Any], together: dict[str, Any]) -> dict[str,
 
 
 def _places(tree: Any) -> Iterator[tuple[str, Any]]:
-    """What is in up to `DEEPEST` containers, and where; nothing within an optimizer's state.
+    """The containers in up to `DEEPEST` others, by where they are: "optimizer_states.0"; "" for the whole.
 
-    A container that is there several times is gone into once: what is in a stranger may be there any number of times.
+    Nothing within an optimizer's state. A container that is there several times is gone into once: what is in a
+    stranger may be there any number of times, and contain itself.
     """
     todo, gone = [("", tree, 0)], set[int]()
     while todo:
@@ -96,10 +80,12 @@ def _places(tree: Any) -> Iterator[tuple[str, Any]]:
         value = value.items if isinstance(value, Stranger) and value.items is not None else value
         yield key, value
         if depth < DEEPEST and not _is_state(value) and id(value) not in gone:
-            children = _children(value)
-            if children:
-                gone.add(id(value))
-            todo += [(f"{key}.{name}" if key else name, child, depth + 1) for name, child in reversed(children)]
+            gone.add(id(value))
+            todo += [
+                (f"{key}.{name}" if key else name, child, depth + 1)
+                for name, child in reversed(_children(value))
+                if isinstance(child, dict | list | tuple | Stranger)
+            ]
 
 
 def _children(tree: Any) -> list[tuple[str, Any]]:
