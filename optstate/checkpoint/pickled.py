@@ -145,6 +145,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.names: dict[tuple[str, str], Global] = {}
         self.objects = 0
 
     def run(self) -> Any:
@@ -260,12 +261,15 @@ class _Machine:
     def named(self, module: Any, name: Any) -> Global:
         if type(module) is not str or type(name) is not str:
             raise PickleError("a malformed pickle: a name that is not text")
+        if (found := self.names.get((module, name))) is not None:
+            return found
         full = f"{_MODULES.get(module, module)}.{name}"
         full = _NAMES.get(full, full)
         known = full in self.rebuild or full in BUILDERS or full in NAMES or full in self.known or full == _INSTANCE
         if not known and (self.strange is None or not self.strange(full)):
             raise UnsafeGlobalError(full)
-        return Global(full)
+        found = self.names[module, name] = Global(full)
+        return found
 
     def name_in_lines(self) -> Global:
         module = self.source.line().decode()
