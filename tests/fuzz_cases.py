@@ -5,8 +5,11 @@ For every case: a result or one CheckpointError on one line, in time, and withou
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import collections
+import datetime
+import functools
 import io
 import json
 import os
@@ -23,6 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import typer.main
 from optstate_cli import app
@@ -261,6 +265,22 @@ def trained(build: Callable[..., Any]) -> Any:
     return optimizer
 
 
+def training(state: Any) -> Any:
+    """A training checkpoint with values that nobody here knows."""
+    return {
+        "args": argparse.Namespace(lr=0.1, when=datetime.timedelta(1)),
+        "model": torch.nn.Linear(3, 2),
+        "buffer": collections.deque([torch.eye(2).to_sparse()], maxlen=3),
+        "best": [functools.partial(int, base=2), np.float64(0.5), collections.defaultdict(list, {1: [2]})],
+        "optimizer": {f"a.{i}": {"state": {0: state["state"][i]}, "param_groups": one_of(state, i)} for i in (0, 1, 2)},
+    }
+
+
+def one_of(state: Any, place: int) -> Any:
+    """The group of a parameter, with it alone."""
+    return [{**group, "params": [0]} for group in state["param_groups"] if place in group["params"]]
+
+
 def folders(place: Path) -> list[Path]:
     """Folders that hold one checkpoint each, as their tools write them."""
     place.mkdir()
@@ -292,12 +312,15 @@ class Corpus:
         self.zips = [path for path in zips if path.name == "optimizer.pt"]
         old = place / "native" / "old.pt"
         torch.save(torch.load(DATA / "torch_adamw" / "optimizer.pt"), old, _use_new_zipfile_serialization=False)
+        strange = place / "native" / "strange.pt"
+        torch.save(training(torch.load(DATA / "torch_adamw" / "optimizer.pt")), strange)
         self.folders = folders(place / "folders")
         untouched = dict(zip(self.folders, folders(place / "untouched"), strict=True))
-        self.content = {path: path.read_bytes() for path in [*self.natives, *self.zips, old]}
+        self.content = {path: path.read_bytes() for path in [*self.natives, *self.zips, old, strange]}
         self.content |= {path: path.read_bytes() for folder in self.folders for path in files_in(folder)}
-        self.single = [*self.natives, *self.zips, old]
-        self.trees = {path: writable(torch_file.read(path)) for path in self.content if path.suffix in (".pt", ".bin")}
+        self.single = [*self.natives, *self.zips, old, strange]
+        trees = [path for path in self.content if path.suffix in (".pt", ".bin") and path != strange]
+        self.trees = {path: writable(torch_file.read(path)) for path in trees}
         self.metadata = {path: torch_file.read_pickle(path) for path in self.content if path.name == ".metadata"}
         self.sound = {}
         for path in [*self.single, *self.folders]:
@@ -317,12 +340,12 @@ class Corpus:
             return damaged_json(content.decode(), random).encode("utf-8", "surrogatepass")
         if path.suffix == ".safetensors" and kind in ("tree", "pickle"):
             return self.document(path, random)
-        if path in self.trees and content[:2] == b"PK":
+        if content[:2] == b"PK":
             if kind == "zip":
                 return damaged_zip(content, random)
             if kind == "pickle":
                 return rezipped(content, lambda data: damaged_pickle(data, other, random))
-            if kind == "tree":
+            if kind == "tree" and path in self.trees:
                 return torch_file_of(damaged_tree(self.trees[path], random), self.place / "tree.pt")
         return damaged(content, other, random)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 import io
 import os
 import pickle
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from optstate.checkpoint import inert, pickled
 from optstate.checkpoint.inert import check_tree
-from optstate.checkpoint.pickled import Global, Object, PickleError, UnsafeGlobalError
+from optstate.checkpoint.pickled import Global, Object, PickleError, Stranger, UnsafeGlobalError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 THIS = __name__
@@ -206,6 +207,92 @@ def test_persistent_ids() -> None:
     Pickler(file, 2).dump([range(3)])
     assert "outside" in refusal(file.getvalue())
     assert pickled.load(file.getvalue(), known=(), rebuild={}, persistent=lambda saved: saved) == [("place", 5)]
+
+
+# Strangers: made with names that are not known, where these may pass.
+
+
+class Words(list[Any]): ...
+
+
+class Table(dict[Any, Any]): ...
+
+
+def with_strangers(data: bytes, **options: Any) -> Any:
+    return pickled.load(data, known=(), rebuild={}, strange=lambda name: not name.startswith("os."), **options)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_stranger_keeps_what_it_was_given(protocol: int) -> None:
+    words, table = Words([1, Words([2])]), Table(a=1)
+    words.name = "w"  # type: ignore[attr-defined]
+    ours = with_strangers(pickle.dumps([Plain(a=Plain()), words, table, Stage.TWO], protocol))
+    assert all(type(value) is Stranger for value in ours)
+    assert ours[0].state["a"].name == f"{THIS}.Plain"
+    assert (ours[1].name, ours[1].items[0], ours[1].state) == (f"{THIS}.Words", 1, {"name": "w"})
+    assert ours[1].items[1].items == [2]
+    assert ours[2].items == {"a": 1}
+    assert ours[3].args == (2,)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_call_of_a_stranger_is_a_stranger(protocol: int) -> None:
+    ours = with_strangers(pickle.dumps(WithNames(), protocol))  # functools.partial(...)() before protocol 4
+    assert type(ours) is Stranger
+    if protocol in (2, 3):
+        partial = ours.args[0]
+        assert (ours.name, partial.name) == ("functools.partial", "functools.partial")
+
+
+def test_names_of_python_2_are_those_of_python_3() -> None:
+    assert with_strangers(b"c__builtin__\nlong\n.") == Global("builtins.int")
+    assert with_strangers(b"c__builtin__\nxrange\n(I3\ntR.").name == "builtins.range"
+    assert with_strangers(b"cexceptions\nValueError\n)R.").name == "builtins.ValueError"
+    for function in (int, str, range, ValueError, functools.reduce):
+        expected = Global(f"{function.__module__.replace('_functools', 'functools')}.{function.__qualname__}")
+        assert with_strangers(pickle.dumps(function, 2)) == expected
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"ca\nB\n)R(N\x90.",  # filled as a set
+        b"ca\nB\n)RNaNNs.",  # as a list and as a dict
+        b"ca\nB\n)RNNsNa.",
+        b"ca\nB\n)R]Ns.",  # without a key
+        b"ca\nB\n)R]NNsa.",
+        b"ca\nB\n)R(]Nu.",  # a list is no key
+        b"ca\nB\n)RNR.",
+        b"ca\nB\n)RNbNb}b}b.",
+        b"ca\nB\n}b.",
+        b"N)R.",
+        b"ccopyreg\n_reconstructor\n(ca\nB\ntR.",
+    ],
+)
+def test_a_stranger_is_used_as_python_could(data: bytes) -> None:
+    with pytest.raises(PickleError, match="malformed|in a key|without a value|takes more"):
+        with_strangers(data)
+
+
+def test_strangers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickled, "MOST_OBJECTS", 20_000)
+    items = pickle.dumps(list(range(500)), 2)[:-1] + b"q\x7f0"
+    for made in (
+        b"ca\nB\n)R" * 10_000,
+        b"ca\nB\n" + b")R" * 10_000,
+        items + b"ccopyreg\n_reconstructor\nq\x01ca\nB\nq\x02" + b"0h\x01h\x02h\x02h\x7f\x87R" * 1000,
+        items + b"ca\nB\n" + b"(" + b"h\x7f" * 300 + b"tR" + b"h\x7f\x85R" * 300,
+    ):
+        with pytest.raises(PickleError, match="more than 20000 objects"):
+            with_strangers(made + b".")
+
+
+def test_nobody_goes_into_a_stranger() -> None:
+    circle = Plain()
+    circle.me = [circle]
+    check_tree(with_strangers(pickle.dumps({"a": circle}, 4)))
+    with pytest.raises(PickleError, match="contains itself"):
+        check_tree(load(pickle.dumps({"a": circle}, 4), {f"{THIS}.Plain"}))
 
 
 # What is not plain data.

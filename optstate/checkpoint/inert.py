@@ -8,7 +8,19 @@ from typing import Any
 
 from optstate.checkpoint.errors import shown
 
-__all__ = ["BUILDERS", "NAMES", "Global", "Object", "PickleError", "called", "check_tree", "checked_key", "weight"]
+__all__ = [
+    "BUILDERS",
+    "NAMES",
+    "Global",
+    "Object",
+    "PickleError",
+    "Stranger",
+    "Unread",
+    "called",
+    "check_tree",
+    "checked_key",
+    "weight",
+]
 
 MOST_IN_KEY = 64
 """Values in a tuple that is a key: Python hashes a tuple anew each time, and twice what it refers to twice."""
@@ -42,10 +54,34 @@ class Object:
     state: Any = None
 
 
+@dataclass(eq=False, slots=True)
+class Stranger:
+    """An instance of a class, or the result of a call, of which nobody here knows more than the name.
+
+    What the pickle gave is kept and never looked at, so it may contain itself: `check_tree` does not go into it.
+    items: what the pickle filled it with, if it is derived from a list or a dict.
+    """
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    state: Any = None
+    items: list[Any] | dict[Any, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Unread:
+    """A value that is sound and has no form here; `what` says it in words, as "a sparse tensor"."""
+
+    what: str
+
+
 def called(value: Any) -> str:
     """How a message calls a value of a pickle."""
-    if isinstance(value, Global | Object):
+    if isinstance(value, Global | Object | Stranger):
         return f"'{shown(value.name)}'"
+    if isinstance(value, Unread):
+        return value.what
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
@@ -54,9 +90,6 @@ def weight(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value) // 32
     return len(value) if isinstance(value, list | tuple | dict | set | frozenset) else 0
-
-
-_KEYS = (str, int, float, complex, bool, bytes, type(None), Global, Object)
 
 
 def checked_key(key: Any) -> Any:
@@ -75,7 +108,7 @@ def checked_key(key: Any) -> Any:
             if seen + len(todo) + len(value) > MOST_IN_KEY:
                 raise PickleError(f"a key of more than {MOST_IN_KEY} values")
             todo.extend(value)
-        elif not isinstance(value, _KEYS):
+        elif type(value).__hash__ is None:
             raise PickleError(f"{called(value)} in a key")
         elif isinstance(value, int) and value.bit_length() > 64:
             raise PickleError(f"an integer of {value.bit_length()} bits in a key")
@@ -132,13 +165,6 @@ def _bytes(data: Any = b"", encoding: Any = "latin1") -> bytes:
     return data if isinstance(data, bytes) else _encoded(data, encoding)
 
 
-def _instance(kind: Any, base: Any, state: Any) -> Object:
-    """An instance as protocols before 2 write it; `state` is the value of a class that is derived from a plain one."""
-    if not isinstance(kind, Global):
-        raise PickleError(f"a malformed pickle: an instance of {called(kind)}")
-    return Object(kind.name, () if state is None else (state,))
-
-
 BUILDERS: dict[str, Callable[..., Any]] = {
     "builtins.set": _set,
     "builtins.frozenset": _frozenset,
@@ -148,7 +174,6 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
     "collections.defaultdict": _default_dict,
-    "copyreg._reconstructor": _instance,
     "_codecs.encode": _encoded,
 }
 """What is called in the place of Python's own functions; each copies no more than it is given."""

@@ -1,8 +1,9 @@
 """An interpreter of pickles that builds plain data and can call nothing that a file names. Imports no torch.
 
 A pickle is a program for a stack machine; what makes it dangerous is that it may name any function of Python, and call
-it. Here a name is only ever a `Global`, a call of one an `Object` that remembers what it was given, and a name that
-the caller does not know ends the reading at once. Python's own pickle module has no part in it.
+it. Here a name is only ever a `Global`, and a call of one an `Object`, or a `Stranger` where the caller does not
+know the name, that remembers what it was given. A name that the caller does not let pass ends the reading at once.
+Python's own pickle module has no part in it.
 
 Memory stays within a small multiple of the pickle: a length is compared with what is left before it is read, and
 whatever is made is counted, copies of what is referred to many times included.
@@ -17,9 +18,20 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, BinaryIO
 
 from optstate.checkpoint.errors import shown
-from optstate.checkpoint.inert import BUILDERS, NAMES, Global, Object, PickleError, called, checked_key, weight
+from optstate.checkpoint.inert import (
+    BUILDERS,
+    NAMES,
+    Global,
+    Object,
+    PickleError,
+    Stranger,
+    Unread,
+    called,
+    checked_key,
+    weight,
+)
 
-__all__ = ["Global", "Object", "PickleError", "UnsafeGlobalError", "load"]
+__all__ = ["Global", "Object", "PickleError", "Stranger", "Unread", "UnsafeGlobalError", "load"]
 
 MOST_BYTES = 1 << 27
 """Bytes of one pickle. That of an optimizer with 100,000 tensors has 20 MB."""
@@ -43,6 +55,7 @@ def load(
     known: Collection[str],
     rebuild: Mapping[str, Callable[..., Any]],
     persistent: Callable[[Any], Any] | None = None,
+    strange: Callable[[str], bool] | None = None,
 ) -> Any:
     """The plain data of one pickle of protocol 0 to 5.
 
@@ -54,13 +67,16 @@ def load(
         known: names of classes and functions that the pickle may have; called, they become an `Object`.
         rebuild: functions of ours by the name that stands for them, called with what the pickle gives.
         persistent: what makes a value of a persistent id; without it there may be none.
+        strange: whether the pickle may have a name that is in none of these; called, it becomes a `Stranger`. Without
+            it there may be none.
 
     Raises:
-        UnsafeGlobalError: as soon as a name comes that is in none of these, nor one of Python's plain containers.
+        UnsafeGlobalError: as soon as a name comes that is in none of these, nor one of Python's plain containers, and
+            that `strange` does not let pass.
         PickleError: if it is malformed or over a limit.
     """
     source = _Source(io.BytesIO(data) if isinstance(data, bytes) else data)
-    machine = _Machine(source, known, rebuild, persistent)
+    machine = _Machine(source, known, rebuild, persistent, strange)
     try:
         return machine.run()
     except PickleError:
@@ -119,14 +135,17 @@ class _Machine:
         known: Collection[str],
         rebuild: Mapping[str, Callable[..., Any]],
         persistent: Callable[[Any], Any] | None,
+        strange: Callable[[str], bool] | None,
     ) -> None:
         self.source = source
         self.known = known
         self.rebuild = rebuild
         self.persistent = persistent
+        self.strange = strange
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.names: dict[tuple[str, str], Global] = {}
         self.objects = 0
 
     def run(self) -> Any:
@@ -204,10 +223,14 @@ class _Machine:
         self.made(items)
 
     def target(self, kind: type) -> Any:
-        """The container on top of the stack."""
-        if type(self.stack[-1]) is not kind:
-            raise PickleError(f"a malformed pickle: fills {called(self.stack[-1])} as if it were a {kind.__name__}")
-        return self.stack[-1]
+        """The container on top of the stack, or within the stranger there."""
+        top = found = self.stack[-1]
+        if type(top) is Stranger and kind is not set:
+            top.items = kind() if top.items is None else top.items
+            found = top.items
+        if type(found) is not kind:
+            raise PickleError(f"a malformed pickle: fills {called(top)} as if it were a {kind.__name__}")
+        return found
 
     def append(self) -> None:
         item = self.stack.pop()
@@ -238,10 +261,15 @@ class _Machine:
     def named(self, module: Any, name: Any) -> Global:
         if type(module) is not str or type(name) is not str:
             raise PickleError("a malformed pickle: a name that is not text")
+        if (found := self.names.get((module, name))) is not None:
+            return found
         full = f"{_MODULES.get(module, module)}.{name}"
-        if full not in self.rebuild and full not in BUILDERS and full not in NAMES and full not in self.known:
+        full = _NAMES.get(full, full)
+        known = full in self.rebuild or full in BUILDERS or full in NAMES or full in self.known or full == _INSTANCE
+        if not known and (self.strange is None or not self.strange(full)):
             raise UnsafeGlobalError(full)
-        return Global(full)
+        found = self.names[module, name] = Global(full)
+        return found
 
     def name_in_lines(self) -> Global:
         module = self.source.line().decode()
@@ -253,18 +281,38 @@ class _Machine:
 
     def call(self, function: Any, args: Any, kwargs: Any) -> None:
         """Put on the stack what stands for a call: what a function of ours makes of it, or else an inert object."""
-        if type(function) is not Global or type(args) is not tuple or type(kwargs) is not dict:
+        if type(function) not in (Global, Stranger) or type(args) is not tuple or type(kwargs) is not dict:
             raise PickleError(f"a malformed pickle: a call of {called(function)} with {called(args)}")
         # A function may copy what it is given, and a pickle may give it the same again and again.
         self.count(weight(kwargs) + sum(map(weight, args)))
+        if type(function) is Stranger:  # such as functools.partial(...)
+            self.count(len(args))
+            self.made(Stranger(function.name, (function, *args), kwargs), 3)
+            return
+        if function.name == _INSTANCE:
+            self.made(self.instance(args), 3)
+            return
         ours = self.rebuild.get(function.name, BUILDERS.get(function.name))
         if ours is None:
-            self.made(Object(function.name, args, kwargs), 3)
+            kind = Object if function.name in self.known else Stranger
+            self.made(kind(function.name, args, kwargs), 3)
             return
         try:
             self.made(ours(*args, **kwargs), 3)
         except TypeError:
             raise PickleError(f"a malformed pickle: '{function.name}' is given what it does not take") from None
+
+    def instance(self, args: tuple[Any, ...]) -> Object | Stranger:
+        """An instance as protocols before 2 write it: class, plain class that it is derived from, and value of this."""
+        if len(args) != 3 or not isinstance(args[0], Global):
+            raise PickleError(f"a malformed pickle: an instance of {called(args[0] if args else None)}")
+        kind, _, value = args
+        args = () if value is None else (value,)
+        if kind.name in self.known:
+            return Object(kind.name, args)
+        self.count(weight(value))
+        items = value.copy() if type(value) in (list, dict) else None
+        return Stranger(kind.name, args, items=items)
 
     def call_last(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
@@ -285,7 +333,7 @@ class _Machine:
     def build(self) -> None:
         """Set the state of an object. That of an OrderedDict is what was set on it besides its items: passed over."""
         state, into = self.stack.pop(), self.stack[-1]
-        if type(into) is Object and into.state is None:
+        if type(into) in (Object, Stranger) and into.state is None:
             into.state = state
         elif type(into) is not dict:
             raise PickleError(f"a malformed pickle: sets the state of {called(into)}")
@@ -326,7 +374,16 @@ def _quoted_text(line: bytes) -> str:
     return unescaped.decode()
 
 
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as Python 2 calls them, and protocols before 3 do
+# As Python 2 calls them, and protocols before 3 do, which torch.save writes.
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
+_NAMES = {
+    "builtins.long": "builtins.int",
+    "builtins.unicode": "builtins.str",
+    "builtins.xrange": "builtins.range",
+    "builtins.reduce": "functools.reduce",
+}
+
+_INSTANCE = "copyreg._reconstructor"  # which makes an instance of a class of a protocol before 2
 
 # The opcodes, by what they put on the stack or do to it. https://docs.python.org/3/library/pickletools.html
 

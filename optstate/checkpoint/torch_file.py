@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from optstate.checkpoint import pickled
 from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.harmful import is_harmful
 from optstate.checkpoint.header import BITS, MAX_COUNT
 from optstate.checkpoint.inert import check_tree
 from optstate.checkpoint.kinds import (
@@ -32,8 +33,8 @@ from optstate.checkpoint.kinds import (
     size_of,
     special_kind,
 )
-from optstate.checkpoint.pickled import PickleError, UnsafeGlobalError
-from optstate.checkpoint.torch_names import KNOWN, STORAGES
+from optstate.checkpoint.pickled import Global, PickleError, Unread, UnsafeGlobalError
+from optstate.checkpoint.torch_names import KNOWN, OTHER_STORAGES, STORAGES
 from optstate.checkpoint.torch_tensors import REBUILD, Storage
 
 __all__ = ["read", "read_at", "read_pickle"]
@@ -43,26 +44,37 @@ MOST_DIRECTORY = 1 << 25
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what the older layout begins with
 
+MOST_STRANGERS = 1000
+"""Names of strangers that are taken note of."""
+
 CUT_SHORT = "the write or the download was cut short"
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+Names = dict[str, None]
+"""Names in the order in which they came."""
+
+
+def read(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
     """What torch.save was given, as plain data.
 
-    Dicts of any kind are dicts, tensors and parameters `Stored`, torch.Size a tuple; dtypes are `Global`, instances of
-    the foreign classes that optimizers keep `Object`, and so are tensors of a subclass: its name and attributes.
+    Dicts of any kind are dicts, tensors and parameters `Stored`, torch.Size a tuple, NumPy's numbers numbers; dtypes
+    are `Global`, instances of the foreign classes that optimizers keep `Object`, and so are tensors of a subclass: its
+    name and attributes. What is made with any other name is a `Stranger`, a tensor that has no form here `Unread`.
+
+    strangers: takes note of these names.
 
     Raises:
-        CheckpointError: if it is no such file or is damaged; refused if it asks for a function or class that is not on
-            a fixed list.
+        CheckpointError: if it is no such file or is damaged; refused if it asks for a function or class that a saved
+            value does not need and that does something, as `os.system`.
     """
     kind = identify(path)
+    strangers = {} if strangers is None else strangers
     if kind in (TORCH_ZIP, ZIP):
         with _reading(path) as file:
-            return _checked(_Archive(path, file, 0, size_of(file)).tree())
+            return _checked(_Archive(path, file, 0, size_of(file), strangers).tree())
     if kind in (TORCH_OLD, PICKLE):
         with _reading(path) as file:
-            return _checked(_older_tree(path, file))
+            return _checked(_older_tree(path, file, strangers))
     raise CheckpointError(path, f"{_named(path, kind)}, not one written by torch.save", HINTS.get(kind, ""))
 
 
@@ -73,11 +85,11 @@ def read_at(path: str | os.PathLike[str], start: int, length: int) -> Any:
     with _reading(path) as file:
         if start < 0 or length < 0 or start + length > size_of(file):
             raise CheckpointError(path, f"has no {length} bytes from {start} on, it has {size_of(file)}", CUT_SHORT)
-        return _checked(_Archive(path, file, start, length).tree())
+        return _checked(_Archive(path, file, start, length, {}).tree())
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """The plain data of a pickle alone, as torch.distributed.checkpoint writes its .metadata."""
+    """The plain data of a pickle alone, as torch.distributed.checkpoint writes its .metadata; no stranger is in it."""
     kind = identify(path)
     if kind != PICKLE:
         raise CheckpointError(path, f"{_named(path, kind)}, not a pickle", HINTS.get(kind, ""))
@@ -118,8 +130,22 @@ def _checked(tree: Any) -> Any:
     return tree
 
 
-def _load(data: bytes | BinaryIO, persistent: Callable[[Any], Any] | None = None) -> Any:
-    return pickled.load(data, known=KNOWN, rebuild=REBUILD, persistent=persistent)
+def _load(data: bytes | BinaryIO) -> Any:
+    """A pickle without tensors and strangers."""
+    return pickled.load(data, known=KNOWN, rebuild=REBUILD)
+
+
+def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], strangers: Names) -> Any:
+    """A pickle of anything; `strangers` takes note of the names that are not known."""
+
+    def strange(name: str) -> bool:
+        if is_harmful(name):
+            return False
+        if len(strangers) < MOST_STRANGERS:
+            strangers[name] = None
+        return True
+
+    return pickled.load(data, known=KNOWN, rebuild=REBUILD, persistent=persistent, strange=strange)
 
 
 class _Reference(NamedTuple):
@@ -128,11 +154,25 @@ class _Reference(NamedTuple):
     key: str
     dtype: str
     elements: int
+    width: int
     view: Any
 
     @property
     def nbytes(self) -> int:
-        return self.elements * BITS[self.dtype] // 8
+        return self.elements * self.width
+
+    @property
+    def unread(self) -> Unread | None:
+        """What stands for its tensors, if the safetensors format has no name for such numbers."""
+        return None if self.dtype in BITS else Unread(f"a tensor of numbers in a '{shown(self.dtype)}'")
+
+
+def _module_class(saved: Any) -> Global | None:
+    """What older files keep the class of a module as: a persistent id, with the source of the class."""
+    match saved:
+        case ("module", Global() as kind, _, _):
+            return kind
+    return None
 
 
 def _reference(saved: Any, length: int) -> _Reference:
@@ -144,10 +184,12 @@ def _reference(saved: Any, length: int) -> _Reference:
         raise PickleError("a malformed file: it does not say which storage it refers to")
     if not 0 <= elements <= MAX_COUNT:
         raise PickleError(f"a malformed file: storage '{shown(key)}' with {elements} elements")
-    dtype = STORAGES.get(kind.name.rpartition(".")[2])
-    if dtype is None:
-        raise PickleError(f"numbers in a '{kind.name}', which the safetensors format has no name for")
-    return _Reference(key, dtype, elements, saved[5] if length > 5 else None)
+    name = kind.name.rpartition(".")[2]
+    dtype = STORAGES.get(name)
+    width = BITS[dtype] // 8 if dtype is not None else OTHER_STORAGES.get(name)
+    if width is None and length > 5:  # the places of those behind it are not known, then
+        raise PickleError(f"numbers in a '{shown(kind.name)}', whose size is not known")
+    return _Reference(key, dtype or kind.name, elements, width or 0, saved[5] if length > 5 else None)
 
 
 # The zip layout.
@@ -183,9 +225,10 @@ class _Part(io.RawIOBase):
 class _Archive:
     """A zip archive of torch.save, which takes `length` bytes of the file from `start` on."""
 
-    def __init__(self, path: str | os.PathLike[str], file: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: BinaryIO, start: int, length: int, strangers: Names) -> None:
         self._path = path
         self._file = file
+        self._strangers = strangers
         self._start = start
         self._stop = start + length
         self._records = self._directory(_Part(file, start, length))
@@ -195,7 +238,7 @@ class _Archive:
         """What was saved."""
         if "byteorder" in self._records and (order := self._read("byteorder", 16)) != b"little":
             raise CheckpointError(self._path, f"its byte order is {order!r}; only little-endian numbers are read")
-        return _load(self._read("data.pkl", pickled.MOST_BYTES), self._storage)
+        return _load_values(self._read("data.pkl", pickled.MOST_BYTES), self._storage, self._strangers)
 
     def _directory(self, part: _Part) -> dict[str, zipfile.ZipInfo]:
         """The records by their names within the top folder."""
@@ -242,12 +285,14 @@ class _Archive:
         self._file.seek(start)
         return read_bytes(self._path, self._file, size)
 
-    def _storage(self, saved: Any) -> Storage:
+    def _storage(self, saved: Any) -> Storage | Unread | Global:
+        if (kind := _module_class(saved)) is not None:
+            return kind
         reference = _reference(saved, 5)
         storage = self._storages.get(reference.key) or self._found(reference)
         if (storage.dtype, storage.elements) != (reference.dtype, reference.elements):
             raise PickleError(f"a malformed file: storage '{shown(reference.key)}' is of two dtypes or sizes")
-        return storage
+        return reference.unread or storage
 
     def _found(self, reference: _Reference) -> Storage:
         place = f"storage '{shown(reference.key)}'"
@@ -267,7 +312,7 @@ class _Archive:
 # storages; then each storage in the order of the keys, its number of elements before it.
 
 
-def _older_tree(path: str | os.PathLike[str], file: BinaryIO) -> Any:
+def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Names) -> Any:
     """What was saved. The values are read twice, since where the storages are is only known behind them."""
     if _first(path, file) != MAGIC:
         raise CheckpointError(path, "a pickle, not written by torch.save")
@@ -278,10 +323,12 @@ def _older_tree(path: str | os.PathLike[str], file: BinaryIO) -> Any:
         raise CheckpointError(path, "its numbers are not little-endian")
     values = file.tell()
     references: dict[str, _Reference] = {}
-    _load(file, lambda saved: _collected(path, saved, references))
+    _load_values(file, lambda saved: _collected(path, saved, references), strangers)
     storages = _older_storages(path, file, references)
     file.seek(values)
-    return _load(file, lambda saved: _viewed(storages[saved[2]], _reference(saved, 6)))
+    return _load_values(
+        file, lambda saved: _module_class(saved) or _viewed(storages[saved[2]], _reference(saved, 6)), strangers
+    )
 
 
 def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
@@ -294,8 +341,12 @@ def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
         return None
 
 
-def _collected(path: str | os.PathLike[str], saved: Any, references: dict[str, _Reference]) -> Storage:
+def _collected(
+    path: str | os.PathLike[str], saved: Any, references: dict[str, _Reference]
+) -> Storage | Unread | Global:
     """A storage in a place that is not known yet; `references` takes note of it."""
+    if (kind := _module_class(saved)) is not None:
+        return kind
     reference = _reference(saved, 6)
     first = references.setdefault(reference.key, reference)
     if (first.dtype, first.elements) != (reference.dtype, reference.elements):
@@ -304,8 +355,10 @@ def _collected(path: str | os.PathLike[str], saved: Any, references: dict[str, _
     return _viewed(storage, reference)
 
 
-def _viewed(storage: Storage, reference: _Reference) -> Storage:
+def _viewed(storage: Storage, reference: _Reference) -> Storage | Unread:
     """The part of a storage that files before torch 0.4 could refer to as if it were one."""
+    if reference.unread is not None:
+        return reference.unread
     if reference.view is None:
         return storage
     match reference.view:

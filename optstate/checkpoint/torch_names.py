@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DTYPES", "KNOWN", "STORAGES"]
+__all__ = ["DTYPES", "KNOWN", "OTHER_STORAGES", "STORAGES"]
 
 DTYPES = {
     "torch.bool": "BOOL",
@@ -43,11 +43,16 @@ STORAGES = {
 }
 """The dtypes of torch's storage classes, in the safetensors format's words; those of any device are called the same."""
 
-# Of numbers that the safetensors format has no name for: known, to be refused in words.
-_OTHER_STORAGES = (
-    *("ComplexDoubleStorage", "QInt8Storage", "QInt32Storage", "QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"),
-    "TypedStorage",
-)
+OTHER_STORAGES = {
+    "ComplexDoubleStorage": 16,
+    "QInt8Storage": 1,
+    "QInt32Storage": 4,
+    "QUInt8Storage": 1,
+    "QUInt4x2Storage": 1,
+    "QUInt2x4Storage": 1,
+}
+"""Bytes of an element in storages of numbers that the safetensors format has no name for."""
+
 _OTHER_DTYPES = (
     *("complex32", "complex128", "float4_e2m1fn_x2", "qint8", "qint32", "quint8", "quint4x2", "quint2x4"),
     *("bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"),
@@ -57,9 +62,10 @@ _OTHER_DTYPES = (
 _TORCH = (
     *DTYPES,
     *(f"torch.{name}" for name in _OTHER_DTYPES),
-    *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in (*STORAGES, *_OTHER_STORAGES)),
+    *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in (*STORAGES, *OTHER_STORAGES)),
     "torch.storage.UntypedStorage",
     "torch.storage.TypedStorage",
+    "torch.TypedStorage",
     "torch.Tensor",
     "torch.device",
     "torch.serialization._get_layout",
@@ -70,14 +76,12 @@ _TORCH = (
     "torch.per_channel_affine_float_qparams",
 )
 
-# States of random number generators, and numbers in schedulers. NumPy 2 has moved them.
+# States of random number generators. NumPy 2 has moved them.
 _NUMPY = (
     "numpy.dtype",
     "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
     "numpy.core.numeric._frombuffer",
-    "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
     "numpy._core.numeric._frombuffer",
 )

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NoReturn
+from typing import Any
 
 from optstate.checkpoint.errors import shown
 from optstate.checkpoint.header import BITS, MAX_COUNT
-from optstate.checkpoint.inert import Global, Object, PickleError, called
+from optstate.checkpoint.inert import Global, Object, PickleError, Stranger, Unread, called
+from optstate.checkpoint.numpy_values import scalar
 from optstate.checkpoint.stored import Stored
-from optstate.checkpoint.torch_names import DTYPES
+from optstate.checkpoint.torch_names import DTYPES, KNOWN
 
 __all__ = ["REBUILD", "Storage"]
 
 MOST_DIMENSIONS = 64  # torch's own limit
+
+
+Read = Stored | Object | Stranger | Unread
+"""What a tensor in a pickle can become."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +30,12 @@ class Storage(Stored):
     key: str = ""
 
 
-def _part(storage: Any, offset: Any, size: Any, stride: Any, dtype: str) -> Stored:
+def _part(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Unread) -> Stored | Unread:
     """The tensor of this shape and these strides, from element `offset` of a storage on."""
+    if isinstance(storage, Unread):
+        return storage
+    if isinstance(dtype, Unread):
+        return dtype
     if not isinstance(storage, Storage):
         raise PickleError(f"a malformed file: a tensor of {called(storage)} instead of a storage")
     for counts in ((offset,), size, stride):
@@ -57,49 +66,47 @@ def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _dtype(dtype: Any) -> str:
+def _dtype(dtype: Any) -> str | Unread:
     """The safetensors format's name of a dtype of torch."""
     if not isinstance(dtype, Global):
         raise PickleError(f"a malformed file: {called(dtype)} instead of a dtype")
-    if dtype.name not in DTYPES:
-        raise PickleError(f"a tensor of {dtype.name}, which the safetensors format has no name for")
-    return DTYPES[dtype.name]
+    return DTYPES.get(dtype.name) or Unread(f"a tensor of {shown(dtype.name)}")
 
 
-def _no_bits(metadata: Any) -> None:
-    if metadata:
-        raise PickleError("a tensor stored as its conjugate or negative; save it after resolve_conj and resolve_neg")
+_BITS = Unread("a tensor stored as its conjugate or negative (resolve_conj and resolve_neg write its numbers out)")
 
 
 # The functions that torch's pickles name, with their arguments; where a tensor was, and its gradient, is passed over.
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Stored:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Stored | Unread:
     return _part(storage, offset, size, stride, getattr(storage, "dtype", ""))
 
 
 def _tensor_v2(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-) -> Stored:
-    _no_bits(metadata)
-    return _tensor(storage, offset, size, stride)
+) -> Stored | Unread:
+    found = _tensor(storage, offset, size, stride)
+    return _BITS if metadata else found
 
 
 def _tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> Stored:
-    _no_bits(metadata)
-    return _part(storage, offset, size, stride, _dtype(dtype))
+) -> Stored | Unread:
+    found = _part(storage, offset, size, stride, _dtype(dtype))
+    return _BITS if metadata else found
 
 
-def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None) -> Stored | Object:
-    if not isinstance(data, Stored | Object):
+def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None) -> Read:
+    if not isinstance(data, Stored | Object | Stranger | Unread):
         raise PickleError(f"a malformed file: a parameter of {called(data)}")
     return data
 
 
-def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored:
+def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored | Unread:
     """A tensor of a device that torch has no storages for, saved as one of the CPU."""
+    if isinstance(data, Unread):
+        return data
     if not isinstance(data, Stored) or data.dtype != _dtype(dtype):
         raise PickleError(f"a tensor of {called(dtype)} stored as one of another dtype")
     return data
@@ -107,23 +114,29 @@ def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored:
 
 def _wrapper(
     kind: Any, dtype: Any, size: Any, stride: Any, offset: Any, layout: Any, device: Any, requires_grad: Any
-) -> Object:
+) -> Object | Stranger:
     """A tensor of a subclass that has other tensors as its attributes."""
     if not isinstance(kind, Global):
         raise PickleError(f"a malformed file: a tensor of class {called(kind)}")
-    return Object(kind.name, (kind, dtype, size, stride, offset, layout, device, requires_grad))
+    return _of_class(kind)(kind.name, (kind, dtype, size, stride, offset, layout, device, requires_grad))
 
 
-def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Stored | Object:
+def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Read:
     """A tensor of a subclass, or one with attributes: what `function` makes, with a state."""
-    name = function.name if isinstance(function, Global) else ""
-    if name not in _MAKERS or not isinstance(kind, Global) or not isinstance(args, tuple):
+    if not isinstance(function, Global) or not isinstance(kind, Global) or not isinstance(args, tuple):
         raise PickleError(f"a malformed file: a tensor made by {called(function)}")
-    made = _MAKERS[name](*args)
-    if isinstance(made, Object):
+    if function.name not in _MAKERS:
+        return Stranger(kind.name, args, state=state)
+    made = _MAKERS[function.name](*args)
+    if isinstance(made, Object | Stranger):
         made.state = state
         return made
-    return made if kind.name in _PLAIN_CLASSES else Object(kind.name, (made,), state=state)
+    return made if kind.name in _PLAIN_CLASSES else _of_class(kind)(kind.name, (made,), state=state)
+
+
+def _of_class(kind: Global) -> type[Object] | type[Stranger]:
+    """What stands for the instances of a class."""
+    return Object if kind.name in KNOWN else Stranger
 
 
 def _size(items: Any = ()) -> tuple[Any, ...]:
@@ -132,11 +145,11 @@ def _size(items: Any = ()) -> tuple[Any, ...]:
     return tuple(items)
 
 
-def _refused(what: str) -> Callable[..., NoReturn]:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise PickleError(f"{what}, which optstate does not read")
+def _unread(what: str) -> Callable[..., Unread]:
+    def make(*args: Any, **kwargs: Any) -> Unread:
+        return Unread(what)
 
-    return refuse
+    return make
 
 
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
@@ -147,11 +160,11 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _moved,
     "torch._utils._rebuild_wrapper_subclass": _wrapper,
-    "torch._utils._rebuild_meta_tensor_no_storage": _refused("a tensor on the meta device, without numbers"),
-    "torch._utils._rebuild_sparse_tensor": _refused("a sparse tensor"),
-    "torch._utils._rebuild_nested_tensor": _refused("a nested tensor"),
-    "torch._utils._rebuild_qtensor": _refused("a quantized tensor"),
-    "torch._utils._rebuild_device_tensor_from_numpy": _refused("a tensor written as a NumPy array"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unread("a tensor on the meta device, without numbers"),
+    "torch._utils._rebuild_sparse_tensor": _unread("a sparse tensor"),
+    "torch._utils._rebuild_nested_tensor": _unread("a nested tensor"),
+    "torch._utils._rebuild_qtensor": _unread("a quantized tensor"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unread("a tensor written as a NumPy array"),
 }
 
 REBUILD: dict[str, Callable[..., Any]] = {
@@ -161,5 +174,7 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.nn.parameter.Parameter": _parameter,
     "torch.Size": _size,
+    "numpy.core.multiarray.scalar": scalar,
+    "numpy._core.multiarray.scalar": scalar,
 }
 """What is called in the place of torch's functions and classes, by their names."""

@@ -82,6 +82,8 @@ class Values:
         if kind == "Projected":
             if slot.of != "gradient":
                 why = "squares of projected gradients say nothing of the squares of gradients"
+                if slot.of != "square":
+                    why = "what is made of projected gradients is scaled on its way back"
                 raise UnreadableStatisticError(f"{what} is kept in {slot.store}, which has no inverse: {why}")
             if not _projects(stored, param.shape):
                 raise UnreadableStatisticError(f"{what} is kept in {slot.store}, and its tensors do not fit")

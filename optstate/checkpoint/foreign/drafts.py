@@ -20,6 +20,7 @@ from optstate.checkpoint.foreign.trees import (
     step_of,
     type_name,
 )
+from optstate.checkpoint.inert import Unread
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["FIRST", "FULL", "SECOND", "Draft", "Meaning", "Source", "checkpoint_of", "hyper", "without"]
@@ -106,7 +107,8 @@ class Draft:
         """A tensor out of `left`; an error if it is none."""
         value = self.left.pop(key, None)
         if not isinstance(value, Stored):
-            what = "missing" if value is None else f"{type_name(value)}, not a tensor"
+            what = "missing" if value is None else type_name(value)
+            what += "" if value is None or isinstance(value, Unread) else ", not a tensor"
             raise self.error(f"{shown(key)} is {what}")
         return value
 

@@ -1,10 +1,12 @@
-"""Files of galore-torch's AdamW, whose moments are those of projected gradients. Imports no torch."""
+"""Files of galore-torch's AdamW and Adafactor, whose statistics are those of projected gradients. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.foreign import transformers
 from optstate.checkpoint.foreign.drafts import FIRST, SECOND, Draft, Source, checkpoint_of
 from optstate.checkpoint.foreign.trees import NotPlainError, StateDict, plain
 from optstate.checkpoint.pickled import Object
@@ -13,6 +15,9 @@ from optstate.checkpoint.stored import Stored
 __all__ = ["read"]
 
 MOMENTS = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
+UPDATES, SQUARES = (transformers.ADAFACTOR.slots[slot].meaning for slot in ("exp_avg", "exp_avg_sq"))
+ROW, COL = "exp_avg_sq_row", "exp_avg_sq_col"
+
 NOTE = (
     "moments of projected parameters are those of the projected gradient: they have no values for the parameter itself"
 )
@@ -23,45 +28,111 @@ def _is_projector(value: Any) -> bool:
 
 
 def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of GaLoreAdamW; None if no parameter has a projector, or its state is that of another rule."""
-    projected = any(_is_projector(state.get("projector")) for state in found.state.values())
-    if not projected or not found.kept <= {"step", "projector", *MOMENTS}:
+    """A checkpoint of GaLoreAdamW or GaLoreAdafactor; None if no parameter has a projector, or it is of another rule.
+
+    Adafactor's second moment is in means over the rows and columns of the projected gradient.
+    """
+    if not any(_is_projector(state.get("projector")) for state in found.state.values()):
         return None
-    return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdamW"), _say, [NOTE])
+    if found.kept <= {"step", "projector", *MOMENTS}:
+        return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
+    if transformers.ADAFACTOR.hypers <= found.keys and found.kept <= {
+        *("step", "projector", "RMS", "exp_avg", "exp_avg_sq"),
+        *(ROW, COL),
+    }:
+        return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
+    return None
 
 
-def _say(draft: Draft) -> None:
+def _adamw(draft: Draft) -> None:
+    _say(draft, _whole_moments, _projected_moments)
+
+
+def _adafactor(draft: Draft) -> None:
+    _say(draft, _whole_squares, _projected_squares)
+
+
+Projection = tuple[str, dict[str, Stored]]
+"""The store in words, and the basis by field."""
+
+
+def _say(
+    draft: Draft, whole: Callable[[Draft], None], projected: Callable[[Draft, Projection], tuple[int, ...]]
+) -> None:
+    """A parameter with or without a projector. projected: takes the statistics, and returns the shape of one."""
     draft.take_step()
     projector = draft.left.pop("projector", None)
     if projector is None:
-        for slot, meaning in MOMENTS.items():
-            if slot in draft.left:
-                draft.whole(slot, draft.tensor(slot), meaning)
+        whole(draft)
         return
     if not _is_projector(projector) or not isinstance(projector.state, dict):
         raise draft.error("its projector is not one of GaLore's")
+    basis, rank = projector.state.get("ortho_matrix"), projector.state.get("rank")
+    words = f"Projected(rank={rank})" if type(rank) is int else "Projected()"
+    bases = {"basis": basis} if isinstance(basis, Stored) else {}
+    if isinstance(basis, list | tuple) and len(basis) == 2 and all(isinstance(part, Stored) for part in basis):
+        bases = {"basis": basis[0], "basis_right": basis[1]}
+    shape = projected(draft, (words, bases))
+    draft.has_shape(_full_shape(draft, shape, list(bases.values())), "its projected gradient")
+    try:
+        draft.extra["projector"] = plain({k: value for k, value in projector.state.items() if k != "ortho_matrix"})
+    except NotPlainError as error:
+        raise draft.error(f"its projector cannot be read: {error}") from None
+
+
+# --- AdamW --------------------------------------------------------------------------------------------------------
+
+
+def _whole_moments(draft: Draft) -> None:
+    for slot, meaning in MOMENTS.items():
+        if slot in draft.left:
+            draft.whole(slot, draft.tensor(slot), meaning)
+
+
+def _projected_moments(draft: Draft, projection: Projection) -> tuple[int, ...]:
+    words, bases = projection
     moments = {slot: draft.tensor(slot) for slot in MOMENTS}
     first, second = (moments[slot].shape for slot in MOMENTS)
     if first != second or len(first) != 2:
         raise draft.error(f"exp_avg has shape {list(first)}, exp_avg_sq {list(second)}: they must be of one matrix")
-    _project(draft, moments, projector.state)
-
-
-def _project(draft: Draft, moments: dict[str, Stored], projector: dict[str, Any]) -> None:
-    basis, rank = projector.get("ortho_matrix"), projector.get("rank")
-    words = f"Projected(rank={rank})" if type(rank) is int else "Projected()"
-    shape = moments["exp_avg"].shape
-    bases = {"basis": basis} if isinstance(basis, Stored) else {}
-    if isinstance(basis, list | tuple) and len(basis) == 2 and all(isinstance(part, Stored) for part in basis):
-        bases = {"basis": basis[0], "basis_right": basis[1]}
-    draft.has_shape(_full_shape(draft, shape, list(bases.values())), "exp_avg")
     # The second moment is never projected back, so the basis is that of the first.
     draft.put("exp_avg", words, FIRST, {"": moments["exp_avg"], **bases})
     draft.put("exp_avg_sq", words, SECOND, {"": moments["exp_avg_sq"]})
-    try:
-        draft.extra["projector"] = plain({key: value for key, value in projector.items() if key != "ortho_matrix"})
-    except NotPlainError as error:
-        raise draft.error(f"its projector cannot be read: {error}") from None
+    return first
+
+
+# --- Adafactor ----------------------------------------------------------------------------------------------------
+
+
+def _whole_squares(draft: Draft) -> None:
+    if "exp_avg" in draft.left:
+        draft.whole("exp_avg", draft.tensor("exp_avg"), UPDATES)
+    if ROW in draft.left or COL in draft.left:
+        row, col = draft.tensor(ROW), draft.tensor(COL)
+        draft.factors("exp_avg_sq", row, col, SQUARES)
+    elif "exp_avg_sq" in draft.left:
+        draft.whole("exp_avg_sq", draft.tensor("exp_avg_sq"), SQUARES)
+
+
+def _projected_squares(draft: Draft, projection: Projection) -> tuple[int, ...]:
+    words, bases = projection
+    row, col = draft.tensor(ROW), draft.tensor(COL)
+    shape = (*row.shape, *col.shape)
+    if len(row.shape) != 1 or len(col.shape) != 1:
+        raise draft.error(f"{ROW} has shape {list(row.shape)}, {COL} {list(col.shape)}: they must be of one matrix")
+    fields = {"row": row, "col": col}
+    if "exp_avg" not in draft.left:
+        draft.put("exp_avg_sq", words, SQUARES, fields | bases)
+        return shape
+    first = draft.tensor("exp_avg")
+    if first.shape != shape:
+        raise draft.error(f"exp_avg has shape {list(first.shape)}, {ROW} and {COL} are of a matrix {list(shape)}")
+    draft.put("exp_avg", words, UPDATES, {"": first, **bases})
+    draft.put("exp_avg_sq", words, SQUARES, fields)
+    return shape
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
 
 
 def _full_shape(draft: Draft, moment: tuple[int, ...], bases: list[Stored]) -> tuple[int, ...]:

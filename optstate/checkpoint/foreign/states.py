@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from optstate.checkpoint import torch_file
 from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign import (
     adam_mini,
     bitsandbytes,
@@ -27,8 +28,12 @@ from optstate.checkpoint.foreign import (
 )
 from optstate.checkpoint.foreign.trees import StateDict, state_dict_of
 from optstate.checkpoint.foreign.wrapped import chosen
+from optstate.checkpoint.inert import PickleError, check_tree
 
 __all__ = ["read", "read_file"]
+
+MOST_NAMES = 6
+"""Names listed before a count."""
 
 READERS: tuple[Callable[[StateDict, str | None], Checkpoint | None], ...] = (
     own_state.read,
@@ -58,7 +63,23 @@ def read_file(path: str | os.PathLike[str], key: str | None = None, optimizer: s
         CheckpointError: if the file cannot be read, or holds no optimizer state or several.
     """
     text = os.fspath(path)
-    return read(chosen(torch_file.read(path), text, key), text, optimizer)
+    strangers: dict[str, None] = {}
+    notes: list[str] = []
+    state = chosen(torch_file.read(path, strangers), text, key, notes)
+    if strangers:  # it may have been in one of them, into which nobody has looked
+        try:
+            check_tree(state)
+        except PickleError as error:
+            raise CheckpointError(text, str(error)) from None
+        notes.append(f"of Python objects in the file only the names are read: {_listed(strangers)}")
+    checkpoint = read(state, text, optimizer)
+    return replace(checkpoint, notes=(*checkpoint.notes, *notes))
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = (shown(name) for name in names)
+    listed = ", ".join([first, *others[: MOST_NAMES - 1]])
+    return f"{listed} and {len(others) - MOST_NAMES + 1} more" if len(others) >= MOST_NAMES else listed
 
 
 def read(tree: Any, path: str, optimizer: str | None = None) -> Checkpoint:

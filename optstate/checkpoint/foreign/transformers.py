@@ -9,24 +9,26 @@ from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
 from optstate.checkpoint.foreign.torch_optim import ADAM
 from optstate.checkpoint.foreign.trees import StateDict
 
-__all__ = ["read"]
+__all__ = ["ADAFACTOR", "read"]
 
 
 def _recipe(groups: Groups) -> str:
     return "adafactor"
 
 
+ADAFACTOR = Layout(
+    "Adafactor",
+    frozenset({"clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"}),
+    {
+        "exp_avg": Kept(Meaning("update", beta=hyper("beta1")), "exp_avg"),
+        "exp_avg_sq": Kept(Meaning("square", signed=False), "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
+    },
+    others=frozenset({"RMS"}),
+    recipe=_recipe,
+)
+
 LAYOUTS = (
-    Layout(
-        "Adafactor",
-        frozenset({"clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"}),
-        {
-            "exp_avg": Kept(Meaning("update", beta=hyper("beta1")), "exp_avg"),
-            "exp_avg_sq": Kept(Meaning("square", signed=False), "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
-        },
-        others=frozenset({"RMS"}),
-        recipe=_recipe,
-    ),
+    ADAFACTOR,
     # It adds eps to an uncorrected root and decays weights after the step: no recipe of ours.
     Layout("AdamW", frozenset({"betas", "eps", "correct_bias"}), ADAM),
 )

@@ -10,7 +10,8 @@ from typing import Any
 from optstate.checkpoint.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.header import TORCH_NAMES
-from optstate.checkpoint.pickled import Global, Object
+from optstate.checkpoint.numpy_values import element
+from optstate.checkpoint.pickled import Global, Object, Stranger, Unread
 from optstate.checkpoint.stored import Stored, numbers
 
 __all__ = [
@@ -29,6 +30,14 @@ __all__ = [
 ]
 
 MOST_STEPS = 1 << 63
+
+HYPERS = frozenset(
+    (
+        *("lr", "betas", "beta1", "beta2", "beta3", "eps", "eps1", "eps2", "weight_decay", "momentum", "dampening"),
+        *("nesterov", "amsgrad", "maximize", "alpha", "rho", "decay_rate", "clip_threshold", "step", "rank"),
+    )
+)
+"""Hyper-parameters that are numbers, or pairs of numbers, in every library."""
 
 Id = int | str
 
@@ -77,7 +86,10 @@ def state_dict_of(tree: Any, path: str) -> StateDict | None:
     """
     if not is_state_dict(tree):
         return None
+    tree = _numbered(tree)
     ids = tuple(_ids_of(group, i, path) for i, group in enumerate(tree["param_groups"]))
+    for i, group in enumerate(tree["param_groups"]):
+        _check_hypers(group, i, path)
     order = [ident for group in ids for ident in group]
     if len(set(order)) < len(order):
         twice = Counter(order).most_common(1)[0][0]
@@ -88,6 +100,21 @@ def state_dict_of(tree: Any, path: str) -> StateDict | None:
     return StateDict(path, tuple(tree["param_groups"]), ids, names, state, rest)
 
 
+def _numbered(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same with places for ids where these are the parameters themselves, as in an optimizer that was pickled."""
+    places: dict[Stored, int] = {}
+    groups = []
+    for group in tree["param_groups"]:
+        ids = group.get("params") if isinstance(group, dict) else None
+        if isinstance(ids, list) and ids and all(isinstance(ident, Stored) for ident in ids):
+            group = {**group, "params": [places.setdefault(ident, len(places)) for ident in ids]}
+        groups.append(group)
+    if not places:
+        return tree
+    state = {places.get(key, key) if isinstance(key, Stored) else key: kept for key, kept in tree["state"].items()}
+    return {**tree, "state": state, "param_groups": groups}
+
+
 def _ids_of(group: Any, place: int, path: str) -> tuple[Id, ...]:
     ids = group.get("params") if isinstance(group, dict) else None
     if not isinstance(ids, list | tuple) or not all(isinstance(key, str) for key in group):
@@ -96,6 +123,17 @@ def _ids_of(group: Any, place: int, path: str) -> tuple[Id, ...]:
         if isinstance(ident, bool) or not isinstance(ident, int | str):
             raise CheckpointError(path, f"param_groups[{place}] has {type_name(ident)} among the ids in 'params'")
     return tuple(ids)
+
+
+def _check_hypers(group: Mapping[str, Any], place: int, path: str) -> None:
+    """Refuse a hyper-parameter that is an object where every optimizer has numbers: without it the rule is another."""
+    for key in HYPERS & group.keys():
+        for value in group[key] if isinstance(group[key], list | tuple) else (group[key],):
+            if isinstance(value, Stranger | Unread | Global):
+                reason = f"param_groups[{place}] has {type_name(value)} as '{key}', not a number"
+                raise CheckpointError(
+                    path, reason, "put plain numbers into the optimizer's param_groups and save again"
+                )
 
 
 def _names_of(groups: list[dict[str, Any]], ids: tuple[tuple[Id, ...], ...], path: str) -> dict[Id, str]:
@@ -158,8 +196,10 @@ def type_name(value: Any) -> str:
     """What a value is, for messages: "a list"."""
     if isinstance(value, Stored):
         return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, Object | Global):
+    if isinstance(value, Object | Stranger | Global):
         return f"a Python object, {shown(value.name)}"
+    if isinstance(value, Unread):
+        return f"{value.what}, which optstate does not read"
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -196,6 +236,8 @@ def plain(value: Any, depth: int = 0) -> Any:
         return {key: plain(item, depth + 1) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if (number := element(value)) is not None:
+        return number
     raise NotPlainError(f"it is {type_name(value)}")
 
 
@@ -221,6 +263,8 @@ def number_of(value: Any) -> float | None:
             return None
     if isinstance(value, TensorValue) and len(value.values) == 1:
         (value,) = value.values
+    if isinstance(value, Object):
+        value = element(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

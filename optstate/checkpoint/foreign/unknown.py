@@ -5,6 +5,7 @@ from __future__ import annotations
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.errors import shown
 from optstate.checkpoint.foreign.drafts import Draft, Meaning, Source, checkpoint_of
+from optstate.checkpoint.foreign.lists import has_tensors, taken_apart
 from optstate.checkpoint.foreign.trees import StateDict
 from optstate.checkpoint.stored import Stored
 
@@ -14,7 +15,8 @@ NOTE = "an optimizer that is not known here: its statistics are kept as they are
 
 
 def read(found: StateDict, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint with a slot for every tensor; None of them is taken for a statistic of a known meaning.
+    """A checkpoint with a slot for every tensor and list of tensors; none of them is taken for a statistic of a known
+    meaning. Lists themselves are among the plain values, with None in the place of each tensor.
 
     Raises:
         CheckpointError: naming the parameter and the value, if any is neither a tensor nor plain.
@@ -32,6 +34,13 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint:
             if slot in tensors or (slot != key and slot in draft.left):
                 raise draft.error(f"two of its values would both be called '{slot}', one of them '{shown(key)}'")
             tensors[slot] = draft.tensor(key)
+        lists = {key: value for key, value in draft.left.items() if has_tensors(value)}
+        for key, value in lists.items():
+            slot = _identifier(key)
+            if slot in tensors or slot in draft.slots or (slot != key and slot in draft.left):
+                raise draft.error(f"two of its values would both be called '{slot}', one of them '{shown(key)}'")
+            fields, draft.left[key] = taken_apart(value)
+            draft.put(slot, "Unknown()", Meaning(), fields)
         shapes = {stored.shape for stored in tensors.values()}
         for slot, stored in tensors.items():
             if len(shapes) == 1:

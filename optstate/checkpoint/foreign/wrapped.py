@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.foreign import per_parameter
 from optstate.checkpoint.foreign.lomo_optim import are_attributes
 from optstate.checkpoint.foreign.trees import is_state_dict, type_name
+from optstate.checkpoint.inert import Stranger
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["chosen", "looks_like"]
@@ -20,35 +22,75 @@ MOST_SHOWN = 8
 WEIGHTS = "model weights"
 
 
-def chosen(tree: Any, path: str, key: str | None = None) -> Any:
-    """The one optimizer's state in a file, or that at `key`.
+def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None = None) -> Any:
+    """The one optimizer's state in a file, or that at `key`; many of one parameter each are one together.
+
+    notes: takes what a person should know of how it was found.
 
     Raises:
         CheckpointError: if there is none, naming what the file looks like; or several, listing their keys.
     """
-    found = dict(_optimizers(tree))
+    places = list(_places(tree))
+    found = {place: value for place, value in places if _is_state(value)}
+    together = {place: value for place, value in places if per_parameter.is_one_each(value)}
+    whole = {**_without_parts(found, together), **together} or dict(_objects(places))
     if key is not None:
-        if key not in found:
-            raise CheckpointError(path, f"no optimizer state at '{shown(key)}'{_at(tree, key)}", _keys(found))
-        return found[key]
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        raise CheckpointError(path, f"it holds the state of {len(found)} optimizers", _keys(found))
-    raise CheckpointError(path, *_without(tree))
+        if key not in found and key not in whole:
+            raise CheckpointError(path, f"no optimizer state at '{shown(key)}'{_at(tree, key)}", _keys(whole))
+    elif len(whole) == 1:
+        key = next(iter(whole))
+    elif whole:
+        raise CheckpointError(path, f"it holds the state of {len(whole)} optimizers", _keys(whole))
+    else:
+        raise CheckpointError(path, *_without(tree))
+    state = whole[key] if key in whole else found[key]
+    if key not in together:
+        return state
+    if notes is not None:
+        notes.append(per_parameter.NOTE)
+    return per_parameter.merged(state)
 
 
-def _optimizers(tree: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every optimizer's state, by where it is: "optimizer_states.0"; "" for the whole."""
-    if is_state_dict(tree) or are_attributes(tree):
-        yield key, tree
-        return
-    if depth < DEEPEST:
-        for name, value in _children(tree):
-            yield from _optimizers(value, f"{key}.{name}" if key else name, depth + 1)
+def _objects(places: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The state in every optimizer that was saved itself, by where it is."""
+    for key, value in places:
+        if isinstance(value, Stranger) and is_state_dict(value.state):
+            yield key, {part: value.state[part] for part in ("state", "param_groups")}
+
+
+def _is_state(tree: Any) -> bool:
+    return is_state_dict(tree) or are_attributes(tree)
+
+
+def _without_parts(found: dict[str, Any], together: dict[str, Any]) -> dict[str, Any]:
+    """Those that are no parts of a dict of states."""
+    parts = {f"{key}.{name}" if key else str(name) for key, states in together.items() for name in states}
+    return {key: state for key, state in found.items() if key not in parts}
+
+
+def _places(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The containers in up to `DEEPEST` others, by where they are: "optimizer_states.0"; "" for the whole.
+
+    Nothing within an optimizer's state. A container that is there several times is gone into once: what is in a
+    stranger may be there any number of times, and contain itself.
+    """
+    todo, gone = [("", tree, 0)], set[int]()
+    while todo:
+        key, value, depth = todo.pop()
+        value = value.items if isinstance(value, Stranger) and value.items is not None else value
+        yield key, value
+        if depth < DEEPEST and not _is_state(value) and id(value) not in gone:
+            gone.add(id(value))
+            todo += [
+                (f"{key}.{name}" if key else name, child, depth + 1)
+                for name, child in reversed(_children(value))
+                if isinstance(child, dict | list | tuple | Stranger)
+            ]
 
 
 def _children(tree: Any) -> list[tuple[str, Any]]:
+    if isinstance(tree, Stranger):
+        tree = tree.items
     if isinstance(tree, dict):
         return [(str(name), value) for name, value in tree.items() if isinstance(name, str | int)]
     return [(str(i), value) for i, value in enumerate(tree)] if isinstance(tree, list | tuple) else []

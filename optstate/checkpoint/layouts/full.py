@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from optstate.checkpoint.document import Group, Parameter, SlotRecord
 from optstate.checkpoint.errors import shown
 from optstate.checkpoint.layouts import adafactor, hyper
@@ -30,9 +32,14 @@ def as_torch(given: Given) -> Tree:
     def state_of(param: Parameter) -> Tree:
         check_meanings(given, param, meanings)
         state = given.step(param, "F32" if rule != "sgd" and param.has_state else "")
+        extra = given.extra(param)
         for slot in _in_order(param):
-            state |= _torch_fields(given, param, slot, param.slots[slot], factored)
-        return state | given.extra(param)
+            record, key = param.slots[slot], _spelled(given, slot)
+            if given.same and key in extra and "" not in record.fields:
+                extra[key] = _filled(given, param, slot, extra[key])
+            else:
+                state |= _torch_fields(given, param, slot, record, factored)
+        return state | extra
 
     def hyper_of(place: int, group: Group) -> Tree:
         if factored:
@@ -114,9 +121,7 @@ def factors(given: Given, record: SlotRecord) -> tuple[NewTensor, NewTensor]:
 def _torch_fields(given: Given, param: Parameter, slot: str, record: SlotRecord, factored: bool) -> Tree:
     """The tensors of one statistic; torch's Adafactor keeps factors in the parameter's number of dimensions."""
     if not factored:
-        spelling = given.document.source.get("spelling") if given.same else None
-        key = spelling.get(slot, slot) if isinstance(spelling, dict) else slot  # as it was, if that names no slot
-        return {key: given.full(param, slot, record)}
+        return {_spelled(given, slot): given.full(param, slot, record)}
     if record.store == FACTORED:
         row, col = factors(given, record)
         return {
@@ -131,6 +136,30 @@ def _torch_fields(given: Given, param: Parameter, slot: str, record: SlotRecord,
     whole = given.full(param, slot, record)
     _refuse_full_matrix(given, param, slot, record, len(whole.shape) > 1)
     return {"variance": whole}
+
+
+def _spelled(given: Given, slot: str) -> str:
+    """The key of a statistic: as it was in the file, if that names no slot."""
+    spelling = given.document.source.get("spelling") if given.same else None
+    key = spelling.get(slot, slot) if isinstance(spelling, dict) else slot
+    return key if isinstance(key, str) else slot
+
+
+def _filled(given: Given, param: Parameter, slot: str, lists: Any) -> Any:
+    """Lists that a file had, with the tensors in their places again."""
+    record, left = param.slots[slot], dict(param.slots[slot].fields)
+
+    def fill(value: Any, place: str) -> Any:
+        if value is None and place in left:
+            return given.tensor(left.pop(place))
+        if isinstance(value, list | tuple):
+            return type(value)(fill(part, f"{place}_{i}" if place else str(i)) for i, part in enumerate(value))
+        return value
+
+    filled = fill(lists, "")
+    if left:
+        raise given.misfit(param, slot, record, "tensors, and lists of tensors as they were", "fp32")
+    return filled
 
 
 def _refuse_full_matrix(given: Given, param: Parameter, slot: str, record: SlotRecord, condition: bool) -> None:
