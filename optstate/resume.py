@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.foreign import check_rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
+from optstate.updates import Chain
 
 __all__ = [
     "KEY",
@@ -88,6 +90,8 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
             f"the state_dict has format version {version}, this optstate reads {VERSION}: upgrade optstate"
         )
     _check_groups(optimizer, plan, saved["param_groups"])
+    if KEY not in saved:
+        check_rule(saved["param_groups"], optimizer.param_groups, _chains(optimizer, plan))
     stores = saved.get(KEY, {}).get("stores", {})
     indices = [i for group in saved["param_groups"] for i in group["params"]]
     for param, index in zip(plan, indices, strict=True):
@@ -127,6 +131,15 @@ def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict
             raise ValueError(f"param group {i} was saved without {sorted(missing)[0]!r}: it comes from another recipe")
         check_values(theirs, chain)
         first += len(ours["params"])
+
+
+def _chains(optimizer: torch.optim.Optimizer, plan: Plan) -> list[Chain]:
+    """The chain of each group, an empty one where a group has no parameters."""
+    chains, first = [], 0
+    for group in optimizer.param_groups:
+        chains.append(plan.params[first].chain if group["params"] else Chain())
+        first += len(group["params"])
+    return chains
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

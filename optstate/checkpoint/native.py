@@ -178,7 +178,7 @@ def load(
         raise CheckpointError(path, difference, f"{hint}, or convert with allow_lossy=True", refused=True)
     if conversion.changes and not allow_lossy:
         reason = f"the file follows another rule: {'; '.join(conversion.changes[:MOST_CHANGES])}"
-        consent = "nothing was changed; optstate.load(..., allow_lossy=True) takes the statistics over all the same"
+        consent = "nothing was changed; allow_lossy=True takes the statistics over all the same"
         raise CheckpointError(path, reason, consent, refused=True)
     if not conversion.lossless and not allow_lossy:
         slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)

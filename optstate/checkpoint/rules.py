@@ -8,7 +8,7 @@ from typing import Any
 from optstate.checkpoint.container import Issue
 from optstate.checkpoint.document import Document, Group, TensorValue
 from optstate.checkpoint.errors import shown
-from optstate.others import Departure, OtherRule, departures, rule_named, stem_of, strays
+from optstate.others import Departure, OtherRule, departures, followed, rule_named, strays
 
 __all__ = [
     "base_recipe",
@@ -39,7 +39,7 @@ def library_of(document: Document) -> str:
 
 def other_rule(document: Document) -> OtherRule | None:
     """The table's entry for the class whose state it is; None for our own, and for classes that nobody knows."""
-    return rule_named(library_of(document), stem_of(str(document.source.get("optimizer", ""))))
+    return rule_named(library_of(document), str(document.source.get("optimizer", "")))
 
 
 def base_recipe(document: Document) -> str:
@@ -82,12 +82,9 @@ def follows_recipe(document: Document) -> bool:
 
 def other_chains(document: Document, place: int) -> tuple[bool, set[str]]:
     """What the group at `place` follows: whether the recipe, and which chains of ours besides, in words."""
-    rule = other_rule(document)
-    here = [departure for departure in _departures(document) if departure.group == place]
-    if _marks(document) or any(not departure.chain for departure in here):
+    if is_own(document) or not is_known_rule(document) or _marks(document):
         return False, set()
-    found = rule.chains(plain_hyper(document.groups[place])) if rule is not None else set()
-    return not here, found & {d.chain for d in here} if here else found
+    return followed(other_rule(document), plain_hyper(document.groups[place]))
 
 
 def is_known_rule(document: Document) -> bool:

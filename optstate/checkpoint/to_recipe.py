@@ -63,6 +63,8 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     place = {id(param): i for i, param in enumerate(params)}
     order = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
     said, changes = _keep_hyper(optimizer, name, checkpoint.document, order, set(given))
+    if given and same_rule(name, checkpoint.document.recipe):  # the settings say so themselves
+        said, changes = (*said, *(f"as it was asked for: {change}" for change in changes)), ()
     notes = (*said, *_left_out(checkpoint.document))
     plan, saved = optimizer.plan(), optimizer.state_dict()
     for new, old in enumerate(order):

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from optstate.others.flags import Departure, OtherRule, Switch, departures, strays
+from optstate.others.flags import Departure, OtherRule, Switch, departures, followed, strays
 from optstate.others.libraries import ALL, rule_named, rule_with_keys, stem_of
 
-__all__ = ["ALL", "Departure", "OtherRule", "Switch", "departures", "rule_named", "rule_with_keys", "stem_of", "strays"]
+__all__ = [
+    "ALL",
+    "Departure",
+    "OtherRule",
+    "Switch",
+    "departures",
+    "followed",
+    "rule_named",
+    "rule_with_keys",
+    "stem_of",
+    "strays",
+]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Departure", "OtherRule", "Switch", "departures", "strays"]
+__all__ = ["Departure", "OtherRule", "Switch", "departures", "followed", "strays"]
 
 Hyper = Mapping[str, Any]
 """A param group's hyper-parameters; tensors of one number must have been made plain numbers."""
@@ -60,7 +60,7 @@ def _among(value: Any, values: Sequence[Any]) -> bool:
 class OtherRule:
     """What a class of another library does, as far as its param groups tell.
 
-    library, optimizer: as `Document.source` has them, the optimizer without spelling and bits. recipe: ours that does
+    library, optimizer: as `Document.source` has them, the optimizer without its bits. recipe: ours that does
     the same while all switches are at rest, "" for none. why: where there is none, what it does otherwise. needs and
     lacks: the keys that tell its groups from those of other classes. numbers: keys that are carried, whatever their
     values. marks: keys of a parameter's own state that are only there under another rule, and what that is. untold:
@@ -88,11 +88,6 @@ class OtherRule:
         """Whether the meaning of a key is known."""
         return key in self.numbers or key in self.switches or key in HOW or key in ANYWHERE
 
-    def chains(self, group: Hyper) -> set[str]:
-        """Chains of ours, in words, that do what a group's switches say; not the recipe's own."""
-        found = {key: switch for key, switch in self.switches.items() if switch.chain}
-        return {s.chain for key, s in found.items() if s.has_effect(key, group) or s.is_idle(group)}
-
 
 @dataclass(frozen=True)
 class Departure:
@@ -108,6 +103,17 @@ class Departure:
     def __str__(self) -> str:
         """One clause for a message."""
         return f"param group {self.group} has {self.key}={_short(self.value)}: {self.effect}"
+
+
+def followed(rule: OtherRule | None, group: Hyper) -> tuple[bool, set[str]]:
+    """What a group follows: whether the recipe of its rule, and which chains of ours besides, in words."""
+    found = list(_of_group(rule, 0, group))
+    if any(not departure.chain for departure in found):
+        return False, set()
+    if found:
+        return False, set.intersection(*({departure.chain} for departure in found))
+    idle = rule.switches.values() if rule is not None else ()
+    return True, {switch.chain for switch in idle if switch.chain and switch.is_idle(group)}
 
 
 UNKNOWN = "this flag is not known here, and may change the rule"

@@ -39,7 +39,7 @@ def _coupled(absent: bool) -> Switch:
 
 ADAMW = OtherRule(
     "torch",
-    "adamw",
+    "AdamW",
     "adamw",
     needs=frozenset({"betas", "eps", "amsgrad"}),
     numbers=ADAM_NUMBERS,
@@ -51,12 +51,12 @@ ADAMW = OtherRule(
     },
     chain=DECOUPLED_ADAM,
 )
-ADAM = replace(ADAMW, optimizer="adam", switches={**ADAMW.switches, "decoupled_weight_decay": _coupled(absent=False)})
+ADAM = replace(ADAMW, optimizer="Adam", switches={**ADAMW.switches, "decoupled_weight_decay": _coupled(absent=False)})
 """The class of the same groups in files before torch 2.7, which do not say whether weight decay is decoupled."""
 
 SGD = OtherRule(
     "torch",
-    "sgd",
+    "SGD",
     "sgd",
     needs=frozenset({"momentum", "dampening", "nesterov"}),
     numbers=frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"}),  # nesterov: an argument of ours
@@ -65,49 +65,49 @@ SGD = OtherRule(
 )
 ADAFACTOR = OtherRule(
     "torch",
-    "adafactor",
+    "Adafactor",
     "adafactor",
     needs=frozenset({"beta2_decay", "d"}),
     numbers=frozenset({"lr", "beta2_decay", "eps", "d", "weight_decay"}),
     switches={"maximize": MAXIMIZE},
 )
 OUTSIDE = "eps is added to the root of an average of squares that is not corrected for beginning at zero"
-RMSPROP = OtherRule("torch", "rmsprop", why=OUTSIDE, needs=frozenset({"alpha", "centered", "momentum"}))
+RMSPROP = OtherRule("torch", "RMSprop", why=OUTSIDE, needs=frozenset({"alpha", "centered", "momentum"}))
 ADAGRAD = OtherRule(
     "torch",
-    "adagrad",
+    "Adagrad",
     why="the learning rate falls by lr_decay, and eps is added to the root of the sum of squares",
     needs=frozenset({"lr_decay", "initial_accumulator_value"}),
 )
-MUON = OtherRule("torch", "muon", why="steps are made orthogonal", needs=frozenset({"ns_coefficients", "ns_steps"}))
+MUON = OtherRule("torch", "Muon", why="steps are made orthogonal", needs=frozenset({"ns_coefficients", "ns_steps"}))
 NADAM = OtherRule(
     "torch",
-    "nadam",
+    "NAdam",
     why="its momentum follows a schedule (momentum_decay) and looks ahead",
     needs=frozenset({"betas", "momentum_decay"}),
 )
 RADAM = OtherRule(
     "torch",
-    "radam",
+    "RAdam",
     why="its first steps go without the second moment, and later ones are rectified by the number of steps",
     needs=frozenset({"betas", "eps", "weight_decay", "foreach", "differentiable"}),
     lacks=frozenset({"amsgrad", "momentum_decay", "fused"}),
 )
-ADADELTA = OtherRule("torch", "adadelta", why="steps are scaled by an average of past steps", needs=frozenset({"rho"}))
+ADADELTA = OtherRule("torch", "Adadelta", why="steps are scaled by an average of past steps", needs=frozenset({"rho"}))
 ADAMAX = OtherRule(
     "torch",
-    "adamax",
+    "Adamax",
     why="it divides by a decaying maximum of gradients",
     needs=RADAM.needs,
     lacks=RADAM.lacks | {"decoupled_weight_decay"},
 )
-ASGD = OtherRule("torch", "asgd", why="weights are averaged", needs=frozenset({"lambd", "alpha", "t0"}))
+ASGD = OtherRule("torch", "ASGD", why="weights are averaged", needs=frozenset({"lambd", "alpha", "t0"}))
 RPROP = OtherRule(
-    "torch", "rprop", why="every element has a step size of its own", needs=frozenset({"etas", "step_sizes"})
+    "torch", "Rprop", why="every element has a step size of its own", needs=frozenset({"etas", "step_sizes"})
 )
 SPARSE_ADAM = OtherRule(
     "torch",
-    "sparseadam",
+    "SparseAdam",
     why="elements without a gradient keep their averages and their weight",
     needs=frozenset({"betas", "eps", "maximize"}),
     lacks=frozenset({"weight_decay", "amsgrad", "capturable", "foreach"}),
@@ -117,7 +117,7 @@ SPARSE_ADAM = OtherRule(
 
 HF_ADAFACTOR = OtherRule(
     "transformers",
-    "adafactor",
+    "Adafactor",
     "adafactor",
     needs=frozenset({"clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"}),
     # The three switches are arguments of our Adafactor.
@@ -130,46 +130,46 @@ HF_ADAFACTOR = OtherRule(
 )
 OLD_ADAMW = OtherRule(
     "transformers",
-    "adamw",
+    "AdamW",
     why="eps is added to a root that is not corrected, and weights decay after the step",
     needs=frozenset({"betas", "eps", "correct_bias"}),
 )
-GALORE = replace(OLD_ADAMW, library="galore", optimizer="galoreadamw")
+GALORE = replace(OLD_ADAMW, library="galore", optimizer="GaLoreAdamW")
 _SCHEDULES = frozenset({"k", "r", "lr_max", "weight_sum", "weight_lr_power"})
 _AVERAGED = "weights are an average of two sequences, one of which is the state z"
 RADAM_FREE = OtherRule(
-    "schedulefree", "radamschedulefree", why=_AVERAGED, needs=_SCHEDULES | {"betas", "silent_sgd_phase"}
+    "schedulefree", "RAdamScheduleFree", why=_AVERAGED, needs=_SCHEDULES | {"betas", "silent_sgd_phase"}
 )
-ADAMW_FREE = OtherRule("schedulefree", "adamwschedulefree", why=_AVERAGED, needs=_SCHEDULES | {"betas"})
-SGD_FREE = OtherRule("schedulefree", "sgdschedulefree", why=_AVERAGED, needs=_SCHEDULES | {"momentum"})
+ADAMW_FREE = OtherRule("schedulefree", "AdamWScheduleFree", why=_AVERAGED, needs=_SCHEDULES | {"betas"})
+SGD_FREE = OtherRule("schedulefree", "SGDScheduleFree", why=_AVERAGED, needs=_SCHEDULES | {"momentum"})
 
 # --- bitsandbytes, torchao ----------------------------------------------------------------------------------------
 
 CLIPPED = {"gnorm_vec": "gradients are clipped at a percentile of their last hundred norms (percentile_clipping)"}
 _BNB_ADAM = ADAM_NUMBERS | {"alpha", "t_alpha", "t_beta3"}
-BNB_ADAMW = OtherRule("bitsandbytes", "adamw", "adamw", numbers=_BNB_ADAM, marks=CLIPPED)
-BNB_LION = OtherRule("bitsandbytes", "lion", "lion", numbers=ADAM_NUMBERS, marks=CLIPPED)
-BNB_SGD = OtherRule("bitsandbytes", "sgd", "sgd", numbers=ADAM_NUMBERS, marks=CLIPPED)  # betas: momentum, an unused one
+BNB_ADAMW = OtherRule("bitsandbytes", "AdamW", "adamw", numbers=_BNB_ADAM, marks=CLIPPED)
+BNB_LION = OtherRule("bitsandbytes", "Lion", "lion", numbers=ADAM_NUMBERS, marks=CLIPPED)
+BNB_SGD = OtherRule("bitsandbytes", "SGD", "sgd", numbers=ADAM_NUMBERS, marks=CLIPPED)  # betas: momentum, an unused one
 BNB_OTHERS = tuple(
     OtherRule("bitsandbytes", name, why=why, marks=CLIPPED)
     for name, why in (
-        ("lamb", "steps are scaled by the norms of weights and updates"),
-        ("lars", "steps are scaled by the norms of weights and gradients"),
-        ("ademamix", "it adds a second, slower average of gradients"),
-        ("rmsprop", OUTSIDE),
-        ("adagrad", "eps is added to the root of the sum of squares"),
+        ("LAMB", "steps are scaled by the norms of weights and updates"),
+        ("LARS", "steps are scaled by the norms of weights and gradients"),
+        ("AdEMAMix", "it adds a second, slower average of gradients"),
+        ("RMSprop", OUTSIDE),
+        ("Adagrad", "eps is added to the root of the sum of squares"),
     )
 )
-AO_ADAMW = OtherRule("torchao", "adamw", "adamw", numbers=ADAM_NUMBERS, switches={"amsgrad": AMSGRAD})
+AO_ADAMW = OtherRule("torchao", "AdamW", "adamw", numbers=ADAM_NUMBERS, switches={"amsgrad": AMSGRAD})
 AO_ADAM = replace(
-    AO_ADAMW, optimizer="adam", switches={"amsgrad": AMSGRAD, "decoupled_weight_decay": _coupled(absent=False)}
+    AO_ADAMW, optimizer="Adam", switches={"amsgrad": AMSGRAD, "decoupled_weight_decay": _coupled(absent=False)}
 )
 
 # --- Lion, CAME, SM3, the LOMO family, Adam-mini ------------------------------------------------------------------
 
 LION = OtherRule(
     "lion-pytorch",
-    "lion",
+    "Lion",
     "lion",
     needs=frozenset({"lr", "betas", "weight_decay"}),
     lacks=frozenset({"eps", "foreach", "maximize", "weight_decouple"}),
@@ -191,13 +191,13 @@ _PO_NUMBERS = frozenset({"lr", "betas", "weight_decay", "eps1", "eps2", "step", 
 _PO_COUPLED = Switch((True,), L2, number="weight_decay")
 PO_ADAFACTOR = OtherRule(
     "pytorch_optimizer",
-    "adafactor",
+    "Adafactor",
     why="its decay rate and its clipping are not in the file",
     needs=_PO_COMMON | {"eps1", "eps2", "ams_bound", "scale_parameter", "relative_step"},
 )
 PO_CAME = OtherRule(
     "pytorch_optimizer",
-    "came",
+    "CAME",
     "came",
     needs=_PO_COMMON | {"eps1", "eps2", "ams_bound"},
     lacks=frozenset({"scale_parameter"}),
@@ -206,7 +206,7 @@ PO_CAME = OtherRule(
 )
 PO_LION = OtherRule(
     "pytorch_optimizer",
-    "lion",
+    "Lion",
     "lion",
     needs=_PO_COMMON,
     lacks=frozenset({"eps", "eps1"}),
@@ -215,7 +215,7 @@ PO_LION = OtherRule(
 )
 CAME = OtherRule(
     "came-pytorch",
-    "came",
+    "CAME",
     "came",
     needs=frozenset({"lr", "betas", "eps", "clip_threshold"}),
     lacks=frozenset({"decay_rate", "amsgrad", "weight_decouple"}),
@@ -223,7 +223,7 @@ CAME = OtherRule(
 )
 SM3 = OtherRule(
     "torch-SM3",
-    "sm3",
+    "SM3",
     "sm3",
     numbers=frozenset({"lr", "momentum", "eps"}),
     switches={"beta": Switch((0,), "sums of squares are averages of this weight, and maxima stay")},
@@ -232,18 +232,18 @@ PO_SM3 = replace(SM3, library="pytorch_optimizer", numbers=SM3.numbers | {"step"
 _LOMO = frozenset({"lr", "weight_decay", "clip_grad_norm", "clip_grad_value"})
 ADALOMO = OtherRule(
     "lomo-optim",
-    "adalomo",
+    "AdaLomo",
     "adalomo",
     needs=_LOMO | {"eps"},
     numbers=_LOMO | {"eps"},
 )
 PO_ADALOMO = replace(ADALOMO, library="pytorch_optimizer", needs=frozenset(), numbers=_LOMO | {"eps1", "eps2"})
 LOMO = OtherRule(
-    "lomo-optim", "lomo", "lomo", needs=frozenset({"lr", "clip_grad_norm", "clip_grad_value"}), numbers=_LOMO
+    "lomo-optim", "Lomo", "lomo", needs=frozenset({"lr", "clip_grad_norm", "clip_grad_value"}), numbers=_LOMO
 )
 ADAM_MINI = OtherRule(
     "adam-mini",
-    "adammini",
+    "Adam_mini",
     "adammini",
     needs=frozenset({"name", "beta1", "beta2", "eps"}),
     numbers=frozenset({"lr", "beta1", "beta2", "eps", "weight_decay"}),
@@ -253,7 +253,7 @@ ADAM_MINI = OtherRule(
 
 FUSED_ADAM = OtherRule(
     "deepspeed",
-    "fusedadam",
+    "FusedAdam",
     "adamw",
     needs=frozenset({"bias_correction", "betas", "eps"}),
     lacks=frozenset({"amsgrad", "max_coeff", "grad_averaging", "weight_decouple"}),
@@ -264,6 +264,15 @@ FUSED_ADAM = OtherRule(
 )
 """DeepSpeed's own Adam on GPUs. That on CPUs has the hyper-parameters of torch's; LAMB has `max_coeff`."""
 
+
+def stem_of(optimizer: str) -> str:
+    """An optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
+    stem = optimizer.lower().replace("_", "").replace("-", "").removeprefix("paged")
+    for bits in ("8bit", "4bit", "32bit", "fp8"):
+        stem = stem.removesuffix(bits)
+    return stem
+
+
 ALL = (
     *(ADAMW, ADAM, SGD, ADAFACTOR, RMSPROP, ADAGRAD, MUON, NADAM, RADAM, ADADELTA, ADAMAX, ASGD, RPROP, SPARSE_ADAM),
     *(HF_ADAFACTOR, OLD_ADAMW, GALORE, RADAM_FREE, ADAMW_FREE, SGD_FREE),
@@ -271,15 +280,15 @@ ALL = (
     *(LION, PO_ADAFACTOR, PO_CAME, PO_LION, CAME, SM3, PO_SM3, ADALOMO, PO_ADALOMO, LOMO, ADAM_MINI, FUSED_ADAM),
 )
 
-_BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.library, rule.optimizer): rule for rule in ALL}
+_BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.library, stem_of(rule.optimizer)): rule for rule in ALL}
 
 
 def rule_named(library: str, optimizer: str) -> OtherRule | None:
     """The rule of a library's class; None if it is not in the table.
 
-    optimizer: without spelling and bits, as "adamw" for AdamW8bit.
+    optimizer: in any spelling, with or without bits, as "AdamW8bit".
     """
-    return _BY_NAME.get((library, optimizer))
+    return _BY_NAME.get((library, stem_of(optimizer)))
 
 
 def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
@@ -291,12 +300,4 @@ def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
     return next((rule for rule in _LIKE_ADAM if rule.fits(common)), None)
 
 
-_LIKE_ADAM = (ADAMW, NADAM, FUSED_ADAM, RADAM, SPARSE_ADAM, OLD_ADAMW)
-
-
-def stem_of(optimizer: str) -> str:
-    """An optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
-    stem = optimizer.lower().replace("_", "").replace("-", "").removeprefix("paged")
-    for bits in ("8bit", "4bit", "32bit", "fp8"):
-        stem = stem.removesuffix(bits)
-    return stem
+_LIKE_ADAM = (ADAMW, NADAM, FUSED_ADAM, ADAMAX, RADAM, SPARSE_ADAM, OLD_ADAMW)
