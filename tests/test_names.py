@@ -198,7 +198,8 @@ def test_a_factory_in_the_working_directory_is_found(tmp_path: Path) -> None:
 
 
 def test_a_list_names_parameters_in_the_order_of_the_groups(numbered: Checkpoint, tmp_path: Path) -> None:
-    for content in ("\n".join(IN_GROUPS), IN_GROUPS, [IN_GROUPS[:3], IN_GROUPS[3:]]):
+    paragraphs = "\n".join([*IN_GROUPS[:3], "", "", *IN_GROUPS[3:], ""])
+    for content in (paragraphs, [IN_GROUPS[:3], IN_GROUPS[3:]]):
         named = with_names(numbered, read_names(listed(tmp_path, content)))
         check_document(named)
         assert names_of(named) == IN_GROUPS
