@@ -62,11 +62,12 @@ def _check_group(rule: OtherRule | None, place: int, group: Mapping[str, Any], c
 
 def _warn_of_doubts(rule: OtherRule, groups: Sequence[Mapping[str, Any]]) -> None:
     """Say what the groups do not tell, and which of their keys nobody knows."""
-    decays = any(group.get("weight_decay") for group in groups)
+    decaying = [group for group in groups if group.get("weight_decay")]
     coupled = rule.switches.get("decoupled_weight_decay")
-    untold = coupled is not None and any("decoupled_weight_decay" not in group for group in groups)
+    untold = coupled is not None and any("decoupled_weight_decay" not in group for group in decaying)
     what = "whether weight decay is decoupled" if untold else rule.untold
-    if decays and what:
-        warnings.warn(f"the saved state does not say {what}: it is taken for decoupled", stacklevel=5)
+    if decaying and what:
+        taken = "decoupled" if untold else "not"
+        warnings.warn(f"the saved state does not say {what}: it is taken for {taken}", stacklevel=5)
     if keys := strays(rule, groups):
         warnings.warn(f"hyper-parameters that are not known here are carried along: {', '.join(keys)}", stacklevel=5)

@@ -13,9 +13,10 @@ from optstate import resume
 from optstate.checkpoint.carry_out import eps_of
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion
-from optstate.checkpoint.describing import described, with_tensors
+from optstate.checkpoint.describing import described, slot_records, with_tensors
 from optstate.checkpoint.document import Document, Group, Parameter, tensor_key
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.layouts.given import numbers
 from optstate.checkpoint.own_words import hyper_of
 from optstate.checkpoint.recode import Recoder
 from optstate.checkpoint.rules import doubts, is_own, stray_keys
@@ -40,8 +41,14 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
     if not any(source.has_state for source in sources) and any(param.fields for param in plan):
         raise ValueError("the file has no statistics at all")
     steps = [_step(source, plan.params[i], i in saved["state"]) for i, source in enumerate(sources)]
-    parameters = [replace(param, step=step) for param, step in zip(own.parameters, steps, strict=True)]
     groups, changes, notes = _groups(own, plan, checkpoint.document, sources)
+    parameters = [
+        # what averages began at zero with is said by the hyper-parameters that they go on with
+        replace(param, step=step, slots=slot_records(param.name, planned, _plain(groups[param.group])))
+        if param.slots
+        else replace(param, step=step)
+        for param, planned, step in zip(own.parameters, plan, steps, strict=True)
+    ]
     document = replace(own, parameters=tuple(parameters), groups=groups)
     conversion = onto(checkpoint, document, list(plan), sources, notes, changes)
     conversion.check()
@@ -61,6 +68,10 @@ def _step(source: Parameter, plan: ParamPlan, trains: bool) -> int | None:
     if trains and plan.fields and source.chain:
         raise ValueError(f"the file has nothing for {plan.spec.name!r}, which trains here")
     return 0 if trains else None
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    return {key: numbers(value) for key, value in group.hyper.items()}
 
 
 def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
@@ -166,10 +177,23 @@ def _groups(
                 changes |= dict.fromkeys(change_of_rule(sources[first], theirs, str(plan.params[first].chain)))
         groups.append(mine)
         first += len(mine.parameters)
-    notes = doubts(theirs)
+    notes = [*doubts(theirs), *_unclipped(own, theirs)]
+    if strays and not changes:
+        notes.append(f"hyper-parameters that are not known here are carried along: {', '.join(strays)}")
     if missing:
         notes.append(f"the file does not say {', '.join(missing)}: what this optimizer has stays")
     return tuple(groups), tuple(changes), tuple(notes)
+
+
+def _unclipped(own: Document, theirs: Document) -> list[str]:
+    """What to say if the file's run clipped gradients by a norm, as lomo-optim's groups tell, and this one does not."""
+    norms = {group.hyper.get("clip_grad_norm") for group in theirs.groups} - {None, own.clip_grad_norm}
+    return [
+        f"the saved run clipped gradients with clip_grad_norm={norm}: call optstate.fuse_backward(optimizer, "
+        f"clip_grad_norm={norm}) to go on alike"
+        for norm in norms
+        if norm
+    ]
 
 
 def _same_chain(source: Parameter, document: Document, plan: ParamPlan) -> bool:

@@ -133,10 +133,13 @@ def rule_notes(document: Document) -> list[str]:
 
 def doubts(document: Document) -> list[str]:
     """What the file does not tell of its rule, and what is assumed."""
-    rule = other_rule(document)
-    if rule is None or not rule.untold or all(_no_decay(group) for group in document.groups):
+    rule, decaying = other_rule(document), [group for group in document.groups if not _no_decay(group)]
+    if rule is None or not decaying:
         return []
-    return [f"the file does not say {rule.untold}: it is read as if weights decay by lr * weight_decay"]
+    coupled = rule.switches.get("decoupled_weight_decay")
+    if coupled is not None and coupled.absent and any("decoupled_weight_decay" not in g.hyper for g in decaying):
+        return ["the file does not say whether weight decay is decoupled: it is taken for decoupled"]
+    return [f"the file does not say {rule.untold}: it is taken for not"] if rule.untold else []
 
 
 def _no_decay(group: Group) -> bool:

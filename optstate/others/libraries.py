@@ -178,7 +178,7 @@ LION = OtherRule(
         "cautious_factor": Switch((1,), "parts of a step that go against the gradient are scaled down"),
         "cautious_wd": Switch((False,), "weights only decay where the step agrees", number="weight_decay"),
     },
-    untold="whether weight_decay was divided by the first learning rate (decoupled_weight_decay)",
+    untold="whether weight_decay was divided by the first learning rate (decoupled_weight_decay=True)",
 )
 _PO = {
     "use_gc": Switch((False, None), "gradients are centred"),
@@ -259,7 +259,7 @@ FUSED_ADAM = OtherRule(
     lacks=frozenset({"amsgrad", "max_coeff", "grad_averaging", "weight_decouple"}),
     numbers=ADAM_NUMBERS | {"step"},
     switches={"bias_correction": UNCORRECTED},
-    untold="whether weight decay is decoupled (adam_w_mode)",
+    untold="whether weight decay is an L2 penalty (adam_w_mode=False)",
     chain=DECOUPLED_ADAM,
 )
 """DeepSpeed's own Adam on GPUs. That on CPUs has the hyper-parameters of torch's; LAMB has `max_coeff`."""
