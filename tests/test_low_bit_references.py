@@ -586,17 +586,16 @@ def test_rank_1_scales_of_vectors_are_blocks() -> None:
 
 def test_4_bit_adamw_keeps_8_bits_of_declared_embeddings_and_heads_in_both_moments() -> None:
     """By the roles of a model, in the plan and in what is allocated: a byte an element and a scale per 256."""
-    model = nn.ModuleDict(
-        {"embed": nn.Embedding(96, 64), "fc": nn.Linear(64, 80), "head": nn.Linear(80, 96, bias=False)}
-    )
+    layers = {"embed": nn.Embedding(96, 64), "fc": nn.Linear(64, 80), "head": nn.Linear(80, 96, bias=False)}
+    model = nn.ModuleDict(layers)
     for rank1 in (False, True):
         optimizer = AdamW4bit(optstate.declare_roles(model), rank1=rank1)
         stores = {param.spec.name: param.stores for param in optimizer.plan()}
         for name, weight in (("embed.weight", model["embed"].weight), ("head.weight", model["head"].weight)):
-            assert stores[name] == {"exp_avg": "Block8()", "exp_avg_sq": "Block8(signed=False)"}
+            assert stores[name] == {"exp_avg": "Block8()", "exp_avg_sq": "Block8()"}
             state = {key: value for key, value in optimizer.state[weight].items() if isinstance(value, torch.Tensor)}
             assert sum(value.nbytes for value in state.values()) == 2 * (weight.numel() + 4 * weight.numel() // 256)
-        assert all("Block4" in store for store in stores["fc.weight"].values())
+        assert all(store.startswith("Block4(") for store in stores["fc.weight"].values())
 
 
 def test_files_with_4_bits_in_the_second_moments_of_heads_need_consent(tmp_path: Path) -> None:

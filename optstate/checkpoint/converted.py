@@ -12,6 +12,7 @@ from torch import Tensor
 from optstate import resume
 from optstate.checkpoint.carry_out import eps_of
 from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.consistency import contradictions
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, slot_records, with_tensors
 from optstate.checkpoint.document import Document, Group, Parameter, tensor_key
@@ -38,6 +39,7 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
     plan, saved = optimizer.plan(), optimizer.state_dict()
     own = described(optimizer, plan, saved)
     sources = _matched(own, checkpoint)
+    _check_sizes(checkpoint, sources)
     if not any(source.has_state for source in sources) and any(param.fields for param in plan):
         raise ValueError("the file has no statistics at all")
     steps = [_step(source, plan.params[i], i in saved["state"]) for i, source in enumerate(sources)]
@@ -155,6 +157,16 @@ def _matched(own: Document, checkpoint: Checkpoint) -> list[Parameter]:
         if other.weights and other.weights != mine.weights:
             raise ValueError(f"{mine.name!r} was written by {other.weights}, here it is by {mine.weights}")
     return [replace(other, shape=mine.shape) for mine, other in zip(own.parameters, theirs.parameters, strict=True)]
+
+
+def _check_sizes(checkpoint: Checkpoint, sources: Sequence[Parameter]) -> None:
+    """Raise ValueError if a parameter whose shape the file does not tell cannot have this optimizer's."""
+    untold = [param.shape is None for param in checkpoint.document.parameters]
+    taken = tuple(source for source, unknown in zip(sources, untold, strict=True) if unknown)
+    document = replace(checkpoint.document, parameters=taken, codebooks={})
+    for issue in contradictions(replace(checkpoint, document=document)):
+        if not issue.where.startswith("codebook "):
+            raise ValueError(f"{issue.where}: {issue.what}, the shape of this optimizer's parameter")
 
 
 def _groups(

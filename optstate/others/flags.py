@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Departure", "OtherRule", "Switch", "departures", "followed", "strays"]
+__all__ = ["Departure", "OtherRule", "Switch", "departures", "followed", "strays", "visible"]
 
 Hyper = Mapping[str, Any]
 """A param group's hyper-parameters; tensors of one number must have been made plain numbers."""
@@ -102,7 +102,7 @@ class Departure:
 
     def __str__(self) -> str:
         """One clause for a message."""
-        return f"param group {self.group} has {self.key}={_short(self.value)}: {self.effect}"
+        return f"param group {self.group} has {visible(self.key)}={_short(self.value)}: {self.effect}"
 
 
 def followed(rule: OtherRule | None, group: Hyper) -> tuple[bool, set[str]]:
@@ -138,6 +138,11 @@ def strays(rule: OtherRule | None, groups: Sequence[Hyper]) -> list[str]:
     """The keys that nobody knows, with values that are no flags that are on; in the order of the groups."""
     known = rule.knows if rule is not None else (HOW | ANYWHERE).__contains__
     return list(dict.fromkeys(key for g in groups for key, value in g.items() if value is not True and not known(key)))
+
+
+def visible(key: str) -> str:
+    """A key for a message: control characters as escapes, and not too long."""
+    return _short(key)[1:-1] if len(key) > 40 or not key.isprintable() else key
 
 
 def _short(value: Any) -> str:
