@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate.others import OtherRule, departures, followed, rule_with_keys, strays
+from optstate.others import OtherRule, departures, followed, rule_with_keys, strays, visible
 from optstate.updates import Chain
 
 __all__ = ["check_rule"]
@@ -70,4 +70,6 @@ def _warn_of_doubts(rule: OtherRule, groups: Sequence[Mapping[str, Any]]) -> Non
         taken = "decoupled" if untold else "not"
         warnings.warn(f"the saved state does not say {what}: it is taken for {taken}", stacklevel=5)
     if keys := strays(rule, groups):
-        warnings.warn(f"hyper-parameters that are not known here are carried along: {', '.join(keys)}", stacklevel=5)
+        warnings.warn(
+            f"hyper-parameters that are not known here are carried along: {', '.join(map(visible, keys))}", stacklevel=5
+        )

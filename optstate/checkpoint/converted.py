@@ -16,7 +16,7 @@ from optstate.checkpoint.consistency import contradictions
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, slot_records, with_tensors
 from optstate.checkpoint.document import Document, Group, Parameter, tensor_key
-from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.layouts.given import numbers
 from optstate.checkpoint.own_words import hyper_of
 from optstate.checkpoint.recode import Recoder
@@ -191,7 +191,7 @@ def _groups(
         first += len(mine.parameters)
     notes = [*doubts(theirs), *_unclipped(own, theirs)]
     if strays and not changes:
-        notes.append(f"hyper-parameters that are not known here are carried along: {', '.join(strays)}")
+        notes.append(f"hyper-parameters that are not known here are carried along: {', '.join(map(shown, strays))}")
     if missing:
         notes.append(f"the file does not say {', '.join(missing)}: what this optimizer has stays")
     return tuple(groups), tuple(changes), tuple(notes)

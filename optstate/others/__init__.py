@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optstate.others.flags import Departure, OtherRule, Switch, departures, followed, strays
+from optstate.others.flags import Departure, OtherRule, Switch, departures, followed, strays, visible
 from optstate.others.libraries import ALL, rule_named, rule_with_keys, stem_of
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "rule_with_keys",
     "stem_of",
     "strays",
+    "visible",
 ]

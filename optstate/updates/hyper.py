@@ -48,7 +48,7 @@ class Hyper:
         label = self.name if self.index is None else f"{self.name}[{self.index}]"
         try:
             value = self.read(group)
-        except (IndexError, TypeError):
+        except (IndexError, TypeError, KeyError):
             raise TypeError(
                 f"{self.name}={group[self.name]!r} has no entry {self.index}: give a tuple of numbers"
             ) from None
