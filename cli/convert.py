@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from optstate.checkpoint.report import Report, Row
 
 SCHEMA = "optstate.convert/1"
+MOST_CHANGES = 3
+"""Clauses about the rule in one message."""
 
 
 def convert(
@@ -195,7 +197,8 @@ def _carried_out(
         return planned, notes
     if not conversion.lossless and not allow_lossy:
         rows = ", ".join(f"{row.slot} {row.was} -> {row.now}" for row in planned.rows if not row.lossless)
-        reason = f"not converted: numbers would change in {rows}"
+        what = [f"the rule would change: {'; '.join(planned.changes[:MOST_CHANGES])}"] if planned.changes else []
+        reason = f"not converted: {', and '.join([*what, *([f'numbers would change in {rows}'] if rows else [])])}"
         raise CheckpointError(conversion.checkpoint.path, reason, "--allow-lossy accepts that", refused=True)
 
     def track(parameters: Any) -> Any:
@@ -219,6 +222,7 @@ def _tree(
         "recipe": conversion.document.recipe or None,
         "written": not dry_run,
         "lossless": report.lossless,
+        "changes": list(report.changes),
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "update_relative_error": _finite(report.update_relative_error),
@@ -251,7 +255,8 @@ def _print(report: Report, notes: Sequence[str], target: Path, layout: str, dry_
     facts = [
         ("format", layout),
         ("state", f"{bytes_text(report.bytes_before)} -> {bytes_text(report.bytes_after)}{ratio}"),
-        ("numbers", "unchanged" if report.lossless else "changed"),
+        ("numbers", "unchanged" if all(row.lossless for row in report.rows) else "changed"),
+        *(("rule", f"changes: {change}") for change in report.changes),
     ]
     if not report.lossless and report.update_cosine is not None:
         error = _number(report.update_relative_error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optstate.checkpoint.consistency import inconsistencies
 from optstate.checkpoint.container import Issue
+from optstate.checkpoint.rules import rule_issues
 from optstate.checkpoint.summary import Summary
 
 from .output import progress
@@ -13,7 +14,9 @@ __all__ = ["structure_of", "values_of"]
 
 def structure_of(summary: Summary) -> list[Issue]:
     """What names, shapes and dtypes alone tell."""
-    return inconsistencies(summary.checkpoint) if summary.checkpoint is not None else []
+    if summary.checkpoint is None:
+        return []
+    return [*inconsistencies(summary.checkpoint), *rule_issues(summary.checkpoint.document)]
 
 
 def values_of(summary: Summary) -> list[Issue]:

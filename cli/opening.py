@@ -16,7 +16,8 @@ NAMES = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|MODULE:FACTORY",
-        help="Names of parameters that the file only numbers: a list, one a line, or what builds the model.",
+        help="Names of parameters that the file only numbers: a list, one a line with an empty line between groups, "
+        "or what builds the model.",
     ),
 ]
 OPTIMIZER = Annotated[

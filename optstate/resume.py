@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from optstate import naming
+from optstate.foreign import check_rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 from optstate.spec import is_fake
+from optstate.updates import Chain
 
 __all__ = [
     "KEY",
@@ -187,6 +189,8 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
             f"the state_dict has format version {version}, this optstate reads {VERSION}: upgrade optstate"
         )
     _check_groups(optimizer, plan, saved["param_groups"])
+    if KEY not in saved:
+        check_rule(saved["param_groups"], optimizer.param_groups, _chains(optimizer, plan))
     stores = saved.get(KEY, {}).get("stores", {})
     indices = [i for group in saved["param_groups"] for i in group["params"]]
     for param, index in zip(plan, indices, strict=True):
@@ -236,6 +240,15 @@ def _check_names(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, 
     for (i, here, there), alike in zip(pairs, same, strict=True):
         if not alike:
             raise ValueError(f"param group {i} has {here!r} where {there!r} was saved: the order or model differs")
+
+
+def _chains(optimizer: torch.optim.Optimizer, plan: Plan) -> list[Chain]:
+    """The chain of each group, an empty one where a group has no parameters."""
+    chains, first = [], 0
+    for group in optimizer.param_groups:
+        chains.append(plan.params[first].chain if group["params"] else Chain())
+        first += len(group["params"])
+    return chains
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

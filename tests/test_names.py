@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import adam_mini
+import bitsandbytes
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
+import optstate
 from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.names import Named, read_names, with_names
 from optstate.checkpoint.opening import open_checkpoint
+from optstate.recipes import AdamW4bit
 from tests.foreign_files import Tiny, adamw, check_document, identical, saved, tensor, train
 
 IN_GROUPS = ["embed.weight", "fc1.weight", "fc2.weight", "fc1.bias", "norm.weight", "norm.bias"]
@@ -198,7 +201,8 @@ def test_a_factory_in_the_working_directory_is_found(tmp_path: Path) -> None:
 
 
 def test_a_list_names_parameters_in_the_order_of_the_groups(numbered: Checkpoint, tmp_path: Path) -> None:
-    for content in ("\n".join(IN_GROUPS), IN_GROUPS, [IN_GROUPS[:3], IN_GROUPS[3:]]):
+    paragraphs = "\n".join([*IN_GROUPS[:3], "", "", *IN_GROUPS[3:], ""])
+    for content in (paragraphs, [IN_GROUPS[:3], IN_GROUPS[3:]]):
         named = with_names(numbered, read_names(listed(tmp_path, content)))
         check_document(named)
         assert names_of(named) == IN_GROUPS
@@ -239,6 +243,77 @@ def test_counts_and_groups_must_be_the_same(numbered: Checkpoint, tmp_path: Path
         with_names(numbered, read_names(listed(tmp_path, IN_GROUPS[:5])))
     with pytest.raises(CheckpointError, match=r"groups of 2 \+ 4 names, the checkpoint's have 3 \+ 3 parameters"):
         with_names(numbered, read_names(listed(tmp_path, [IN_GROUPS[:2], IN_GROUPS[2:]])))
+
+
+@pytest.mark.parametrize("build", [torch.optim.AdamW, bitsandbytes.optim.AdamW8bit])
+def test_an_order_alone_does_not_name_several_groups(build: Any, tmp_path: Path) -> None:
+    """A list in the model's order would put a matrix's state under a vector's name: only groups or shapes tell."""
+    torch.manual_seed(0)
+    model = Tiny()
+    path = saved(train(model, build(model.groups())).state_dict(), tmp_path)
+    of_model = [name for name, _ in model.named_parameters()]
+    for order in (of_model, IN_GROUPS):
+        for content in ("\n".join(order), order, dict.fromkeys(order)):
+            with pytest.raises(CheckpointError, match=r"2 param groups, which have 3 \+ 3 parameters") as caught:
+                open_checkpoint(path, names=str(listed(tmp_path, content)))
+            assert caught.value.refused
+            assert "empty line between groups" in str(caught.value)
+    wrong = "\n".join([*of_model[:2], "", *of_model[2:]])
+    with pytest.raises(CheckpointError, match="which names are of which"):
+        open_checkpoint(path, names=str(listed(tmp_path, wrong)))
+    named = open_checkpoint(path, names=str(listed(tmp_path, "\n".join([*IN_GROUPS[:3], "", *IN_GROUPS[3:]]))))
+    shapes = {param.name: param.shape for param in named.document.parameters}
+    assert shapes == {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
+def test_shapes_name_several_groups_unless_two_groups_share_one(tmp_path: Path) -> None:
+    def state(*shapes: tuple[int, ...]) -> Path:
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}])
+        optimizer.step()
+        return saved(optimizer.state_dict(), tmp_path)
+
+    path = state((2, 3), (4, 3), (3,))
+    named = open_checkpoint(path, names=str(listed(tmp_path, {"a": [2, 3], "b": [4, 3], "c": [3]})))
+    assert names_of(named) == ["a", "b", "c"]
+    with pytest.raises(CheckpointError, match=r"gives 'c' of shape \[3\] for parameter '#1', which has \[4, 3\]"):
+        open_checkpoint(path, names=str(listed(tmp_path, {"a": [2, 3], "c": [3], "b": [4, 3]})))
+    path = state((2, 3), (4, 3), (4, 3))
+    with pytest.raises(CheckpointError, match="which names are of which"):
+        open_checkpoint(path, names=str(listed(tmp_path, {"a": [2, 3], "c": [4, 3], "b": [4, 3]})))
+    named = open_checkpoint(path, names=str(listed(tmp_path, [["a", "b"], ["c"]])))
+    assert names_of(named) == ["a", "b", "c"]
+
+
+def test_a_single_group_takes_a_list_with_empty_lines(one_group: Checkpoint, tmp_path: Path) -> None:
+    order = [name for name, _ in Tiny().named_parameters()]
+    named = with_names(one_group, read_names(listed(tmp_path, "\n\n".join(order))))
+    assert names_of(named) == order
+
+
+@pytest.mark.parametrize(("shape", "fits"), [([33, 129], True), ([33, 130], False), ([32, 129], False), ([], False)])
+def test_shapes_of_packed_codes_are_checked_by_their_counts(shape: list[int], fits: bool, tmp_path: Path) -> None:
+    """Two codes of 4 bits share a byte, and an odd count looks like an even one: the file does not tell the shape."""
+    param = nn.Parameter(torch.ones(33, 129))
+    optimizer = AdamW4bit([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    path = saved(optimizer.state_dict(), tmp_path)
+    assert open_checkpoint(path).document.parameters[0].shape is None
+    names = str(listed(tmp_path, {"p": shape}))
+    if fits:
+        assert open_checkpoint(path, names=names).document.parameters[0].shape == (33, 129)
+        return
+    with pytest.raises(
+        CheckpointError, match=r"the shapes that it gives are not those.*codes has shape \[2129\]"
+    ) as caught:
+        open_checkpoint(path, names=names)
+    assert caught.value.refused
+    other = AdamW4bit([nn.Parameter(torch.ones(shape))])
+    with pytest.raises(CheckpointError, match=r"codes has shape \[2129\]"):
+        optstate.load(other, path, allow_lossy=True)
 
 
 def test_shapes_are_filled_in_where_the_file_has_none(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_opening_imports_no_torch(native: Path, tmp_path: Path) -> None:
     paths.append(DATA / "galore_adamw" / "optimizer.pt")
     paths.append(lerobot(tmp_path / "training_state", adamw()))
     order = tmp_path / "names.txt"
-    order.write_text("a\nb\nc\nd\ne\nf\n")
+    order.write_text("a\nb\nc\n\nd\ne\nf\n")
     code = (
         "import sys\n"
         "from optstate.checkpoint.opening import open_checkpoint\n"

@@ -28,7 +28,8 @@ class Conversion:
 
     document: the new one, as if it had always been so; this conversion is not in its history yet.
     transfers: by name of the source's parameter, in the new document's order.
-    dropped: parameters and slots of statistics that the new file will not have.
+    dropped: parameters and slots of statistics that the new file will not have. changes: what a step will do otherwise
+    than it did, whatever becomes of the numbers.
     """
 
     checkpoint: Checkpoint
@@ -36,9 +37,15 @@ class Conversion:
     transfers: Mapping[str, tuple[Transfer, ...]]
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     @property
     def lossless(self) -> bool:
+        """Whether the run goes on as it was: the same numbers under the same rule."""
+        return not self.changes and self.keeps_numbers
+
+    @property
+    def keeps_numbers(self) -> bool:
         """Whether everything read from the new file will be what was read from the old one."""
         return not self.dropped and all(transfer.exact for transfer in self.all_transfers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 from optstate import resume
 from optstate.checkpoint.carry_out import eps_of
 from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.consistency import contradictions
 from optstate.checkpoint.conversion import Conversion
-from optstate.checkpoint.describing import described, with_tensors
-from optstate.checkpoint.document import Document, Parameter, tensor_key
-from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.describing import described, slot_records, with_tensors
+from optstate.checkpoint.document import Document, Group, Parameter, tensor_key
+from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.layouts.given import numbers
 from optstate.checkpoint.own_words import hyper_of
 from optstate.checkpoint.recode import Recoder
-from optstate.checkpoint.to_recipe import COUNTED_FROM, chain_of, onto
+from optstate.checkpoint.rules import doubts, is_own, stray_keys
+from optstate.checkpoint.to_recipe import COUNTED_FROM, change_of_rule, follows, onto
 from optstate.checkpoint.values import UnreadableStatisticError, Values
 from optstate.optimizer import Optimizer
 from optstate.placement import copy_part
@@ -36,12 +39,20 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
     plan, saved = optimizer.plan(), optimizer.state_dict()
     own = described(optimizer, plan, saved)
     sources = _matched(own, checkpoint)
+    _check_sizes(checkpoint, sources)
     if not any(source.has_state for source in sources) and any(param.fields for param in plan):
         raise ValueError("the file has no statistics at all")
     steps = [_step(source, plan.params[i], i in saved["state"]) for i, source in enumerate(sources)]
-    parameters = [replace(param, step=step) for param, step in zip(own.parameters, steps, strict=True)]
-    document = replace(own, parameters=tuple(parameters), groups=_groups(own, plan, checkpoint.document, sources))
-    conversion = onto(checkpoint, document, list(plan), sources)
+    groups, changes, notes = _groups(own, plan, checkpoint.document, sources)
+    parameters = [
+        # what averages began at zero with is said by the hyper-parameters that they go on with
+        replace(param, step=step, slots=slot_records(param.name, planned, _plain(groups[param.group])))
+        if param.slots
+        else replace(param, step=step)
+        for param, planned, step in zip(own.parameters, plan, steps, strict=True)
+    ]
+    document = replace(own, parameters=tuple(parameters), groups=groups)
+    conversion = onto(checkpoint, document, list(plan), sources, notes, changes)
     conversion.check()
     return conversion
 
@@ -59,6 +70,10 @@ def _step(source: Parameter, plan: ParamPlan, trains: bool) -> int | None:
     if trains and plan.fields and source.chain:
         raise ValueError(f"the file has nothing for {plan.spec.name!r}, which trains here")
     return 0 if trains else None
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    return {key: numbers(value) for key, value in group.hyper.items()}
 
 
 def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
@@ -144,14 +159,60 @@ def _matched(own: Document, checkpoint: Checkpoint) -> list[Parameter]:
     return [replace(other, shape=mine.shape) for mine, other in zip(own.parameters, theirs.parameters, strict=True)]
 
 
-def _groups(own: Document, plan: Plan, theirs: Document, sources: Sequence[Parameter]) -> tuple[Any, ...]:
-    """This optimizer's groups, with the file's hyper-parameters where a group goes through the same chain."""
-    groups, first = [], 0
+def _check_sizes(checkpoint: Checkpoint, sources: Sequence[Parameter]) -> None:
+    """Raise ValueError if a parameter whose shape the file does not tell cannot have this optimizer's."""
+    untold = [param.shape is None for param in checkpoint.document.parameters]
+    taken = tuple(source for source, unknown in zip(sources, untold, strict=True) if unknown)
+    document = replace(checkpoint.document, parameters=taken, codebooks={})
+    for issue in contradictions(replace(checkpoint, document=document)):
+        if not issue.where.startswith("codebook "):
+            raise ValueError(f"{issue.where}: {issue.what}, the shape of this optimizer's parameter")
+
+
+def _groups(
+    own: Document, plan: Plan, theirs: Document, sources: Sequence[Parameter]
+) -> tuple[tuple[Group, ...], tuple[str, ...], tuple[str, ...]]:
+    """This optimizer's groups, with the file's hyper-parameters where a group goes through the same chain; what a step
+    will do otherwise where it does not; and what the file does not say."""
+    groups, first, strays = [], 0, stray_keys(theirs)
+    changes: dict[str, None] = {}
+    missing: dict[str, None] = {}
     for mine, other in zip(own.groups, theirs.groups, strict=True):
-        if mine.parameters and chain_of(sources[first], theirs, other) == str(plan.params[first].chain):
-            said = hyper_of(theirs, other).items()
-            kept: Mapping[str, Any] = {k: v for k, v in said if k in mine.hyper or k == "initial_lr"}
-            mine = replace(mine, hyper={**mine.hyper, **kept})
+        if mine.parameters:
+            needed = {"lr", *plan.params[first].chain.hyper}
+            if _same_chain(sources[first], theirs, plan.params[first]):
+                said = hyper_of(theirs, other)
+                known = {*mine.hyper, *strays, "initial_lr"}
+                mine = replace(mine, hyper={**mine.hyper, **{k: v for k, v in said.items() if k in known}})
+                missing |= dict.fromkeys(sorted(needed - said.keys()))
+            else:
+                changes |= dict.fromkeys(change_of_rule(sources[first], theirs, str(plan.params[first].chain)))
         groups.append(mine)
         first += len(mine.parameters)
-    return tuple(groups)
+    notes = [*doubts(theirs), *_unclipped(own, theirs)]
+    if strays and not changes:
+        notes.append(f"hyper-parameters that are not known here are carried along: {', '.join(map(shown, strays))}")
+    if missing:
+        notes.append(f"the file does not say {', '.join(missing)}: what this optimizer has stays")
+    return tuple(groups), tuple(changes), tuple(notes)
+
+
+def _unclipped(own: Document, theirs: Document) -> list[str]:
+    """What to say if the file's run clipped gradients by a norm, as lomo-optim's groups tell, and this one does not."""
+    norms = {group.hyper.get("clip_grad_norm") for group in theirs.groups} - {None, own.clip_grad_norm}
+    return [
+        f"the saved run clipped gradients with clip_grad_norm={norm}: call optstate.fuse_backward(optimizer, "
+        f"clip_grad_norm={norm}) to go on alike"
+        for norm in norms
+        if norm
+    ]
+
+
+def _same_chain(source: Parameter, document: Document, plan: ParamPlan) -> bool:
+    """Whether a parameter went through the chain that it goes through here.
+
+    Our own `state_dict` does not say it: there the hyper-parameters of the chain must all be in the group.
+    """
+    if is_own(document) and not source.chain and not document.recipe:
+        return plan.chain.hyper.keys() <= document.groups[source.group].hyper.keys()
+    return follows(source, document, str(plan.chain))

@@ -21,11 +21,12 @@ from optstate.checkpoint.deepspeed_model import Model, Shape, model_of
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import FIRST, SECOND
-from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
+from optstate.checkpoint.foreign.layouts import Kept, Layout
 from optstate.checkpoint.foreign.trees import state_dict_of, type_name
 from optstate.checkpoint.header import BITS
 from optstate.checkpoint.inert import Object
 from optstate.checkpoint.stored import Stored
+from optstate.others import libraries
 
 __all__ = ["is_deepspeed", "read"]
 
@@ -38,18 +39,9 @@ FUSED_NOTE = "read as AdamW's: the file does not say whether weight decay is dec
 UNORDERED = "parameters are in the order of the alphabet: *_model_states.pt, which has their own, is missing"
 
 
-def _fused_recipe(groups: Groups) -> str:
-    return "adamw" if all(group["bias_correction"] is True for group in groups) else ""
-
-
 FUSED = Layout(
-    "FusedAdam",
-    frozenset({"bias_correction", "betas", "eps"}),
-    {"exp_avg": Kept(FIRST, "exp_avg"), "exp_avg_sq": Kept(SECOND, "exp_avg_sq")},
-    recipe=_fused_recipe,
-    lacks=frozenset({"amsgrad", "max_coeff"}),
+    "FusedAdam", libraries.FUSED_ADAM, {"exp_avg": Kept(FIRST, "exp_avg"), "exp_avg_sq": Kept(SECOND, "exp_avg_sq")}
 )
-"""DeepSpeed's own Adam on GPUs. That on CPUs has the hyper-parameters of torch's; LAMB has `max_coeff`."""
 
 
 @dataclass

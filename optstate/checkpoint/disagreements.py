@@ -11,6 +11,7 @@ from typing import Any
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.document import Group, Parameter, TensorValue
 from optstate.checkpoint.errors import shown
+from optstate.checkpoint.rules import reasons
 
 __all__ = ["Finding", "Matches", "disagreements", "matched"]
 
@@ -91,9 +92,22 @@ def disagreements(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair]) -> tuple[
             notes.append(f"hyper-parameters on the {side} side only: {', '.join(map(shown, keys))}")
     if sum((p.step is None) != (q.step is None) for p, q in pairs):
         notes.append("one side does not count the steps of every parameter")
+    findings += _of_rules(a, b)
     if a.kind == b.kind and not _same(a.document.clip_grad_norm, b.document.clip_grad_norm):
         findings.append(Finding("clip_grad_norm", str(a.document.clip_grad_norm), str(b.document.clip_grad_norm)))
     return findings, notes
+
+
+def _of_rules(a: Checkpoint, b: Checkpoint) -> Iterator[Finding]:
+    """Where one side follows a rule that none of our recipes does, and the other does not: groups of different tools
+    need not have the same keys."""
+    left, right = reasons(a.document), reasons(b.document)
+    if left != right and a.kind != b.kind:
+        yield Finding("rule", _clauses(left, a), _clauses(right, b))
+
+
+def _clauses(why: list[str], checkpoint: Checkpoint) -> str:
+    return "; ".join(why) or checkpoint.document.recipe or "-"
 
 
 def _of_parameters(pairs: Sequence[Pair], what: str, read: Callable[[Parameter], Any]) -> Iterator[Finding]:

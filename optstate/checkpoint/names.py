@@ -11,10 +11,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from optstate.checkpoint.as_here import renamed
 from optstate.checkpoint.checkpoint import Checkpoint
+from optstate.checkpoint.consistency import contradictions
 from optstate.checkpoint.document import Parameter
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.kinds import JSON, SAFETENSORS, UNKNOWN, identify, open_file, read_bytes, size_of
@@ -38,20 +40,23 @@ class Names:
     """Names of all parameters in order.
 
     source: where they are from. groups: how many each param group has, () where that is not said. of_module: whether
-    they are in the order of a module, which is that of an optimizer only if it has one group.
+    they are in the order of a module, which is that of an optimizer only if it has one group. paragraphs: how many
+    lines stand between the empty lines of a text, which are the groups of an optimizer that has several.
     """
 
     source: str
     named: tuple[Named, ...]
     groups: tuple[int, ...] = ()
     of_module: bool = False
+    paragraphs: tuple[int, ...] = ()
 
 
 def read_names(source: str | os.PathLike[str]) -> Names:
     """The names that a file lists or a factory's model has.
 
-    source: a text file, one name a line, in the order of the optimizer's parameters; a JSON file with a list of names,
-        a list of lists (one per param group) or an object of names and shapes; or `package.module:factory`, which is
+    source: a text file, one name a line, in the order of the optimizer's parameters, with an empty line between its
+        param groups; a JSON file with a list of names, a list of lists (one per param group) or an object of names and
+        shapes; or `package.module:factory`, which is
         called on the meta device and returns a module, named parameters, or param groups of named parameters.
 
     Raises:
@@ -77,7 +82,7 @@ def read_names(source: str | os.PathLike[str]) -> Names:
         raise CheckpointError(text, f"not a list of names: no UTF-8 at byte {error.start}") from None
     if kind == JSON:
         return _checked(_of_json(text, lines))
-    return _checked(Names(text, tuple(Named(line.strip()) for line in lines.splitlines() if line.strip())))
+    return _checked(_of_text(text, lines))
 
 
 def _checked(names: Names) -> Names:
@@ -90,6 +95,13 @@ def _checked(names: Names) -> Names:
     if not seen:
         raise CheckpointError(names.source, "it names no parameters")
     return names
+
+
+def _of_text(path: str, text: str) -> Names:
+    """A name a line, and what stands between empty lines."""
+    lines = [line.strip() for line in text.splitlines()]
+    paragraphs = tuple(len(list(some)) for filled, some in groupby(lines, bool) if filled)
+    return Names(path, tuple(Named(line) for line in lines if line), paragraphs=paragraphs)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -200,26 +212,31 @@ def with_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
     Parameters that have names keep them; the given ones must be the same.
 
     Raises:
-        CheckpointError: (refused) if counts, groups, shapes or names that are known differ; or if the names of a module
-            would have to be shared out among several groups, whose order is another one.
+        CheckpointError: (refused) if counts, groups, shapes or names that are known differ; if a shape is not that of a
+            parameter's statistics; or if names would have to be shared out among several groups by their order alone,
+            which may be that of the model.
     """
     parameters = checkpoint.document.parameters
     _same_counts(checkpoint, names)
     if checkpoint.named:
         given = _by_own_name(checkpoint, names)
     else:
-        _in_group_order(checkpoint, names)
+        _refuse_order_of_module(checkpoint, names)
         given = dict(zip((param.name for param in parameters), names.named, strict=True))
     if checkpoint.named and checkpoint.document.source.get("ordered") is False:
         places = {named.name: i for i, named in enumerate(names.named)}
         parameters = tuple(sorted(parameters, key=lambda param: places[given[param.name].name]))
     renamed = tuple(_renamed(names, param, given[param.name]) for param in parameters)
+    if not checkpoint.named:
+        _refuse_order_alone(checkpoint, names)
     tensors = {
         new: checkpoint.tensors[old]
         for before, after in zip(parameters, renamed, strict=True)
         for old, new in zip(before.keys, after.keys, strict=True)
     }
-    return checkpoint.with_parameters(renamed, tensors)
+    made = checkpoint.with_parameters(renamed, tensors)
+    _same_sizes(names, made)
+    return made
 
 
 def _refused(names: Names, reason: str, hint: str = "") -> CheckpointError:
@@ -241,7 +258,7 @@ def _sum(lengths: Iterable[int]) -> str:
     return " + ".join(map(str, lengths))
 
 
-def _in_group_order(checkpoint: Checkpoint, names: Names) -> None:
+def _refuse_order_of_module(checkpoint: Checkpoint, names: Names) -> None:
     """Refuse the order of a module where it says nothing about that of several groups."""
     groups = [group for group in checkpoint.document.groups if group.parameters]
     if names.of_module and len(groups) > 1:
@@ -251,6 +268,37 @@ def _in_group_order(checkpoint: Checkpoint, names: Names) -> None:
         )
         hint = "let the factory return the param groups, or give a JSON list with a list of names for each group"
         raise _refused(names, reason, hint)
+
+
+def _refuse_order_alone(checkpoint: Checkpoint, names: Names) -> None:
+    """Refuse names without groups where nothing tells whether they are in the order of several groups.
+
+    A list is easily made in the model's order, and most trainers sort parameters into groups. Shapes tell, if no two
+    groups have a parameter of the same shape.
+    """
+    lengths = tuple(len(group.parameters) for group in checkpoint.document.groups if group.parameters)
+    if names.groups or len(lengths) < 2 or names.paragraphs == lengths:
+        return
+    given = [named.shape for named in names.named]
+    of_groups: list[set[Any]] = []
+    for count in lengths:
+        of_groups.append(set(given[:count]))
+        given = given[count:]
+    if None not in set().union(*of_groups) and sum(map(len, of_groups)) == len(set().union(*of_groups)):
+        return
+    first = shown(names.named[lengths[0]].name)
+    reason = (
+        f"it does not say which names are of which of the checkpoint's {len(lengths)} param groups, which have "
+        f"{_sum(lengths)} parameters: in this order the second group would begin with '{first}'"
+    )
+    hint = "put an empty line between groups, or give a JSON list with a list of names for each group"
+    raise _refused(names, reason, hint)
+
+
+def _same_sizes(names: Names, checkpoint: Checkpoint) -> None:
+    """Refuse shapes that are given for parameters whose statistics have other numbers of elements."""
+    for issue in contradictions(checkpoint):
+        raise _refused(names, f"the shapes that it gives are not those of the checkpoint: {issue.where}: {issue.what}")
 
 
 def _by_own_name(checkpoint: Checkpoint, names: Names) -> dict[str, Named]:

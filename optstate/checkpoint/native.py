@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -52,6 +53,9 @@ from optstate.plan import ParamPlan, Plan
 __all__ = ["load", "save"]
 
 Path = str | os.PathLike[str]
+
+MOST_CHANGES = 3
+"""Clauses about the rule in one message."""
 
 
 def save(
@@ -144,8 +148,9 @@ def load(
     Args:
         optimizer: built as the saved run built its own.
         path: what `save` wrote, or another tool's checkpoint of the same statistics, as a torch `optimizer.pt`. Such a
-            file is taken where every number stays what it was.
-        allow_lossy: convert what is kept in other stores or by another recipe, as `optstate convert` does; it shows
+            file is taken where every number stays what it was and every step does what it did: a hyper-parameter that
+            makes it another rule, such as `maximize=True`, is refused.
+        allow_lossy: convert what is kept in other stores or by another rule, as `optstate convert` does; it shows
             what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. Memory:
             one parameter's statistics in fp32, all of it on every device.
         key, names: of other tools' files, as for `optstate convert`.
@@ -175,6 +180,10 @@ def load(
         raise CheckpointError(path, reason, hint, refused=True) from None
     if difference is not None and not allow_lossy:
         raise CheckpointError(path, difference, f"{hint}, or convert with allow_lossy=True", refused=True)
+    if conversion.changes and not allow_lossy:
+        reason = f"the file follows another rule: {'; '.join(conversion.changes[:MOST_CHANGES])}"
+        consent = "nothing was changed; allow_lossy=True takes the statistics over all the same"
+        raise CheckpointError(path, reason, consent, refused=True)
     if not conversion.lossless and not allow_lossy:
         slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
         what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
@@ -182,6 +191,8 @@ def load(
     with _failing(path, hint):
         load_converted(optimizer, conversion)
     _warn_of_other_names(optimizer, opened)
+    for note in conversion.notes:
+        warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
 
 
 def _warn_of_other_names(optimizer: Optimizer, opened: Checkpoint) -> None:

@@ -9,6 +9,7 @@ from optstate.checkpoint.document import Document, Group
 from optstate.checkpoint.layouts.adafactor import AVERAGES_STEPS, FP32_EPS
 from optstate.checkpoint.layouts.given import number, numbers
 from optstate.checkpoint.layouts.meanings import RULES
+from optstate.checkpoint.rules import library_of
 
 __all__ = ["arguments_of", "hyper_of", "same_rule"]
 
@@ -27,7 +28,7 @@ def hyper_of(document: Document, group: Group) -> dict[str, Any]:
     What our recipe does not have stays as it is. lr of a relative step is 1, a factor.
     """
     hyper = {key: tuple(value) if isinstance(value, list) else value for key, value in group.hyper.items()}
-    rule, library = RULES.get(document.recipe, ""), document.source.get("library", document.source.get("kind", ""))
+    rule, library = RULES.get(document.recipe, ""), library_of(document)
     if rule == "adafactor" and "beta2_decay" in hyper:
         eps = hyper["eps"]
         hyper["eps"] = (FP32_EPS if eps[0] is None else eps[0], eps[1])
@@ -38,6 +39,8 @@ def hyper_of(document: Document, group: Group) -> dict[str, Any]:
         hyper["momentum"] = numbers(hyper.pop("betas"))[0]
     if library == "bitsandbytes" and rule in ("sgd", "lion"):
         hyper.pop("eps", None)  # which these rules do not have
+    if library == "adam-mini" and {"beta1", "beta2"} <= hyper.keys():
+        hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
     if rule in ("adalomo", "came") and {"eps1", "eps2"} <= hyper.keys():
         hyper["eps"] = (hyper.pop("eps1"), hyper.pop("eps2"))
     return hyper

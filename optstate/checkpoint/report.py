@@ -43,7 +43,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A conversion in numbers. update_relative_error, update_cosine: of the update with every change at once."""
+    """A conversion in numbers. update_relative_error, update_cosine: of the update with every change at once.
+
+    changes: what a step will do otherwise than it did, in words; () where the rule stays.
+    """
 
     lossless: bool
     bytes_before: int
@@ -51,12 +54,14 @@ class Report:
     rows: tuple[Row, ...]
     update_relative_error: float | None
     update_cosine: float | None
+    changes: tuple[str, ...] = ()
 
     def to_history(self) -> dict[str, Any]:
         """What the new file says of it."""
         rows = [{key: _rounded(value) for key, value in asdict(row).items()} for row in self.rows]
         total = {"update_relative_error": self.update_relative_error, "update_cosine": self.update_cosine}
-        return {"lossless": self.lossless, "slots": rows} | {key: _rounded(value) for key, value in total.items()}
+        tree = {"lossless": self.lossless, "slots": rows} | {key: _rounded(value) for key, value in total.items()}
+        return {**tree, "changes": list(self.changes)} if self.changes else tree
 
 
 def report_of(
@@ -68,7 +73,7 @@ def report_of(
         was = transfer.was.store if transfer.was is not None else FROM_ZERO
         groups.setdefault((transfer.name, was, transfer.record.store), []).append(transfer)
     rows = [_row(conversion, key, made, figures) for key, made in groups.items()] + _dropped(conversion)
-    if conversion.lossless or not _keeps_the_rule(conversion):
+    if conversion.keeps_numbers or not _keeps_the_rule(conversion):
         total = Figures() if conversion.lossless else None
     elif total is not None and not total.elements:
         total = None
@@ -79,6 +84,7 @@ def report_of(
         tuple(rows),
         total.update_relative_error if total is not None else None,
         total.update_cosine if total is not None else None,
+        conversion.changes,
     )
 
 
@@ -96,6 +102,7 @@ def _row(
 ) -> Row:
     lossless = all(transfer.exact for transfer in made)
     found = Figures() if lossless else (figures or {}).get(key)
+    same_update = not (lossless and conversion.changes)  # else equal numbers say nothing of the steps made of them
     before = sum(
         stored.nbytes
         for transfer in made
@@ -109,9 +116,9 @@ def _row(
         bytes_after=sum(transfer.nbytes for transfer in made),
         lossless=lossless,
         relative_error=found.relative_error if found else None,
-        update_relative_error=found.update_relative_error if found else None,
-        update_cosine=found.update_cosine if found else None,
-        inflation=found.inflation if found else None,
+        update_relative_error=found.update_relative_error if found and same_update else None,
+        update_cosine=found.update_cosine if found and same_update else None,
+        inflation=found.inflation if found and same_update else None,
         zeros=found.zeros if found else None,
     )
 

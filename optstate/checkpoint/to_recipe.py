@@ -18,6 +18,7 @@ from optstate.checkpoint.describing import described, with_tensors
 from optstate.checkpoint.document import WEIGHT, Document, Group, Parameter
 from optstate.checkpoint.layouts.given import numbers
 from optstate.checkpoint.own_words import arguments_of, hyper_of, same_rule
+from optstate.checkpoint.rules import base_recipe, is_own, other_chains, reasons
 from optstate.checkpoint.transfer import Transfer, copied, spec_of, taken_over
 from optstate.groups import check_values
 from optstate.optimizer import Optimizer
@@ -25,7 +26,7 @@ from optstate.plan import ParamPlan
 from optstate.weights import Weights, as_weights
 from optstate.weights import from_words as weights_from_words
 
-__all__ = ["COUNTED_FROM", "as_recipe", "chain_of", "onto", "settings_of"]
+__all__ = ["COUNTED_FROM", "as_recipe", "change_of_rule", "follows", "onto", "settings_of"]
 
 NO_SETTINGS = frozenset({"params", "weights", "fused_backward"})
 """Arguments of recipes that are no hyper-parameters."""
@@ -61,7 +62,10 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     optimizer = _built(name, checkpoint, params, given)
     place = {id(param): i for i, param in enumerate(params)}
     order = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    notes = (*_keep_hyper(optimizer, name, checkpoint.document, order, set(given)), *_left_out(checkpoint.document))
+    said, changes = _keep_hyper(optimizer, name, checkpoint.document, order, set(given))
+    if given and same_rule(name, checkpoint.document.recipe):  # the settings say so themselves
+        said, changes = (*said, *(f"as it was asked for: {change}" for change in changes)), ()
+    notes = (*said, *_left_out(checkpoint.document))
     plan, saved = optimizer.plan(), optimizer.state_dict()
     for new, old in enumerate(order):
         if new in saved["state"]:
@@ -70,7 +74,7 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     if any(param.step is None and param.has_state for param in sources):
         notes = (*notes, f"the file counts no steps: they are counted from {COUNTED_FROM} on")
     document = replace(described(optimizer, plan, saved), recipe=name, history=checkpoint.document.history)
-    return onto(checkpoint, document, list(plan), [sources[i] for i in order], notes)
+    return onto(checkpoint, document, list(plan), [sources[i] for i in order], notes, changes)
 
 
 def onto(
@@ -79,8 +83,11 @@ def onto(
     plans: Sequence[ParamPlan],
     sources: Sequence[Parameter],
     notes: tuple[str, ...] = (),
+    changes: tuple[str, ...] = (),
 ) -> Conversion:
     """A conversion onto the plans of an optimizer, whose parameters `document` describes in the same order.
+
+    changes: what a step will do otherwise, see `Conversion`.
 
     Raises:
         ValueError: if a statistic cannot be made from the source's.
@@ -106,11 +113,12 @@ def onto(
         kept = ", ".join(dict.fromkeys(slot for _, slot in dropped))
         raise ValueError(f"nothing that the file keeps, {kept}, can be used by it: begin with a fresh optimizer")
     document = replace(document, parameters=tuple(parameters))
-    return Conversion(checkpoint, document, transfers, tuple(dropped), notes)
+    return Conversion(checkpoint, document, transfers, tuple(dropped), notes, changes)
 
 
 def _transfers(checkpoint: Checkpoint, new: Parameter, plan: ParamPlan, source: Parameter) -> Iterator[Transfer]:
     stored = {slot: checkpoint.fields_of(record) for slot, record in source.slots.items()}
+    by_name = is_own(checkpoint.document)  # in other libraries a name says nothing of what is averaged
     for name, record in new.slots.items():
         if name == WEIGHT:
             if name not in source.slots or source.slots[name].store != record.store:
@@ -118,7 +126,7 @@ def _transfers(checkpoint: Checkpoint, new: Parameter, plan: ParamPlan, source: 
             yield copied(source, name, stored[name], as_param=new.name)
         else:
             slot = plan.slots[name]
-            yield taken_over(source, stored, name, record, slot.store, slot.fields)
+            yield taken_over(source, stored, name, record, slot.store, slot.fields, by_name)
 
 
 # --- the new recipe's optimizer, without memory for it ------------------------------------------------------------
@@ -195,22 +203,23 @@ def _weights(parameters: Sequence[Parameter]) -> Weights | None:
 
 def _keep_hyper(
     optimizer: Optimizer, name: str, document: Document, order: Sequence[int], given: set[str]
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Give the new groups the source's hyper-parameters where they mean the same and no others were asked for.
 
     Returns:
-        What to say of it.
+        What to say of it, and what a step will do otherwise.
     """
     sources, plan, first = document.parameters, optimizer.plan(), 0
     left_out: dict[str, Any] = {}
     new_rule: dict[str, Any] = {}
+    changes: dict[str, None] = {}
     expressed = set(_parameters(name)) if same_rule(name, document.recipe) else set()
     for group in optimizer.param_groups:
         if not group["params"]:
             continue
         source = sources[order[first]]
         chain, old = plan.params[first].chain, document.groups[source.group]
-        if chain_of(source, document, old) == str(chain):
+        if follows(source, document, str(chain)):
             theirs = hyper_of(document, old)
             same = {key: value for key, value in theirs.items() if key in group or key == "initial_lr"}
             group.update({key: with_tensors(same[key], group.get(key)) for key in same.keys() - given})
@@ -219,9 +228,12 @@ def _keep_hyper(
         else:
             new_rule |= {key: group[key] for key in sorted(group.keys() - NOT_HYPER)}
             left_out |= old.hyper
+            changes |= dict.fromkeys(change_of_rule(source, document, str(chain)))
         first += len(group["params"])
     notes = [f"hyper-parameters are the new recipe's: {_listed(new_rule)}"] if new_rule else []
-    return (*notes, f"hyper-parameters of the file that are left out: {_listed(left_out)}") if left_out else (*notes,)
+    if left_out:
+        notes.append(f"hyper-parameters of the file that are left out: {_listed(left_out)}")
+    return tuple(notes), tuple(changes)
 
 
 def _listed(hyper: Mapping[str, Any]) -> str:
@@ -244,15 +256,35 @@ def _literal(key: str, words: str) -> Any:
         raise ValueError(f"{key}={words}: give a number, a tuple, True, False or None") from None
 
 
+def follows(param: Parameter, document: Document, chain: str) -> bool:
+    """Whether a parameter went through this chain, which is in words, as far as the file tells."""
+    if param.chain:
+        return param.chain == chain
+    by_recipe, others = other_chains(document, param.group)
+    return chain in others or (by_recipe and chain_of(param, document, document.groups[param.group]) == chain)
+
+
+def change_of_rule(param: Parameter, document: Document, chain: str) -> list[str]:
+    """What a parameter's step will do otherwise in this chain, which it did not go through, clause by clause."""
+    theirs = chain_of(param, document, document.groups[param.group])
+    found = [] if param.chain else reasons(document, param.group)
+    if not found:
+        was = f"went through {theirs or 'a chain that the file does not tell'}"
+        found = [f"param group {param.group} {was}"]
+    return [f"{clause}; the new chain is {chain}" for clause in found]
+
+
 def chain_of(param: Parameter, document: Document, group: Group) -> str:
-    """The chain that a parameter went through; of other tools' files that of the recipe they are said to be."""
-    if param.chain or document.recipe not in registry.names():
+    """The chain that a parameter went through; of other tools' files that of the recipe they are said to be, "" where
+    they do not tell it or it is none that the recipe makes."""
+    recipe = base_recipe(document)
+    if param.chain or recipe not in registry.names():
         return param.chain
-    known = _parameters(document.recipe)
+    document, known = replace(document, recipe=recipe), _parameters(recipe)
     arguments = {key: value for key, value in arguments_of(document, group, "").items() if key in known}
     members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
     try:
-        made = registry.get(document.recipe)([{k: v for k, v in members.items() if v}], **arguments)
+        made = registry.get(recipe)([{k: v for k, v in members.items() if v}], **arguments)
     except (ValueError, TypeError):
         return ""  # nothing that our recipe can do
     return str(made.plan().params[0].chain)

@@ -92,14 +92,17 @@ def taken_over(
     record: SlotRecord,
     store: Store,
     specs: Mapping[str, FieldSpec],
+    by_name: bool = True,
 ) -> Transfer:
     """A statistic that another recipe keeps, from the one of the source with the same meaning.
+
+    by_name: whether one of the same name may be it, where the source does not tell its meaning.
 
     Raises:
         ValueError: if there is none and it cannot begin at zero, or the number of steps that its correction needs is
             unknown.
     """
-    source = _same_meaning(param, name, record)
+    source = _same_meaning(param, name, record, by_name)
     if source is None:
         if record.of in MADE_FROM_ZERO or not param.has_state or param.step == 0:
             begins = not param.has_state or param.step == 0
@@ -160,10 +163,10 @@ def _entries(record: SlotRecord, specs: Mapping[str, FieldSpec]) -> dict[str, Ne
     return {f: NewEntry(record.fields[f], DTYPES[spec.dtype], spec.shape) for f, spec in specs.items()}
 
 
-def _same_meaning(param: Parameter, name: str, record: SlotRecord) -> str | None:
+def _same_meaning(param: Parameter, name: str, record: SlotRecord, by_name: bool) -> str | None:
     """The slot of the source that holds what `record` describes: of the same name if several do."""
     same = [slot for slot, was in param.slots.items() if was.of == record.of and slot != WEIGHT and was.of]
-    if not record.of or (name in param.slots and not param.slots[name].of):
+    if by_name and (not record.of or (name in param.slots and not param.slots[name].of)):
         same = [name] if name in param.slots else same
     return name if name in same else same[0] if same else None
 

@@ -46,13 +46,18 @@ class AdamW4bit(Optimizer):
     """AdamW with both moments in 4 bits (Li et al. 2023, arXiv 2309.01507).
 
     1.06 bytes of state per element instead of 8. Parameters under 4096 elements keep fp32 moments, and parameters whose
-    group declares the role "embedding" or "head" an 8-bit first moment: 4 bits of the head's are what makes long
-    runs diverge (arXiv 2610.12444). `optstate.declare_roles(model)` declares them.
+    group declares the role "embedding" or "head" keep 8 bits in both: 4 bits of the head's first moment are what makes
+    long runs diverge (arXiv 2610.12444), and rows of rare tokens share blocks with those of frequent ones.
+    `optstate.declare_roles(model)` declares them.
 
     Args:
         params, lr, betas, eps, weight_decay, weights: as in `AdamW`.
         block: elements per scale, even.
         rank1: scale second moments by row and column maxima instead of blocks, as in the paper; see `stores.Block4`.
+            Not those of embeddings and heads.
+
+    A file in which the second moments of embeddings and heads have 4 bits is refused by `optstate.load`, unless
+    `allow_lossy=True` lets it convert them.
     """
 
     def __init__(
@@ -66,13 +71,14 @@ class AdamW4bit(Optimizer):
         rank1: bool = False,
         weights: Weights | str = "auto",
     ) -> None:
-        def adamw(first: Block4 | Block8) -> updates.Chain:
+        def adamw(first: Block4 | Block8, second: Block4 | Block8) -> updates.Chain:
             return updates.chain(
-                updates.scale_by_adam(first, Block4(block, rank1=rank1), betas=betas, eps=eps),
+                updates.scale_by_adam(first, second, betas=betas, eps=eps),
                 updates.add_decayed_weights(weight_decay),
             )
 
-        recipe = updates.route([(is_token_table, adamw(Block8()))], default=adamw(Block4(block)))
+        matrices = adamw(Block4(block), Block4(block, rank1=rank1))
+        recipe = updates.route([(is_token_table, adamw(Block8(), Block8()))], default=matrices)
         super().__init__(params, recipe, lr=lr, weights=weights)
 
 

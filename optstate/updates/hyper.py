@@ -48,9 +48,9 @@ class Hyper:
         label = self.name if self.index is None else f"{self.name}[{self.index}]"
         try:
             value = self.read(group)
-        except KeyError:
-            raise ValueError(f"{self.name} is missing in the param group: give it a value") from None
-        except (IndexError, TypeError):
+        except (IndexError, TypeError, KeyError):
+            if self.name not in group:
+                raise ValueError(f"{self.name} is missing in the param group: give it a value") from None
             raise TypeError(
                 f"{self.name}={group[self.name]!r} has no entry {self.index}: give a tuple of numbers"
             ) from None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import Meaning, hyper
-from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
+from optstate.checkpoint.foreign.layouts import Kept, Layout
 from optstate.checkpoint.foreign.trees import StateDict
+from optstate.others import libraries
 
 __all__ = ["SLOTS", "read"]
 
@@ -20,19 +21,7 @@ SLOTS = {
     ),
 }
 
-
-def _recipe(groups: Groups) -> str:
-    return "came"
-
-
-CAME = Layout(
-    "CAME",
-    frozenset({"lr", "betas", "eps", "clip_threshold"}),
-    SLOTS,
-    others=frozenset({"RMS"}),
-    recipe=_recipe,
-    lacks=frozenset({"decay_rate", "amsgrad", "weight_decouple"}),
-)
+CAME = Layout("CAME", libraries.CAME, SLOTS, others=frozenset({"RMS"}))
 
 
 def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:

@@ -21,6 +21,7 @@ from optstate.checkpoint.foreign.trees import (
     type_name,
 )
 from optstate.checkpoint.inert import Unread
+from optstate.checkpoint.rules import follows_recipe, rule_notes
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["FIRST", "FULL", "SECOND", "Draft", "Meaning", "Source", "checkpoint_of", "hyper", "without"]
@@ -61,7 +62,10 @@ SECOND = Meaning("square", signed=False, beta=hyper("betas", 1))
 
 @dataclass(frozen=True)
 class Source:
-    """Whose file it is, for `Document.source`; `more` is what writing the same layout again needs."""
+    """Whose file it is, for `Document.source`; `more` is what writing the same layout again needs.
+
+    recipe: which of ours follows the same rule, unless a switch in the groups makes it another one.
+    """
 
     kind: str
     tool: str
@@ -242,6 +246,9 @@ def checkpoint_of(
         codebooks=books.values,
         extra=plain_members(found.rest, "the value", said),
     )
+    if not follows_recipe(document):
+        document = replace(document, recipe="")
+    said += rule_notes(document)
     return Checkpoint(found.path, source.kind, "layout", document, tensors, (found.path,), tuple(said))
 
 

@@ -36,7 +36,7 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
         return None
     if found.kept <= {"step", "projector", *MOMENTS}:
         return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
-    if transformers.ADAFACTOR.hypers <= found.keys and found.kept <= {
+    if transformers.ADAFACTOR.rule.fits(found.keys) and found.kept <= {
         *("step", "projector", "RMS", "exp_avg", "exp_avg_sq"),
         *(ROW, COL),
     }:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.foreign.drafts import Draft, Meaning, Source, checkpoint_of, without
 from optstate.checkpoint.foreign.trees import StateDict
 from optstate.checkpoint.stored import Stored
+from optstate.others import OtherRule
 
-__all__ = ["Groups", "Kept", "Layout", "matching", "no_recipe", "read", "without_recipe"]
-
-Groups = Sequence[Mapping[str, Any]]
-
-
-def no_recipe(groups: Groups) -> str:
-    """For optimizers whose rule none of ours follows."""
-    return ""
+__all__ = ["Kept", "Layout", "matching", "read"]
 
 
 @dataclass(frozen=True)
@@ -44,24 +38,20 @@ class Kept:
 class Layout:
     """How a library keeps the state of one optimizer.
 
-    hypers: hyper-parameters that every group has, and no group of another optimizer with these statistics.
-    slots: our name -> how it is kept. step: the group's key of the count of updates, "" if parameters have their own.
-    others: small values that are no statistic. recipe: which of ours follows the same rule, by the groups. lacks:
-    hyper-parameters that would make it another optimizer's.
+    rule: what its groups hold, and which recipe follows it. slots: our name -> how it is kept. step: the group's key of
+    the count of updates, "" if parameters have their own. others: small values that are no statistic.
     """
 
     optimizer: str
-    hypers: frozenset[str]
+    rule: OtherRule
     slots: Mapping[str, Kept]
     step: str = ""
     others: frozenset[str] = frozenset()
-    recipe: Callable[[Groups], str] = no_recipe
-    lacks: frozenset[str] = frozenset()
 
     def fits(self, found: StateDict) -> bool:
         """Whether the groups have its hyper-parameters and nothing else than its statistics is kept."""
         known = {"step"} | self.others | {key for kept in self.slots.values() for key in kept.keys}
-        return self.hypers <= found.keys and not self.lacks & found.keys and found.kept <= known
+        return self.rule.fits(found.keys) and found.kept <= known
 
 
 def matching(found: StateDict, layouts: Iterable[Layout]) -> Layout | None:
@@ -91,7 +81,7 @@ def read(
         for slot, kept in layout.slots.items():
             _take(draft, slot, kept)
 
-    source = Source(kind, tool, optimizer or layout.optimizer, layout.recipe(found.groups), more)
+    source = Source(kind, tool, optimizer or layout.optimizer, layout.rule.recipe, more)
     return checkpoint_of(found, source, say, notes)
 
 
@@ -111,8 +101,3 @@ def _squeezed(draft: Draft, kept: Kept, row: Stored, col: Stored) -> tuple[Store
         shapes = f"{kept.row} has shape {list(row.shape)} and {kept.col} {list(col.shape)}"
         raise draft.error(f"{shapes}: they must be [..., n, 1] and [..., 1, m]")
     return without(row, ndim - 1), without(col, ndim - 2)
-
-
-def without_recipe(checkpoint: Checkpoint) -> Checkpoint:
-    """The same of a rule that is none of ours after all."""
-    return replace(checkpoint, document=replace(checkpoint.document, recipe=""))

@@ -5,25 +5,15 @@ from __future__ import annotations
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import Meaning, hyper
-from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
+from optstate.checkpoint.foreign.layouts import Kept, Layout
 from optstate.checkpoint.foreign.trees import StateDict
+from optstate.others import libraries
 
 __all__ = ["MOMENTUM", "read"]
 
 MOMENTUM = Meaning("gradient", beta=hyper("betas", 1))
 
-
-def _recipe(groups: Groups) -> str:
-    return "lion"
-
-
-LION = Layout(
-    "Lion",
-    frozenset({"lr", "betas", "weight_decay"}),
-    {"exp_avg": Kept(MOMENTUM, "exp_avg")},
-    recipe=_recipe,
-    lacks=frozenset({"eps", "foreach", "maximize", "weight_decouple"}),
-)
+LION = Layout("Lion", libraries.LION, {"exp_avg": Kept(MOMENTUM, "exp_avg")})
 
 
 def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:

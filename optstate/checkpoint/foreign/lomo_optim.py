@@ -10,32 +10,18 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import Meaning
-from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
+from optstate.checkpoint.foreign.layouts import Kept, Layout
 from optstate.checkpoint.foreign.trees import Id, StateDict, type_name
 from optstate.checkpoint.stored import Stored
+from optstate.others import libraries
 
 __all__ = ["are_attributes", "read", "read_attributes", "read_by_name"]
 
 STATISTICS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 FACTORED = Kept(Meaning("square", signed=False), *STATISTICS)
 
-
-def _adalomo_recipe(groups: Groups) -> str:
-    return "adalomo"
-
-
-def _lomo_recipe(groups: Groups) -> str:
-    return "lomo"
-
-
-ADALOMO = Layout(
-    "AdaLomo",
-    frozenset({"lr", "eps", "weight_decay", "clip_grad_norm", "clip_grad_value"}),
-    {"exp_avg_sq": FACTORED},
-    recipe=_adalomo_recipe,
-)
-BY_NAME = replace(ADALOMO, hypers=frozenset())
-LOMO = Layout("Lomo", frozenset({"lr", "clip_grad_norm", "clip_grad_value"}), {}, recipe=_lomo_recipe)
+ADALOMO = Layout("AdaLomo", libraries.ADALOMO, {"exp_avg_sq": FACTORED})
+LOMO = Layout("Lomo", libraries.LOMO, {})
 
 LOST = (
     "AdaLomo's second moments and its step count are not in the file: lomo-optim keeps them in attributes of the "
@@ -96,7 +82,7 @@ def read_by_name(
     by_id: dict[Id, dict[str, Any]] = dict(state.items())
     named = replace(found, ids=(tuple(state),), names={name: name for name in state}, state=by_id, rest=rest)
     about = {"keys": "attributes", "ordered": False}
-    return layouts.read(named, BY_NAME, tool, tool, [*(notes or []), UNORDERED], optimizer=optimizer, more=about)
+    return layouts.read(named, ADALOMO, tool, tool, [*(notes or []), UNORDERED], optimizer=optimizer, more=about)
 
 
 def _by_name(tree: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:

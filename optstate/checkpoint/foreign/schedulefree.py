@@ -7,17 +7,17 @@ from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import SECOND, Meaning
 from optstate.checkpoint.foreign.layouts import Kept, Layout
 from optstate.checkpoint.foreign.trees import StateDict
+from optstate.others import libraries
 
 __all__ = ["read"]
 
-HYPERS = frozenset({"k", "r", "lr_max", "weight_sum", "weight_lr_power"})
 Z = Kept(Meaning(), "z")
 SQUARE = Kept(SECOND, "exp_avg_sq")
 
 LAYOUTS = (
-    Layout("RAdamScheduleFree", HYPERS | {"betas", "silent_sgd_phase"}, {"z": Z, "exp_avg_sq": SQUARE}, step="k"),
-    Layout("AdamWScheduleFree", HYPERS | {"betas"}, {"z": Z, "exp_avg_sq": SQUARE}, step="k"),
-    Layout("SGDScheduleFree", HYPERS | {"momentum"}, {"z": Z}, step="k"),
+    Layout("RAdamScheduleFree", libraries.RADAM_FREE, {"z": Z, "exp_avg_sq": SQUARE}, step="k"),
+    Layout("AdamWScheduleFree", libraries.ADAMW_FREE, {"z": Z, "exp_avg_sq": SQUARE}, step="k"),
+    Layout("SGDScheduleFree", libraries.SGD_FREE, {"z": Z}, step="k"),
 )
 
 

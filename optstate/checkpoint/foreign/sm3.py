@@ -22,8 +22,7 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
     if not {"momentum", "beta", "eps"} <= found.keys or not found.kept <= known:
         return None
     tool = "pytorch_optimizer" if "foreach" in found.keys else "torch-SM3"
-    exact = all(number_of(group["beta"]) == 0 for group in found.groups)
-    return checkpoint_of(found, Source(tool, tool, "SM3", "sm3" if exact else ""), _say)
+    return checkpoint_of(found, Source(tool, tool, "SM3", "sm3"), _say)
 
 
 def _say(draft: Draft) -> None:

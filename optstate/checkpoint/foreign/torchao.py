@@ -7,7 +7,7 @@ from typing import Any
 
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.foreign.drafts import FIRST, SECOND, Draft, Meaning, Source, checkpoint_of
-from optstate.checkpoint.foreign.torch_optim import no_weight_decay, read_as_adamw
+from optstate.checkpoint.foreign.torch_optim import read_as_adamw
 from optstate.checkpoint.foreign.trees import StateDict
 from optstate.checkpoint.pickled import Global, Object
 from optstate.checkpoint.stored import Stored
@@ -44,9 +44,6 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
     store = stores.pop() if len(stores) == 1 else None
     name, notes = read_as_adamw(found, optimizer, NAMES.get(store or "", "AdamW"))
     recipe = RECIPES.get(store or "", "adamw")
-    decoupled = name.startswith("AdamW") or no_weight_decay(found.groups)
-    if not decoupled or any(group["amsgrad"] for group in found.groups):
-        recipe = ""
     return checkpoint_of(found, Source("torchao", "torchao", name, recipe), _say, notes)
 
 

@@ -5,32 +5,27 @@ from __future__ import annotations
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.foreign import layouts
 from optstate.checkpoint.foreign.drafts import Meaning, hyper
-from optstate.checkpoint.foreign.layouts import Groups, Kept, Layout
+from optstate.checkpoint.foreign.layouts import Kept, Layout
 from optstate.checkpoint.foreign.torch_optim import ADAM
 from optstate.checkpoint.foreign.trees import StateDict
+from optstate.others import libraries
 
 __all__ = ["ADAFACTOR", "read"]
 
 
-def _recipe(groups: Groups) -> str:
-    return "adafactor"
-
-
 ADAFACTOR = Layout(
     "Adafactor",
-    frozenset({"clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"}),
+    libraries.HF_ADAFACTOR,
     {
         "exp_avg": Kept(Meaning("update", beta=hyper("beta1")), "exp_avg"),
         "exp_avg_sq": Kept(Meaning("square", signed=False), "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
     },
     others=frozenset({"RMS"}),
-    recipe=_recipe,
 )
 
 LAYOUTS = (
     ADAFACTOR,
-    # It adds eps to an uncorrected root and decays weights after the step: no recipe of ours.
-    Layout("AdamW", frozenset({"betas", "eps", "correct_bias"}), ADAM),
+    Layout("AdamW", libraries.OLD_ADAMW, ADAM),
 )
 
 

@@ -13,6 +13,7 @@ from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.numpy_values import element
 from optstate.checkpoint.pickled import Global, Object, Stranger, Unread
 from optstate.checkpoint.stored import Stored, numbers
+from optstate.others import stem_of
 
 __all__ = [
     "Id",
@@ -179,14 +180,6 @@ def _state_of(ident: Any, kept: Any, known: Mapping[Id, str], path: str) -> dict
 
 def _id_text(ident: Any) -> str:
     return shown(repr(ident))
-
-
-def stem_of(optimizer: str) -> str:
-    """An optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
-    stem = optimizer.lower().replace("_", "").replace("-", "").removeprefix("paged")
-    for bits in ("8bit", "4bit", "32bit", "fp8"):
-        stem = stem.removesuffix(bits)
-    return stem
 
 
 # --- values -------------------------------------------------------------------------------------------------------

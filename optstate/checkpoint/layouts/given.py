@@ -9,6 +9,7 @@ from typing import Any
 
 from optstate.checkpoint.document import Document, Group, Parameter, SlotRecord, TensorValue
 from optstate.checkpoint.errors import shown
+from optstate.checkpoint.rules import library_of
 from optstate.checkpoint.torch_pickle import Constant, NewTensor
 from optstate.checkpoint.writer import NewEntry
 
@@ -65,8 +66,7 @@ class Given:
     @property
     def tool(self) -> str:
         """Whose hyper-parameters it has, "" for our own; a file of LeRobot's holds those of another library."""
-        library = self.document.source.get("library", self.kind)
-        return library if isinstance(library, str) else ""
+        return library_of(self.document)
 
     @property
     def same(self) -> bool:
