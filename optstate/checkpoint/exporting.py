@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -57,12 +57,19 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
         raise CheckpointError(target, reason, "give the name of a new folder", refused=True)
     there = find(target)
     for source in conversion.checkpoint.files:
-        if os.path.exists(there) and os.path.samefile(source, there):
+        if _is_same(source, there):
             raise CheckpointError(target, "is the source itself", "choose another name", refused=True)
     if not overwrite and os.path.lexists(there):
         raise CheckpointError(target, "exists already", "choose another name, or --force", refused=True)
     if not os.path.isdir(target.parent):
         raise CheckpointError(target, "its folder does not exist", "make it first")
+
+
+def _is_same(source: str, target: str) -> bool:
+    """Whether both lead to one file; a source that was removed since it was opened is none."""
+    with suppress(OSError):
+        return os.path.samefile(source, target)
+    return False
 
 
 def notes_of(conversion: Conversion, layout: str = NATIVE) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 from optstate.checkpoint.errors import CheckpointError, shown
@@ -28,9 +28,9 @@ from optstate.checkpoint.kinds import (
     kind_of,
     open_file,
     read_bytes,
-    size_of,
     special_kind,
 )
+from optstate.checkpoint.opened import Opened
 from optstate.checkpoint.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object
 
 __all__ = ["BITS", "METADATA", "TORCH_NAMES", "Entry", "Header", "Issue", "Report", "raising", "read", "read_stream"]
@@ -86,6 +86,9 @@ TORCH_NAMES = {
 MAX_COUNT = (1 << 63) - 1  # no framework counts further
 ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"
+KNOWN = "header"
+"""Under which an opened file keeps its header, and the warnings of it, for whoever asks next."""
+
 FIELDS = ("dtype", "shape", "data_offsets")
 
 
@@ -112,13 +115,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says before its data; `tensors` are in the order of their bytes."""
+    """What a safetensors file says before its data; `tensors` are in the order of their bytes.
+
+    source: the file it was read from, as long as this is kept; None for what came through a pipe.
+    """
 
     path: str
     metadata: dict[str, str]
     tensors: tuple[Entry, ...]
     data_start: int
     file_size: int
+    source: Opened | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,20 @@ class Report:
     def warning(self, where: str, what: str) -> None:
         """What is valid but odd."""
         self._add(Issue("warning", self._within + where, what))
+
+    def repeat(self, issues: Iterable[Issue]) -> None:
+        """What was found before."""
+        for issue in issues:
+            self._add(replace(issue, where=self._within + issue.where))
+
+    def noted(self, issues: list[Issue]) -> Report:
+        """The same, which keeps what is found in a list, too."""
+
+        def add(issue: Issue) -> None:
+            issues.append(issue)
+            self.repeat([issue])
+
+        return Report(add)
 
     def within(self, where: str) -> Report:
         """The same for the parts of `where`."""
@@ -171,11 +192,19 @@ def read(path: str | os.PathLike[str], report: Report) -> Header:
     if special is not None:
         raise CheckpointError(path, f"{special}, not a safetensors file", _special_hint(path, special))
     with open_file(path) as file:
-        size = size_of(file)
-        first = read_bytes(path, file, min(size, 512))
-        length = _header_length(path, first, size)
-        header = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
-    return _parsed(path, header, length, size, report)
+        source = file.opened
+        if KNOWN not in source.known:
+            size, found = source.size, list[Issue]()
+            first = read_bytes(path, file, min(size, 512))
+            length = _header_length(path, first, size)
+            content = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
+            header = replace(_parsed(path, content, length, size, report.noted(found)), source=source)
+            if not any(issue.severity == "error" for issue in found):
+                source.known[KNOWN] = header, found
+            return header
+    known: tuple[Header, list[Issue]] = source.known[KNOWN]
+    report.repeat(known[1])
+    return replace(known[0], path=os.fspath(path))
 
 
 def read_stream(path: str | os.PathLike[str], file: BinaryIO, report: Report) -> Header:
@@ -319,14 +348,14 @@ class _Parser:
         where = tensor_place(name)
         found = dict(fields)
         counts = Counter(key for key, _ in fields)
-        for field in FIELDS:
-            if counts[field] != 1:
-                self.report.error(where, f"its entry has {'no' if not counts[field] else 'two'} {field}")
+        for key in FIELDS:
+            if counts[key] != 1:
+                self.report.error(where, f"its entry has {'no' if not counts[key] else 'two'} {key}")
                 return None
         if len(counts) > len(FIELDS):
             extra = ", ".join(f"'{shown(key)}'" for key in list(counts) if key not in FIELDS)
             self.report.warning(where, f"its entry has fields the format does not know: {extra}")
-        dtype, shape, offsets = (found[field] for field in FIELDS)
+        dtype, shape, offsets = (found[key] for key in FIELDS)
         if not isinstance(dtype, str) or dtype not in BITS:
             self.report.error(where, f"unknown dtype {value_text(dtype)}")
             return None

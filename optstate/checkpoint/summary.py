@@ -13,6 +13,7 @@ from optstate.checkpoint.document import KEY, Parameter
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.native_file import native_of
+from optstate.checkpoint.opened import reading
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.prices import bytes_by_recipe
 from optstate.checkpoint.stored import Stored, stored_entry
@@ -134,18 +135,19 @@ def summarize(
     Raises:
         CheckpointError: if it is none of these, or not a valid one.
     """
-    try:
-        return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
-    except CheckpointError:
-        from optstate.checkpoint.foreign.lerobot import is_lerobot
+    with reading():
+        try:
+            return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
+        except CheckpointError:
+            from optstate.checkpoint.foreign.lerobot import is_lerobot
 
-        headers = _headers(path)
-        documents = [header for header in headers if KEY in header.metadata]
-        if not documents and headers and not any(map(is_lerobot, headers)):
-            return _of_others(os.fspath(path), headers)
-        if len(documents) != 1:
-            raise
-    return summary_of(native_of(os.fspath(path), headers))
+            headers = _headers(path)
+            documents = [header for header in headers if KEY in header.metadata]
+            if not documents and headers and not any(map(is_lerobot, headers)):
+                return _of_others(os.fspath(path), headers)
+            if len(documents) != 1:
+                raise
+        return summary_of(native_of(os.fspath(path), headers))
 
 
 def summarize_stream(file: BinaryIO) -> Summary:
@@ -262,7 +264,7 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
 def _of_others(path: str, headers: tuple[Header, ...]) -> Summary:
     """Tensors by dtype: what they are is not said."""
     rows = [
-        Row(entry.name, "", "", "", "unknown", stored_entry(header.path, entry))
+        Row(entry.name, "", "", "", "unknown", stored_entry(header, entry))
         for header in headers
         for entry in header.tensors
     ]

@@ -10,6 +10,7 @@ from typing import Any
 from optstate.checkpoint.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.header import TORCH_NAMES
+from optstate.checkpoint.opened import FileChangedError
 from optstate.checkpoint.pickled import Global, Object
 from optstate.checkpoint.stored import Stored, numbers
 
@@ -172,6 +173,8 @@ def small_numbers(stored: Stored) -> tuple[float | int, ...]:
     """
     try:
         return numbers(stored)
+    except FileChangedError:
+        raise
     except (ValueError, OSError) as error:
         raise NotPlainError(str(error)) from None
 
