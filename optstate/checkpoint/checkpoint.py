@@ -47,9 +47,10 @@ class Checkpoint:
 
     def with_parameters(self, parameters: tuple[Parameter, ...], tensors: Mapping[str, Stored]) -> Checkpoint:
         """The same with other parameters, in the same groups, and their tensors."""
+        document = replace(self.document, parameters=parameters)
         groups = tuple(
-            replace(group, parameters=tuple(param.name for param in parameters if param.group == g))
-            for g, group in enumerate(self.document.groups)
+            replace(group, parameters=tuple(param.name for param in held))
+            for group, held in zip(document.groups, document.members, strict=True)
         )
-        document = replace(self.document, groups=groups, parameters=parameters)
+        document = replace(document, groups=groups)
         return replace(self, document=document, tensors=tensors)

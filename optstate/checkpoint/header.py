@@ -12,11 +12,13 @@ the file before it is read, and an entry is decoded alone, so no number in a fil
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO
+from math import prod
+from typing import Any, BinaryIO
 
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.kinds import (
@@ -84,12 +86,22 @@ TORCH_NAMES = {
 """What torch calls the dtypes that both have."""
 
 MAX_COUNT = (1 << 63) - 1  # no framework counts further
+MOST_DIMENSIONS = 1000  # torch counts to 64 in most places, the format has no limit
 ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"
 KNOWN = "header"
 """Under which an opened file keeps its header, and the warnings of it, for whoever asks next."""
 
 FIELDS = ("dtype", "shape", "data_offsets")
+
+
+_COUNT = r"(?:0|[1-9][0-9]{0,17})"
+_ENTRY = (
+    rf'\{{"dtype": ?"([A-Z0-9_]{{2,12}})", ?"shape": ?\[((?:{_COUNT}(?:, ?{_COUNT}){{0,{MOST_DIMENSIONS - 1}}})?)\]'
+    rf', ?"data_offsets": ?\[({_COUNT}), ?({_COUNT})\]\}}'
+)
+_USUAL, _FOLLOWING = re.compile(_ENTRY), re.compile(rf', ?"([^"\\\x00-\x1f]*)": ?{_ENTRY}')
+"""An entry as writers write it, and the next one with its name: most are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +242,15 @@ def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int 
         short = "became shorter while it was read" if size is not None else "ends within its header"
         raise CheckpointError(path, f"the file {short}")
     text = _header_text(path, header)
-    parser = _Parser(text, report)
+    start = 8 + length
+    parser = _Parser(text, report, start)
     try:
         parser.parse()
     except NotJSONError as error:
         raise CheckpointError(path, f"the header is not valid JSON: {error}") from None
-    start = 8 + length
     if start % 8:
         report.warning("header", f"not padded: the data begin at byte {start}, which is no multiple of 8")
-    tensors = _in_file_order(parser, start, size)
+    tensors = _in_file_order(parser, size)
     end = tensors[-1].stop if tensors else start
     return Header(os.fspath(path), parser.metadata, tensors, start, end if size is None else size)
 
@@ -287,11 +299,12 @@ def _header_text(path: str | os.PathLike[str], header: bytes) -> str:
 
 
 class _Parser:
-    """Goes through a header once; `entries` have offsets from the beginning of the data."""
+    """Goes through a header once; `start` is the byte of the file with which the data begin."""
 
-    def __init__(self, text: str, report: Report) -> None:
+    def __init__(self, text: str, report: Report, start: int) -> None:
         self.text = text
         self.report = report
+        self.start = start
         self.metadata: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
         self.tensors = 0
@@ -310,10 +323,14 @@ class _Parser:
                 self.report.error("metadata", f"{METADATA} occurs twice in the header")
             self._has_metadata = True
             return self._metadata(at)
-        if name in self._names:
-            self.report.error(tensor_place(name), "occurs twice in the header")
-        self._names.add(name)
-        self.tensors += 1
+        if (found := _USUAL.match(self.text, at)) is not None:
+            self._usual(name, *found.groups())
+            end = found.end()
+            while (found := _FOLLOWING.match(self.text, end)) is not None and found[1] != METADATA:
+                self._usual(*found.groups())
+                end = found.end()
+            return end
+        self._count(name)
         if not self.text.startswith("{", at):
             self.report.error(tensor_place(name), "its entry is not an object")
             return decode(self.text, at)[1]
@@ -322,6 +339,28 @@ class _Parser:
         if entry is not None:
             self.entries[name] = entry
         return end
+
+    def _count(self, name: str) -> None:
+        if name in self._names:
+            self.report.error(tensor_place(name), "occurs twice in the header")
+        self._names.add(name)
+        self.tensors += 1
+
+    def _usual(self, name: str, dtype: str, sizes: str, first: str, last: str) -> None:
+        """Take an entry whose fields are there and of the right types."""
+        self._count(name)
+        shape = tuple(map(int, sizes.split(","))) if sizes else ()
+        start, stop = int(first), int(last)
+        elements = prod(shape)
+        if (
+            dtype in BITS
+            and start <= stop
+            and 0 < elements <= MAX_COUNT
+            and elements * BITS[dtype] == 8 * (stop - start)
+        ):
+            self.entries[name] = Entry(name, dtype, shape, self.start + start, self.start + stop)
+        elif (entry := self._checked(name, dtype, list(shape), [start, stop])) is not None:
+            self.entries[name] = entry
 
     def _metadata(self, at: int) -> int:
         if self.text.startswith("null", at):
@@ -355,35 +394,42 @@ class _Parser:
         if len(counts) > len(FIELDS):
             extra = ", ".join(f"'{shown(key)}'" for key in list(counts) if key not in FIELDS)
             self.report.warning(where, f"its entry has fields the format does not know: {extra}")
-        dtype, shape, offsets = (found[key] for key in FIELDS)
+        return self._checked(name, *(found[key] for key in FIELDS))
+
+    def _checked(self, name: str, dtype: Any, shape: Any, offsets: Any) -> Entry | None:
         if not isinstance(dtype, str) or dtype not in BITS:
-            self.report.error(where, f"unknown dtype {value_text(dtype)}")
+            self.report.error(tensor_place(name), f"unknown dtype {value_text(dtype)}")
             return None
         # An object arrives as `Pairs`, which is a list, too: an empty one would pass for the shape of a scalar.
         if type(shape) is not list or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in shape):
-            self.report.error(where, f"shape {value_text(shape)} is not a list of counts")
+            self.report.error(tensor_place(name), f"shape {value_text(shape)} is not a list of counts")
+            return None
+        if len(shape) > MOST_DIMENSIONS:
+            self.report.error(tensor_place(name), f"{len(shape)} dimensions: at most {MOST_DIMENSIONS} are read")
             return None
         pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
         if not pair or offsets[0] > offsets[1]:
-            self.report.error(where, f"data_offsets {value_text(offsets)} are not a beginning and an end")
+            self.report.error(tensor_place(name), f"data_offsets {value_text(offsets)} are not a beginning and an end")
             return None
         start, stop = offsets
-        self._size(where, dtype, shape, stop - start)
-        return Entry(name, dtype, tuple(shape), start, stop)
+        self._size(name, dtype, shape, stop - start)
+        return Entry(name, dtype, tuple(shape), self.start + start, self.start + stop)
 
-    def _size(self, where: str, dtype: str, shape: list[int], nbytes: int) -> None:
+    def _size(self, name: str, dtype: str, shape: list[int], nbytes: int) -> None:
         elements = 1
         for n in shape:
             elements *= max(n, 1)
             if elements > MAX_COUNT:  # at once: the product of a thousand such numbers would take long
-                self.report.error(where, f"shape {value_text(shape)} has more elements than can be counted")
+                self.report.error(
+                    tensor_place(name), f"shape {value_text(shape)} has more elements than can be counted"
+                )
                 return
         bits = BITS[dtype] * (0 if 0 in shape else elements)
         if bits % 8:
-            self.report.error(where, f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
+            self.report.error(tensor_place(name), f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
         elif bits // 8 != nbytes:
             what = f"shape {value_text(shape)} of {dtype} takes {bits // 8} bytes, its data_offsets span {nbytes}"
-            self.report.error(where, what)
+            self.report.error(tensor_place(name), what)
 
     def _odd_names(self) -> None:
         normal: dict[str, str] = {}
@@ -407,30 +453,37 @@ def value_text(value: object) -> str:
     return shown(repr(value[:50]) if isinstance(value, list | str) else repr(value))
 
 
-def _in_file_order(parser: _Parser, start: int, size: int | None) -> tuple[Entry, ...]:
-    """The entries by position with offsets from the beginning of the file; reports gaps, overlaps, missing bytes."""
+def _in_file_order(parser: _Parser, size: int | None) -> tuple[Entry, ...]:
+    """The entries by position; reports gaps, overlaps, missing bytes."""
     report = parser.report
     ordered = sorted(parser.entries.values(), key=lambda entry: (entry.start, entry.stop))
     complete = len(ordered) == parser.tensors  # otherwise a gap may be that of a tensor already reported
-    reached = 0
-    last = "the header"
+    reached = parser.start
+    last: Entry | None = None
     unaligned = []
     for entry in ordered:
         if entry.start > reached and complete:
-            what = f"{entry.start - reached} bytes between {last} and this tensor belong to none"
+            what = f"{entry.start - reached} bytes between {_before(last)} and this tensor belong to none"
             report.error(tensor_place(entry.name), what)
         elif entry.start < reached:
-            report.error(tensor_place(entry.name), f"overlaps {last} by {min(reached, entry.stop) - entry.start} bytes")
-        if entry.nbytes and (start + entry.start) % max(BITS[entry.dtype] // 8, 1):
+            what = f"overlaps {_before(last)} by {min(reached, entry.stop) - entry.start} bytes"
+            report.error(tensor_place(entry.name), what)
+        if entry.nbytes and entry.start % max(BITS[entry.dtype] // 8, 1):
             unaligned.append(entry.name)
         if entry.stop >= reached:
-            reached, last = entry.stop, tensor_place(entry.name)
+            reached, last = entry.stop, entry
     if unaligned:
         more = f" and {len(unaligned) - 1} more" if len(unaligned) > 1 else ""
         report.warning(tensor_place(unaligned[0]) + more, "not aligned to the size of an element")
-    present = size - start if size is not None else reached
+    present = size if size is not None else reached
     if reached > present:
-        report.error("data", f"truncated: {reached - present} of {reached} bytes are missing at the end of the file")
+        what = f"{reached - present} of {reached - parser.start} bytes are missing at the end of the file"
+        report.error("data", f"truncated: {what}")
     elif reached < present and complete:
         report.error("data", f"{present - reached} bytes after the last tensor belong to none")
-    return tuple(Entry(e.name, e.dtype, e.shape, start + e.start, start + e.stop) for e in ordered)
+    return tuple(ordered)
+
+
+def _before(last: Entry | None) -> str:
+    """What lies before a tensor."""
+    return tensor_place(last.name) if last is not None else "the header"

@@ -178,12 +178,12 @@ def summary_of(checkpoint: Checkpoint) -> Summary:
     groups = [
         GroupSummary(
             len(group.parameters),
-            _elements([param for param in document.parameters if param.group == g]),
+            _elements(held),
             group.role,
             group.head_size,
             group.hyper,
         )
-        for g, group in enumerate(document.groups)
+        for group, held in zip(document.groups, document.members, strict=True)
     ]
     return Summary(
         path=checkpoint.path,
@@ -244,7 +244,8 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
     members: dict[tuple[str, str], list[Row]] = {key: [] for key in covered}
     for row in rows:
         members.setdefault((row.slot, row.store), []).append(row)
-    order = list(dict.fromkeys(slot for slot, _ in members))  # all stores of a statistic together
+    slots = dict.fromkeys(slot for slot, _ in members)
+    order = {slot: place for place, slot in enumerate(slots)}  # all stores of a statistic together
     return tuple(
         SlotSummary(
             slot,
@@ -254,7 +255,7 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
             covered.get((slot, store), sum(row.stored.elements for row in of_slot)),
             sum(row.stored.nbytes for row in of_slot),
         )
-        for (slot, store), of_slot in sorted(members.items(), key=lambda item: order.index(item[0][0]))
+        for (slot, store), of_slot in sorted(members.items(), key=lambda item: order[item[0][0]])
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,18 @@ from torch import Tensor
 from optstate.checkpoint.container import BITS
 from optstate.checkpoint.stored import Pieces, Stored
 
-__all__ = ["DTYPES", "Statistics", "announce", "bits", "bytes_of", "load", "pieces", "read_into", "statistics"]
+__all__ = [
+    "DTYPES",
+    "Statistics",
+    "all_sound",
+    "announce",
+    "bits",
+    "bytes_of",
+    "load",
+    "pieces",
+    "read_into",
+    "statistics",
+]
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -159,6 +170,19 @@ def _parts(stored: Stored) -> Iterator[Stored]:
     for first in range(0, length, count):
         shape, start = (min(count, length - first), *inner.shape), stored.start + first * stride * size
         yield from _parts(replace(stored, start=start, shape=shape, stride=(stride, *(step for step, _ in rest))))
+
+
+def all_sound(tensors: Sequence[Stored]) -> bool:
+    """Whether small tensors of one dtype hold finite numbers from zero on only; False where that is not known."""
+    dtype = _TORCH.get(tensors[0].dtype)
+    if dtype is None or any(isinstance(each, Pieces) or each.stride is not None for each in tensors):
+        return False
+    flat = torch.empty(sum(each.elements for each in tensors), dtype=dtype)
+    memory, at = _memory(flat), 0
+    for each in tensors:
+        each.read_into(memory[at : at + each.nbytes])
+        at += each.nbytes
+    return bool(((flat := flat.float() if dtype.itemsize < 4 else flat) >= 0).logical_and_(flat < torch.inf).all())
 
 
 def statistics(stored: Stored) -> Statistics:
