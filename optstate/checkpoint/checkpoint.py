@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from optstate.checkpoint.document import Document, Parameter, SlotRecord
+from optstate.checkpoint.kinds import permissions_of
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["OPTSTATE", "Checkpoint"]
@@ -39,6 +41,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
+
+    @property
+    def permissions(self) -> int | None:
+        """Who may do what with all of its files; None if there are none."""
+        return reduce(int.__and__, map(permissions_of, self.files)) if self.files else None
 
     @property
     def named(self) -> bool:

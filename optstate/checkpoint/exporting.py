@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from optstate.checkpoint import layouts
-from optstate.checkpoint.atomic import replacing, write_all
+from optstate.checkpoint.atomic import ending_in_order, replacing, write_all
 from optstate.checkpoint.carry_out import Track, carry_out, write_converted
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.errors import CheckpointError, shown
@@ -130,9 +130,10 @@ def export(
 def _write_layout(conversion: Conversion, target: Path, layout: str, overwrite: bool, track: Track) -> Report:
     entries = {entry.name: entry for entry in conversion.entries}
     if layout == layouts.LEROBOT:
-        return _write_lerobot(conversion, target, entries, track)
+        with ending_in_order():
+            return _write_lerobot(conversion, target, entries, track)
     tree = layouts.tree_of(layout, conversion.document, entries)
-    with create_torch(target, tree, overwrite=overwrite) as file:
+    with create_torch(target, tree, overwrite=overwrite, permissions=conversion.checkpoint.permissions) as file:
 
         def put(key: str, tensor: Tensor) -> None:
             file.put(key, bytes_of(tensor))
@@ -145,10 +146,11 @@ def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, N
     made = layouts.lerobot_of(conversion.document, entries)
     constants = [NewEntry(name, constant.dtype, constant.shape) for name, constant in made.constants.items()]
     all_entries = [*made.tensors.values(), *constants]
-    folder = target.with_name(f".optstate-{os.urandom(8).hex()}.tmp")
+    folder, kept = target.with_name(f".optstate-{os.urandom(8).hex()}.tmp"), conversion.checkpoint.permissions
     folder.mkdir()
     try:
-        with create(folder / LEROBOT_STATE, all_entries, room=header_size({}, all_entries)) as file:
+        room = header_size({}, all_entries)
+        with create(folder / LEROBOT_STATE, all_entries, room=room, permissions=kept) as file:
             for name, constant in made.constants.items():
                 file.put(name, constant.data)
 
@@ -157,7 +159,7 @@ def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, N
 
             report = carry_out(conversion, put, track)
             file.finish({})
-        with replacing(folder / LEROBOT_GROUPS, False) as descriptor:
+        with replacing(folder / LEROBOT_GROUPS, False, kept) as descriptor:
             write_all(descriptor, memoryview(made.groups.encode()))
         os.rename(folder, target)
     except BaseException:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, BinaryIO
 
-from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.errors import CheckpointError, has_controls, shown
 from optstate.checkpoint.kinds import (
     FOLDER,
     HINTS,
@@ -436,7 +436,7 @@ class _Parser:
         for name in self._names:
             if not name:
                 self.report.warning(tensor_place(name), "its name is empty")
-            elif not name.isprintable():
+            elif not name.isprintable() and not has_controls(name):  # those are an error of the checker's
                 self.report.warning(tensor_place(name), "its name has characters that cannot be printed")
             if not name.isascii():
                 other = normal.setdefault(unicodedata.normalize("NFC", name), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -83,6 +84,7 @@ def _parse_index(file: Path, content: bytes, report: Report) -> tuple[dict[str, 
     metadata: dict[str, Any] = {}
     weight_map: dict[str, str] = {}
     seen: set[str] = set()
+    problem_of = cache(_unsafe)  # few shards have many tensors
     text = ""
 
     def tensor(name: str, at: int) -> int:
@@ -91,7 +93,7 @@ def _parse_index(file: Path, content: bytes, report: Report) -> tuple[dict[str, 
         shard, end = decode_string(text, at) if text.startswith('"', at) else (None, decode(text, at)[1])
         if not isinstance(shard, str):
             report.error(tensor_place(name), "weight_map does not give a file name")
-        elif problem := _unsafe(shard):
+        elif problem := problem_of(shard):
             report.error(tensor_place(name), f"weight_map leads to '{shown(shard)}', {problem}")
         else:
             weight_map[name] = shard

@@ -18,6 +18,7 @@ __all__ = [
     "identify",
     "kind_of",
     "open_file",
+    "permissions_of",
     "read_bytes",
     "read_whole",
     "size_of",
@@ -129,6 +130,14 @@ def open_file(path: str | os.PathLike[str]) -> View:
         return View(opened_at(path))
     except (OSError, ValueError) as error:
         raise cannot_open(path, error) from error
+
+
+def permissions_of(path: str | os.PathLike[str]) -> int:
+    """Who may do what with a file; its owner alone, if it is not there any more."""
+    try:
+        return stat.S_IMODE(os.stat(path).st_mode) & 0o777
+    except OSError:
+        return stat.S_IRUSR | stat.S_IWUSR
 
 
 def source_of(file: BinaryIO | View) -> Opened:

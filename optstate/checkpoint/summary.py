@@ -17,6 +17,7 @@ from optstate.checkpoint.opened import reading
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.prices import bytes_by_recipe
 from optstate.checkpoint.stored import Stored, stored_entry
+from optstate.collector import paused
 
 __all__ = ["STREAM", "GroupSummary", "Row", "SlotSummary", "Summary", "summarize", "summarize_stream", "summary_of"]
 
@@ -135,7 +136,7 @@ def summarize(
     Raises:
         CheckpointError: if it is none of these, or not a valid one.
     """
-    with reading():
+    with reading(), paused():
         try:
             return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
         except CheckpointError:
