@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_labels_are_nothing_to_a_language_model(tmp_path: Path) -> None:
         ({**LLAMA, "num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers has 1000000000"),
         ({**LLAMA, "text_config": {"inner": {"num_hidden_layers": 10**6}}}, "num_hidden_layers is 1000000"),
         ({**LLAMA, "anything": 10**13}, "anything has 10000000000000"),
-        ({**LLAMA, "num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
+        ({**LLAMA, "num_hidden_layers": 10**400}, "it must be a whole number"),
     ],
 )
 def test_numbers_in_configs(tree: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -340,11 +341,11 @@ def test_a_model_of_too_many_modules_is_given_up(tmp_path: Path, monkeypatch: py
         of_config_file(config(tmp_path, LLAMA), "float32")
 
 
-def configs(count: int, folder: Path) -> tuple[float, int, dict[str, int]]:
+def configs(count: int, folder: Path) -> tuple[float, int, Counter[str]]:
     """The slowest of so many damaged configs, by how much memory grew, and what they came to."""
     of_config_file(config(folder, LLAMA), "float32")
     of_config_file(config(folder, NEO), "float32")
-    slowest, before, outcomes = 0.0, peak(), {"result": 0, "refused": 0}
+    slowest, before, outcomes = 0.0, peak(), Counter[str]()
     for number in range(count):
         random = Random(number)
         text = damaged_json(json.dumps(random.choice([LLAMA, NEO])), random)
@@ -354,8 +355,7 @@ def configs(count: int, folder: Path) -> tuple[float, int, dict[str, int]]:
             of_config_file(folder / "config.json", "float32")
             outcomes["result"] += 1
         except SourceError as error:
-            assert str(error).isprintable(), text
-            outcomes["refused"] += 1
+            outcomes["refused" if str(error).isprintable() else f"not printable: {text}"] += 1
         slowest = max(slowest, time.process_time() - began)
     return slowest, peak() - before, outcomes
 
@@ -363,6 +363,7 @@ def configs(count: int, folder: Path) -> tuple[float, int, dict[str, int]]:
 def test_damaged_configs(tmp_path: Path) -> None:
     slowest, grown, outcomes = configs(200, tmp_path)
     print(f"200 damaged configs: {outcomes}, slowest {slowest:.2f} s, {grown >> 20} MiB")
+    assert outcomes.keys() == {"result", "refused"}
     assert min(outcomes.values()) > 20
     assert slowest < SECONDS * PATIENCE
     assert grown < MEMORY
