@@ -291,7 +291,7 @@ def test_a_made_file(name: str, tmp_path: Path) -> None:
     header, body, reason = MADE[name]
     path = file_of(tmp_path, header, body)
     assert reason in refusal(path)
-    assert the_library_opens(path) == (name == "a tensor twice")
+    assert the_library_opens(path) == (name in ("a tensor twice", "very many lengths"))
 
 
 def test_more_elements_than_can_be_counted_in_an_empty_tensor(tmp_path: Path) -> None:
