@@ -10,10 +10,11 @@ import typer
 
 from optstate.checkpoint.container import Issue, structural_issues
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.opened import reading
 from optstate.checkpoint.summary import summarize
 
 from .findings import structure_of, values_of
-from .opening import KEY, NAMES, OPTIMIZER
+from .opening import KEY, NAMES, OPTIMIZER, not_a_stream
 from .output import FINDINGS, JSON, failing, print_json, print_table
 
 SCHEMA = "optstate.check/1"
@@ -30,7 +31,8 @@ def check(
 
     Exit code 0: no errors, warnings at most. 1: errors. 3: not a checkpoint that can be checked at all.
     """
-    with failing():
+    with failing(), reading():
+        not_a_stream(path)
         issues = _issues(path, key, names, optimizer)
         errors = [issue for issue in issues if issue.severity == "error"]
         if as_json:

@@ -14,7 +14,7 @@ import typer
 
 from optstate.checkpoint.errors import CheckpointError, escaped
 
-from .opening import KEY, NAMES, OPTIMIZER
+from .opening import KEY, NAMES, OPTIMIZER, not_a_stream
 from .output import JSON, bytes_text, failing, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def convert(
     limit = _size(max_shard_size) if max_shard_size is not None else None
     _check_words(to, by_slot, recipe, settings, layout)
     with failing():
+        not_a_stream(source, target)
         from optstate.checkpoint.as_here import with_canonical_names
         from optstate.checkpoint.opening import open_checkpoint
 
@@ -158,6 +159,8 @@ def _planned(
     from optstate.checkpoint.to_recipe import as_recipe
 
     try:
+        if recipe is not None and not checkpoint.document.parameters:
+            raise ValueError("it has no parameters, so there is nothing to make state of another recipe of")
         if recipe is not None:
             conversion = as_recipe(checkpoint, recipe, settings)
         elif to is not None or by_slot:

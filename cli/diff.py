@@ -14,7 +14,7 @@ from optstate.checkpoint.consistency import refuse_contradictions
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.opening import open_checkpoint
 
-from .opening import KEY, NAMES, OPTIMIZER
+from .opening import KEY, NAMES, OPTIMIZER, not_a_stream
 from .output import FINDINGS, JSON, failing, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def diff(
     Exit code 0: equal or close. 1: different.
     """
     with failing():
+        not_a_stream(a, b)
         first, second = (_opened(path, key, names, optimizer) for path in (a, b))
         from optstate.checkpoint.compare import DIFFERENT, compare  # imports torch
 

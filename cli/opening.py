@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["KEY", "NAMES", "OPTIMIZER"]
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.summary import STREAM
+
+__all__ = ["KEY", "NAMES", "OPTIMIZER", "not_a_stream"]
+
+
+def not_a_stream(*paths: Path) -> None:
+    """Refuse `-`, which stands for a pipe elsewhere: tensors are read where they lie, and written in any order."""
+    if STREAM in map(str, paths):
+        reason = "a checkpoint is read from a file and written into a file, not through a pipe"
+        hint = "give the name of a file; `optstate inspect -` shows the header of what comes through a pipe"
+        raise CheckpointError(STREAM, reason, hint, refused=True)
+
 
 KEY = Annotated[
     str | None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from optstate.checkpoint.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["as_bytes", "replacing", "reported", "reserve", "write_all", "write_at"]
+__all__ = ["as_bytes", "ending_in_order", "replacing", "reported", "reserve", "write_all", "write_at"]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
@@ -22,19 +24,28 @@ _NO_RESERVATION = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], overwrite: bool) -> Iterator[int]:
+def replacing(path: str | os.PathLike[str], overwrite: bool, permissions: int | None = None) -> Iterator[int]:
     """A descriptor to write the new file with; it takes its place when the body ends without an exception.
 
-    A symbolic link is followed. An existing file keeps its permissions, a new one gets those of the process (0666 less
-    the umask). On any exception, KeyboardInterrupt included, the temporary file is removed. A killed process may leave
-    `.optstate-<random>.tmp` in the target's folder: never read, safe to delete.
+    A symbolic link is followed. An existing file keeps its permissions, a new one gets those that are given, else those
+    of the process (0666 less the umask). On any exception, KeyboardInterrupt included, the temporary file is removed,
+    and when the process is asked to end (`ending_in_order`). A killed one may leave `.optstate-<random>.tmp` in the
+    target's folder: never read, safe to delete.
 
     Raises CheckpointError if the target exists and `overwrite` is false (refused), is no regular file (refused), or
     cannot be written. Exceptions of the body pass; it puts what it does with the descriptor under `reported`.
     """
     target = os.path.realpath(path)
-    permissions = _permissions(path, target, overwrite)
+    existing = _permissions(path, target, overwrite)
+    permissions = permissions if existing is None else existing
     temporary = os.path.join(os.path.dirname(target), f".optstate-{os.urandom(8).hex()}.tmp")
+    with ending_in_order():
+        yield from _replacing(path, target, temporary, permissions, overwrite)
+
+
+def _replacing(
+    path: str | os.PathLike[str], target: str, temporary: str, permissions: int | None, overwrite: bool
+) -> Iterator[int]:
     try:
         with reported(path):
             descriptor = os.open(temporary, _NEW, 0o666 if permissions is None else permissions)
@@ -52,6 +63,42 @@ def replacing(path: str | os.PathLike[str], overwrite: bool) -> Iterator[int]:
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
+        raise
+
+
+class _EndedError(BaseException):
+    """The process was asked to end."""
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Within it, SIGTERM and SIGHUP end the process as they always do, but what is half written is removed before.
+
+    Only where nobody else has decided what they do, and in the main thread, which alone may decide it.
+    """
+    signals = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    ours = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # what is being removed is removed
+        raise _EndedError(number)
+
+    try:
+        try:
+            for number in ours:
+                signal.signal(number, end)
+            yield
+        finally:
+            for number in ours:
+                signal.signal(number, signal.SIG_DFL)
+    except _EndedError as ended:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.args[0])
         raise
 
 

@@ -27,6 +27,9 @@ Track = Callable[[Iterable[Parameter]], Iterable[Parameter]]
 
 USUAL_EPS = 1e-8
 
+MOST_HISTORY, LEFT_OUT = 64, "left_out"
+"""Conversions that a document tells of, and the key under which it says how many others there were."""
+
 
 def write_converted(
     conversion: Conversion,
@@ -39,7 +42,7 @@ def write_converted(
     """Write what a checkpoint becomes as one safetensors file, and report what was lost.
 
     Memory: the statistics of one parameter in fp32, and their new tensors. The file is replaced at once or not at all.
-    More than `max_shard_size` bytes become several files with an index.
+    More than `max_shard_size` bytes become several files with an index. A new file has the permissions of the source.
 
     Raises:
         CheckpointError: if the target exists (refused unless `overwrite`) or cannot be written.
@@ -48,7 +51,8 @@ def write_converted(
     entries = conversion.entries
     widest = converted_document(conversion, _widest(report_of(conversion)))
     room = header_size({KEY: to_json(widest)}, entries)
-    with create_set(path, entries, room=room, limit=max_shard_size, overwrite=overwrite) as file:
+    kept, limit = conversion.checkpoint.permissions, max_shard_size
+    with create_set(path, entries, room=room, limit=limit, overwrite=overwrite, permissions=kept) as file:
         report = carry_out(conversion, lambda key, tensor: file.put(key, bytes_of(tensor)), track)
         file.finish({KEY: to_json(converted_document(conversion, report))})
     return report
@@ -60,7 +64,8 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
     document = conversion.checkpoint.document
     by_name = {param.name: param for param in document.parameters}
     params = [by_name[name] for name in conversion.transfers]
-    for param, following in zip(track(params), [*params[1:], None], strict=True):
+    followers = [*params[1:], None][: len(params)]  # a file may hold no parameters at all
+    for param, following in zip(track(params), followers, strict=True):
         if following is not None:
             recoder.values.announce(following)
         recoder.carry(param, conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
@@ -79,7 +84,19 @@ def converted_document(conversion: Conversion, report: Report) -> Document:
         "from": {"kind": source.kind, "recipe": was.recipe, "source": was.source},
         **report.to_history(),
     }
-    return replace(document, history=(*document.history, entry))
+    return replace(document, history=_bounded((*document.history, entry)))
+
+
+def _bounded(history: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """The first and the last entries of a long history, and how many there were between them."""
+    if len(history) <= MOST_HISTORY:
+        return history
+    first, *others = history
+    left_out = 0
+    if others[0].keys() == {LEFT_OUT} and isinstance(others[0][LEFT_OUT], int):
+        left_out = others.pop(0)[LEFT_OUT]
+    last = others[len(others) - (MOST_HISTORY - 2) :]
+    return (first, {LEFT_OUT: left_out + len(others) - len(last)}, *last)
 
 
 def _widest(report: Report) -> Report:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from optstate.checkpoint.document import Document, Parameter, SlotRecord
+from optstate.checkpoint.kinds import permissions_of
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["OPTSTATE", "Checkpoint"]
@@ -41,15 +43,21 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     @property
+    def permissions(self) -> int | None:
+        """Who may do what with all of its files; None if there are none."""
+        return reduce(int.__and__, map(permissions_of, self.files)) if self.files else None
+
+    @property
     def named(self) -> bool:
         """Whether parameters have names rather than places."""
         return any(not param.name.startswith("#") for param in self.document.parameters)
 
     def with_parameters(self, parameters: tuple[Parameter, ...], tensors: Mapping[str, Stored]) -> Checkpoint:
         """The same with other parameters, in the same groups, and their tensors."""
+        document = replace(self.document, parameters=parameters)
         groups = tuple(
-            replace(group, parameters=tuple(param.name for param in parameters if param.group == g))
-            for g, group in enumerate(self.document.groups)
+            replace(group, parameters=tuple(param.name for param in held))
+            for group, held in zip(document.groups, document.members, strict=True)
         )
-        document = replace(self.document, groups=groups, parameters=parameters)
+        document = replace(document, groups=groups)
         return replace(self, document=document, tensors=tensors)

@@ -10,9 +10,9 @@ from itertools import pairwise
 from math import prod
 
 from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.container import Issue
+from optstate.checkpoint.container import CONTROLS, Issue
 from optstate.checkpoint.document import WEIGHT, Document, Parameter, SlotRecord
-from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.errors import CheckpointError, has_controls, shown
 from optstate.checkpoint.stored import Stored
 
 __all__ = ["contradictions", "has_axes", "inconsistencies", "refuse_contradictions", "store_name"]
@@ -38,7 +38,15 @@ def inconsistencies(checkpoint: Checkpoint) -> list[Issue]:
     claimed = {key for param in checkpoint.document.parameters for key in param.keys}
     stray = [key for key in checkpoint.tensors if key not in claimed]
     issues = [Issue("error", shown(key), "belongs to no statistic in the document") for key in stray]
-    return contradictions(checkpoint) + issues + _uneven_steps(checkpoint.document)
+    return contradictions(checkpoint) + issues + _odd_names(checkpoint.document) + _uneven_steps(checkpoint.document)
+
+
+def _odd_names(document: Document) -> list[Issue]:
+    """Names that a person cannot trust to be what is shown: of parameters, and of what groups hold."""
+    names = [name for param in document.parameters for name in (param.name, *param.tied)]
+    issues = [Issue("error", f"parameter '{shown(name)}'", CONTROLS) for name in names if has_controls(name)]
+    keys = dict.fromkeys(key for group in document.groups for key in group.hyper)
+    return issues + [Issue("error", f"hyper-parameter '{shown(key)}'", CONTROLS) for key in keys if has_controls(key)]
 
 
 def contradictions(checkpoint: Checkpoint) -> list[Issue]:

@@ -9,12 +9,14 @@ import os
 from typing import BinaryIO
 
 from optstate.checkpoint import header, index
-from optstate.checkpoint.header import BITS, METADATA, Entry, Header, Issue, Report, raising
+from optstate.checkpoint.errors import has_controls
+from optstate.checkpoint.header import BITS, METADATA, Entry, Header, Issue, Report, raising, tensor_place
 from optstate.checkpoint.index import Index
 from optstate.checkpoint.kinds import MAX_HEADER, SAFETENSORS, identify
 
 __all__ = [
     "BITS",
+    "CONTROLS",
     "MAX_HEADER",
     "METADATA",
     "SAFETENSORS",
@@ -28,6 +30,8 @@ __all__ = [
     "read_stream",
     "structural_issues",
 ]
+
+CONTROLS = "its name has control characters, which change what a terminal shows"
 
 MOST_ISSUES = 1000  # a hostile file may have millions
 
@@ -57,7 +61,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
 def structural_issues(path: str | os.PathLike[str]) -> list[Issue]:
     """Everything that is wrong or odd in the structure of a safetensors file, a sharded index or its folder.
 
-    "error" is what `read_header` and `read_index` refuse, "warning" what they accept although it is odd. Raises
+    "error" is what `read_header` and `read_index` refuse, and a name with control characters, which they accept so that
+    one can look into the file; "warning" is what is odd. Raises
     CheckpointError if there is nothing to go through: no such file, another kind of file, no JSON.
     """
     issues: list[Issue] = []
@@ -70,9 +75,11 @@ def structural_issues(path: str | os.PathLike[str]) -> list[Issue]:
     sharded = os.path.isdir(path) or os.fspath(path).endswith(".json")
     try:
         if sharded:
-            index.read(path, Report(collect))
+            headers = list(index.read(path, Report(collect)).shards.values())
         else:
-            header.read(path, Report(collect))
+            headers = [header.read(path, Report(collect))]
+        for name in (entry.name for each in headers for entry in each.tensors if has_controls(entry.name)):
+            collect(Issue("error", tensor_place(name), CONTROLS))
     except _EnoughError:
         issues.append(Issue("error", "file", f"more than {MOST_ISSUES} findings: the rest was not looked at"))
     return issues

@@ -14,7 +14,7 @@ from typing import Any
 
 from optstate.checkpoint import torch_file
 from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.header import MAX_COUNT
+from optstate.checkpoint.header import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.inert import Global, Object, called
 from optstate.checkpoint.stored import Pieces, Stored
 from optstate.checkpoint.torch_names import DTYPES
@@ -22,6 +22,9 @@ from optstate.checkpoint.torch_names import DTYPES
 __all__ = ["METADATA", "Folder", "Shaped", "read"]
 
 METADATA = ".metadata"
+
+LONGEST_KEY = 4096
+"""Characters of a name: every end of it is looked at."""
 
 Shape = tuple[int, ...]
 Box = tuple[Shape, Shape]  # the index of its first element, and its sizes
@@ -166,6 +169,8 @@ class _Reading:
 
     def counts(self, value: Any, what: str) -> Shape:
         """A shape or an index."""
+        if isinstance(value, tuple | list) and len(value) > MOST_DIMENSIONS:
+            raise self.wrong(f"{what} has {len(value)} dimensions: at most {MOST_DIMENSIONS} are read")
         if isinstance(value, tuple | list) and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value):
             return tuple(value)
         raise self.wrong(f"{what} is {called(value)}, no list of counts")
@@ -176,6 +181,8 @@ class _Reading:
             raise self.wrong("it does not say what there is, and where")
         if not all(isinstance(key, str) for key in described):
             raise self.wrong("a key that is no text")
+        if (longest := max(map(len, described), default=0)) > LONGEST_KEY:
+            raise self.wrong(f"a key of {longest} characters: at most {LONGEST_KEY} are read")
         nested = parts.get("planner_data")
         paths = nested if isinstance(nested, dict) else {}
         tensors = {

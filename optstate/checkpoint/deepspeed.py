@@ -214,8 +214,7 @@ def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], who
         raise flat.wrong(f"has shape {list(tensor.shape)}, not {what}: it cannot be cut")
     size = BITS[tensor.dtype] // 8
     return {
-        name: Stored(tensor.path, tensor.start + starts[name] * size, tensor.dtype, shape)
-        for name, shape in shapes.items()
+        name: replace(tensor, start=tensor.start + starts[name] * size, shape=shape) for name, shape in shapes.items()
     }
 
 

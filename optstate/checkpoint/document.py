@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from optstate.checkpoint.container import Header
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.header import MAX_COUNT, MOST_DIMENSIONS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -153,6 +154,14 @@ class Document:
     def steps(self) -> tuple[int, ...]:
         """The different update counts of its parameters, ascending."""
         return tuple(sorted({param.step for param in self.parameters if param.step is not None}))
+
+    @property
+    def members(self) -> list[list[Parameter]]:
+        """The parameters of every group."""
+        found: list[list[Parameter]] = [[] for _ in self.groups]
+        for param in self.parameters:
+            found[param.group].append(param)
+        return found
 
 
 def tensor_key(parameter: str, slot: str, name: str = "") -> str:
@@ -340,10 +349,18 @@ class _Node:
         return {key: _Node(item, f"{self.place}.{key}").of(kind) for key, item in self.of(dict).value.items()}
 
     def count(self) -> int:
-        """A whole number from 0 on."""
+        """A whole number from 0 on, within what is counted anywhere."""
         if self.of(int).value < 0:
             raise self.wrong("must not be negative")
+        if self.value > MAX_COUNT:
+            raise self.wrong(f"must be {MAX_COUNT} at most")
         return cast(int, self.value)
+
+    def counts(self) -> tuple[int, ...]:
+        """The sizes of a tensor."""
+        if len(self.of(list).value) > MOST_DIMENSIONS:
+            raise DocumentError(f"{self.place} has {len(self.value)} dimensions: at most {MOST_DIMENSIONS} are read")
+        return tuple(item.count() for item in self.items(int))
 
     def strings(self) -> tuple[str, ...]:
         return tuple(node.value for node in self.items(str))
@@ -393,7 +410,7 @@ def _parameter_of(node: _Node) -> Parameter:
     shape = node.optional("shape", None)
     return Parameter(
         name=name.value,
-        shape=None if shape.value is None else tuple(item.count() for item in shape.of(list).items(int)),
+        shape=None if shape.value is None else shape.counts(),
         dtype=node.at("dtype", str).value,
         group=node.at("group", int).count(),
         step=step.value,
@@ -454,8 +471,8 @@ def _check_together(document: Document) -> None:
         seen.add(param.name)
         if param.group >= len(document.groups):
             raise DocumentError(f"parameters[{i}].group is {param.group}: there are {len(document.groups)} groups")
-    for g, group in enumerate(document.groups):
-        members = tuple(param.name for param in document.parameters if param.group == g)
+    for g, (group, held) in enumerate(zip(document.groups, document.members, strict=True)):
+        members = tuple(param.name for param in held)
         if members != group.parameters:
             odd = sorted(set(members) ^ set(group.parameters))
             what = f"{odd[0]!r} is in one only" if odd else "the order differs"
@@ -486,7 +503,7 @@ def _decoded(node: _Node, depth: int = 0) -> Any:
 
 
 def _tensor_of(node: _Node) -> TensorValue:
-    shape = tuple(item.count() for item in node.at("shape", list).items(int))
+    shape = node.at("shape", list).counts()
     values = _decoded(node.at("values", list))
     dtype = node.at("dtype", str)
     if not re.fullmatch(r"[a-z0-9_]{1,32}", dtype.value):

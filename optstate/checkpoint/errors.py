@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from unicodedata import category
 
-__all__ = ["CheckpointError", "escaped", "shown"]
+__all__ = ["CheckpointError", "escaped", "has_controls", "shown"]
 
 LONGEST = 200  # characters of one name or path in a message
 LONGEST_REASON, LONGEST_HINT = 500, 250
+CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 class CheckpointError(Exception):
@@ -31,6 +33,14 @@ class CheckpointError(Exception):
     def __str__(self) -> str:
         text = f"{shown(self.path)}: {_limited(self.reason, LONGEST_REASON)}"
         return f"{text}; {_limited(self.hint, LONGEST_HINT)}" if self.hint else text
+
+
+def has_controls(text: str) -> bool:
+    """Whether a name has characters that no name needs and that change what is shown around it.
+
+    These are control and formatting characters, halves of surrogate pairs, and separators of lines and paragraphs.
+    """
+    return not text.isprintable() and any(category(c) in CONTROLS for c in text)
 
 
 def escaped(text: str) -> str:

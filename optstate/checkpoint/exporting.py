@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from optstate.checkpoint import layouts
-from optstate.checkpoint.atomic import replacing, write_all
+from optstate.checkpoint.atomic import ending_in_order, replacing, write_all
 from optstate.checkpoint.carry_out import Track, carry_out, write_converted
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.errors import CheckpointError, shown
@@ -57,12 +57,19 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
         raise CheckpointError(target, reason, "give the name of a new folder", refused=True)
     there = find(target)
     for source in conversion.checkpoint.files:
-        if os.path.exists(there) and os.path.samefile(source, there):
+        if _is_same(source, there):
             raise CheckpointError(target, "is the source itself", "choose another name", refused=True)
     if not overwrite and os.path.lexists(there):
         raise CheckpointError(target, "exists already", "choose another name, or --force", refused=True)
     if not os.path.isdir(target.parent):
         raise CheckpointError(target, "its folder does not exist", "make it first")
+
+
+def _is_same(source: str, target: str) -> bool:
+    """Whether both lead to one file; a source that was removed since it was opened is none."""
+    with suppress(OSError):
+        return os.path.samefile(source, target)
+    return False
 
 
 def notes_of(conversion: Conversion, layout: str = NATIVE) -> tuple[str, ...]:
@@ -123,9 +130,10 @@ def export(
 def _write_layout(conversion: Conversion, target: Path, layout: str, overwrite: bool, track: Track) -> Report:
     entries = {entry.name: entry for entry in conversion.entries}
     if layout == layouts.LEROBOT:
-        return _write_lerobot(conversion, target, entries, track)
+        with ending_in_order():
+            return _write_lerobot(conversion, target, entries, track)
     tree = layouts.tree_of(layout, conversion.document, entries)
-    with create_torch(target, tree, overwrite=overwrite) as file:
+    with create_torch(target, tree, overwrite=overwrite, permissions=conversion.checkpoint.permissions) as file:
 
         def put(key: str, tensor: Tensor) -> None:
             file.put(key, bytes_of(tensor))
@@ -138,10 +146,11 @@ def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, N
     made = layouts.lerobot_of(conversion.document, entries)
     constants = [NewEntry(name, constant.dtype, constant.shape) for name, constant in made.constants.items()]
     all_entries = [*made.tensors.values(), *constants]
-    folder = target.with_name(f".optstate-{os.urandom(8).hex()}.tmp")
+    folder, kept = target.with_name(f".optstate-{os.urandom(8).hex()}.tmp"), conversion.checkpoint.permissions
     folder.mkdir()
     try:
-        with create(folder / LEROBOT_STATE, all_entries, room=header_size({}, all_entries)) as file:
+        room = header_size({}, all_entries)
+        with create(folder / LEROBOT_STATE, all_entries, room=room, permissions=kept) as file:
             for name, constant in made.constants.items():
                 file.put(name, constant.data)
 
@@ -150,7 +159,7 @@ def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, N
 
             report = carry_out(conversion, put, track)
             file.finish({})
-        with replacing(folder / LEROBOT_GROUPS, False) as descriptor:
+        with replacing(folder / LEROBOT_GROUPS, False, kept) as descriptor:
             write_all(descriptor, memoryview(made.groups.encode()))
         os.rename(folder, target)
     except BaseException:

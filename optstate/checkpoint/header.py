@@ -12,13 +12,15 @@ the file before it is read, and an entry is decoded alone, so no number in a fil
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import BinaryIO
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, BinaryIO
 
-from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.errors import CheckpointError, has_controls, shown
 from optstate.checkpoint.kinds import (
     FOLDER,
     HINTS,
@@ -28,9 +30,9 @@ from optstate.checkpoint.kinds import (
     kind_of,
     open_file,
     read_bytes,
-    size_of,
     special_kind,
 )
+from optstate.checkpoint.opened import Opened
 from optstate.checkpoint.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object
 
 __all__ = ["BITS", "METADATA", "TORCH_NAMES", "Entry", "Header", "Issue", "Report", "raising", "read", "read_stream"]
@@ -84,9 +86,22 @@ TORCH_NAMES = {
 """What torch calls the dtypes that both have."""
 
 MAX_COUNT = (1 << 63) - 1  # no framework counts further
+MOST_DIMENSIONS = 1000  # torch counts to 64 in most places, the format has no limit
 ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"
+KNOWN = "header"
+"""Under which an opened file keeps its header, and the warnings of it, for whoever asks next."""
+
 FIELDS = ("dtype", "shape", "data_offsets")
+
+
+_COUNT = r"(?:0|[1-9][0-9]{0,17})"
+_ENTRY = (
+    rf'\{{"dtype": ?"([A-Z0-9_]{{2,12}})", ?"shape": ?\[((?:{_COUNT}(?:, ?{_COUNT}){{0,{MOST_DIMENSIONS - 1}}})?)\]'
+    rf', ?"data_offsets": ?\[({_COUNT}), ?({_COUNT})\]\}}'
+)
+_USUAL, _FOLLOWING = re.compile(_ENTRY), re.compile(rf', ?"([^"\\\x00-\x1f]*)": ?{_ENTRY}')
+"""An entry as writers write it, and the next one with its name: most are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +127,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says before its data; `tensors` are in the order of their bytes."""
+    """What a safetensors file says before its data; `tensors` are in the order of their bytes.
+
+    source: the file it was read from, as long as this is kept; None for what came through a pipe.
+    """
 
     path: str
     metadata: dict[str, str]
     tensors: tuple[Entry, ...]
     data_start: int
     file_size: int
+    source: Opened | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +163,20 @@ class Report:
     def warning(self, where: str, what: str) -> None:
         """What is valid but odd."""
         self._add(Issue("warning", self._within + where, what))
+
+    def repeat(self, issues: Iterable[Issue]) -> None:
+        """What was found before."""
+        for issue in issues:
+            self._add(replace(issue, where=self._within + issue.where))
+
+    def noted(self, issues: list[Issue]) -> Report:
+        """The same, which keeps what is found in a list, too."""
+
+        def add(issue: Issue) -> None:
+            issues.append(issue)
+            self.repeat([issue])
+
+        return Report(add)
 
     def within(self, where: str) -> Report:
         """The same for the parts of `where`."""
@@ -171,11 +204,19 @@ def read(path: str | os.PathLike[str], report: Report) -> Header:
     if special is not None:
         raise CheckpointError(path, f"{special}, not a safetensors file", _special_hint(path, special))
     with open_file(path) as file:
-        size = size_of(file)
-        first = read_bytes(path, file, min(size, 512))
-        length = _header_length(path, first, size)
-        header = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
-    return _parsed(path, header, length, size, report)
+        source = file.opened
+        if KNOWN not in source.known:
+            size, found = source.size, list[Issue]()
+            first = read_bytes(path, file, min(size, 512))
+            length = _header_length(path, first, size)
+            content = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
+            header = replace(_parsed(path, content, length, size, report.noted(found)), source=source)
+            if not any(issue.severity == "error" for issue in found):
+                source.known[KNOWN] = header, found
+            return header
+    known: tuple[Header, list[Issue]] = source.known[KNOWN]
+    report.repeat(known[1])
+    return replace(known[0], path=os.fspath(path))
 
 
 def read_stream(path: str | os.PathLike[str], file: BinaryIO, report: Report) -> Header:
@@ -201,15 +242,15 @@ def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int 
         short = "became shorter while it was read" if size is not None else "ends within its header"
         raise CheckpointError(path, f"the file {short}")
     text = _header_text(path, header)
-    parser = _Parser(text, report)
+    start = 8 + length
+    parser = _Parser(text, report, start)
     try:
         parser.parse()
     except NotJSONError as error:
         raise CheckpointError(path, f"the header is not valid JSON: {error}") from None
-    start = 8 + length
     if start % 8:
         report.warning("header", f"not padded: the data begin at byte {start}, which is no multiple of 8")
-    tensors = _in_file_order(parser, start, size)
+    tensors = _in_file_order(parser, size)
     end = tensors[-1].stop if tensors else start
     return Header(os.fspath(path), parser.metadata, tensors, start, end if size is None else size)
 
@@ -258,11 +299,12 @@ def _header_text(path: str | os.PathLike[str], header: bytes) -> str:
 
 
 class _Parser:
-    """Goes through a header once; `entries` have offsets from the beginning of the data."""
+    """Goes through a header once; `start` is the byte of the file with which the data begin."""
 
-    def __init__(self, text: str, report: Report) -> None:
+    def __init__(self, text: str, report: Report, start: int) -> None:
         self.text = text
         self.report = report
+        self.start = start
         self.metadata: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
         self.tensors = 0
@@ -281,10 +323,14 @@ class _Parser:
                 self.report.error("metadata", f"{METADATA} occurs twice in the header")
             self._has_metadata = True
             return self._metadata(at)
-        if name in self._names:
-            self.report.error(tensor_place(name), "occurs twice in the header")
-        self._names.add(name)
-        self.tensors += 1
+        if (found := _USUAL.match(self.text, at)) is not None:
+            self._usual(name, *found.groups())
+            end = found.end()
+            while (found := _FOLLOWING.match(self.text, end)) is not None and found[1] != METADATA:
+                self._usual(*found.groups())
+                end = found.end()
+            return end
+        self._count(name)
         if not self.text.startswith("{", at):
             self.report.error(tensor_place(name), "its entry is not an object")
             return decode(self.text, at)[1]
@@ -293,6 +339,28 @@ class _Parser:
         if entry is not None:
             self.entries[name] = entry
         return end
+
+    def _count(self, name: str) -> None:
+        if name in self._names:
+            self.report.error(tensor_place(name), "occurs twice in the header")
+        self._names.add(name)
+        self.tensors += 1
+
+    def _usual(self, name: str, dtype: str, sizes: str, first: str, last: str) -> None:
+        """Take an entry whose fields are there and of the right types."""
+        self._count(name)
+        shape = tuple(map(int, sizes.split(","))) if sizes else ()
+        start, stop = int(first), int(last)
+        elements = prod(shape)
+        if (
+            dtype in BITS
+            and start <= stop
+            and 0 < elements <= MAX_COUNT
+            and elements * BITS[dtype] == 8 * (stop - start)
+        ):
+            self.entries[name] = Entry(name, dtype, shape, self.start + start, self.start + stop)
+        elif (entry := self._checked(name, dtype, list(shape), [start, stop])) is not None:
+            self.entries[name] = entry
 
     def _metadata(self, at: int) -> int:
         if self.text.startswith("null", at):
@@ -319,49 +387,56 @@ class _Parser:
         where = tensor_place(name)
         found = dict(fields)
         counts = Counter(key for key, _ in fields)
-        for field in FIELDS:
-            if counts[field] != 1:
-                self.report.error(where, f"its entry has {'no' if not counts[field] else 'two'} {field}")
+        for key in FIELDS:
+            if counts[key] != 1:
+                self.report.error(where, f"its entry has {'no' if not counts[key] else 'two'} {key}")
                 return None
         if len(counts) > len(FIELDS):
             extra = ", ".join(f"'{shown(key)}'" for key in list(counts) if key not in FIELDS)
             self.report.warning(where, f"its entry has fields the format does not know: {extra}")
-        dtype, shape, offsets = (found[field] for field in FIELDS)
+        return self._checked(name, *(found[key] for key in FIELDS))
+
+    def _checked(self, name: str, dtype: Any, shape: Any, offsets: Any) -> Entry | None:
         if not isinstance(dtype, str) or dtype not in BITS:
-            self.report.error(where, f"unknown dtype {value_text(dtype)}")
+            self.report.error(tensor_place(name), f"unknown dtype {value_text(dtype)}")
             return None
         # An object arrives as `Pairs`, which is a list, too: an empty one would pass for the shape of a scalar.
         if type(shape) is not list or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in shape):
-            self.report.error(where, f"shape {value_text(shape)} is not a list of counts")
+            self.report.error(tensor_place(name), f"shape {value_text(shape)} is not a list of counts")
+            return None
+        if len(shape) > MOST_DIMENSIONS:
+            self.report.error(tensor_place(name), f"{len(shape)} dimensions: at most {MOST_DIMENSIONS} are read")
             return None
         pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
         if not pair or offsets[0] > offsets[1]:
-            self.report.error(where, f"data_offsets {value_text(offsets)} are not a beginning and an end")
+            self.report.error(tensor_place(name), f"data_offsets {value_text(offsets)} are not a beginning and an end")
             return None
         start, stop = offsets
-        self._size(where, dtype, shape, stop - start)
-        return Entry(name, dtype, tuple(shape), start, stop)
+        self._size(name, dtype, shape, stop - start)
+        return Entry(name, dtype, tuple(shape), self.start + start, self.start + stop)
 
-    def _size(self, where: str, dtype: str, shape: list[int], nbytes: int) -> None:
+    def _size(self, name: str, dtype: str, shape: list[int], nbytes: int) -> None:
         elements = 1
         for n in shape:
             elements *= max(n, 1)
             if elements > MAX_COUNT:  # at once: the product of a thousand such numbers would take long
-                self.report.error(where, f"shape {value_text(shape)} has more elements than can be counted")
+                self.report.error(
+                    tensor_place(name), f"shape {value_text(shape)} has more elements than can be counted"
+                )
                 return
         bits = BITS[dtype] * (0 if 0 in shape else elements)
         if bits % 8:
-            self.report.error(where, f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
+            self.report.error(tensor_place(name), f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
         elif bits // 8 != nbytes:
             what = f"shape {value_text(shape)} of {dtype} takes {bits // 8} bytes, its data_offsets span {nbytes}"
-            self.report.error(where, what)
+            self.report.error(tensor_place(name), what)
 
     def _odd_names(self) -> None:
         normal: dict[str, str] = {}
         for name in self._names:
             if not name:
                 self.report.warning(tensor_place(name), "its name is empty")
-            elif not name.isprintable():
+            elif not name.isprintable() and not has_controls(name):  # those are an error of the checker's
                 self.report.warning(tensor_place(name), "its name has characters that cannot be printed")
             if not name.isascii():
                 other = normal.setdefault(unicodedata.normalize("NFC", name), name)
@@ -378,30 +453,37 @@ def value_text(value: object) -> str:
     return shown(repr(value[:50]) if isinstance(value, list | str) else repr(value))
 
 
-def _in_file_order(parser: _Parser, start: int, size: int | None) -> tuple[Entry, ...]:
-    """The entries by position with offsets from the beginning of the file; reports gaps, overlaps, missing bytes."""
+def _in_file_order(parser: _Parser, size: int | None) -> tuple[Entry, ...]:
+    """The entries by position; reports gaps, overlaps, missing bytes."""
     report = parser.report
     ordered = sorted(parser.entries.values(), key=lambda entry: (entry.start, entry.stop))
     complete = len(ordered) == parser.tensors  # otherwise a gap may be that of a tensor already reported
-    reached = 0
-    last = "the header"
+    reached = parser.start
+    last: Entry | None = None
     unaligned = []
     for entry in ordered:
         if entry.start > reached and complete:
-            what = f"{entry.start - reached} bytes between {last} and this tensor belong to none"
+            what = f"{entry.start - reached} bytes between {_before(last)} and this tensor belong to none"
             report.error(tensor_place(entry.name), what)
         elif entry.start < reached:
-            report.error(tensor_place(entry.name), f"overlaps {last} by {min(reached, entry.stop) - entry.start} bytes")
-        if entry.nbytes and (start + entry.start) % max(BITS[entry.dtype] // 8, 1):
+            what = f"overlaps {_before(last)} by {min(reached, entry.stop) - entry.start} bytes"
+            report.error(tensor_place(entry.name), what)
+        if entry.nbytes and entry.start % max(BITS[entry.dtype] // 8, 1):
             unaligned.append(entry.name)
         if entry.stop >= reached:
-            reached, last = entry.stop, tensor_place(entry.name)
+            reached, last = entry.stop, entry
     if unaligned:
         more = f" and {len(unaligned) - 1} more" if len(unaligned) > 1 else ""
         report.warning(tensor_place(unaligned[0]) + more, "not aligned to the size of an element")
-    present = size - start if size is not None else reached
+    present = size if size is not None else reached
     if reached > present:
-        report.error("data", f"truncated: {reached - present} of {reached} bytes are missing at the end of the file")
+        what = f"{reached - present} of {reached - parser.start} bytes are missing at the end of the file"
+        report.error("data", f"truncated: {what}")
     elif reached < present and complete:
         report.error("data", f"{present - reached} bytes after the last tensor belong to none")
-    return tuple(Entry(e.name, e.dtype, e.shape, start + e.start, start + e.stop) for e in ordered)
+    return tuple(ordered)
+
+
+def _before(last: Entry | None) -> str:
+    """What lies before a tensor."""
+    return tensor_place(last.name) if last is not None else "the header"

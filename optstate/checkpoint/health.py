@@ -13,13 +13,16 @@ from optstate.checkpoint.container import Issue
 from optstate.checkpoint.document import Document, Parameter, SlotRecord
 from optstate.checkpoint.errors import shown
 from optstate.checkpoint.stored import Stored
-from optstate.checkpoint.tensors import Statistics, load, statistics
+from optstate.checkpoint.tensors import Statistics, all_sound, load, statistics
 
 __all__ = ["uneven_means", "value_issues"]
 
 MAGNITUDES, BASIS = {"absmax", "scale"}, "basis"
 NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "row_var", "col_var", "variance", "step")
 """Statistics of other formats that are sums or means of squares, or counts, by the names torch's optimizers use."""
+
+SMALL, MOST_TOGETHER = 1 << 12, 1 << 18
+"""Elements of a tensor that is looked at together with others, and of all that are."""
 
 MEANS_DIFFER = 1e-4
 """Row and column means are means of the same squares. Measured: equal to 2e-7 in files of six libraries, however many
@@ -32,13 +35,34 @@ def value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | Non
     Only fields whose meaning is known are judged: by the document, else by names that end in a slot's.
     """
     unsigned = _never_negative(document) if document is not None else None
+    for together in _small_ones_together(tensors):
+        if len(together) > 1 and all_sound([stored for _, stored in together]):
+            continue
+        for name, stored in together:
+            found = statistics(stored)
+            judged = name in unsigned if unsigned is not None else _counts_or_squares(name)
+            for what in _number_problems(stored, found, judged):
+                yield Issue("error", shown(name), what)
+
+
+def _small_ones_together(tensors: Iterable[tuple[str, Stored]]) -> Iterator[list[tuple[str, Stored]]]:
+    """The tensors of floating-point numbers in order: small ones after each other at once, as there may be millions."""
+    held: list[tuple[str, Stored]] = []
+    count = 0
     for name, stored in tensors:
         if not stored.dtype.startswith(("F", "BF")):
             continue
-        found = statistics(stored)
-        judged = name in unsigned if unsigned is not None else _counts_or_squares(name)
-        for what in _number_problems(stored, found, judged):
-            yield Issue("error", shown(name), what)
+        small = stored.elements <= SMALL
+        if held and (not small or count + stored.elements > MOST_TOGETHER or stored.dtype != held[0][1].dtype):
+            yield held
+            held, count = [], 0
+        held.append((name, stored))
+        count += stored.elements
+        if not small:
+            yield held
+            held, count = [], 0
+    if held:
+        yield held
 
 
 def uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.header import Header, Report, tensor_place, value_text
+from optstate.checkpoint.header import Header, Issue, Report, tensor_place, value_text
 from optstate.checkpoint.header import read as read_header
-from optstate.checkpoint.kinds import FOLDER, MAX_HEADER, cannot_open, open_file, read_bytes, size_of, special_kind
+from optstate.checkpoint.kinds import FOLDER, MAX_HEADER, cannot_open, open_file, read_bytes, source_of, special_kind
 from optstate.checkpoint.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object, plain
 
 __all__ = ["Index", "read"]
+
+KNOWN = "index"
+"""Under which an opened file keeps its index, and the warnings of it, for whoever asks next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +34,22 @@ def read(path: str | os.PathLike[str], report: Report) -> Index:
     """An index and the headers of its shards, all findings given to `report`."""
     file = _index_file(Path(path))
     with open_file(file) as opened:
-        size = size_of(opened)
-        if size > MAX_HEADER:
-            raise CheckpointError(file, f"an index of {size} bytes, above the limit of {MAX_HEADER}")
-        content = read_bytes(file, opened, size)
+        source = source_of(opened)
+        if KNOWN in source.known:
+            known: tuple[Index, list[Issue]] = source.known[KNOWN]
+            report.repeat(known[1])
+            return replace(known[0], path=str(file))
+        if source.size > MAX_HEADER:
+            raise CheckpointError(file, f"an index of {source.size} bytes, above the limit of {MAX_HEADER}")
+        content = read_bytes(file, opened, source.size)
+    found = list[Issue]()
+    index = _parsed(file, content, report.noted(found))
+    if not any(issue.severity == "error" for issue in found):
+        source.known[KNOWN] = index, found
+    return index
+
+
+def _parsed(file: Path, content: bytes, report: Report) -> Index:
     metadata, weight_map = _parse_index(file, content, report)
     shards = {}
     for name in sorted(set(weight_map.values())):
@@ -68,6 +84,7 @@ def _parse_index(file: Path, content: bytes, report: Report) -> tuple[dict[str, 
     metadata: dict[str, Any] = {}
     weight_map: dict[str, str] = {}
     seen: set[str] = set()
+    problem_of = cache(_unsafe)  # few shards have many tensors
     text = ""
 
     def tensor(name: str, at: int) -> int:
@@ -76,7 +93,7 @@ def _parse_index(file: Path, content: bytes, report: Report) -> tuple[dict[str, 
         shard, end = decode_string(text, at) if text.startswith('"', at) else (None, decode(text, at)[1])
         if not isinstance(shard, str):
             report.error(tensor_place(name), "weight_map does not give a file name")
-        elif problem := _unsafe(shard):
+        elif problem := problem_of(shard):
             report.error(tensor_place(name), f"weight_map leads to '{shown(shard)}', {problem}")
         else:
             weight_map[name] = shard

@@ -7,6 +7,7 @@ import stat
 from typing import BinaryIO
 
 from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.opened import Opened, View, opened_at
 
 __all__ = [
     "FOLDER",
@@ -17,8 +18,11 @@ __all__ = [
     "identify",
     "kind_of",
     "open_file",
+    "permissions_of",
     "read_bytes",
+    "read_whole",
     "size_of",
+    "source_of",
     "special_kind",
 ]
 
@@ -61,7 +65,7 @@ def identify(path: str | os.PathLike[str]) -> str:
     if special is not None:
         return special
     with open_file(path) as file:
-        return kind_of(read_bytes(path, file, 512), size_of(file))
+        return kind_of(read_bytes(path, file, 512), file.opened.size)
 
 
 def kind_of(first: bytes, size: int) -> str:
@@ -117,22 +121,51 @@ def cannot_open(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
     return CheckpointError(path, f"not a possible path: {error}")
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading, unbuffered; the caller has ruled out the special ones."""
+def open_file(path: str | os.PathLike[str]) -> View:
+    """A regular file for reading, unbuffered; the caller has ruled out the special ones.
+
+    It is opened once in a `reading`: all that is read there of one path is of one version of the file.
+    """
     try:
-        # Should a pipe have taken the file's place since it was looked at, this neither waits nor reads from it.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        return open(descriptor, "rb", buffering=0)
+        return View(opened_at(path))
     except (OSError, ValueError) as error:
         raise cannot_open(path, error) from error
 
 
-def size_of(file: BinaryIO) -> int:
-    """Bytes in an open file."""
-    return os.fstat(file.fileno()).st_size
+def permissions_of(path: str | os.PathLike[str]) -> int:
+    """Who may do what with a file; its owner alone, if it is not there any more."""
+    try:
+        return stat.S_IMODE(os.stat(path).st_mode) & 0o777
+    except OSError:
+        return stat.S_IRUSR | stat.S_IWUSR
 
 
-def read_bytes(path: str | os.PathLike[str], file: BinaryIO, count: int) -> bytes:
+def source_of(file: BinaryIO | View) -> Opened:
+    """What `open_file` opened, also where a buffer lies between."""
+    view = getattr(file, "raw", file)
+    assert isinstance(view, View)
+    return view.opened
+
+
+def size_of(file: BinaryIO | View) -> int:
+    """Bytes in a file that `open_file` opened, as it was then."""
+    return source_of(file).size
+
+
+def read_whole(path: str | os.PathLike[str], most: int) -> bytes:
+    """All bytes of a small file.
+
+    Raises:
+        CheckpointError: if it has more than `most`, or cannot be read.
+    """
+    with open_file(path) as file:
+        size = file.opened.size
+        if size > most:
+            raise CheckpointError(path, f"it has {size} bytes; at most {most} are read")
+        return read_bytes(path, file, size)
+
+
+def read_bytes(path: str | os.PathLike[str], file: BinaryIO | View, count: int) -> bytes:
     """`count` bytes, or fewer at the end of the file."""
     parts = []
     try:

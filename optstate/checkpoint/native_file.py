@@ -50,7 +50,7 @@ def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
     Raises:
         CheckpointError: if there is not exactly one optstate document, or it cannot be read.
     """
-    stored = {entry.name: stored_entry(header.path, entry) for header in headers for entry in header.tensors}
+    stored = {entry.name: stored_entry(header, entry) for header in headers for entry in header.tensors}
     files = tuple(header.path for header in headers)
     document = _only_document(path, headers)
     named = {key: stored[key] for param in document.parameters for key in param.keys if key in stored}

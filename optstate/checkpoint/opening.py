@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
 from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.container import read_header, read_index
@@ -26,8 +27,10 @@ from optstate.checkpoint.kinds import (
     ZIP,
     cannot_open,
     identify,
+    read_whole,
 )
 from optstate.checkpoint.native_file import native_checkpoint
+from optstate.checkpoint.opened import FileChangedError, Files, reading
 from optstate.checkpoint.sharded import find
 
 __all__ = ["open_checkpoint"]
@@ -36,6 +39,8 @@ INDEX = ".safetensors.index.json"
 LEROBOT_FOLDER = "training_state"
 TRAINER_STATE = "trainer_state.json"
 LARGEST_SIDE_FILE = 64 << 20
+ATTEMPTS = 10
+"""To open all files of a set before one of them is replaced; one and a half seconds."""
 
 # optimizer.pt of transformers' Trainer, optimizer.bin and optimizer_1.bin of accelerate, and what people call theirs.
 OPTIMIZER_FILE = re.compile(r"(optimizer|optim|opt)([_-]\d{1,6})?\.(pt|pth|bin|safetensors)")
@@ -57,7 +62,8 @@ def open_checkpoint(
     Raises:
         CheckpointError: if it cannot be read, naming what it is; if it holds no optimizer state, or several.
     """
-    checkpoint = _opened(path, key, optimizer)
+    with reading() as files:
+        checkpoint = _of_one_version(path, key, optimizer, files)
     if optimizer is not None:
         _agrees(checkpoint, optimizer)
     if names is None:
@@ -65,6 +71,31 @@ def open_checkpoint(
     from optstate.checkpoint.names import read_names, with_names
 
     return with_names(checkpoint, read_names(names))
+
+
+def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:
+    """Opened anew while a run replaces the files of a set between the first and the last of them."""
+    problem = CheckpointError(path, "cannot be opened")
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            files.forget()
+            sleep(min(0.005 * 2**attempt, 0.2))
+        try:
+            checkpoint = _opened(path, key, optimizer)
+        except FileChangedError as error:
+            problem = CheckpointError(path, str(error))
+        except CheckpointError as error:
+            if files.replaced() is None:
+                raise
+            problem = error
+        else:
+            # One file is one version; the files of a set must all be there still when the last of them was opened.
+            changed = files.replaced(checkpoint.files) if len(checkpoint.files) > 1 else None
+            if changed is None:
+                return checkpoint
+            reason = f"a set of files that are replaced again and again, such as '{shown(os.path.basename(changed))}'"
+            problem = CheckpointError(path, reason, "read it when what writes it has ended, or from a copy")
+    raise problem
 
 
 def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None) -> Checkpoint:
@@ -191,8 +222,8 @@ def _trainer_note(path: Path, checkpoint: Checkpoint) -> str:
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_SIDE_FILE:
             return ""
-        step = json.loads(file.read_text(encoding="utf-8")).get("global_step")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        step = json.loads(read_whole(file, LARGEST_SIDE_FILE).decode()).get("global_step")
+    except (CheckpointError, OSError, ValueError, AttributeError, RecursionError):
         return f"{TRAINER_STATE} beside it cannot be read"
     steps = checkpoint.document.steps
     if type(step) is not int or not steps or step == steps[-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
 
@@ -75,6 +76,9 @@ RECIPES: dict[str, tuple[Callable[[Shape], int], ...]] = {
 
 def bytes_by_recipe(shapes: Iterable[Shape]) -> dict[str, int]:
     """Bytes of state that every recipe keeps for parameters of these shapes, the smallest first."""
-    counted = list(shapes)
-    totals = {name: sum(price(shape) for shape in counted for price in prices) for name, prices in RECIPES.items()}
+    counted = Counter(shapes)
+    totals = {
+        name: sum(count * price(shape) for shape, count in counted.items() for price in prices)
+        for name, prices in RECIPES.items()
+    }
     return dict(sorted(totals.items(), key=lambda item: (item[1], item[0])))

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from itertools import count
 from typing import TYPE_CHECKING
 
-from optstate.checkpoint.atomic import replacing, reported, write_all
+from optstate.checkpoint.atomic import ending_in_order, replacing, reported, write_all
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.writer import NewEntry, SafetensorsFile, create, header_size, layout
 
@@ -45,7 +45,13 @@ def find(path: Path) -> str:
 
 @contextmanager
 def create_set(
-    path: Path, entries: Iterable[NewEntry], *, room: int, limit: int | None, overwrite: bool = False
+    path: Path,
+    entries: Iterable[NewEntry],
+    *,
+    room: int,
+    limit: int | None,
+    overwrite: bool = False,
+    permissions: int | None = None,
 ) -> Iterator[SafetensorsFile | SafetensorsSet]:
     """Write tensors in any order as `writer.create` does, into several files where they have more than `limit` bytes.
 
@@ -67,6 +73,7 @@ def create_set(
         room: bytes kept for the header, as `writer.create` wants them for all tensors in one file.
         limit: most bytes of tensors in a file; None for one file of any size.
         overwrite: replace an existing file or set.
+        permissions: of new files where none is replaced; those of the process if None.
 
     Raises:
         CheckpointError: a file or index is there (refused), the index to be replaced is not readable (refused), or
@@ -77,12 +84,14 @@ def create_set(
         raise ValueError(f"at most {limit} bytes in a file: it must be 1 at least")
     ordered = list(entries)
     _check_targets(path, overwrite)
+    existing = _permissions(path)
+    permissions = permissions if existing is None else existing
     writing: AbstractContextManager[SafetensorsFile | SafetensorsSet]
     if limit is None or sum(entry.nbytes for entry in ordered) <= limit:
-        writing = _one_file(path, ordered, room, overwrite)
+        writing = _one_file(path, ordered, room, overwrite, permissions)
     else:
-        writing = _several(path, ordered, room, limit, overwrite)
-    with writing as file:
+        writing = _several(path, ordered, room, limit, overwrite, permissions)
+    with ending_in_order(), writing as file:
         yield file
 
 
@@ -111,9 +120,10 @@ class SafetensorsSet:
 
 
 @contextmanager
-def _one_file(path: Path, entries: Sequence[NewEntry], room: int, overwrite: bool) -> Iterator[SafetensorsFile]:
-    permissions = _permissions(path)
-    with create(path, entries, room=room, overwrite=overwrite) as file:
+def _one_file(
+    path: Path, entries: Sequence[NewEntry], room: int, overwrite: bool, permissions: int | None
+) -> Iterator[SafetensorsFile]:
+    with create(path, entries, room=room, overwrite=overwrite, permissions=permissions) as file:
         _set_permissions(path, file.descriptor, permissions)
         yield file
     index = index_of(path)
@@ -125,10 +135,10 @@ def _one_file(path: Path, entries: Sequence[NewEntry], room: int, overwrite: boo
 
 @contextmanager
 def _several(
-    path: Path, entries: Sequence[NewEntry], room: int, limit: int, overwrite: bool
+    path: Path, entries: Sequence[NewEntry], room: int, limit: int, overwrite: bool, permissions: int | None
 ) -> Iterator[SafetensorsSet]:
     layout(entries)  # raises for entries that cannot be
-    groups, permissions = _groups(entries, limit), _permissions(path)
+    groups = _groups(entries, limit)
     shards = _free_names(path, len(groups))
     spare = room - header_size({}, entries) + 8  # for the metadata: in the first file only
     rooms = [header_size({}, group) + (spare if i == 0 else 0) for i, group in enumerate(groups)]
@@ -138,9 +148,10 @@ def _several(
             files = []
             for shard, group, size in zip(shards, groups, rooms, strict=True):
                 with _advised(len(groups)):
-                    files.append(stack.enter_context(create(_beside(path, shard), group, room=size)))
+                    files.append(
+                        stack.enter_context(create(_beside(path, shard), group, room=size, permissions=permissions))
+                    )
                 made[shard] = os.fstat(files[-1].descriptor)
-                _set_permissions(path, files[-1].descriptor, permissions)
             yield SafetensorsSet(files, groups)
         old = _named_by(index_of(path)) or set()
         _write_index(path, dict(zip(shards, groups, strict=True)), permissions, overwrite)

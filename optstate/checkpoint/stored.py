@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import BinaryIO
 
-from optstate.checkpoint.header import BITS, Entry
-from optstate.checkpoint.kinds import open_file
+from optstate.checkpoint.errors import shown
+from optstate.checkpoint.header import BITS, Entry, Header
+from optstate.checkpoint.opened import Opened, opened_at
 
 __all__ = ["Pieces", "Stored", "numbers", "stored_entry"]
 
@@ -36,7 +36,8 @@ class Stored:
     """A tensor in a file: nothing of it has been read.
 
     start: the byte of its first element, from the beginning of the file. dtype: the safetensors format's name of it.
-    stride: elements between neighbours along each dimension; None if it is contiguous in C order.
+    stride: elements between neighbours along each dimension; None if it is contiguous in C order. source: the file that
+    was opened to find it, from which it is read; None opens the path when it is read.
     """
 
     path: str
@@ -44,6 +45,21 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
+    source: Opened | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def opened(self) -> Opened:
+        """The file it is in."""
+        return opened_at(self.path) if self.source is None else self.source
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer of bytes from its first element on.
+
+        Raises:
+            OSError: if the file ends before the buffer is full, was overwritten, or cannot be read.
+        """
+        if self.opened.read_into(buffer, self.start) < len(buffer):
+            raise OSError(f"{shown(self.path)} ends within a tensor that begins at byte {self.start}")
 
     @property
     def elements(self) -> int:
@@ -78,12 +94,12 @@ class Pieces(Stored):
     parts: tuple[tuple[tuple[int, ...], Stored], ...] = ()
 
 
-def stored_entry(path: str, entry: Entry) -> Stored:
+def stored_entry(header: Header, entry: Entry) -> Stored:
     """The place of a safetensors file's tensor."""
-    return Stored(path, entry.start, entry.dtype, entry.shape)
+    return Stored(header.path, entry.start, entry.dtype, entry.shape, source=header.source)
 
 
-def numbers(stored: Stored, file: BinaryIO | None = None) -> tuple[float | int, ...]:
+def numbers(stored: Stored) -> tuple[float | int, ...]:
     """All numbers of a small contiguous tensor, flat.
 
     Raises:
@@ -94,14 +110,9 @@ def numbers(stored: Stored, file: BinaryIO | None = None) -> tuple[float | int, 
         raise ValueError(f"a tensor of shape {stored.shape} is not one of a few numbers")
     if stored.dtype != "BF16" and stored.dtype not in _FORMATS:
         raise ValueError(f"{stored.dtype} numbers cannot be read here")
-    if file is None:
-        with open_file(stored.path) as opened:
-            return numbers(stored, opened)
-    file.seek(stored.start)
-    data = file.read(stored.nbytes)
-    if len(data) != stored.nbytes:
-        raise OSError("the file ends within a tensor")
+    data = bytearray(stored.nbytes)
+    stored.read_into(memoryview(data))
     if stored.dtype == "BF16":  # the upper half of an fp32 number
-        data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
+        data = bytearray(b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2)))
     code = _FORMATS.get(stored.dtype, "f")
     return struct.unpack(f"<{stored.elements}{code}", data)

@@ -52,6 +52,8 @@ class NotJSONError(Exception):
 
 
 def _skip(text: str, at: int) -> int:
+    if at < len(text) and text[at] not in " \t\n\r":
+        return at
     match = _SPACE.match(text, at)
     assert match is not None  # the pattern matches an empty string
     return match.end()

@@ -13,9 +13,11 @@ from optstate.checkpoint.document import KEY, Parameter
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.native_file import native_of
+from optstate.checkpoint.opened import reading
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.checkpoint.prices import bytes_by_recipe
 from optstate.checkpoint.stored import Stored, stored_entry
+from optstate.collector import paused
 
 __all__ = ["STREAM", "GroupSummary", "Row", "SlotSummary", "Summary", "summarize", "summarize_stream", "summary_of"]
 
@@ -134,18 +136,19 @@ def summarize(
     Raises:
         CheckpointError: if it is none of these, or not a valid one.
     """
-    try:
-        return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
-    except CheckpointError:
-        from optstate.checkpoint.foreign.lerobot import is_lerobot
+    with reading(), paused():
+        try:
+            return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
+        except CheckpointError:
+            from optstate.checkpoint.foreign.lerobot import is_lerobot
 
-        headers = _headers(path)
-        documents = [header for header in headers if KEY in header.metadata]
-        if not documents and headers and not any(map(is_lerobot, headers)):
-            return _of_others(os.fspath(path), headers)
-        if len(documents) != 1:
-            raise
-    return summary_of(native_of(os.fspath(path), headers))
+            headers = _headers(path)
+            documents = [header for header in headers if KEY in header.metadata]
+            if not documents and headers and not any(map(is_lerobot, headers)):
+                return _of_others(os.fspath(path), headers)
+            if len(documents) != 1:
+                raise
+        return summary_of(native_of(os.fspath(path), headers))
 
 
 def summarize_stream(file: BinaryIO) -> Summary:
@@ -176,12 +179,12 @@ def summary_of(checkpoint: Checkpoint) -> Summary:
     groups = [
         GroupSummary(
             len(group.parameters),
-            _elements([param for param in document.parameters if param.group == g]),
+            _elements(held),
             group.role,
             group.head_size,
             group.hyper,
         )
-        for g, group in enumerate(document.groups)
+        for group, held in zip(document.groups, document.members, strict=True)
     ]
     return Summary(
         path=checkpoint.path,
@@ -242,7 +245,8 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
     members: dict[tuple[str, str], list[Row]] = {key: [] for key in covered}
     for row in rows:
         members.setdefault((row.slot, row.store), []).append(row)
-    order = list(dict.fromkeys(slot for slot, _ in members))  # all stores of a statistic together
+    slots = dict.fromkeys(slot for slot, _ in members)
+    order = {slot: place for place, slot in enumerate(slots)}  # all stores of a statistic together
     return tuple(
         SlotSummary(
             slot,
@@ -252,7 +256,7 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
             covered.get((slot, store), sum(row.stored.elements for row in of_slot)),
             sum(row.stored.nbytes for row in of_slot),
         )
-        for (slot, store), of_slot in sorted(members.items(), key=lambda item: order.index(item[0][0]))
+        for (slot, store), of_slot in sorted(members.items(), key=lambda item: order[item[0][0]])
     )
 
 
@@ -262,7 +266,7 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
 def _of_others(path: str, headers: tuple[Header, ...]) -> Summary:
     """Tensors by dtype: what they are is not said."""
     rows = [
-        Row(entry.name, "", "", "", "unknown", stored_entry(header.path, entry))
+        Row(entry.name, "", "", "", "unknown", stored_entry(header, entry))
         for header in headers
         for entry in header.tensors
     ]

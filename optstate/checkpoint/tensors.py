@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from optstate.checkpoint.container import BITS
-from optstate.checkpoint.errors import shown
-from optstate.checkpoint.kinds import open_file
 from optstate.checkpoint.stored import Pieces, Stored
 
-__all__ = ["DTYPES", "Statistics", "announce", "bits", "bytes_of", "load", "pieces", "read_into", "statistics"]
+__all__ = [
+    "DTYPES",
+    "Statistics",
+    "all_sound",
+    "announce",
+    "bits",
+    "bytes_of",
+    "load",
+    "pieces",
+    "read_into",
+    "statistics",
+]
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -89,10 +95,8 @@ def _as_it_lies(stored: Stored) -> Tensor:
 
 def announce(stored: Stored) -> None:
     """Let the system read a tensor into its cache while something else is done; where it cannot, nothing happens."""
-    if isinstance(stored, Pieces) or not hasattr(os, "posix_fadvise"):
-        return
-    with suppress(OSError), open(stored.path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), stored.start, stored.span, os.POSIX_FADV_WILLNEED)
+    if not isinstance(stored, Pieces):
+        stored.opened.announce(stored.start, stored.span)
 
 
 def bits(stored: Stored) -> Stored:
@@ -122,15 +126,7 @@ def read_into(own: Tensor, stored: Stored) -> None:
 
 def _fill(target: Tensor, stored: Stored) -> None:
     """Fill a contiguous tensor on the CPU with the bytes from the first of `stored` on."""
-    buffer, done = _memory(target), 0
-    opened: Any = open_file(stored.path)  # typeshed's BinaryIO has no readinto
-    with opened as file:
-        file.seek(stored.start)
-        while done < len(buffer):
-            count = file.readinto(buffer[done:])
-            if not count:
-                raise OSError(f"{shown(stored.path)} ends within a tensor that begins at byte {stored.start}")
-            done += count
+    stored.read_into(_memory(target))
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,20 @@ def _parts(stored: Stored) -> Iterator[Stored]:
     count = max(min(PIECE // inner.elements, (PIECE - inner.span // size) // max(stride, 1) + 1), 1)
     for first in range(0, length, count):
         shape, start = (min(count, length - first), *inner.shape), stored.start + first * stride * size
-        yield from _parts(Stored(stored.path, start, stored.dtype, shape, (stride, *(step for step, _ in rest))))
+        yield from _parts(replace(stored, start=start, shape=shape, stride=(stride, *(step for step, _ in rest))))
+
+
+def all_sound(tensors: Sequence[Stored]) -> bool:
+    """Whether small tensors of one dtype hold finite numbers from zero on only; False where that is not known."""
+    dtype = _TORCH.get(tensors[0].dtype)
+    if dtype is None or any(isinstance(each, Pieces) or each.stride is not None for each in tensors):
+        return False
+    flat = torch.empty(sum(each.elements for each in tensors), dtype=dtype)
+    memory, at = _memory(flat), 0
+    for each in tensors:
+        each.read_into(memory[at : at + each.nbytes])
+        at += each.nbytes
+    return bool(((flat := flat.float() if dtype.itemsize < 4 else flat) >= 0).logical_and_(flat < torch.inf).all())
 
 
 def statistics(stored: Stored) -> Statistics:

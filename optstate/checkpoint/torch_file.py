@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from optstate.checkpoint import pickled
@@ -31,6 +32,7 @@ from optstate.checkpoint.kinds import (
     open_file,
     read_bytes,
     size_of,
+    source_of,
     special_kind,
 )
 from optstate.checkpoint.pickled import Global, PickleError, Unread, UnsafeGlobalError
@@ -303,7 +305,9 @@ class _Archive:
         if size < reference.nbytes:
             raise CheckpointError(self._path, f"{place} has {size} bytes, its tensors need {reference.nbytes}")
         shape = (reference.elements,)
-        storage = Storage(os.fspath(self._path), start, reference.dtype, shape, key=reference.key)
+        storage = Storage(
+            os.fspath(self._path), start, reference.dtype, shape, source=source_of(self._file), key=reference.key
+        )
         self._storages[reference.key] = storage
         return storage
 
@@ -364,7 +368,7 @@ def _viewed(storage: Storage, reference: _Reference) -> Storage | Unread:
     match reference.view:
         case (str(), int(offset), int(size)) if 0 <= offset <= offset + size <= storage.elements:
             start = storage.start + offset * BITS[storage.dtype] // 8
-            return Storage(storage.path, start, storage.dtype, (size,), key=storage.key)
+            return replace(storage, start=start, shape=(size,))
     raise PickleError(f"a malformed file: a view that is not within storage '{shown(storage.key)}'")
 
 
@@ -386,5 +390,5 @@ def _older_storages(
         if elements != reference.elements:
             what = f"storage '{shown(key)}' has {elements} elements, its tensors say {reference.elements}"
             raise CheckpointError(path, f"a malformed file: {what}")
-        storages[key] = Storage(os.fspath(path), start, reference.dtype, (elements,), key=key)
+        storages[key] = Storage(os.fspath(path), start, reference.dtype, (elements,), source=source_of(file), key=key)
     return storages

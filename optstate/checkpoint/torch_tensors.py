@@ -47,14 +47,15 @@ def _part(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Unread
     width, elements = BITS[dtype] // 8, prod(size)
     there = storage.nbytes // width
     if not elements:
-        return Stored(storage.path, storage.start, dtype, size)
+        return Stored(storage.path, storage.start, dtype, size, source=storage.source)
     if elements > there:
         raise PickleError(f"{where} has {elements} elements, more than the {there} that are stored")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= there:
         raise PickleError(f"{where} reaches to element {last} of {there}")
     start = storage.start + offset * width
-    return Stored(storage.path, start, dtype, size, None if _is_contiguous(size, stride) else stride)
+    strides = None if _is_contiguous(size, stride) else stride
+    return Stored(storage.path, start, dtype, size, strides, storage.source)
 
 
 def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -23,7 +23,9 @@ _VERSION = b"3\n"
 
 
 @contextmanager
-def create_torch(path: str | os.PathLike[str], tree: Any, *, overwrite: bool = False) -> Iterator[TorchFile]:
+def create_torch(
+    path: str | os.PathLike[str], tree: Any, *, overwrite: bool = False, permissions: int | None = None
+) -> Iterator[TorchFile]:
     """Write a file that `torch.load` reads, also with `weights_only`, `mmap` or `map_location="meta"`.
 
     The body calls `put` for every NewTensor of the tree. Until it ends `path` is what it was before, and an exception
@@ -34,13 +36,14 @@ def create_torch(path: str | os.PathLike[str], tree: Any, *, overwrite: bool = F
         tree: dicts, lists, tuples, sets, strings, bytes, integers, floats, booleans and None, with NewTensor, Constant
             and Subclass for the tensors.
         overwrite: replace an existing file.
+        permissions: of a new file; those of the process if None.
 
     Raises:
         CheckpointError: the target exists (refused), is no regular file, or cannot be written; the disk is full.
         TypeError, ValueError: a tree that cannot be written, a tensor without its bytes when the body ends.
     """
     pickled, storages = dump(tree)
-    with replacing(path, overwrite) as descriptor:
+    with replacing(path, overwrite, permissions) as descriptor:
         file = TorchFile(path, descriptor, pickled, storages)
         yield file
         file._complete()

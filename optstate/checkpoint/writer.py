@@ -106,7 +106,12 @@ def write(
 
 @contextmanager
 def create(
-    path: str | os.PathLike[str], entries: Iterable[NewEntry], *, room: int, overwrite: bool = False
+    path: str | os.PathLike[str],
+    entries: Iterable[NewEntry],
+    *,
+    room: int,
+    overwrite: bool = False,
+    permissions: int | None = None,
 ) -> Iterator[SafetensorsFile]:
     """Write a safetensors file whose tensors come in any order, and whose metadata are known only at the end.
 
@@ -119,6 +124,7 @@ def create(
         room: bytes kept for the header, what `header_size` says for metadata at least as long as the real ones will
             be; rounded up to a multiple of eight. What is left of it is filled with spaces.
         overwrite: replace an existing file.
+        permissions: of a new file; those of the process if None.
 
     Raises:
         CheckpointError: the target exists (refused), is no regular file, or cannot be written; the disk is full.
@@ -131,7 +137,7 @@ def create(
         raise ValueError(f"room for a header of {room} bytes, above the format's limit of {MAX_HEADER}")
     if (least := len(_header({}, ordered))) > room:
         raise ValueError(f"room for a header of {room} bytes, without metadata it has {least} already")
-    with replacing(path, overwrite) as descriptor:
+    with replacing(path, overwrite, permissions) as descriptor:
         file = SafetensorsFile(path, descriptor, ordered, room)
         with reported(path):
             reserve(descriptor, file.size)

@@ -12,6 +12,7 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.container import Header, read_header
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.foreign.states import read as read_tree
+from optstate.checkpoint.kinds import read_whole
 from optstate.checkpoint.stored import stored_entry
 
 __all__ = ["GROUPS", "STATE", "is_lerobot", "read"]
@@ -76,17 +77,15 @@ def _tree(header: Header) -> dict[int, dict[str, Any]]:
                 raise CheckpointError(header.path, f"'{shown(entry.name)}' lies within another tensor")
         if parts[-1] in into:
             raise CheckpointError(header.path, f"'{shown(entry.name)}' is there twice")
-        into[parts[-1]] = stored_entry(header.path, entry)
+        into[parts[-1]] = stored_entry(header, entry)
     return dict(sorted(state.items()))
 
 
 def _groups(path: Path) -> list[Any]:
     try:
-        if path.stat().st_size > LARGEST_SIDE_FILE:
-            raise ValueError(f"it is larger than {LARGEST_SIDE_FILE} bytes")
-        groups = json.loads(path.read_text(encoding="utf-8"))
+        groups = json.loads(read_whole(path, LARGEST_SIDE_FILE).decode())
         if not isinstance(groups, list):
             raise TypeError("it is no list")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(path, f"the param groups beside the file cannot be read: {error}") from None
     return groups

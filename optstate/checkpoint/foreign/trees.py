@@ -11,6 +11,7 @@ from optstate.checkpoint.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError, shown
 from optstate.checkpoint.header import TORCH_NAMES
 from optstate.checkpoint.numpy_values import element
+from optstate.checkpoint.opened import FileChangedError
 from optstate.checkpoint.pickled import Global, Object, Stranger, Unread
 from optstate.checkpoint.stored import Stored, numbers
 from optstate.others import stem_of
@@ -205,6 +206,8 @@ def small_numbers(stored: Stored) -> tuple[float | int, ...]:
     """
     try:
         return numbers(stored)
+    except FileChangedError:
+        raise
     except (ValueError, OSError) as error:
         raise NotPlainError(str(error)) from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from optstate.checkpoint.document import Document, Group, Parameter, SlotRecord, TensorValue
@@ -57,6 +58,10 @@ class Given:
     notes: dict[str, None] = field(default_factory=dict)
     books: dict[str, Constant] = field(default_factory=dict)
 
+    @cached_property
+    def _by_group(self) -> list[list[Parameter]]:
+        return self.document.members
+
     @property
     def kind(self) -> str:
         """The layout that the document came from, "" for optstate's own."""
@@ -79,7 +84,7 @@ class Given:
 
     def members(self, group: int) -> list[Parameter]:
         """The parameters of a group, in order."""
-        return [param for param in self.document.parameters if param.group == group]
+        return self._by_group[group]
 
     def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> NewTensor:
         """The tensor of this key, in another shape of as many elements if one is given."""

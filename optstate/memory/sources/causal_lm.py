@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from optstate.checkpoint.errors import shown
 from optstate.memory.setting import BuildOptions, Model, ParamShape
 from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, families, parameters_of, probe
 
-__all__ = ["causal_lm", "prepared", "token_batch", "transformers_version"]
+__all__ = ["LABELS", "causal_lm", "prepared", "token_batch", "transformers_version"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
-NOT_SIZES = {
+LABELS = {"id2label", "label2id", "num_labels"}
+"""Of classifiers: a language model has none, and transformers would make a word for each."""
+
+NOT_SIZES = LABELS | {
     "_attn_implementation",
     "_attn_implementation_internal",
     "_name_or_path",
@@ -33,6 +37,9 @@ NOT_SIZES = {
     "use_cache",
 }
 """What a config says about its file or about a run, and the setting of an estimate says instead."""
+
+MOST_MODULES = 200_000
+"""Several times as many as the largest models have, of which every expert is some."""
 
 SDPA = "sdpa"
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
@@ -204,9 +211,10 @@ def _configured(plain: Mapping[str, Any]) -> Any:
 def _made(config: Any, attention: str | None) -> Any:
     """A model of transformers in the default dtype; with its choice of attention for None."""
     try:
-        module = _library("transformers").AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, trust_remote_code=False
-        )
+        with _counted():
+            module = _library("transformers").AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, trust_remote_code=False
+            )
     except Exception as error:  # whatever a model's constructor says
         with_attention = f" with {shown(attention)} attention" if attention else ""
         raise SourceError(f"transformers cannot build it{with_attention}: {in_words(error)}") from error
@@ -246,6 +254,24 @@ def _apart(param: ParamShape) -> tuple[Any, ...]:
 
 def _has_learned_positions(parameters: tuple[ParamShape, ...]) -> bool:
     return any(param.name.removesuffix(".weight").rpartition(".")[2] in LEARNED_POSITIONS for param in parameters)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Ends the building of a model that has more modules than any model has, before they fill the memory."""
+    count = 0
+
+    def counting(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise ValueError(f"it has more than {MOST_MODULES} modules: a size in it must be wrong")
+
+    handle = register_module_module_registration_hook(counting)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

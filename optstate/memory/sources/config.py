@@ -15,9 +15,9 @@ from optstate.checkpoint.strict_json import NotJSONError, decode, plain
 from optstate.collector import paused
 from optstate.memory.setting import Model, ParamShape
 from optstate.memory.sources.builtin import config_of
-from optstate.memory.sources.causal_lm import causal_lm, transformers_version
+from optstate.memory.sources.causal_lm import LABELS, causal_lm, transformers_version
 from optstate.memory.sources.errors import SourceError, checked_dtype
-from optstate.memory.sources.shapes import ARCHITECTURES, check_sizes, parameters
+from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, parameters
 
 __all__ = ["FILE", "of_config", "of_config_file", "of_name"]
 
@@ -75,9 +75,11 @@ def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
 def _check_all_sizes(config: Mapping[str, Any]) -> None:
     """Sizes in the config and in the configs within it, as those of a model for text and images."""
     check_sizes(config)
-    for value in config.values():
-        if isinstance(value, Mapping):
-            check_sizes(value)
+    for key, value in config.items():
+        if key not in LABELS:
+            check_number(key, value)
+            if isinstance(value, Mapping):
+                _check_all_sizes(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@ transformers' classes, without transformers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from optstate.checkpoint.errors import shown
 from optstate.memory.sources.errors import SourceError
 
-__all__ = ["ARCHITECTURES", "check_sizes", "parameters"]
+__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "parameters"]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Config = Mapping[str, Any]
@@ -27,6 +28,13 @@ LARGEST = {
 """The sizes a config gives, and what none of them exceeds in any model, by far: above it is a slip of the pen."""
 
 
+COUNT = re.compile(r"(^|_)(num|n)_|_(layers|heads|experts|groups|blocks|stages|codebooks)$")
+OF_TEXT = re.compile(r"token|position|embed|vocab|bucket|length|size|ctx|width|dim")
+"""What is counted one by one in a model by its name, and what is not: of the former there are few."""
+
+COUNTED, IN_LISTS, MOST = 100_000, 10_000_000, 10**12
+
+
 def check_sizes(config: Config) -> None:
     """Raise SourceError for a size that no model can have: no whole number, below one, or beyond measure."""
     for what, (keys, largest) in LARGEST.items():
@@ -38,6 +46,28 @@ def check_sizes(config: Config) -> None:
                 raise SourceError(f"{key} is {shown(repr(value))}: it must be a whole number")
             if not 1 <= value <= largest:
                 raise SourceError(f"{key} is {value}: no model has so {'few' if value < 1 else 'many'} {what}")
+
+
+def check_number(key: str, value: Any) -> None:
+    """Raise SourceError for a whole number that no config of a model has, whatever it is for.
+
+    What is made for each of so many, lists of kinds of layers or of names, would fill the memory.
+    """
+    for number in _numbers(value):
+        largest = (
+            IN_LISTS if isinstance(value, list) else MOST if not COUNT.search(key) or OF_TEXT.search(key) else COUNTED
+        )
+        if abs(number) > largest:
+            raise SourceError(f"{shown(key)} has {shown(str(number))}: no model has a number of this size there")
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """The whole numbers in a value and in lists in it."""
+    if type(value) is int:
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
 
 
 def parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
