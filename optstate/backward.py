@@ -249,6 +249,7 @@ class FusedBackward:
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
         self._attach_new()
+        self.optimizer.require_alike()
         self._in_backward = True
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.gaps import Gap, rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 
 __all__ = [
+    "COMPLETE",
     "KEY",
     "check",
     "entries",
@@ -25,6 +27,9 @@ __all__ = [
 
 KEY = "optstate"
 VERSION = 1
+
+COMPLETE = "complete"
+"""Key of the header: whether there is state for all parameters that trained, as there is unless it says otherwise."""
 
 
 def header(plan: Plan, clip_grad_norm: float | None) -> dict[str, Any]:
@@ -60,12 +65,11 @@ def warn_if_written_otherwise(saved: Mapping[str, Any], plan: Plan) -> None:
 
 
 def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Pairs of a parameter and its saved state, matched by order, for those that have one."""
+    """Pairs of a parameter and its saved state, matched by order; the state is empty where nothing was saved."""
     params = (p for group in optimizer.param_groups for p in group["params"])
     indices = (i for group in saved["param_groups"] for i in group["params"])
     for param, index in zip(params, indices, strict=True):
-        if index in saved["state"]:
-            yield param, saved["state"][index]
+        yield param, saved["state"].get(index, {})
 
 
 def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,8 +81,12 @@ def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
     return groups
 
 
-def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError at the first difference between what was saved and what this optimizer keeps."""
+def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[Gap]:
+    """What becomes of the state of each parameter, in order.
+
+    Raises:
+        ValueError: at the first difference between what was saved and what this optimizer keeps.
+    """
     for key in ("state", "param_groups"):
         if key not in saved:
             raise ValueError(f"this is not an optimizer's state_dict: it has no {key!r}")
@@ -89,21 +97,25 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
         )
     _check_groups(optimizer, plan, saved["param_groups"])
     stores = saved.get(KEY, {}).get("stores", {})
+    complete = saved.get(KEY, {COMPLETE: False}).get(COMPLETE, True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [i for group in saved["param_groups"] for i in group["params"]]
-    for param, index in zip(plan, indices, strict=True):
-        _check_stores(param, stores.get(index))
-        if index in saved["state"]:
-            _check_state(param, saved["state"][index])
-        elif param.trainable:
-            raise ValueError(
-                f"the saved state has nothing for {param.spec.name!r}, which trains here: it was frozen or lost; "
-                "freeze it before loading if it was, and unfreeze it afterwards"
-            )
+    found = []
+    for param, planned, index in zip(params, plan, indices, strict=True):
+        _check_stores(planned, stores.get(index))
+        kept = index in saved["state"]
+        here, trains = param in optimizer.state, param.requires_grad
+        found.append(rule(planned.spec.name, saved=kept, here=here, trains=trains, complete=complete))
+        if kept:
+            _check_state(planned, saved["state"][index])
+    if not saved["state"] and any(planned.fields for planned, gap in zip(plan, found, strict=True) if gap is Gap.ANEW):
+        raise ValueError("the saved state has no statistics at all: no step was made before it was saved")
     stray = set(saved["state"]) - set(indices)
     if stray:
         raise ValueError(
             f"the saved state has entries that belong to no parameter, such as {sorted(stray, key=str)[0]!r}"
         )
+    return found
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict[str, Any]]) -> None:

@@ -6,15 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from optstate import resume
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
-from optstate.checkpoint.converted import conversion_onto, load_converted
+from optstate.checkpoint.converted import Prepared, conversion_onto, is_complete, prepared_conversion
 from optstate.checkpoint.describing import (
     described,
     dtype_name,
@@ -36,8 +35,11 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.gathering import (
     Named,
     any_distributed,
-    failing_together,
+    content_of,
+    note_document,
+    note_path,
     read_part_into,
+    saving_together,
     write_gathered,
 )
 from optstate.checkpoint.opening import open_checkpoint
@@ -45,12 +47,15 @@ from optstate.checkpoint.sharded import create_set
 from optstate.checkpoint.stored import Stored
 from optstate.checkpoint.tensors import DTYPES, bytes_of
 from optstate.checkpoint.writer import NewEntry, header_size
-from optstate.optimizer import Optimizer
+from optstate.collectives import DisagreementError, LostProcessError, View
+from optstate.optimizer import InconsistentStateError, Optimizer
 from optstate.plan import ParamPlan, Plan
+from optstate.watch import MovedStateError
 
 __all__ = ["load", "save"]
 
 Path = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 def save(
@@ -84,19 +89,23 @@ def save(
         ValueError: if `max_shard_size` is below one byte.
     """
     plan = optimizer.plan()
-    tell_others = _telling_others(optimizer, plan, path)
-    with tell_others():
-        saved = optimizer.state_dict()
+    alone = not any(map(any_distributed, optimizer.state.values()))
+    together: AbstractContextManager[View] = nullcontext({}) if alone else saving_together(path)
+    with together as view:
         try:
+            unmoved = optimizer.watch("save")
+            saved = optimizer.state_dict()
             resume.check(optimizer, plan, saved)  # what could not be loaded again is not written either
             document = described(optimizer, plan, saved)
             text = to_json(document if model is None else with_tied_names(document, optimizer, model))
-        except ValueError as error:
+        except (ValueError, MovedStateError) as error:
             raise CheckpointError(path, f"not saved: {error}", refused=True) from None
+        note_path(view, path)
+        note_document(view, document)
     names = parameter_names(optimizer, plan)
     tensors: dict[str, Tensor] = {}
     entries = []
-    for i, state in saved["state"].items():
+    for i, state in sorted(saved["state"].items()):
         for key, field in plan.params[i].fields.items():
             name = tensor_key(names[i], key)
             tensors[name] = state[key]
@@ -110,18 +119,28 @@ def save(
                 file.put(name, bytes_of(tensor))
             file.finish(metadata)
 
-    with tell_others():
-        if any_distributed(tensors):
-            write_gathered(tensors, write)
-        else:
-            write(iter(tensors.items()))
+    def end() -> None:
+        """Nothing takes the old file's place if a step came between."""
+        try:
+            unmoved()
+        except (MovedStateError, InconsistentStateError) as error:
+            raise CheckpointError(path, f"not saved: {error}", refused=True) from None
+
+    def end_together() -> None:
+        with saving_together(path):
+            end()
+
+    if alone:
+        write(_followed_by(iter(tensors.items()), end))
+    else:
+        with saving_together(path):
+            write_gathered(tensors, write, end_together)
 
 
-def _telling_others(optimizer: Optimizer, plan: Plan, path: Path) -> Callable[[], AbstractContextManager[None]]:
-    """What a part of saving runs under: where state is split among devices, it must succeed on all of them."""
-    if not any(map(any_distributed, optimizer.state.values())):
-        return nullcontext
-    return partial(failing_together, path, [(param.spec.name, param.spec.shape, param.stores) for param in plan])
+def _followed_by(items: Iterator[T], end: Callable[[], None]) -> Iterator[T]:
+    """The items; `end` is called after the last of them was used."""
+    yield from items
+    end()
 
 
 def load(
@@ -153,15 +172,38 @@ def load(
         CheckpointError: if the file is unreadable or another optimizer's, naming the first difference. If reading
             fails half-way, the optimizer refuses to step until a load succeeds.
     """
-    checkpoint = open_checkpoint(path, key=key, names=names)
-    difference = None
+    opened: list[Checkpoint] = []
+    copied: list[Tensor] = []
+
+    def prepare() -> Prepared:
+        opened.append(open_checkpoint(path, key=key, names=names))
+        view, copy = _prepared(optimizer, opened[0], allow_lossy)
+
+        def noted(own: Tensor, theirs: Tensor) -> None:
+            copied[:] = [own]
+            copy(own, theirs)
+
+        return view, noted
+
+    with _failing(path, lambda: bool(copied)):
+        optimizer.load_prepared(prepare, lambda: content_of(opened[0].tensors))
+
+
+def _prepared(optimizer: Optimizer, checkpoint: Checkpoint, allow_lossy: bool) -> Prepared:
+    """What a checkpoint becomes in this optimizer, and what brings its numbers there; nothing is changed.
+
+    Raises:
+        CheckpointError: if it is another optimizer's, or numbers would change without consent.
+    """
+    path, difference = checkpoint.path, None
     if checkpoint.kind == OPTSTATE and any(param.chain for param in checkpoint.document.parameters):
-        difference = _load_exactly(optimizer, checkpoint)
-        if difference is None:
-            return
+        try:
+            return _exactly(optimizer, checkpoint)
+        except (ValueError, TypeError) as error:  # a hyper-parameter of the wrong kind is a TypeError
+            difference = str(error)
     hint = "nothing was changed; build the optimizer as the saved run did"
     try:
-        conversion = conversion_onto(optimizer, checkpoint)
+        conversion = conversion_onto(optimizer, checkpoint, anew=allow_lossy)
     except CheckpointError:  # it contradicts itself
         if allow_lossy or difference is None:
             raise
@@ -175,34 +217,41 @@ def load(
         slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
         what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
         raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
-    with _failing(path, hint):
-        load_converted(optimizer, conversion)
+    return prepared_conversion(optimizer, conversion)
 
 
-def _load_exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
-    """Load what is in the optimizer's own stores; the first difference, in words, if it is not."""
+def _exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> Prepared:
+    """What is in the optimizer's own stores, to be read into place.
+
+    Raises:
+        ValueError, TypeError: at the first difference.
+    """
     plan, document = optimizer.plan(), checkpoint.document
-    try:
-        sources = _matched(optimizer, plan, document, checkpoint.tensors)
-        view = _as_state_dict(optimizer, plan, document, sources)
-        resume.check(optimizer, plan, view)
-    except (ValueError, TypeError) as error:  # a hyper-parameter of the wrong kind is a TypeError
-        return str(error)
+    sources = _matched(optimizer, plan, document, checkpoint.tensors)
+    view = _as_state_dict(optimizer, plan, checkpoint, sources)
+    resume.check(optimizer, plan, view)
     places = {id(tensor): checkpoint.tensors[key] for key, tensor in sources.items()}
-    with _failing(checkpoint.path, ""):
-        optimizer.load_with(view, lambda own, theirs: read_part_into(own, places[id(theirs)]))
-    return None
+    return view, lambda own, theirs: read_part_into(own, places[id(theirs)])
 
 
 @contextmanager
-def _failing(path: Path, hint: str) -> Iterator[None]:
+def _failing(path: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Turn what loading raises, before or after it has begun to change anything, into the error of checkpoint files."""
+    unchanged = "nothing was changed; build the optimizer as the saved run did"
+    broken = "the state is incomplete: load again before the next step"
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise CheckpointError(path, str(error), hint, refused=True) from None
+        raise CheckpointError(path, str(error), broken if begun() else unchanged, refused=True) from None
+    except DisagreementError as error:
+        raise CheckpointError(path, f"not loaded, {error}", "nothing was changed, on any rank", refused=True) from None
+    except (InconsistentStateError, MovedStateError) as error:
+        raise CheckpointError(path, str(error), broken, refused=True) from None
+    except LostProcessError as error:
+        raise CheckpointError(path, f"loading broke off: {error}", broken) from error.__cause__
     except OSError as error:
-        reason = f"reading failed half-way: {error}"
-        raise CheckpointError(path, reason, "the state is incomplete: load again before the next step") from error
+        reason = "reading failed half-way" if begun() else "it cannot be read"
+        raise CheckpointError(path, f"{reason}: {error}", broken if begun() else "nothing was changed") from error
 
 
 # --- what is loaded -----------------------------------------------------------------------------------------------
@@ -273,9 +322,10 @@ def _listed(slots: Mapping[str, SlotRecord]) -> str:
 
 
 def _as_state_dict(
-    optimizer: Optimizer, plan: Plan, document: Document, sources: Mapping[str, Tensor]
+    optimizer: Optimizer, plan: Plan, checkpoint: Checkpoint, sources: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The file as the `state_dict` it was made from, with stand-ins for its tensors."""
+    document = checkpoint.document
     state: dict[int, dict[str, Any]] = {}
     stores: dict[int, dict[str, str]] = {}
     groups: list[dict[str, Any]] = []
@@ -295,5 +345,10 @@ def _as_state_dict(
         members = list(range(first, first + len(group.parameters)))
         groups.append({**hyper, **declared, "params": members})
         first += len(members)
-    header = {"version": resume.VERSION, "stores": stores, "clip_grad_norm": document.clip_grad_norm}
+    header = {
+        "version": resume.VERSION,
+        "stores": stores,
+        "clip_grad_norm": document.clip_grad_norm,
+        resume.COMPLETE: is_complete(checkpoint),
+    }
     return {"state": state, "param_groups": groups, resume.KEY: header}
