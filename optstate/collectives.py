@@ -80,18 +80,21 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def together(views: Iterable[Groups], say: Callable[[BaseException], str] = reason_of) -> Iterator[dict[Groups, View]]:
+def together(
+    doing: str, views: Iterable[Groups], say: Callable[[BaseException], str] = reason_of
+) -> Iterator[dict[Groups, View]]:
     """Every process must run the body; where it raises on one, it raises on all, so that none goes on or waits.
 
-    views: the groups of processes that share something, one after another in the same order on all of their processes;
-    none where nothing is shared. The body gets a mapping of an empty `View` for each, and notes in it what must be the
-    same on all of the group's processes. say: what others are told of a failure here.
+    doing: what, as "save()": the others may be at something else. views: the groups of processes that share something,
+    one after another in the same order on all of their processes; none where nothing is shared. The body gets a `View`
+    for each, and notes in it what must be the same on all of the group's processes. say: what others are told of a
+    failure here.
 
     Raises:
         DisagreementError: if the body raised on another process only, or the processes noted different things.
         LostProcessError: if another process does not answer.
     """
-    noted: dict[Groups, View] = {groups: {} for groups in views}
+    noted: dict[Groups, View] = {groups: {"the call": doing} for groups in views}
     failure: BaseException | None = None
     try:
         yield noted

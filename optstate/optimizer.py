@@ -506,7 +506,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._follow_replaced()
         shared = alike.processes(self._leaves.values())
-        with together(shared) as views:
+        with together("load", shared) as views:
             if torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     "loading inside a backward pass is refused: gradients of the old state would meet the new one; "
@@ -519,7 +519,7 @@ class Optimizer(torch.optim.Optimizer):
         # A load is written ahead: whatever ends it before its end, no step and no save follow.
         self._consistency.reason = "loading has not come to its end"
         try:
-            with together(shared):
+            with together("load, after reading", shared):
                 self._fill(saved, gaps, copy)
         except DisagreementError as error:
             self._consistency.reason = f"loading failed elsewhere: {error}"

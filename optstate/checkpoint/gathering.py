@@ -50,7 +50,7 @@ def saving_together(path: Any) -> Iterator[View]:
     """
     everyone = (dist.group.WORLD,)
     try:
-        with together([everyone], _without_path) as views:
+        with together("save", [everyone], _without_path) as views:
             yield views[everyone]
     except LostProcessError as error:
         hint = "the file is what it was before, or the complete new one; load it in new processes"
