@@ -16,7 +16,7 @@ class Gap(Enum):
     """It was saved, and is loaded: a frozen parameter keeps it until it trains again."""
 
     NONE = auto()
-    """There is none on either side: it is made when the parameter gets its first gradient."""
+    """There is none on either side: it is made when the parameter trains."""
 
     DROP = auto()
     """A frozen parameter has state here, and nothing was saved: what is here is of another run. It begins anew when it
@@ -39,10 +39,8 @@ def rule(name: str, *, saved: bool, here: bool, trains: bool, complete: bool) ->
     """
     if saved:
         return Gap.FILL
-    if not here:
-        return Gap.NONE
     if not trains:
-        return Gap.DROP
+        return Gap.DROP if here else Gap.NONE
     if complete:
         raise ValueError(
             f"the saved state has nothing for {name!r}, which trains here: it was frozen or lost; "

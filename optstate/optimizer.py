@@ -425,11 +425,7 @@ class Optimizer(torch.optim.Optimizer):
             MovedStateError: if another thread updates a parameter meanwhile.
         """
         self._require_consistent("state_dict")
-        self._follow_replaced()
         self._refuse_bad_flags(wait=True)
-        for param in self._leaves:
-            if param.requires_grad and param not in self.state:  # it was unfrozen: what trains has state
-                self._allocate(param)
         unmoved = self.watch("state_dict")
         clip = self._fused.clip_grad_norm if self._fused is not None else None
         found = {**super().state_dict(), resume.KEY: resume.header(self.plan(), clip)}
@@ -443,6 +439,10 @@ class Optimizer(torch.optim.Optimizer):
             MovedStateError: by what is returned.
             InconsistentStateError: by what is returned, if a step has begun and not ended.
         """
+        self._follow_replaced()
+        for param in self._leaves:
+            if param.requires_grad and param not in self.state:  # it was unfrozen: what trains has state
+                self._allocate(param)
         watch = Watch(self.state)
 
         def unmoved() -> None:

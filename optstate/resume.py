@@ -144,7 +144,10 @@ def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:
     own = param.stores
     if saved is not None and dict(saved) != own:
-        raise ValueError(f"{param.spec.name!r} was saved as {_listed(saved)}, here it is {_listed(own)}")
+        raise ValueError(
+            f"{param.spec.name!r} was saved as {_listed(saved)}, here it is {_listed(own)}: keep it as it was, or "
+            "write it with optstate.save and convert it with optstate.load(..., allow_lossy=True)"
+        )
 
 
 def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:

@@ -116,6 +116,7 @@ def prepared_conversion(optimizer: Optimizer, conversion: Conversion) -> Prepare
     header = {
         "version": resume.VERSION,
         "clip_grad_norm": conversion.document.clip_grad_norm,
+        "weights": {i: param.weights for i, param in enumerate(conversion.document.parameters) if param.weights},
         resume.COMPLETE: is_complete(conversion.checkpoint),
     }
     return {"state": state, "param_groups": groups, resume.KEY: header}, source.copy

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optstate import resume
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
+from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.converted import Prepared, conversion_onto, is_complete, prepared_conversion
 from optstate.checkpoint.describing import (
     described,
@@ -203,7 +204,7 @@ def _prepared(optimizer: Optimizer, checkpoint: Checkpoint, allow_lossy: bool) -
             difference = str(error)
     hint = "nothing was changed; build the optimizer as the saved run did"
     try:
-        conversion = conversion_onto(optimizer, checkpoint, anew=allow_lossy)
+        conversion, lost = _conversion(optimizer, checkpoint, consent=allow_lossy or difference is not None)
     except CheckpointError:  # it contradicts itself
         if allow_lossy or difference is None:
             raise
@@ -211,13 +212,28 @@ def _prepared(optimizer: Optimizer, checkpoint: Checkpoint, allow_lossy: bool) -
     except (ValueError, TypeError) as error:
         reason = str(error) if allow_lossy or difference is None else difference
         raise CheckpointError(path, reason, hint, refused=True) from None
-    if difference is not None and not allow_lossy:
+    difference = difference or lost
+    if difference and not allow_lossy:
         raise CheckpointError(path, difference, f"{hint}, or convert with allow_lossy=True", refused=True)
     if not conversion.lossless and not allow_lossy:
         slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
         what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
         raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
     return prepared_conversion(optimizer, conversion)
+
+
+def _conversion(optimizer: Optimizer, checkpoint: Checkpoint, consent: bool) -> tuple[Conversion, str]:
+    """What a checkpoint becomes, and what is lost on the way apart from numbers; "" if nothing is.
+
+    Raises:
+        ValueError, TypeError: if it cannot be made, even with consent.
+    """
+    if not consent:
+        try:
+            return conversion_onto(optimizer, checkpoint), ""
+        except ValueError as error:
+            return conversion_onto(optimizer, checkpoint, anew=True), str(error)
+    return conversion_onto(optimizer, checkpoint, anew=True), ""
 
 
 def _exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> Prepared:
