@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from optstate.consistency import InconsistentStateError
 from optstate.placement import here
 
 __all__ = ["MovedStateError", "Watch"]
@@ -14,7 +15,7 @@ __all__ = ["MovedStateError", "Watch"]
 Mark = tuple[Any, ...]
 
 
-class MovedStateError(RuntimeError):
+class MovedStateError(InconsistentStateError):
     """A parameter was updated while its state was saved or loaded: what was read or filled is of two steps."""
 
 

@@ -47,6 +47,7 @@ def launched(world: int, folder: Path) -> list[dict[Any, Any]]:
         *(("holds", *case) for case in HELD),
         *(("saves", what, folder) for what in DRIFTED),
         ("moved_on_the_last_rank", folder),
+        ("without_statistics", folder),
     ]
     if world == 2:
         cases += [("kept", name, folder) for name in alike_ranks.KEPT]
@@ -174,6 +175,12 @@ def test_a_write_beside_a_save_is_noticed_on_any_rank(everywhere: Any) -> None:
         assert said.startswith("CheckpointError")
         assert "'first.weight' was updated while it was read" in said
         assert none
+
+
+def test_state_without_tensors_is_written_by_one_rank_too(everywhere: Any) -> None:
+    results, folder = everywhere
+    for rank, each in enumerate(results):
+        assert result(each, "without_statistics", folder) == (int(rank == 0), [2, 2, 2, 2])
 
 
 @pytest.mark.parametrize("name", alike_ranks.KEPT)

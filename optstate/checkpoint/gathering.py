@@ -17,10 +17,9 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.stored import Pieces, Stored
 from optstate.checkpoint.tensors import bytes_of, load, read_into
 from optstate.collectives import DisagreementError, LostProcessError, View, reason_of, together
-from optstate.placement import copy_part, here, index_here, is_distributed, whole
+from optstate.placement import copy_part, here, index_here, whole
 
 __all__ = [
-    "any_distributed",
     "content_of",
     "note_document",
     "note_path",
@@ -32,11 +31,6 @@ __all__ = [
 PARAMETER = "the parameter "
 
 Named = Iterator[tuple[str, Tensor]]
-
-
-def any_distributed(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether at least one of the tensors is split among devices or replicated on them as a DTensor."""
-    return any(is_distributed(tensor) for tensor in tensors.values())
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from optstate.checkpoint.document import (
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.gathering import (
     Named,
-    any_distributed,
     content_of,
     note_document,
     note_path,
@@ -50,6 +49,7 @@ from optstate.checkpoint.tensors import DTYPES, bytes_of
 from optstate.checkpoint.writer import NewEntry, header_size
 from optstate.collectives import DisagreementError, LostProcessError, View
 from optstate.optimizer import InconsistentStateError, Optimizer
+from optstate.placement import is_distributed
 from optstate.plan import ParamPlan, Plan
 from optstate.watch import MovedStateError
 
@@ -73,8 +73,12 @@ def save(
     and stores are a JSON document under the metadata key `optstate`. Equal optimizers give equal bytes. The file is
     replaced at once or not at all. Memory: none for tensors on the CPU, else one tensor.
 
-    Where parameters are split among devices (FSDP2, HSDP, tensor parallelism), every rank must call this; rank 0 writes
-    the bytes that an unsharded run would, where it keeps the same stores. What fails on one rank fails on all.
+    Where parameters are DTensors (FSDP2, HSDP, tensor parallelism, `replicate`), every rank must call this; rank 0
+    writes the bytes that an unsharded run would, where it keeps the same stores. What fails on one rank fails on all,
+    and the ranks must agree about the path, steps, hyper-parameters and recipes. Of replicas under
+    DistributedDataParallel nothing is known: call it on one rank.
+
+    No other thread may step meanwhile: a save that is overtaken by a step is refused, and leaves the old file.
 
     State of more than `max_shard_size` bytes becomes several files of at most that many each,
     `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
@@ -85,12 +89,12 @@ def save(
     Raises:
         InconsistentStateError: if a step broke off half-way.
         CheckpointError: if the file cannot be written, exists although `overwrite` is false, or the optimizer holds
-            what has no place in it; if another rank failed, is gone, or is late by more than its process group's
-            timeout.
+            what has no place in it; if a parameter is updated meanwhile; if another rank failed, holds something else,
+            is gone, or is late by more than its process group's timeout.
         ValueError: if `max_shard_size` is below one byte.
     """
     plan = optimizer.plan()
-    alone = not any(map(any_distributed, optimizer.state.values()))
+    alone = not any(is_distributed(param) for group in optimizer.param_groups for param in group["params"])
     together: AbstractContextManager[View] = nullcontext({}) if alone else saving_together(path)
     with together as view:
         try:
@@ -124,7 +128,7 @@ def save(
         """Nothing takes the old file's place if a step came between."""
         try:
             unmoved()
-        except (MovedStateError, InconsistentStateError) as error:
+        except InconsistentStateError as error:
             raise CheckpointError(path, f"not saved: {error}", refused=True) from None
 
     def end_together() -> None:
@@ -158,6 +162,14 @@ def load(
     less and nothing more. Nothing is cast. All of this is checked before anything is changed. Memory: none for state
     on the CPU, else one tensor.
 
+    A parameter that is frozen here keeps the state that the file has of it. One of which the file has none, but trains
+    here, is refused if this library wrote the file: it was frozen, so freeze it, load, and unfreeze it. Other libraries
+    make state at the first update: there it begins anew, with a warning. `load_state_dict` follows the same rule.
+
+    Where parameters are DTensors, every rank that shares them must call this. It fails on all of them or on none; they
+    compare steps, hyper-parameters and a few numbers of every tensor, so each may read its own copy of one file. Of
+    replicas under DistributedDataParallel nothing is known: give them one path.
+
     Model weights are not in the file: load them before or afterwards. A learning rate scheduler has its own state.
 
     Args:
@@ -165,13 +177,16 @@ def load(
         path: what `save` wrote, or another tool's checkpoint of the same statistics, as a torch `optimizer.pt`. Such a
             file is taken where every number stays what it was.
         allow_lossy: convert what is kept in other stores or by another recipe, as `optstate convert` does; it shows
-            what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. Memory:
-            one parameter's statistics in fp32, all of it on every device.
+            what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. It also
+            takes a run in another dtype, as fp32 into bf16, or one that wrote weights in another way: corrections that
+            are kept for weights begin anew then. Memory: one parameter's statistics in fp32, all of it on every device.
         key, names: of other tools' files, as for `optstate convert`.
 
     Raises:
-        CheckpointError: if the file is unreadable or another optimizer's, naming the first difference. If reading
-            fails half-way, the optimizer refuses to step until a load succeeds.
+        CheckpointError: if the file is unreadable or another optimizer's, naming the first difference; if it fails on
+            another rank, or ranks load different things. If reading fails half-way, or another thread steps meanwhile,
+            the optimizer refuses to step until a load succeeds.
+        RuntimeError: inside a backward pass.
     """
     opened: list[Checkpoint] = []
     copied: list[Tensor] = []
@@ -261,7 +276,7 @@ def _failing(path: Path, begun: Callable[[], bool]) -> Iterator[None]:
         raise CheckpointError(path, str(error), broken if begun() else unchanged, refused=True) from None
     except DisagreementError as error:
         raise CheckpointError(path, f"not loaded, {error}", "nothing was changed, on any rank", refused=True) from None
-    except (InconsistentStateError, MovedStateError) as error:
+    except InconsistentStateError as error:
         raise CheckpointError(path, str(error), broken, refused=True) from None
     except LostProcessError as error:
         raise CheckpointError(path, f"loading broke off: {error}", broken) from error.__cause__
