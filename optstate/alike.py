@@ -50,7 +50,7 @@ def views(
             hyper = {key: value for key, value in groups[g].items() if key not in NOT_HYPER and _is_plain(value)}
             view |= {f"{key} of param group {g}": repr(_without_tensors(value)) for key, value in hyper.items()}
         view |= {what: repr(value) for what, value in more.items()}
-        view |= {f"the step of {leaves[i].name!r}": str(steps[i]) if i in steps else "unknown" for i in shared}
+        view |= {f"the step of {leaves[i].name!r}": str(steps[i]) if i in steps else "none" for i in shared}
     return found
 
 
