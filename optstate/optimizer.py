@@ -532,9 +532,10 @@ class Optimizer(torch.optim.Optimizer):
         self.accept_partial_step()
         if self._fused is not None:
             self._fused.look_again()  # trainers load when they take an optimizer over
-        names = [param.spec.name for param in self.plan()]
-        of = {gap: [name for name, each in zip(names, gaps, strict=True) if each is gap] for gap in Gap}
-        warn_of(of[Gap.ANEW], of[Gap.DROP])
+        plan = self.plan()
+        of = {gap: [param.spec.name for param, each in zip(plan, gaps, strict=True) if each is gap] for gap in Gap}
+        kept = {param.spec.name for param in plan if param.fields}  # where nothing is kept nothing is missing
+        warn_of([name for name in of[Gap.ANEW] if name in kept], of[Gap.DROP])
         resume.warn_if_written_otherwise(saved, self.plan())
         resume.warn_if_unclipped(saved, self._fused.clip_grad_norm if self._fused is not None else None)
 
