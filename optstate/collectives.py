@@ -1,21 +1,45 @@
-"""What all processes do together: collectives whose failure is told from other errors, and agreeing on a step."""
+"""What all processes do together: collectives whose failure is told from other errors, failing everywhere or nowhere,
+and agreeing on a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Agreement", "LostProcessError", "collective", "from_all"]
+__all__ = [
+    "Agreement",
+    "DisagreementError",
+    "Groups",
+    "LostProcessError",
+    "View",
+    "collective",
+    "difference",
+    "from_all",
+    "listed",
+    "reason_of",
+    "together",
+]
 
 Groups = tuple[Any, ...]
 """Process groups, one for each dimension of a mesh: what goes over one after another reaches every process."""
 
 
+View = dict[str, str]
+"""What must be the same on all processes: in words what it is, and what it is here."""
+
+LONGEST_WORDS = 200
+
+
 class LostProcessError(RuntimeError):
-    """A collective failed as another process is gone or late. `__cause__` is what the backend said."""
+    """A collective failed, most often as another process is gone or late. `__cause__` is what the backend said."""
+
+
+class DisagreementError(RuntimeError):
+    """Something failed on another process, or is not the same there. All processes raise it or the failure itself."""
 
 
 @contextmanager
@@ -30,7 +54,14 @@ def collective(otherwise: str = "") -> Iterator[None]:
         if type(error) is not RuntimeError and not isinstance(error, dist.DistError):  # memory, or a fake tensor's
             raise
         reason = "another process is gone, or late by more than the process group's timeout"
-        raise LostProcessError(f"{reason}{', or ' if otherwise else ''}{otherwise}") from error
+        said = f"the backend says: {_first_line(error)}"
+        raise LostProcessError(f"{reason}{', or ' if otherwise else ''}{otherwise} ({said})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says without the stack that some append to it."""
+    line = str(error).strip().partition("\n")[0].strip()
+    return line if len(line) <= LONGEST_WORDS else f"{line[:LONGEST_WORDS]}..."
 
 
 def from_all(mine: Any, groups: Groups) -> dict[int, Any]:
@@ -41,6 +72,88 @@ def from_all(mine: Any, groups: Groups) -> dict[int, Any]:
         dist.all_gather_object(parts, found, group=group)
         found = {rank: theirs for part in parts for rank, theirs in part.items()}
     return dict(sorted(found.items()))
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, or else what it is."""
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def together(
+    doing: str, views: Iterable[Groups], say: Callable[[BaseException], str] = reason_of
+) -> Iterator[dict[Groups, View]]:
+    """Every process must run the body; where it raises on one, it raises on all, so that none goes on or waits.
+
+    doing: what, as "save()": the others may be at something else. views: the groups of processes that share something,
+    one after another in the same order on all of their processes; none where nothing is shared. The body gets a `View`
+    for each, and notes in it what must be the same on all of the group's processes. say: what others are told of a
+    failure here.
+
+    Raises:
+        DisagreementError: if the body raised on another process only, or the processes noted different things.
+        LostProcessError: if another process does not answer.
+    """
+    noted: dict[Groups, View] = {groups: {"the call": doing} for groups in views}
+    failure: BaseException | None = None
+    try:
+        yield noted
+    except BaseException as error:
+        failure = error
+    found = ""
+    if not isinstance(failure, LostProcessError):
+        try:
+            found = difference(noted, "" if failure is None else say(failure))
+        except LostProcessError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    if found:
+        raise DisagreementError(found)
+
+
+def difference(views: Mapping[Groups, View], failure: str = "") -> str:
+    """In words, what failed on a process or is not the same on all of them; "" if nothing. The host waits for them.
+
+    A digest goes to the others, and all of it only where digests differ. What one group finds is told to the others
+    that have a process in common with it.
+
+    Raises:
+        LostProcessError: if another process does not answer.
+    """
+    found = ""
+    again = []
+    for groups, view in views.items():
+        digest = hashlib.sha256(repr(list(view.items())).encode()).hexdigest()
+        with collective():
+            told = from_all((failure, digest, len(views) > 1), groups)
+        failed = [f"rank {rank} failed: {reason}" for rank, (reason, *_) in told.items() if reason]
+        if failed:
+            found = found or failed[0]
+        elif len({digest for _, digest, _ in told.values()}) > 1:
+            with collective():
+                everywhere = from_all(view, groups)
+            found = found or _first_difference(everywhere)
+        if any(several for *_, several in told.values()):
+            again.append(groups)
+    for groups in again:
+        with collective():
+            told = from_all(found, groups)
+        found = found or next(filter(None, told.values()), "")
+    return found
+
+
+def _first_difference(views: Mapping[int, View]) -> str:
+    """The first thing that is not the same everywhere, in words; `views` of each process, by rank."""
+    for what in dict.fromkeys(what for view in views.values() for what in view):
+        having: dict[str, list[int]] = {}
+        for rank, view in views.items():
+            having.setdefault(view.get(what, "unknown"), []).append(rank)
+        if len(having) > 1:
+            parts = [f"{value} on {_ranks(ranks)}" for value, ranks in having.items()]
+            shown = ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
+            return f"{what} is {shown}"
+    return "the ranks have the same in another order"
 
 
 class Agreement:
@@ -114,7 +227,14 @@ def _difference(names: Mapping[int, Sequence[str]]) -> str:
 
 
 def _where(ranks: Sequence[int], others: Sequence[int]) -> str:
-    few = ranks if len(ranks) <= len(others) else others
-    shown = ", ".join(map(str, few[:8])) + (" ..." if len(few) > 8 else "")
-    plural = "s" if len(few) > 1 else ""
-    return f"on rank{plural} {shown} only" if few is ranks else f"on all ranks but {shown}"
+    if len(ranks) <= len(others):
+        return f"on {_ranks(ranks)} only"
+    return f"on all ranks but {_numbers(others)}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {_numbers(ranks)}"
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")

@@ -255,6 +255,7 @@ class GradientHooks:
             self._engine_checked = True
         self.optimizer._require_usable_values()
         self._attach_new()
+        self.optimizer.require_alike()
         consistency.begin(number)
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))
 

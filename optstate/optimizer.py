@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from optstate import engines, groups, kernels, naming, resume
-from optstate.collectives import Agreement, LostProcessError
+from optstate import alike, engines, groups, kernels, naming, resume
+from optstate.collectives import Agreement, DisagreementError, LostProcessError, difference, together
 from optstate.consistency import STEP, Consistency, InconsistentStateError, reason_of
+from optstate.gaps import Gap, warn_of
 from optstate.leaves import Leaf, batches, replacements
 from optstate.placement import Placement, copy_part, here, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
@@ -22,9 +23,13 @@ from optstate.shortcuts import stepped_by_torch
 from optstate.stepping import context, run_chain
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Chain, Route, Transform, as_route
+from optstate.watch import MovedStateError, Watch
 from optstate.weights import Weights
 
 __all__ = ["InconsistentStateError", "Optimizer"]
+
+Copy = Callable[[Tensor, Tensor], Any]
+"""Brings the values of the second tensor into the first."""
 
 
 class _Fused(Protocol):
@@ -91,6 +96,7 @@ class Optimizer(torch.optim.Optimizer):
         self._names = naming.Names(groups.names_in(listed))
         self._chains: dict[int, Chain] = {}
         self._built = False
+        self._alike = False
         shared = {} if self._route.rules else self._route.default.hyper
         super().__init__(listed, {"lr": lr, **shared})
         self._built = True
@@ -121,6 +127,7 @@ class Optimizer(torch.optim.Optimizer):
             self._name_empty_groups(part)
             super().add_param_group(part)
             self._adopt(len(self.param_groups) - 1)
+        self._alike = False
         if self._built:
             self._share_defaults()
             resume.warn_if_unnamed(self.param_groups, self.plan())
@@ -226,6 +233,7 @@ class Optimizer(torch.optim.Optimizer):
             self._replace(replaced[old], old, plan)
         if replaced:
             self._leaves = {param: self._leaves[param] for param in order}
+            self._alike = False
             if self._fused is not None:
                 self._fused.take_over(replaced)
 
@@ -283,6 +291,7 @@ class Optimizer(torch.optim.Optimizer):
         self._require_its_hooks()
         self._follow_replaced()
         self._require_usable_values()
+        self.require_alike()
         if self._clip_of_original is not None:
             raise RuntimeError(
                 f"this is a copy of an optimizer fused with clip_grad_norm={self._clip_of_original}, but not fused: "
@@ -370,6 +379,34 @@ class Optimizer(torch.optim.Optimizer):
                 "zeros where they have none (p.grad = torch.zeros_like(p)), or none anywhere"
             )
 
+    def require_alike(self) -> None:
+        """Raise unless the processes that share parameters, split or replicated, hold the same recipe, hyper-parameters
+        and steps. They ask each other once: before the first step after building, loading or sharding.
+
+        Raises:
+            RuntimeError: naming the first difference. Nothing was changed.
+            InconsistentStateError: if another process does not answer.
+        """
+        if self._alike or kernels.rehearsing():
+            return
+        try:
+            found = difference(self._views(self.param_groups, {p: self.state[p]["step"] for p in self.state}))
+        except LostProcessError as error:
+            raise self._lost(list(self._leaves), error) from error.__cause__
+        if found:
+            raise RuntimeError(
+                f"{found}, but processes that share parameters must train them alike: build the optimizer in the same "
+                "way on all ranks, and load the same file"
+            )
+        self._alike = True
+
+    def _views(self, param_groups: Sequence[Mapping[str, Any]], steps: Mapping[Tensor, int]) -> dict[Any, Any]:
+        """What must be the same on the processes that share parameters."""
+        order = [p for group in self.param_groups for p in group["params"]]
+        by_place = {i: int(steps[p]) for i, p in enumerate(order) if p in steps}
+        clip = self._fused.clip_grad_norm if self._fused is not None else None
+        return alike.views([self._leaf(p) for p in order], param_groups, by_place, clip_grad_norm=clip)
+
     def _lost(self, params: list[Tensor], error: LostProcessError) -> InconsistentStateError:
         """What to raise when a collective failed: others may have got its result, and gone on with this step."""
         step = 1 + max((self._state_of(param)["step"] for param in params), default=0)
@@ -451,61 +488,131 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's layout, plus the key `optstate` with the stores in use. Tensors, numbers and strings only.
 
+        The tensors are the optimizer's own: copy or write them before the next step, in whichever thread that is.
+
         Raises:
             InconsistentStateError: if a step broke off half-way, or if a backward pass has updated parameters and
                 `step()` did not follow.
+            MovedStateError: if another thread updates a parameter meanwhile.
         """
         self._consistency.require_whole("state_dict")
-        self._follow_replaced()
         self._refuse_bad_flags(wait=True)
+        unmoved = self.watch("state_dict")
         clip = self._fused.clip_grad_norm if self._fused is not None else None
-        return {**super().state_dict(), resume.KEY: resume.header(self.plan(), clip)}
+        found = {**super().state_dict(), resume.KEY: resume.header(self.plan(), clip)}
+        unmoved()
+        return found
+
+    def watch(self, action: str) -> Callable[[], None]:
+        """What to call when the state has been read for `action`: it raises if a parameter was updated meanwhile.
+
+        Raises:
+            MovedStateError: by what is returned.
+            InconsistentStateError: by what is returned, if a step has begun and not ended.
+        """
+        self._follow_replaced()
+        for param in self._leaves:
+            if param.requires_grad and param not in self.state:  # it was unfrozen: what trains has state
+                self._allocate(param)
+        watch = Watch(self.state)
+
+        def unmoved() -> None:
+            param = watch.moved()
+            if param is not None:
+                raise MovedStateError(
+                    f"{action}() refused: {self._name(param)!r} was updated while it was read, so that its numbers are "
+                    "of two steps: let no other thread step meanwhile"
+                )
+            self._consistency.require_whole(action)
+
+        return unmoved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue exactly where the saved run stopped. Strict: nothing is cast, guessed or left out.
 
-        Values are copied into this optimizer's tensors; the dict stays untouched.
+        Values are copied into this optimizer's tensors; the dict stays untouched. A parameter that is frozen here keeps
+        the state that was saved of it. One of which none was saved begins anew, with a warning, if the dict is not of
+        this library's `state_dict`, which has state for all that trains; else the dict is refused if it trains here.
+
+        Where parameters are DTensors all ranks that share them must call this; it fails on all of them or on none.
 
         Raises:
             ValueError: if groups, names, shapes, dtypes or stores differ, naming the parameter. Nothing is
                 changed then.
+            DisagreementError: if it fails on another rank, or ranks load different steps, hyper-parameters or, as far
+                as they have whole tensors, numbers. Nothing is changed then, on any rank.
+            RuntimeError: inside a backward pass.
+            MovedStateError: if another thread steps meanwhile; the optimizer is inconsistent then.
         """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        self.load_with(state_dict, copy_part)
+
+        def prepare() -> tuple[Mapping[str, Any], Copy]:
+            saved = dict(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                saved = pre_hook(self, saved) or saved
+            return saved, copy_part
+
+        self.load_prepared(prepare)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def load_with(self, saved: Mapping[str, Any], copy: Callable[[Tensor, Tensor], Any]) -> None:
+    def load_with(self, saved: Mapping[str, Any], copy: Copy) -> None:
         """What `load_state_dict` does between its hooks, with `copy(own, theirs)` bringing the values of each tensor:
         `theirs` needs only shape and dtype, so that a file can be read into place.
 
         Raises:
             ValueError: as `load_state_dict`. If `copy` raises, the optimizer is inconsistent from then on.
         """
-        resume.check(self, self.plan(), saved)
-        taken_over = resume.names_to_take_over(self, self.plan(), saved)
-        for param, state in resume.entries(self, saved):
-            name, own = self._name(param), self._state_of(param)
-            self._consistency.reason = f"loading ended at {name!r}"
-            for key, value in state.items():
-                if isinstance(own[key], Tensor):
-                    try:
-                        copy(own[key], value)
-                    except BaseException as error:
-                        self._consistency.reason = f"loading ended at {name!r}: {reason_of(error)}"
-                        raise
-                else:
-                    own[key] = int(value)
+        self.load_prepared(lambda: (saved, copy))
+
+    def load_prepared(
+        self, prepare: Callable[[], tuple[Mapping[str, Any], Copy]], content: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
+        """`load_with` what `prepare` gives, on all processes that share parameters or on none.
+
+        content: what else must be the same on them, in words; called after `prepare` where there are such processes.
+
+        Raises:
+            What `prepare` raises, and as `load_state_dict`.
+            InconsistentStateError: if another process failed after this one had begun to copy.
+        """
+        self._follow_replaced()
+        shared = alike.processes(self._leaves.values())
+        with together("load", shared) as views:
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "loading inside a backward pass is refused: gradients of the old state would meet the new one; "
+                    "load before the forward pass, or after step()"
+                )
+            saved, copy = prepare()
+            gaps = resume.check(self, self.plan(), saved)
+            taken_over = resume.names_to_take_over(self, self.plan(), saved)
+            if shared:
+                self._note_what_is_loaded(views, saved, content())
+        broken = bool(self._consistency.broken)
+        # A load is written ahead: whatever ends it before its end, no step and no save follow.
+        self._consistency.reason = "loading has not come to its end"
+        try:
+            with together("load, after reading", shared):
+                self._fill(saved, gaps, copy)
+        except DisagreementError as error:
+            self._consistency.reason = f"loading failed elsewhere: {error}"
+            raise InconsistentStateError(
+                f"loading ended: {error}. Load again on all ranks before the next step"
+            ) from None
         self.param_groups = resume.loaded_groups(self.param_groups, saved["param_groups"])
         self._flags = DeferredFlags()
-        self.accept_partial_step()
+        self._alike = False
+        self._drop_gradients(broken)
+        self._consistency.forget()
         if self._fused is not None:
             self._fused.look_again()  # trainers load when they take an optimizer over
         resume.warn_if_rounded_otherwise(saved, self.param_groups, self.plan(), taken_over)
         if taken_over:
             self._take_names(taken_over)
+        plan = self.plan()
+        of = {gap: [param.spec.name for param, each in zip(plan, gaps, strict=True) if each is gap] for gap in Gap}
+        kept = {param.spec.name for param in plan if param.fields}  # where nothing is kept nothing is missing
+        warn_of([name for name in of[Gap.ANEW] if name in kept], of[Gap.DROP])
         resume.warn_if_written_otherwise(saved, self.plan())
         resume.warn_if_unclipped(saved, self._fused.clip_grad_norm if self._fused is not None else None)
 
@@ -519,17 +626,67 @@ class Optimizer(torch.optim.Optimizer):
                 leaf = self._leaf(param)
                 leaf.plan = replace(leaf.plan, spec=replace(leaf.plan.spec, name=name))
 
+    def _note_what_is_loaded(
+        self, views: dict[Any, dict[str, str]], saved: Mapping[str, Any], content: Mapping[str, str]
+    ) -> None:
+        """Note what processes that share parameters must load alike."""
+        entries = list(resume.entries(self, saved))
+        steps = {param: state["step"] for param, state in entries if state}
+        for those, view in self._views(saved["param_groups"], steps).items():
+            views[those] |= {**view, **content}
+            for param, state in entries:
+                leaf = self._leaf(param)
+                if leaf.placement is not None and leaf.placement.everyone == those:
+                    tensors = {f"{leaf.name}/{key}": v for key, v in state.items() if isinstance(v, Tensor) and v.ndim}
+                    views[those] |= alike.content(tensors)
+
+    def _fill(self, saved: Mapping[str, Any], gaps: Sequence[Gap], copy: Copy) -> None:
+        """Bring what was saved into this optimizer's state."""
+        watch = Watch(self.state)
+        for (param, state), gap in zip(resume.entries(self, saved), gaps, strict=True):
+            try:
+                self._fill_one(param, state, gap, copy)
+            except BaseException as error:
+                self._consistency.reason = f"loading ended at {self._name(param)!r}: {reason_of(error)}"
+                raise
+            watch.renew(param)
+        moved = watch.moved()
+        if moved is not None:
+            self._consistency.reason = f"{self._name(moved)!r} was updated while it was loaded"
+            raise MovedStateError(f"{self._consistency.reason}: let no other thread step meanwhile, and load again")
+
+    def _fill_one(self, param: Tensor, state: Mapping[str, Any], gap: Gap, copy: Copy) -> None:
+        if gap is Gap.NONE:
+            return
+        if gap is Gap.DROP:
+            del self.state[param]
+            leaf = self._leaf(param)
+            leaf.plan = replace(leaf.plan, trainable=False)
+            return
+        own = self._state_of(param)
+        for key, value in own.items():
+            if gap is Gap.ANEW:
+                own[key] = value.zero_() if isinstance(value, Tensor) else 0
+            elif isinstance(value, Tensor):
+                copy(value, state[key])
+            else:
+                own[key] = int(state[key])
+
     def accept_partial_step(self) -> None:
         """Go on after a step that broke off: parameters keep what they have, updated or not.
 
         Gradients that the broken step used, and those that a fused backward was collecting, are dropped.
         """
+        self._drop_gradients(bool(self._consistency.broken))
+        self._consistency.forget()
+
+    def _drop_gradients(self, broken: bool) -> None:
+        """Drop the gradients that a fused backward was collecting, or that a step used which then broke off."""
         if self._fused is not None:
             self._fused.abandon()
-        elif self._consistency.broken:
+        elif broken:
             for param in self._leaves:
                 param.grad = None
-        self._consistency.forget()
 
     def _refuse_bad_flags(self, wait: bool) -> None:
         """Raise if a gradient on an accelerator turned out not to be finite; its update was a step of size zero."""
@@ -556,6 +713,7 @@ class Optimizer(torch.optim.Optimizer):
         self._agreement, self._flags = Agreement(), DeferredFlags()
         self._names = state.pop("_names", naming.Names())
         self._values, self._chains, self._built = groups.UsedValues(), {}, True
+        self._alike = False
         super().__setstate__(state)
         self._leaves, self._fused, self._replaced_by = {}, None, None
         for index in range(len(self.param_groups)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class Placement:
             shape, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
         self.region = Region(self.shape, offset, shape, parts) if any(n > 1 for n in parts) else None
 
+    @cached_property
+    def everyone(self) -> tuple[Any, ...]:
+        """The process groups, one for each dimension of the mesh, of all that have a part or a copy of it."""
+        return tuple(self.mesh.get_group(d) for d in range(self.mesh.ndim))
+
     def groups(self, dims: Sequence[int] | None = None) -> tuple[Any, ...]:
         """The process groups over which sums along these dimensions (None: all) must be taken, one after another."""
         chosen = range(len(self.shape)) if dims is None else dims
@@ -128,13 +134,20 @@ class Placement:
 
 
 def copy_part(own: Tensor, theirs: Tensor) -> None:
-    """`own.copy_(theirs)`, whichever of the two is distributed and however; one may be flat and the other in rows."""
+    """`own.copy_(theirs)`, whichever of the two is distributed and however; one may be flat and the other in rows.
+
+    Raises:
+        LostProcessError: if parts must come from another process, and it does not take part.
+    """
     if is_distributed(own) and is_distributed(theirs) and theirs.shape == own.shape:
         mine: Any = own
         their: Any = theirs
-        if tuple(their.placements) != tuple(mine.placements):
-            their = their.redistribute(mine.device_mesh, mine.placements)
-        here(own).copy_(here(their))
+        if tuple(their.placements) == tuple(mine.placements):
+            here(own).copy_(here(theirs))
+            return
+        with collective():
+            part = here(_as_bytes(theirs).redistribute(mine.device_mesh, mine.placements))
+        here(own).copy_(_from_bytes(part, theirs.dtype))
     else:
         here(own).copy_(whole(theirs).reshape(own.shape)[index_here(own)])
 
@@ -151,5 +164,31 @@ def index_here(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every device: they must call this together if it is distributed."""
-    return tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    """All of a tensor, on every device: they must call this together if it is distributed.
+
+    Raises:
+        LostProcessError: if another process does not take part.
+    """
+    if not is_distributed(tensor):
+        return tensor
+    with collective():
+        gathered = _as_bytes(tensor).full_tensor()
+    return _from_bytes(gathered, tensor.dtype)
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    """A distributed tensor's bytes, as a last dimension more, distributed alike. Backends move bytes of any dtype; gloo
+    has no int16 and no 8-bit floats of its own."""
+    from torch.distributed.tensor import DTensor
+
+    distributed: Any = tensor
+    local = here(tensor.detach()).contiguous().unsqueeze(-1).view(torch.uint8)
+    size = torch.Size((*tensor.shape, tensor.dtype.itemsize))
+    stride = torch.empty(size, device="meta").stride()
+    mesh, placements = distributed.device_mesh, distributed.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
+
+
+def _from_bytes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a tensor of bytes stands for."""
+    return tensor.contiguous().view(dtype).squeeze(-1)

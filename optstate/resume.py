@@ -13,13 +13,16 @@ from torch import Tensor
 
 from optstate import naming
 from optstate.foreign import check_rule
+from optstate.gaps import Gap, rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 from optstate.spec import is_fake
 from optstate.updates import Chain
 
 __all__ = [
+    "COMPLETE",
     "KEY",
+    "NAMES_COMPARED",
     "check",
     "entries",
     "header",
@@ -34,6 +37,12 @@ __all__ = [
 
 KEY = "optstate"
 VERSION = 1
+
+COMPLETE = "complete"
+"""Key of the header: whether there is state for all parameters that trained, as there is unless it says otherwise."""
+
+NAMES_COMPARED = "names_compared"
+"""Key of the header of what was read from a file: names were compared there, and are not in the groups."""
 
 
 def header(plan: Plan, clip_grad_norm: float | None) -> dict[str, Any]:
@@ -69,12 +78,11 @@ def warn_if_written_otherwise(saved: Mapping[str, Any], plan: Plan) -> None:
 
 
 def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Pairs of a parameter and its saved state, matched by order, for those that have one."""
+    """Pairs of a parameter and its saved state, matched by order; the state is empty where nothing was saved."""
     params = (p for group in optimizer.param_groups for p in group["params"])
     indices = (i for group in saved["param_groups"] for i in group["params"])
     for param, index in zip(params, indices, strict=True):
-        if index in saved["state"]:
-            yield param, saved["state"][index]
+        yield param, saved["state"].get(index, {})
 
 
 def paired(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any] | None]:
@@ -152,6 +160,8 @@ def warn_if_rounded_otherwise(
 ) -> None:
     """Warn if random rounding goes on with other bits than in the saved run, as the names are others; or if state was
     matched by places, and names were taken over with it."""
+    if saved.get(KEY, {}).get(NAMES_COMPARED, False):
+        return
     ours_too = saved.get(KEY, {}).get("weights", {})  # state of other libraries was not rounded so
     names = _names(saved) or [naming.by_place(i) for i in range(len(plan))]
     groups = [group for group in own for _ in group["params"]]
@@ -178,8 +188,12 @@ def warn_if_rounded_otherwise(
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError at the first difference between what was saved and what this optimizer keeps."""
+def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[Gap]:
+    """What becomes of the state of each parameter, in order.
+
+    Raises:
+        ValueError: at the first difference between what was saved and what this optimizer keeps.
+    """
     for key in ("state", "param_groups"):
         if key not in saved:
             raise ValueError(f"this is not an optimizer's state_dict: it has no {key!r}")
@@ -192,21 +206,25 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
     if KEY not in saved:
         check_rule(saved["param_groups"], optimizer.param_groups, _chains(optimizer, plan))
     stores = saved.get(KEY, {}).get("stores", {})
+    complete = saved.get(KEY, {COMPLETE: False}).get(COMPLETE, True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [i for group in saved["param_groups"] for i in group["params"]]
-    for param, index in zip(plan, indices, strict=True):
-        _check_stores(param, stores.get(index))
-        if index in saved["state"]:
-            _check_state(param, saved["state"][index])
-        elif param.trainable:
-            raise ValueError(
-                f"the saved state has nothing for {param.spec.name!r}, which trains here: it was frozen or lost; "
-                "freeze it before loading if it was, and unfreeze it afterwards"
-            )
+    found = []
+    for param, planned, index in zip(params, plan, indices, strict=True):
+        _check_stores(planned, stores.get(index))
+        kept = index in saved["state"]
+        here, trains = param in optimizer.state, param.requires_grad
+        found.append(rule(planned.spec.name, saved=kept, here=here, trains=trains, complete=complete))
+        if kept:
+            _check_state(planned, saved["state"][index])
+    if not saved["state"] and any(planned.fields for planned, gap in zip(plan, found, strict=True) if gap is Gap.ANEW):
+        raise ValueError("the saved state has no statistics at all: no step was made before it was saved")
     stray = set(saved["state"]) - set(indices)
     if stray:
         raise ValueError(
             f"the saved state has entries that belong to no parameter, such as {sorted(stray, key=str)[0]!r}"
         )
+    return found
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, plan: Plan, saved: list[dict[str, Any]]) -> None:
@@ -254,7 +272,10 @@ def _chains(optimizer: torch.optim.Optimizer, plan: Plan) -> list[Chain]:
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:
     own = param.stores
     if saved is not None and dict(saved) != own:
-        raise ValueError(f"{param.spec.name!r} was saved as {_listed(saved)}, here it is {_listed(own)}")
+        raise ValueError(
+            f"{param.spec.name!r} was saved as {_listed(saved)}, here it is {_listed(own)}: keep it as it was, or "
+            "write it with optstate.save and convert it with optstate.load(..., allow_lossy=True)"
+        )
 
 
 def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:

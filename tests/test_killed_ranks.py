@@ -30,6 +30,8 @@ CLOSE = 1e-6
 """As in `test_distributed`: fp32 weights of order one, ten steps, gradients averaged in another order."""
 
 GONE = "another process is gone, or late by more than the process group's timeout"
+SAYS = " (the backend says: "
+"""What follows in its own words, with addresses and line numbers."""
 
 
 def run(
@@ -37,6 +39,13 @@ def run(
 ) -> list[dict[Any, Any]]:
     module = "tests.killed_ranks"
     return launch(module, world, cases, folder, timeout=TIMEOUT, collective_timeout=patience, killed=killed)
+
+
+def divided(text: str) -> tuple[str, str, str]:
+    """An error of a lost process: what comes before the words of the backend, these, and what comes after them."""
+    begin, _, rest = text.partition(SAYS)
+    said, _, end = rest.partition(")")
+    return begin, said, end
 
 
 # --- killed in a step ----------------------------------------------------------------------------------------------
@@ -62,11 +71,13 @@ def survivor(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     ("place", "where"), [("stepped", "'embed.weight' and 10 more"), ("fused", "'mid.weight' and 1 more")]
 )
 def test_the_survivor_says_which_step_broke_off_and_what_to_do(survivor: Any, place: str, where: str) -> None:
-    assert survivor[place]["error"] == (
-        f"InconsistentStateError: step 6 broke off at {where}: {GONE}. "
-        "Weights may be updated in part, here or on other devices: load the last checkpoint in new processes"
+    begin, said, end = divided(survivor[place]["error"])
+    assert begin == f"InconsistentStateError: step 6 broke off at {where}: {GONE}"
+    assert end == (
+        ". Weights may be updated in part, here or on other devices: load the last checkpoint in new processes"
     )
-    assert "gloo" in survivor[place]["cause"]
+    assert "gloo" in said
+    assert said.removesuffix("...") in survivor[place]["cause"]
 
 
 def test_a_kill_that_fsdp2_notices_first_is_its_error(survivor: Any) -> None:
@@ -83,14 +94,17 @@ def test_a_kill_that_fsdp2_notices_first_is_its_error(survivor: Any) -> None:
 )
 def test_the_survivor_neither_steps_nor_saves_any_more(survivor: Any, place: str, why: str) -> None:
     for action, said in zip(("step", "state_dict", "state_dict"), survivor[place]["later"], strict=True):
-        assert said.startswith(f"{action}() refused, a step broke off half-way: {why}. Load the last checkpoint")
+        begin, _, end = divided(said) if SAYS in said else (said, "", said[said.index(". Load") :])
+        assert begin.startswith(f"{action}() refused, a step broke off half-way: {why}")
+        assert end.startswith(". Load the last checkpoint")
 
 
 def test_a_sum_for_clipping_that_fails_leaves_the_step_broken_off(alive: list[dict[Any, Any]]) -> None:
     """What follows from a lost process, whatever the sum; here the backend is made to fail."""
     for results in alive:
         said, cause = result(results, "lost_while_clipping")
-        assert said.startswith(f"InconsistentStateError: step 1 broke off at 'embed.weight' and 10 more: {GONE}.")
+        text = f"InconsistentStateError: step 1 broke off at 'embed.weight' and 10 more: {GONE}{SAYS}out of order)."
+        assert said.startswith(text)
         assert cause == "out of order"
 
 
@@ -112,7 +126,10 @@ def test_the_last_checkpoint_goes_on_where_an_uninterrupted_run_is(
 def test_a_rank_killed_in_a_save_leaves_the_file_of_before(victim: int, tmp_path: Path) -> None:
     case, folder = ("killed_in_a_save", victim, tmp_path), tmp_path / "ranks"
     said = result(run(2, [case], folder, killed=(victim,))[1 - victim], *case)
-    assert f"opt.safetensors: saving broke off: {GONE}; the file is what it was before" in said
+    begin, words, end = divided(said)
+    assert begin.endswith(f"opt.safetensors: saving broke off: {GONE}")
+    assert end.startswith("; the file is what it was before")
+    assert "gloo" in words
     assert said.endswith("from RuntimeError")
     file, temporary = tmp_path / "opt.safetensors", [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
     assert len(temporary) == (victim == 0)  # what rank 0 wrote to
@@ -152,7 +169,7 @@ def test_a_full_disk_on_rank_0_fails_all_ranks_with_the_reason(alive: Any, saves
 
 def test_a_rank_that_may_not_save_stops_all_before_anything_is_written(alive: Any, saves: dict[str, Path]) -> None:
     case = ("inconsistent_on_rank_1", saves["inconsistent_on_rank_1"])
-    reason = "state_dict() refused, a step broke off half-way: loading ended at 'embed.weight'"
+    reason = "state_dict() refused, a step broke off half-way: 1 parameters were updated, then a test failed"
     assert f"opt.safetensors: not saved, rank 1 failed: {reason}" in result(alive[0], *case)
     assert result(alive[1], *case).startswith(f"InconsistentStateError: {reason}")
 
@@ -222,9 +239,11 @@ def test_how_gradients_differ_is_said_in_a_line(names: list[tuple[str, ...]], sa
 def test_processes_ask_once_for_a_set_and_name_what_is_missing_on_one_only(tmp_path: Path) -> None:
     patience = 5
     results = run(2, [("changing_gradients",)], tmp_path, patience=patience)
-    for rank, text in enumerate((f"'layer0' and 2 more: {GONE}.", f"{GONE}, or here only 'layer1' lost its gradient.")):
+    for rank, text in enumerate(
+        (f"'layer0' and 2 more: {GONE} (", f"{GONE}, or here only 'layer1' lost its gradient (")
+    ):
         asked, said, seconds = result(results[rank], "changing_gradients")
-        assert asked == [1, 0, 1, 0, 0]  # a new set, known, new, known, known
+        assert asked == [2, 0, 1, 0, 0]  # whether all hold the same and a new set, known, new, known, known
         assert said.startswith("InconsistentStateError: step 6 broke off at 'layer0'")
         assert text in said
         assert seconds < 2 * patience

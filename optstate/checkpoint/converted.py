@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,74 +15,104 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.consistency import contradictions
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, slot_records, with_tensors
-from optstate.checkpoint.document import Document, Group, Parameter, tensor_key
-from optstate.checkpoint.errors import CheckpointError, shown
+from optstate.checkpoint.document import WEIGHT, Document, Group, Parameter, tensor_key
+from optstate.checkpoint.errors import shown
+from optstate.checkpoint.foreign import own_state
 from optstate.checkpoint.layouts.given import numbers
 from optstate.checkpoint.own_words import hyper_of
 from optstate.checkpoint.recode import Recoder
 from optstate.checkpoint.rules import doubts, is_own, stray_keys
 from optstate.checkpoint.to_recipe import COUNTED_FROM, change_of_rule, follows, onto
-from optstate.checkpoint.values import UnreadableStatisticError, Values
+from optstate.checkpoint.values import Values
+from optstate.gaps import Gap, rule
 from optstate.optimizer import Optimizer
-from optstate.placement import copy_part
+from optstate.placement import copy_part, here
 from optstate.plan import ParamPlan, Plan
 
-__all__ = ["conversion_onto", "load_converted"]
+__all__ = ["Prepared", "conversion_onto", "is_complete", "prepared_conversion"]
 
 
-def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversion:
+def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool = False) -> Conversion:
     """What a checkpoint becomes in this optimizer: its plan, and the file's hyper-parameters where they mean the same.
+
+    anew: whether what is kept for writing weights may begin anew, where the file's were of another dtype or written in
+    another way. It is without transfers then.
 
     Raises:
         ValueError: if parameters differ in number, names, shapes or groups, or a statistic cannot be made.
     """
     plan, saved = optimizer.plan(), optimizer.state_dict()
-    own = described(optimizer, plan, saved)
-    sources = _matched(own, checkpoint)
+    sources = _matched(described(optimizer, plan, saved), checkpoint, anew)
     _check_sizes(checkpoint, sources)
-    if not any(source.has_state for source in sources) and any(param.fields for param in plan):
-        raise ValueError("the file has no statistics at all")
-    steps = [_step(source, plan.params[i], i in saved["state"]) for i, source in enumerate(sources)]
+    steps = _steps(optimizer, plan, checkpoint, sources)
+    own = described(optimizer, plan, {**saved, "state": {i: {"step": step} for i, step in steps.items()}})
     groups, changes, notes = _groups(own, plan, checkpoint.document, sources)
     parameters = [
         # what averages began at zero with is said by the hyper-parameters that they go on with
-        replace(param, step=step, slots=slot_records(param.name, planned, _plain(groups[param.group])))
-        if param.slots
-        else replace(param, step=step)
-        for param, planned, step in zip(own.parameters, plan, steps, strict=True)
+        replace(param, slots=slot_records(param.name, planned, _plain(groups[param.group]))) if param.slots else param
+        for param, planned in zip(own.parameters, plan, strict=True)
     ]
+    if anew:
+        parameters = list(map(_without_begun, parameters, sources))
     document = replace(own, parameters=tuple(parameters), groups=groups)
     conversion = onto(checkpoint, document, list(plan), sources, notes, changes)
     conversion.check()
     return conversion
 
 
-def _step(source: Parameter, plan: ParamPlan, trains: bool) -> int | None:
-    """How often a parameter was updated; 0 where another library made no state for it, as it does at the first update.
+def is_complete(checkpoint: Checkpoint) -> bool:
+    """Whether there is state for all parameters that trained: this library keeps it from the beginning, others make it
+    at the first update, and torch.distributed.checkpoint leaves out what is frozen when it is saved."""
+    document = checkpoint.document
+    first = document.history[0] if document.history else {}
+    origin = first.get("from") if isinstance(first, dict) else None
+    source = origin.get("source") if isinstance(origin, dict) else document.source
+    kind = source.get("kind", "") if isinstance(source, dict) else ""
+    own = isinstance(source, dict) and source.get("tool") == "optstate" and kind in ("", own_state.KIND)
+    return own and own_state.BY_TENSORS not in checkpoint.notes
+
+
+def _steps(optimizer: Optimizer, plan: Plan, checkpoint: Checkpoint, sources: Sequence[Parameter]) -> dict[int, int]:
+    """How often each parameter was updated, by its place; without those of which no state is to be loaded.
 
     Raises:
-        ValueError: if it has state in the file or here, and not in both.
+        ValueError: if state is missing that cannot begin anew.
     """
-    if source.has_state:
-        if not trains:
-            raise ValueError(f"{plan.spec.name!r} has state in the file and is frozen here: unfreeze it first")
-        return COUNTED_FROM if source.step is None else source.step
-    if trains and plan.fields and source.chain:
-        raise ValueError(f"the file has nothing for {plan.spec.name!r}, which trains here")
-    return 0 if trains else None
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    complete, steps = is_complete(checkpoint), {}
+    anew = False
+    for i, (param, source) in enumerate(zip(params, sources, strict=True)):
+        name, here = plan.params[i].spec.name, param in optimizer.state
+        gap = rule(name, saved=source.has_state, here=here, trains=param.requires_grad, complete=complete)
+        if gap is Gap.FILL:
+            steps[i] = COUNTED_FROM if source.step is None else source.step
+        anew = anew or (gap is Gap.ANEW and bool(plan.params[i].fields))
+    if anew and not steps:
+        raise ValueError("the file has no statistics at all")
+    return steps
 
 
 def _plain(group: Group) -> dict[str, Any]:
     return {key: numbers(value) for key, value in group.hyper.items()}
 
 
-def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
-    """Bring the conversion's numbers into the optimizer, one parameter at a time.
+def _without_begun(own: Parameter, source: Parameter) -> Parameter:
+    """The parameter without what is kept for writing it, if the file keeps nothing for that."""
+    theirs, ours = source.slots.get(WEIGHT), own.slots.get(WEIGHT)
+    if ours is None or (theirs is not None and theirs.store == ours.store):
+        return own
+    return replace(own, slots={slot: record for slot, record in own.slots.items() if slot != WEIGHT})
 
-    Raises:
-        ValueError: if the hyper-parameters do not fit. Nothing is changed then.
-        OSError, CheckpointError: if the file cannot be read, or holds numbers that are not finite where they would have
-            to be changed; the optimizer then refuses to step until a load succeeds.
+
+Prepared = tuple[Mapping[str, Any], Callable[[Tensor, Tensor], Any]]
+"""A `state_dict` with stand-ins for its tensors, and what copies the values of a stand-in into a tensor."""
+
+
+def prepared_conversion(optimizer: Optimizer, conversion: Conversion) -> Prepared:
+    """The conversion's numbers as a state dict, to be made one parameter at a time while they are copied.
+
+    Copying raises OSError or UnreadableStatisticError if the file cannot be read, or holds numbers that are not finite
+    where they would have to be changed.
     """
     source = _Source(conversion)
     state: dict[int, dict[str, Any]] = {}
@@ -98,12 +128,14 @@ def load_converted(optimizer: Optimizer, conversion: Conversion) -> None:
         # What a parameter is, is this run's to say.
         hyper |= {key: own[key] for key in ("role", "head_size") if key in own}
         groups.append({**hyper, "params": list(range(first, first + len(group.parameters)))})
-    header = {"version": resume.VERSION, "clip_grad_norm": conversion.document.clip_grad_norm}
-    try:
-        optimizer.load_with({"state": state, "param_groups": groups, resume.KEY: header}, source.copy)
-    except UnreadableStatisticError as error:
-        hint = "the state is incomplete: load again before the next step"
-        raise CheckpointError(conversion.checkpoint.path, str(error), hint, refused=True) from None
+    header = {
+        "version": resume.VERSION,
+        "clip_grad_norm": conversion.document.clip_grad_norm,
+        "weights": {i: param.weights for i, param in enumerate(conversion.document.parameters) if param.weights},
+        resume.COMPLETE: is_complete(conversion.checkpoint),
+        resume.NAMES_COMPARED: True,
+    }
+    return {"state": state, "param_groups": groups, resume.KEY: header}, source.copy
 
 
 class _Source:
@@ -132,6 +164,9 @@ class _Source:
     def copy(self, own: Tensor, stand_in: Tensor) -> None:
         """Fill `own` with the values of a stand-in."""
         key = self.places[id(stand_in)]
+        if key not in self.owners:  # it begins anew
+            here(own).zero_()
+            return
         if key not in self.ready:
             param = self.owners[key]
             hyper = self.conversion.checkpoint.document.groups[param.group].hyper
@@ -140,7 +175,7 @@ class _Source:
         copy_part(own, self.ready.pop(key))
 
 
-def _matched(own: Document, checkpoint: Checkpoint) -> list[Parameter]:
+def _matched(own: Document, checkpoint: Checkpoint, anew: bool) -> list[Parameter]:
     """The file's parameters, if they are this optimizer's in the same order and groups."""
     theirs = checkpoint.document
     counts = [[len(group.parameters) for group in document.groups] for document in (own, theirs)]
@@ -154,7 +189,7 @@ def _matched(own: Document, checkpoint: Checkpoint) -> list[Parameter]:
             )
         if other.shape is not None and other.shape != mine.shape:
             raise ValueError(f"{mine.name!r} has shape {other.shape} in the file, here {mine.shape}")
-        if other.weights and other.weights != mine.weights:
+        if other.weights and other.weights != mine.weights and not anew:
             raise ValueError(f"{mine.name!r} was written by {other.weights}, here it is by {mine.weights}")
     return [replace(other, shape=mine.shape) for mine, other in zip(own.parameters, theirs.parameters, strict=True)]
 

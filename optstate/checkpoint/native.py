@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from optstate import naming, resume
 from optstate.checkpoint.as_here import with_canonical_names, with_groups_of
 from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
-from optstate.checkpoint.converted import conversion_onto, load_converted
+from optstate.checkpoint.conversion import Conversion
+from optstate.checkpoint.converted import Prepared, conversion_onto, is_complete, prepared_conversion
 from optstate.checkpoint.describing import (
     described,
     dtype_name,
@@ -37,9 +37,11 @@ from optstate.checkpoint.document import (
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.gathering import (
     Named,
-    any_distributed,
-    failing_together,
+    content_of,
+    note_document,
+    note_path,
     read_part_into,
+    saving_together,
     write_gathered,
 )
 from optstate.checkpoint.opening import open_checkpoint
@@ -47,12 +49,16 @@ from optstate.checkpoint.sharded import create_set
 from optstate.checkpoint.stored import Stored
 from optstate.checkpoint.tensors import DTYPES, bytes_of
 from optstate.checkpoint.writer import NewEntry, header_size
-from optstate.optimizer import Optimizer
+from optstate.collectives import DisagreementError, LostProcessError, View
+from optstate.optimizer import InconsistentStateError, Optimizer
+from optstate.placement import is_distributed
 from optstate.plan import ParamPlan, Plan
+from optstate.watch import MovedStateError
 
 __all__ = ["load", "save"]
 
 Path = str | os.PathLike[str]
+T = TypeVar("T")
 
 MOST_CHANGES = 3
 """Clauses about the rule in one message."""
@@ -72,8 +78,12 @@ def save(
     and stores are a JSON document under the metadata key `optstate`. Equal optimizers give equal bytes. The file is
     replaced at once or not at all. Memory: none for tensors on the CPU, else one tensor.
 
-    Where parameters are split among devices (FSDP2, HSDP, tensor parallelism), every rank must call this; rank 0 writes
-    the bytes that an unsharded run would, where it keeps the same stores. What fails on one rank fails on all.
+    Where parameters are DTensors (FSDP2, HSDP, tensor parallelism, `replicate`), every rank must call this; rank 0
+    writes the bytes that an unsharded run would, where it keeps the same stores. What fails on one rank fails on all,
+    and the ranks must agree about the path, steps, hyper-parameters and recipes. Of replicas under
+    DistributedDataParallel nothing is known: call it on one rank.
+
+    No other thread may step meanwhile: a save that is overtaken by a step is refused, and leaves the old file.
 
     State of more than `max_shard_size` bytes becomes several files of at most that many each,
     `opt-00001-of-00003.safetensors` ..., and the index `opt.safetensors.index.json`, which is replaced at once.
@@ -84,24 +94,28 @@ def save(
     Raises:
         InconsistentStateError: if a step broke off half-way.
         CheckpointError: if the file cannot be written, exists although `overwrite` is false, or the optimizer holds
-            what has no place in it; if another rank failed, is gone, or is late by more than its process group's
-            timeout.
+            what has no place in it; if a parameter is updated meanwhile; if another rank failed, holds something else,
+            is gone, or is late by more than its process group's timeout.
         ValueError: if `max_shard_size` is below one byte.
     """
     plan = optimizer.plan()
-    tell_others = _telling_others(optimizer, plan, path)
-    with tell_others():
-        saved = optimizer.state_dict()
+    alone = not any(is_distributed(param) for group in optimizer.param_groups for param in group["params"])
+    together: AbstractContextManager[View] = nullcontext({}) if alone else saving_together(path)
+    with together as view:
         try:
+            unmoved = optimizer.watch("save")
+            saved = optimizer.state_dict()
             resume.check(optimizer, plan, saved)  # what could not be loaded again is not written either
             document = described(optimizer, plan, saved)
             text = to_json(document if model is None else with_tied_names(document, optimizer, model))
-        except ValueError as error:
+        except (ValueError, MovedStateError) as error:
             raise CheckpointError(path, f"not saved: {error}", refused=True) from None
+        note_path(view, path)
+        note_document(view, document)
     names = parameter_names(optimizer, plan)
     tensors: dict[str, Tensor] = {}
     entries = []
-    for i, state in saved["state"].items():
+    for i, state in sorted(saved["state"].items()):
         for key, field in plan.params[i].fields.items():
             name = tensor_key(names[i], key)
             tensors[name] = state[key]
@@ -115,18 +129,28 @@ def save(
                 file.put(name, bytes_of(tensor))
             file.finish(metadata)
 
-    with tell_others():
-        if any_distributed(tensors):
-            write_gathered(tensors, write)
-        else:
-            write(iter(tensors.items()))
+    def end() -> None:
+        """Nothing takes the old file's place if a step came between."""
+        try:
+            unmoved()
+        except InconsistentStateError as error:
+            raise CheckpointError(path, f"not saved: {error}", refused=True) from None
+
+    def end_together() -> None:
+        with saving_together(path):
+            end()
+
+    if alone:
+        write(_followed_by(iter(tensors.items()), end))
+    else:
+        with saving_together(path):
+            write_gathered(tensors, write, end_together)
 
 
-def _telling_others(optimizer: Optimizer, plan: Plan, path: Path) -> Callable[[], AbstractContextManager[None]]:
-    """What a part of saving runs under: where state is split among devices, it must succeed on all of them."""
-    if not any(map(any_distributed, optimizer.state.values())):
-        return nullcontext
-    return partial(failing_together, path, [(param.spec.name, param.spec.shape, param.stores) for param in plan])
+def _followed_by(items: Iterator[T], end: Callable[[], None]) -> Iterator[T]:
+    """The items; `end` is called after the last of them was used."""
+    yield from items
+    end()
 
 
 def load(
@@ -143,6 +167,14 @@ def load(
     less and nothing more. Nothing is cast. All of this is checked before anything is changed. Memory: none for state
     on the CPU, else one tensor.
 
+    A parameter that is frozen here keeps the state that the file has of it. One of which the file has none, but trains
+    here, is refused if this library wrote the file: it was frozen, so freeze it, load, and unfreeze it. Other libraries
+    make state at the first update: there it begins anew, with a warning. `load_state_dict` follows the same rule.
+
+    Where parameters are DTensors, every rank that shares them must call this. It fails on all of them or on none; they
+    compare steps, hyper-parameters and a few numbers of every tensor, so each may read its own copy of one file. Of
+    replicas under DistributedDataParallel nothing is known: give them one path.
+
     Model weights are not in the file: load them before or afterwards. A learning rate scheduler has its own state.
 
     Args:
@@ -151,47 +183,37 @@ def load(
             file is taken where every number stays what it was and every step does what it did: a hyper-parameter that
             makes it another rule, such as `maximize=True`, is refused.
         allow_lossy: convert what is kept in other stores or by another rule, as `optstate convert` does; it shows
-            what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. Memory:
-            one parameter's statistics in fp32, all of it on every device.
+            what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. It also
+            takes a run in another dtype, as fp32 into bf16, or one that wrote weights in another way: corrections that
+            are kept for weights begin anew then. Memory: one parameter's statistics in fp32, all of it on every device.
         key, names: of other tools' files, as for `optstate convert`.
 
     Raises:
-        CheckpointError: if the file is unreadable or another optimizer's, naming the first difference. If reading
-            fails half-way, the optimizer refuses to step until a load succeeds.
+        CheckpointError: if the file is unreadable or another optimizer's, naming the first difference; if it fails on
+            another rank, or ranks load different things. If reading fails half-way, or another thread steps meanwhile,
+            the optimizer refuses to step until a load succeeds.
+        RuntimeError: inside a backward pass.
     """
-    opened = open_checkpoint(path, key=key, names=names)
-    counts = [len(group["params"]) for group in optimizer.param_groups]
-    checkpoint = with_groups_of(with_canonical_names(opened), counts)
-    difference = None
-    if checkpoint.kind == OPTSTATE and any(param.chain for param in checkpoint.document.parameters):
-        difference = _load_exactly(optimizer, checkpoint)
-        if difference is None:
-            _warn_of_other_names(optimizer, opened)
-            return
-    hint = "nothing was changed; build the optimizer as the saved run did"
-    try:
-        conversion = conversion_onto(optimizer, checkpoint)
-    except CheckpointError:  # it contradicts itself
-        if allow_lossy or difference is None:
-            raise
-        raise CheckpointError(path, difference, hint, refused=True) from None
-    except (ValueError, TypeError) as error:
-        reason = str(error) if allow_lossy or difference is None else difference
-        raise CheckpointError(path, reason, hint, refused=True) from None
-    if difference is not None and not allow_lossy:
-        raise CheckpointError(path, difference, f"{hint}, or convert with allow_lossy=True", refused=True)
-    if conversion.changes and not allow_lossy:
-        reason = f"the file follows another rule: {'; '.join(conversion.changes[:MOST_CHANGES])}"
-        consent = "nothing was changed; allow_lossy=True takes the statistics over all the same"
-        raise CheckpointError(path, reason, consent, refused=True)
-    if not conversion.lossless and not allow_lossy:
-        slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
-        what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
-        raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
-    with _failing(path, hint):
-        load_converted(optimizer, conversion)
-    _warn_of_other_names(optimizer, opened)
-    for note in conversion.notes:
+    opened: list[Checkpoint] = []
+    copied: list[Tensor] = []
+    notes: list[str] = []
+
+    def prepare() -> Prepared:
+        opened.append(open_checkpoint(path, key=key, names=names))
+        counts = [len(group["params"]) for group in optimizer.param_groups]
+        checkpoint = with_groups_of(with_canonical_names(opened[0]), counts)
+        view, copy = _prepared(optimizer, checkpoint, allow_lossy, notes)
+
+        def noted(own: Tensor, theirs: Tensor) -> None:
+            copied[:] = [own]
+            copy(own, theirs)
+
+        return view, noted
+
+    with _failing(path, lambda: bool(copied)):
+        optimizer.load_prepared(prepare, lambda: content_of(opened[0].tensors))
+    _warn_of_other_names(optimizer, opened[0])
+    for note in notes:
         warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
 
 
@@ -204,30 +226,91 @@ def _warn_of_other_names(optimizer: Optimizer, opened: Checkpoint) -> None:
     resume.warn_if_rounded_otherwise(saved, optimizer.param_groups, plan, ())
 
 
-def _load_exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> str | None:
-    """Load what is in the optimizer's own stores; the first difference, in words, if it is not."""
-    plan, document = optimizer.plan(), checkpoint.document
+def _prepared(optimizer: Optimizer, checkpoint: Checkpoint, allow_lossy: bool, notes: list[str]) -> Prepared:
+    """What a checkpoint becomes in this optimizer, and what brings its numbers there; nothing is changed.
+
+    notes: gets what is to be said once it is loaded.
+
+    Raises:
+        CheckpointError: if it is another optimizer's, or numbers would change without consent.
+    """
+    path, difference = checkpoint.path, None
+    if checkpoint.kind == OPTSTATE and any(param.chain for param in checkpoint.document.parameters):
+        try:
+            return _exactly(optimizer, checkpoint)
+        except (ValueError, TypeError) as error:  # a hyper-parameter of the wrong kind is a TypeError
+            difference = str(error)
+    hint = "nothing was changed; build the optimizer as the saved run did"
     try:
-        sources = _matched(optimizer, plan, document, checkpoint.tensors)
-        view = _as_state_dict(optimizer, plan, document, sources)
-        resume.check(optimizer, plan, view)
-    except (ValueError, TypeError) as error:  # a hyper-parameter of the wrong kind is a TypeError
-        return str(error)
+        conversion, lost = _conversion(optimizer, checkpoint, consent=allow_lossy or difference is not None)
+    except CheckpointError:  # it contradicts itself
+        if allow_lossy or difference is None:
+            raise
+        raise CheckpointError(path, difference, hint, refused=True) from None
+    except (ValueError, TypeError) as error:
+        reason = str(error) if allow_lossy or difference is None else difference
+        raise CheckpointError(path, reason, hint, refused=True) from None
+    difference = difference or lost
+    if difference and not allow_lossy:
+        raise CheckpointError(path, difference, f"{hint}, or convert with allow_lossy=True", refused=True)
+    if conversion.changes and not allow_lossy:
+        reason = f"the file follows another rule: {'; '.join(conversion.changes[:MOST_CHANGES])}"
+        consent = "nothing was changed; allow_lossy=True takes the statistics over all the same"
+        raise CheckpointError(path, reason, consent, refused=True)
+    if not conversion.lossless and not allow_lossy:
+        slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
+        what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
+        raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
+    notes += conversion.notes
+    return prepared_conversion(optimizer, conversion)
+
+
+def _conversion(optimizer: Optimizer, checkpoint: Checkpoint, consent: bool) -> tuple[Conversion, str]:
+    """What a checkpoint becomes, and what is lost on the way apart from numbers; "" if nothing is.
+
+    Raises:
+        ValueError, TypeError: if it cannot be made, even with consent.
+    """
+    if not consent:
+        try:
+            return conversion_onto(optimizer, checkpoint), ""
+        except ValueError as error:
+            return conversion_onto(optimizer, checkpoint, anew=True), str(error)
+    return conversion_onto(optimizer, checkpoint, anew=True), ""
+
+
+def _exactly(optimizer: Optimizer, checkpoint: Checkpoint) -> Prepared:
+    """What is in the optimizer's own stores, to be read into place.
+
+    Raises:
+        ValueError, TypeError: at the first difference.
+    """
+    plan, document = optimizer.plan(), checkpoint.document
+    sources = _matched(optimizer, plan, document, checkpoint.tensors)
+    view = _as_state_dict(optimizer, plan, checkpoint, sources)
+    resume.check(optimizer, plan, view)
     places = {id(tensor): checkpoint.tensors[key] for key, tensor in sources.items()}
-    with _failing(checkpoint.path, ""):
-        optimizer.load_with(view, lambda own, theirs: read_part_into(own, places[id(theirs)]))
-    return None
+    return view, lambda own, theirs: read_part_into(own, places[id(theirs)])
 
 
 @contextmanager
-def _failing(path: Path, hint: str) -> Iterator[None]:
+def _failing(path: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Turn what loading raises, before or after it has begun to change anything, into the error of checkpoint files."""
+    unchanged = "nothing was changed; build the optimizer as the saved run did"
+    broken = "the state is incomplete: load again before the next step"
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise CheckpointError(path, str(error), hint, refused=True) from None
+        raise CheckpointError(path, str(error), broken if begun() else unchanged, refused=True) from None
+    except DisagreementError as error:
+        raise CheckpointError(path, f"not loaded, {error}", "nothing was changed, on any rank", refused=True) from None
+    except InconsistentStateError as error:
+        raise CheckpointError(path, str(error), broken, refused=True) from None
+    except LostProcessError as error:
+        raise CheckpointError(path, f"loading broke off: {error}", broken) from error.__cause__
     except OSError as error:
-        reason = f"reading failed half-way: {error}"
-        raise CheckpointError(path, reason, "the state is incomplete: load again before the next step") from error
+        reason = "reading failed half-way" if begun() else "it cannot be read"
+        raise CheckpointError(path, f"{reason}: {error}", broken if begun() else "nothing was changed") from error
 
 
 # --- what is loaded -----------------------------------------------------------------------------------------------
@@ -303,9 +386,10 @@ def _listed(slots: Mapping[str, SlotRecord]) -> str:
 
 
 def _as_state_dict(
-    optimizer: Optimizer, plan: Plan, document: Document, sources: Mapping[str, Tensor]
+    optimizer: Optimizer, plan: Plan, checkpoint: Checkpoint, sources: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The file as the `state_dict` it was made from, with stand-ins for its tensors."""
+    document = checkpoint.document
     state: dict[int, dict[str, Any]] = {}
     stores: dict[int, dict[str, str]] = {}
     groups: list[dict[str, Any]] = []
@@ -325,5 +409,11 @@ def _as_state_dict(
         members = list(range(first, first + len(group.parameters)))
         groups.append({**hyper, **declared, "params": members})
         first += len(members)
-    header = {"version": resume.VERSION, "stores": stores, "clip_grad_norm": document.clip_grad_norm}
+    header = {
+        "version": resume.VERSION,
+        "stores": stores,
+        "clip_grad_norm": document.clip_grad_norm,
+        resume.COMPLETE: is_complete(checkpoint),
+        resume.NAMES_COMPARED: True,
+    }
     return {"state": state, "param_groups": groups, resume.KEY: header}
