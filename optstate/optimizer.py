@@ -668,6 +668,7 @@ class Optimizer(torch.optim.Optimizer):
             if gap is Gap.ANEW:
                 own[key] = value.zero_() if isinstance(value, Tensor) else 0
             elif isinstance(value, Tensor):
+                increment_version([value, here(value)])  # a file may be read into its memory
                 copy(value, state[key])
             else:
                 own[key] = int(state[key])

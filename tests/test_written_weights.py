@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,23 @@ class TestVersions:
         x = torch.randn(2, 96, requires_grad=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             (x @ param.detach() @ torch.eye(96) @ param).square().sum().backward()
+
+    @pytest.mark.parametrize("how", ["state_dict", "file"])
+    def test_loading_moves_versions_too(self, how: str, tmp_path: Path) -> None:
+        """A file is read straight into the memory of the state."""
+        param, optimizer = written_by("adamw8bit", 96)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+        optstate.save(optimizer, tmp_path / "opt.safetensors")
+        tensors = {key: value for key, value in optimizer.state[param].items() if isinstance(value, Tensor)}
+        before = {key: value._version for key, value in tensors.items()}
+        if how == "file":
+            optstate.load(optimizer, tmp_path / "opt.safetensors")
+        else:
+            optimizer.load_state_dict(saved)
+        assert all(optimizer.state[param][key] is value for key, value in tensors.items())
+        assert all(value._version > before[key] for key, value in tensors.items())
 
     def test_a_gradient_that_is_refused_moves_no_version(self) -> None:
         param, optimizer = written_by("adamw", 8)
