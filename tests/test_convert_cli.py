@@ -835,7 +835,7 @@ def test_huge_numbers_still_have_an_error(tmp_path: Path) -> None:
 
 
 def test_a_group_without_parameters(tmp_path: Path) -> None:
-    """torch allows it; a recipe's optimizer does not, and gets none."""
+    """It stays in its place, also where the recipe becomes another."""
     model = model_of(SHAPES)
     first, *others = model.parameters()
     groups: list[dict[str, Any]] = [{"params": [first]}, {"params": []}, {"params": others, "lr": 0.5}]
@@ -846,7 +846,7 @@ def test_a_group_without_parameters(tmp_path: Path) -> None:
     convert(tmp_path / "a.safetensors", tmp_path / "again.pt")
     assert_equal(*(torch.load(tmp_path / name, weights_only=True) for name in ("again.pt", "opt.pt")))
     convert(tmp_path / "opt.pt", tmp_path / "b.safetensors", "--recipe", "adamw8bit", "--allow-lossy")
-    assert [group.hyper["lr"] for group in document_of(read_header(tmp_path / "b.safetensors")).groups] == [1e-3, 0.5]
+    assert [group.hyper["lr"] for group in document_of(read_header(tmp_path / "b.safetensors")).groups] == [1e-3, 1e-3, 0.5]
 
 
 def test_state_of_no_steps(tmp_path: Path) -> None:
