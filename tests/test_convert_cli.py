@@ -846,7 +846,11 @@ def test_a_group_without_parameters(tmp_path: Path) -> None:
     convert(tmp_path / "a.safetensors", tmp_path / "again.pt")
     assert_equal(*(torch.load(tmp_path / name, weights_only=True) for name in ("again.pt", "opt.pt")))
     convert(tmp_path / "opt.pt", tmp_path / "b.safetensors", "--recipe", "adamw8bit", "--allow-lossy")
-    assert [group.hyper["lr"] for group in document_of(read_header(tmp_path / "b.safetensors")).groups] == [1e-3, 1e-3, 0.5]
+    assert [group.hyper["lr"] for group in document_of(read_header(tmp_path / "b.safetensors")).groups] == [
+        1e-3,
+        1e-3,
+        0.5,
+    ]
 
 
 def test_state_of_no_steps(tmp_path: Path) -> None:
