@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from optstate.collectives import LostProcessError, listed
 
-__all__ = ["STEP", "Consistency", "InconsistentStateError", "reason_of"]
+__all__ = ["STEP", "Consistency", "InconsistentStateError"]
 
 STEP = "step()"
 
@@ -145,8 +145,3 @@ class Consistency:
 
     def _count(self) -> str:
         return f"{len(self.updated)} parameters were"
-
-
-def reason_of(error: BaseException) -> str:
-    """What an error says, or else what it is."""
-    return str(error) or type(error).__name__

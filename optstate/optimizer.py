@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from optstate import alike, engines, groups, kernels, naming, resume
-from optstate.collectives import Agreement, DisagreementError, LostProcessError, difference, together
-from optstate.consistency import STEP, Consistency, InconsistentStateError, reason_of
+from optstate.collectives import Agreement, DisagreementError, LostProcessError, difference, reason_of, together
+from optstate.consistency import STEP, Consistency, InconsistentStateError
 from optstate.gaps import Gap, warn_of
 from optstate.leaves import Leaf, batches, replacements
 from optstate.placement import Placement, copy_part, here, placement_of
