@@ -169,7 +169,8 @@ def test_a_full_disk_on_rank_0_fails_all_ranks_with_the_reason(alive: Any, saves
 
 def test_a_rank_that_may_not_save_stops_all_before_anything_is_written(alive: Any, saves: dict[str, Path]) -> None:
     case = ("inconsistent_on_rank_1", saves["inconsistent_on_rank_1"])
-    reason = "state_dict() refused, a step broke off half-way: 0 parameters were updated, then 'layer0' failed: a test failed"
+    why = "0 parameters were updated, then 'layer0' failed: a test failed"
+    reason = f"state_dict() refused, a step broke off half-way: {why}"
     assert f"opt.safetensors: not saved, rank 1 failed: {reason}" in result(alive[0], *case)
     assert result(alive[1], *case).startswith(f"InconsistentStateError: {reason}")
 
