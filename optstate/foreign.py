@@ -20,7 +20,8 @@ def check_rule(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, An
     """Raise if saved param groups are of an optimizer that follows another rule than the chains of our groups.
 
     saved: of a `state_dict` that does not say that it is ours. own, chains: our groups in the same order, and where a
-    step of each goes through. Empty groups follow no rule. State of ours that lost its header has no hyper-parameters but its own, and passes.
+    step of each goes through. Empty groups follow no rule. State of ours that lost its header has no hyper-parameters
+    but its own, and passes.
 
     Raises:
         ValueError: naming the hyper-parameter, what it changes and what to do.

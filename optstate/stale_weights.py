@@ -5,7 +5,8 @@ code reads anew while the pass runs: a checkpointed block that is computed again
 or a `torch.autograd.Function` that keeps a weight in its context. Both would compute with the new value.
 
 Only the parameter itself is watched: a `detach()` of it that was made in the forward pass and handed on as an argument
-is another tensor with the same values, and reading that one again is not noticed.
+is another tensor with the same values, and reading that one again is not noticed. Such a one is also what hooks for
+saved tensors get, and torch does not check the versions of what these give back.
 """
 
 from __future__ import annotations
