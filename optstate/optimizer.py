@@ -260,9 +260,13 @@ class Optimizer(torch.optim.Optimizer):
         """Follow parameters that users put into other groups, and let those go that are in no group any more.
 
         Raises:
-            RuntimeError: if a group has not the hyper-parameters of a parameter in it, or parameters of two chains.
+            RuntimeError: if a group has not the hyper-parameters of a parameter in it, or parameters of two chains, or
+                if a parameter is in two places.
         """
         of = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
+        if len(of) < len(order):
+            twice = next(param for i, param in enumerate(order) if any(param is other for other in order[:i]))
+            raise RuntimeError(f"{self._leaves[twice].name!r} is in two places of the param groups: leave it in one")
         chains: dict[int, Chain] = {}
         for param, index in of.items():
             leaf = self._leaves[param]
@@ -286,7 +290,8 @@ class Optimizer(torch.optim.Optimizer):
             )
         for param in gone:
             self._names.free(self._leaves.pop(param).name)
-            self.state.pop(param, None)
+        for param in [param for param in list(self.state) if param not in of]:
+            del self.state[param]
         self._let_go += len(gone)
         if gone and self._fused is not None:
             self._fused.let_go(gone)

@@ -572,6 +572,7 @@ def test_a_group_that_is_taken_out_is_stepped_no_more_and_can_come_back(fused: b
     layers, optimizer = three_groups(fused, named)
     moves(layers, optimizer)
     taken = optimizer.param_groups.pop(0)
+    assert len(copy.deepcopy(optimizer).state_dict()["state"]) == 2
     with pytest.warns(UserWarning, match="taken out of the param groups.*without state from now on: "):
         assert moves(layers, optimizer) == [0.0, 0.1, 0.01]
     assert layers[0].weight not in optimizer.state
@@ -593,6 +594,11 @@ def test_groups_that_cannot_be_followed_are_refused_in_one_line() -> None:
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(5, 4))]
     with pytest.raises(RuntimeError, match="was put into the optimizer's groups after it was built"):
         optimizer.state_dict()
+
+    layers, optimizer = three_groups(False)
+    optimizer.param_groups[1]["params"].append(layers[0].weight)
+    with pytest.raises(RuntimeError, match="'a' is in two places of the param groups"):
+        moves(layers, optimizer)
 
     route = optstate.route([("a", updates.momentum())], default=updates.scale_by_adam())
     optimizer = optstate.Optimizer([(n, layer.weight) for n, layer in zip("abc", layers, strict=True)], route, lr=0.1)
@@ -634,3 +640,11 @@ def test_torchs_state_is_loaded_with_empty_groups_on_either_side(there: tuple[in
     optimizer.load_state_dict(theirs.state_dict())
     for param in model.parameters():
         assert torch.equal(optimizer.state[param]["exp_avg_sq"], theirs.state[param]["exp_avg_sq"])
+
+
+def test_a_parameter_that_has_no_shape_yet_is_refused_in_one_line() -> None:
+    model = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet, as its layer is lazy: run a batch"):
+        AdamW(model.named_parameters())
+    model(torch.ones(2, 3))
+    step(model, AdamW(model.named_parameters()))
