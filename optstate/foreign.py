@@ -20,19 +20,26 @@ def check_rule(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, An
     """Raise if saved param groups are of an optimizer that follows another rule than the chains of our groups.
 
     saved: of a `state_dict` that does not say that it is ours. own, chains: our groups in the same order, and where a
-    step of each goes through. State of ours that lost its header has no hyper-parameters but its own, and passes.
+    step of each goes through. Empty groups follow no rule. State of ours that lost its header has no hyper-parameters
+    but its own, and passes.
 
     Raises:
         ValueError: naming the hyper-parameter, what it changes and what to do.
     """
-    groups = [_of_others(theirs, ours, chain) for theirs, ours, chain in zip(saved, own, chains, strict=True)]
-    rule = rule_with_keys(saved)
+    groups = {
+        place: _of_others(theirs, ours, chain)
+        for place, (theirs, ours, chain) in enumerate(zip(saved, own, chains, strict=True))
+        if len(theirs["params"])
+    }
+    if not groups:
+        return
+    rule = rule_with_keys([saved[place] for place in groups])
     if rule is not None and not rule.recipe:
         raise ValueError(f"the saved state is of {rule.library}'s {rule.optimizer}: {rule.why}; {ANYWAY}")
-    for place, (group, chain) in enumerate(zip(groups, chains, strict=True)):
-        _check_group(rule, place, group, str(chain))
+    for place, group in groups.items():
+        _check_group(rule, place, group, str(chains[place]))
     if rule is not None:
-        _warn_of_doubts(rule, groups)
+        _warn_of_doubts(rule, list(groups.values()))
 
 
 def _of_others(theirs: Mapping[str, Any], ours: Mapping[str, Any], chain: Chain) -> dict[str, Any]:

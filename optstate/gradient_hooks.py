@@ -96,13 +96,17 @@ class GradientHooks:
     def take_over(self, replaced: Mapping[Tensor, Tensor]) -> None:
         """Hook parameters that were put in the place of others, and let those go: they may be whole where these are
         sharded."""
-        for old in replaced:
-            handle = self._handles.pop(old, None)
-            if handle is not None:
-                handle.remove()
-            self._kept.discard(old)
+        self.let_go(replaced)
         self._hook([p for p in replaced.values() if p.requires_grad])
         self.look_again()
+
+    def let_go(self, params: Iterable[Tensor]) -> None:
+        """Leave the gradients of these parameters alone from now on."""
+        for param in params:
+            handle = self._handles.pop(param, None)
+            if handle is not None:
+                handle.remove()
+            self._kept.discard(param)
 
     def _hook(self, missing: list[Tensor]) -> None:
         if missing:
@@ -185,6 +189,8 @@ class GradientHooks:
                 param.grad = None
                 return
             self._check_update(param)
+            if param not in self._handles:
+                return  # it was taken out of the param groups
             if self.optimizer._leaf(param).is_split:
                 self._wait_for_group(param)
             else:
@@ -253,8 +259,8 @@ class GradientHooks:
             engines.refuse_live_objects(self._handles)
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
-        self.optimizer._require_usable_values()
         self._attach_new()
+        self.optimizer._require_usable_values()
         self.optimizer.require_alike()
         consistency.begin(number)
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))

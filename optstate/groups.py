@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from optstate.group_keys import refuse_unknown
 from optstate.naming import Names
@@ -337,6 +338,11 @@ def _check_lr(lr: Any) -> None:
 def _check_parameter(name: str, param: Any) -> None:
     if not isinstance(param, Tensor):
         raise TypeError(f"parameter {name!r} is a {type(param).__name__}: the optimizer steps tensors")
+    if is_lazy(param):
+        raise ValueError(
+            f"parameter {name!r} has no shape yet, as its layer is lazy: run a batch through the model, then build the "
+            "optimizer"
+        )
     if not param.requires_grad:
         return  # frozen: kept in its place and never stepped, whatever it is, as torch does
     if param.is_complex():

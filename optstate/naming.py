@@ -89,6 +89,10 @@ class Names:
         self._known.update(zip(given, names, strict=True))
         self._given.update(zip(names, given, strict=True))
 
+    def free(self, name: str) -> None:
+        """From now on this canonical name belongs to no parameter."""
+        self._given.pop(name, None)
+
     def given(self, name: str) -> str:
         """What a canonical name was made of; itself if that is not known."""
         return self._given.get(name, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from optstate import alike, engines, groups, kernels, naming, resume
+from optstate import alike, collectives, engines, groups, kernels, naming, resume
 from optstate.collectives import Agreement, DisagreementError, LostProcessError, difference, reason_of, together
 from optstate.consistency import STEP, Consistency, InconsistentStateError
 from optstate.gaps import Gap, warn_of
@@ -49,6 +50,8 @@ class _Fused(Protocol):
     def look_again(self) -> None: ...
 
     def take_over(self, replaced: Mapping[Tensor, Tensor]) -> None: ...
+
+    def let_go(self, params: Iterable[Tensor]) -> None: ...
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -97,6 +100,8 @@ class Optimizer(torch.optim.Optimizer):
         self._chains: dict[int, Chain] = {}
         self._built = False
         self._alike = False
+        self._places: list[list[int]] = []
+        self._let_go = 0
         shared = {} if self._route.rules else self._route.default.hyper
         super().__init__(listed, {"lr": lr, **shared})
         self._built = True
@@ -115,13 +120,15 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: under `torch.inference_mode()`.
         """
         groups.refuse_inference_mode("adding parameters")
+        if self._built:
+            self._follow_replaced()
         group = groups.checked_group(param_group, set(self._leaves))
         given = groups.name_group(group, self._names, self.param_groups)
         canonical = group.get("param_names", [])
         made_of = dict(zip(canonical, given, strict=True))
         parts = groups.split_by_chain(group, self._route, made_of, self.defaults)
         for part in parts:  # raises for what cannot be kept, before anything is added
-            self._plan_group(part, len(self._leaves), made_of)
+            self._plan_group(part, self._next_place(), made_of)
         self._names.use(given, canonical)
         for part in parts:
             self._name_empty_groups(part)
@@ -164,11 +171,15 @@ class Optimizer(torch.optim.Optimizer):
     def _adopt(self, index: int) -> None:
         """Plan and allocate the parameters of one group."""
         group = self.param_groups[index]
-        for param, plan in zip(group["params"], self._plan_group(group, len(self._leaves)), strict=True):
+        for param, plan in zip(group["params"], self._plan_group(group, self._next_place()), strict=True):
             self._chains.setdefault(index, plan.chain)
             self._leaves[param] = Leaf(plan, index, placement_of(param))
             if param.requires_grad and param not in self.state:
                 self._allocate(param)
+
+    def _next_place(self) -> int:
+        """The number of the next parameter, which stands for its name where it has none: none is given twice."""
+        return len(self._leaves) + self._let_go
 
     def _plan_group(self, group: dict[str, Any], first: int, made_of: Mapping[str, str] = {}) -> list[ParamPlan]:
         """The plans of a group's parameters, which are numbered from `first` where they have no names.
@@ -226,6 +237,11 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: if state that has begun to fill would have to change its format.
         """
+        for param in [param for param, state in list(self.state.items()) if not state]:
+            del self.state[param]  # somebody looked: `state` makes an entry for whatever it is asked for
+        places = [[id(param) for param in group["params"]] for group in self.param_groups]
+        if places == self._places:
+            return
         order = [p for group in self.param_groups for p in group["params"]]
         replaced = replacements(list(self._leaves), order)
         plans = {old: self._plan_again(param, old) for old, param in replaced.items()}  # raises before anything changes
@@ -236,6 +252,59 @@ class Optimizer(torch.optim.Optimizer):
             self._alike = False
             if self._fused is not None:
                 self._fused.take_over(replaced)
+        if all(param in self._leaves for param in order):
+            self._follow_moved(order)
+            self._places = places
+
+    def _follow_moved(self, order: list[Tensor]) -> None:
+        """Follow parameters that users put into other groups, and let those go that are in no group any more.
+
+        Raises:
+            RuntimeError: if a group has not the hyper-parameters of a parameter in it, or parameters of two chains, or
+                if a parameter is in two places.
+        """
+        of = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
+        if len(of) < len(order):
+            twice = next(param for i, param in enumerate(order) if any(param is other for other in order[:i]))
+            raise RuntimeError(f"{self._leaves[twice].name!r} is in two places of the param groups: leave it in one")
+        chains: dict[int, Chain] = {}
+        for param, index in of.items():
+            leaf = self._leaves[param]
+            if chains.setdefault(index, leaf.plan.chain) != leaf.plan.chain:
+                raise RuntimeError(
+                    f"{leaf.name!r} was put into param group {index}, whose parameters another chain steps: leave each "
+                    "parameter in a group of its chain, or build the optimizer anew"
+                )
+            missing = sorted({"lr", *leaf.plan.chain.hyper} - set(self.param_groups[index]))
+            if missing:
+                raise RuntimeError(
+                    f"{leaf.name!r} was put into param group {index}, which has no {missing[0]!r}: use "
+                    "add_param_group(), which fills in what is missing, or give it there"
+                )
+        gone = [param for param in self._leaves if param not in of]
+        if gone:
+            warnings.warn(
+                "taken out of the param groups, so not stepped any more, and without state from now on: "
+                f"{collectives.listed([self._leaves[param].name for param in gone])}",
+                stacklevel=4,
+            )
+        for param in gone:
+            self._names.free(self._leaves.pop(param).name)
+        for param in [param for param in list(self.state) if param not in of]:
+            del self.state[param]
+        self._let_go += len(gone)
+        if gone and self._fused is not None:
+            self._fused.let_go(gone)
+        if self._leaves and (gone or any(self._leaves[param].group != i for param, i in of.items())):
+            self._alike = False
+        for param, index in of.items():
+            self._leaves[param].group = index
+        self._leaves = {param: self._leaves[param] for param in order}
+        if chains != self._chains:
+            self._chains, self._values = chains, groups.UsedValues()
+        for group in self.param_groups:
+            if self._names:
+                group["param_names"] = [self._leaves[param].name for param in group["params"]]
 
     def _plan_again(self, param: Tensor, old: Tensor) -> ParamPlan:
         """The plan of `param` in the place of `old`, if the state there is can become its state."""
@@ -470,9 +539,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of one parameter, made if it just began to train, moved if the model was."""
-        if param not in self.state:
-            return self._allocate(param)
-        state: dict[str, Any] = self.state[param]
+        state: dict[str, Any] = self.state.get(param) or self._allocate(param)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.device != param.device:
                 with torch.inference_mode(False):
@@ -499,7 +566,8 @@ class Optimizer(torch.optim.Optimizer):
         self._refuse_bad_flags(wait=True)
         unmoved = self.watch("state_dict")
         clip = self._fused.clip_grad_norm if self._fused is not None else None
-        found = {**super().state_dict(), resume.KEY: resume.header(self.plan(), clip)}
+        header = resume.header(self.plan(), clip)  # first, as it names a parameter that was put into the groups
+        found = {**super().state_dict(), resume.KEY: header}
         unmoved()
         return found
 
@@ -714,7 +782,7 @@ class Optimizer(torch.optim.Optimizer):
         self._agreement, self._flags = Agreement(), DeferredFlags()
         self._names = state.pop("_names", naming.Names())
         self._values, self._chains, self._built = groups.UsedValues(), {}, True
-        self._alike = False
+        self._alike, self._places, self._let_go = False, [], 0
         super().__setstate__(state)
         self._leaves, self._fused, self._replaced_by = {}, None, None
         for index in range(len(self.param_groups)):

@@ -204,7 +204,8 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
         )
     _check_groups(optimizer, plan, saved["param_groups"])
     if KEY not in saved:
-        check_rule(saved["param_groups"], optimizer.param_groups, _chains(optimizer, plan))
+        theirs = [group or {"params": []} for group in paired(optimizer.param_groups, saved["param_groups"])]
+        check_rule(theirs, optimizer.param_groups, _chains(optimizer, plan))
     stores = saved.get(KEY, {}).get("stores", {})
     complete = saved.get(KEY, {COMPLETE: False}).get(COMPLETE, True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -212,7 +213,7 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
     found = []
     for param, planned, index in zip(params, plan, indices, strict=True):
         _check_stores(planned, stores.get(index))
-        kept = index in saved["state"]
+        kept = bool(saved["state"].get(index))
         here, trains = param in optimizer.state, param.requires_grad
         found.append(rule(planned.spec.name, saved=kept, here=here, trains=trains, complete=complete))
         if kept:

@@ -24,7 +24,7 @@ from adalomo import AdaLomo
 from optstate import stores, updates
 from optstate.checkpoint.compare import compare
 from optstate.checkpoint.opening import open_checkpoint
-from optstate.recipes import AdamMini, AdamW, AdamW8bit
+from optstate.recipes import SGD, AdamMini, AdamW, AdamW8bit
 
 
 def net() -> nn.Sequential:
@@ -524,3 +524,127 @@ def test_state_that_is_made_while_loading_can_be_stepped() -> None:
         optimizer.load_state_dict(saved)
     step(other, optimizer)
     assert {s["step"] for s in optimizer.state.values()} == {4}
+
+
+# --- groups that users change by hand -----------------------------------------------------------------------------
+
+
+def three_groups(fused: bool, named: bool = True, recipe: Any = AdamW) -> tuple[list[nn.Linear], Any]:
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(3)]
+    groups = [
+        {"params": [(name, layer.weight) if named else layer.weight], "lr": lr}
+        for name, layer, lr in zip("abc", layers, (1.0, 0.1, 0.01), strict=True)
+    ]
+    optimizer = recipe(groups, lr=1.0)
+    if fused:
+        optstate.fuse_backward(optimizer)
+    return layers, optimizer
+
+
+def moves(layers: list[nn.Linear], optimizer: Any) -> list[float]:
+    """How far each weight goes in a step: its learning rate, as the gradients of all elements are alike."""
+    before = [layer.weight.detach().clone() for layer in layers]
+    sum(layer(torch.ones(1, 4)).sum() for layer in layers).backward()
+    optimizer.step()
+    for layer in layers:
+        layer.weight.grad = None
+    return [round((layer.weight - old).abs().max().item(), 2) for layer, old in zip(layers, before, strict=True)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_have_the_values_of_the_group_they_are_in(fused: bool, named: bool) -> None:
+    layers, optimizer = three_groups(fused, named, SGD)
+    optimizer.param_groups.reverse()
+    assert moves(layers, optimizer) == [1.0, 0.1, 0.01]
+    first, second, _ = optimizer.param_groups
+    first["params"], second["params"] = first["params"] + second["params"], []
+    assert moves(layers, optimizer) == [1.0, 0.01, 0.01]
+    assert [group.get("param_names") for group in optimizer.param_groups] == (
+        [["c", "b"], [], ["a"]] if named else [None] * 3
+    )
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_group_that_is_taken_out_is_stepped_no_more_and_can_come_back(fused: bool, named: bool) -> None:
+    layers, optimizer = three_groups(fused, named)
+    moves(layers, optimizer)
+    taken = optimizer.param_groups.pop(0)
+    assert len(copy.deepcopy(optimizer).state_dict()["state"]) == 2
+    with pytest.warns(UserWarning, match="taken out of the param groups.*without state from now on: "):
+        assert moves(layers, optimizer) == [0.0, 0.1, 0.01]
+    assert layers[0].weight not in optimizer.state
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    weight = ("a", taken["params"][0]) if named else taken["params"][0]
+    optimizer.add_param_group({"params": [weight], "lr": 0.5})
+    assert moves(layers, optimizer) == [0.5, 0.1, 0.01]
+    assert len({param.spec.name for param in optimizer.plan()}) == 3
+    assert optimizer.state[layers[0].weight]["step"] == 1
+
+
+def test_groups_that_cannot_be_followed_are_refused_in_one_line() -> None:
+    layers, optimizer = three_groups(False)
+    optimizer.param_groups = [{"params": [layer.weight for layer in layers], "lr": 0.1}]
+    with pytest.raises(RuntimeError, match="'a' was put into param group 0, which has no 'betas'"):
+        moves(layers, optimizer)
+
+    layers, optimizer = three_groups(False)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(5, 4))]
+    with pytest.raises(RuntimeError, match="was put into the optimizer's groups after it was built"):
+        optimizer.state_dict()
+
+    layers, optimizer = three_groups(False)
+    optimizer.param_groups[1]["params"].append(layers[0].weight)
+    with pytest.raises(RuntimeError, match="'a' is in two places of the param groups"):
+        moves(layers, optimizer)
+
+    route = optstate.route([("a", updates.momentum())], default=updates.scale_by_adam())
+    optimizer = optstate.Optimizer([(n, layer.weight) for n, layer in zip("abc", layers, strict=True)], route, lr=0.1)
+    one, other = optimizer.param_groups
+    one["params"], other["params"] = one["params"] + other["params"], []
+    with pytest.raises(RuntimeError, match="'b' was put into param group 0, whose parameters another chain steps"):
+        moves(layers, optimizer)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_looking_for_state_where_there_is_none_changes_nothing(when: str) -> None:
+    """torch's `state` makes an empty entry for every parameter it is asked for."""
+    model = net()
+    model[0].bias.requires_grad_(False)
+    optimizer = AdamW(model.named_parameters())
+    if when == "after":
+        step(model, optimizer)
+    assert not optimizer.state[model[0].bias]
+    step(model, optimizer)
+    assert not optimizer.state[model[0].bias]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all(saved["state"].values())
+    saved["state"][1] = {}  # as torch's optimizers save it
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state[model[0].bias]
+    model[0].bias.requires_grad_(True)
+    step(model, optimizer)
+    assert optimizer.state[model[0].bias]["step"] > 0
+
+
+@pytest.mark.parametrize("here", [(2,), (2, 0), (0, 2)])
+@pytest.mark.parametrize("there", [(2,), (2, 0), (0, 2)])
+def test_torchs_state_is_loaded_with_empty_groups_on_either_side(there: tuple[int, ...], here: tuple[int, ...]) -> None:
+    model = nn.Linear(4, 4)
+    theirs = torch.optim.AdamW(grouped(model, there, named=False), lr=1e-3)
+    model(torch.ones(1, 4)).sum().backward()
+    theirs.step()
+    optimizer = AdamW(grouped(model, here, named=False), lr=1e-3)
+    optimizer.load_state_dict(theirs.state_dict())
+    for param in model.parameters():
+        assert torch.equal(optimizer.state[param]["exp_avg_sq"], theirs.state[param]["exp_avg_sq"])
+
+
+def test_a_parameter_that_has_no_shape_yet_is_refused_in_one_line() -> None:
+    model = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet, as its layer is lazy: run a batch"):
+        AdamW(model.named_parameters())
+    model(torch.ones(2, 3))
+    step(model, AdamW(model.named_parameters()))

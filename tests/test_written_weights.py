@@ -184,6 +184,44 @@ class TestStaleReads:
                 loss.backward()
             assert {type(p) for p in model.parameters()} == {nn.Parameter}
 
+    def test_a_pass_of_another_thread_may_read_what_this_one_has_updated(self) -> None:
+        layer, inner, head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        optimizer = optstate.recipes.AdamW([*layer.parameters(), *inner.parameters()], lr=1e-2)
+        optstate.fuse_backward(optimizer)
+        read: list[Tensor] = []
+
+        def block(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                read.append(layer(x))
+            return head(x) * read[-1]
+
+        def in_another_thread(_: Tensor) -> None:
+            assert type(layer.weight) is not nn.Parameter
+            thread = threading.Thread(target=other.backward)
+            thread.start()
+            thread.join()
+
+        other = checkpoint(block, torch.ones(2, 6), use_reentrant=False).sum()
+        inner.weight.register_hook(in_another_thread)
+        layer(inner(torch.ones(3, 6))).square().mean().backward()
+        optimizer.step()
+        assert len(read) == 2
+        assert head.weight.grad is not None
+
+    def test_a_copy_of_a_model_whose_pass_failed_has_plain_parameters(self) -> None:
+        def fails(_: Tensor) -> None:
+            raise MemoryError
+
+        model = mlp()
+        optimizer = optstate.recipes.AdamW(model.named_parameters(), lr=1e-2)
+        optstate.fuse_backward(optimizer)
+        handle = model[0].weight.register_hook(fails)
+        with pytest.raises(MemoryError):
+            loss_of(model, 0).backward()
+        handle.remove()
+        assert type(model[3].weight) is not nn.Parameter
+        assert {type(p) for p in copy.deepcopy(model).parameters()} == {nn.Parameter}
+
     def test_what_tells_about_a_weight_may_be_asked_while_the_pass_runs(self) -> None:
         model = mlp()
         optimizer = optstate.recipes.AdamW(model.named_parameters(), lr=1e-2)
