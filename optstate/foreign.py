@@ -68,8 +68,8 @@ def _warn_of_doubts(rule: OtherRule, groups: Sequence[Mapping[str, Any]]) -> Non
     what = "whether weight decay is decoupled" if untold else rule.untold
     if decaying and what:
         taken = "decoupled" if untold else "not"
-        warnings.warn(f"the saved state does not say {what}: it is taken for {taken}", stacklevel=5)
+        warnings.warn(f"the saved state does not say {what}: it is taken for {taken}", stacklevel=7)
     if keys := strays(rule, groups):
         warnings.warn(
-            f"hyper-parameters that are not known here are carried along: {', '.join(map(visible, keys))}", stacklevel=5
+            f"hyper-parameters that are not known here are carried along: {', '.join(map(visible, keys))}", stacklevel=7
         )

@@ -17,7 +17,6 @@ from optstate.gaps import Gap, rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 from optstate.spec import is_fake
-from optstate.updates import Chain
 
 __all__ = [
     "COMPLETE",
@@ -204,7 +203,7 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
         )
     _check_groups(optimizer, plan, saved["param_groups"])
     if KEY not in saved:
-        check_rule(saved["param_groups"], optimizer.param_groups, _chains(optimizer, plan))
+        _check_rule(optimizer, plan, saved["param_groups"])
     stores = saved.get(KEY, {}).get("stores", {})
     complete = saved.get(KEY, {COMPLETE: False}).get(COMPLETE, True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -260,13 +259,17 @@ def _check_names(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, 
             raise ValueError(f"param group {i} has {here!r} where {there!r} was saved: the order or model differs")
 
 
-def _chains(optimizer: torch.optim.Optimizer, plan: Plan) -> list[Chain]:
-    """The chain of each group, an empty one where a group has no parameters."""
-    chains, first = [], 0
-    for group in optimizer.param_groups:
-        chains.append(plan.params[first].chain if group["params"] else Chain())
-        first += len(group["params"])
-    return chains
+def _check_rule(optimizer: torch.optim.Optimizer, plan: Plan, saved: Sequence[Mapping[str, Any]]) -> None:
+    """State without our header is another library's: its groups must follow our chains. Empty groups follow none."""
+    theirs, ours, chains = [], [], []
+    first = 0
+    for own, group in zip(optimizer.param_groups, paired(optimizer.param_groups, saved), strict=True):
+        if group is not None and own["params"]:
+            theirs.append(group)
+            ours.append(own)
+            chains.append(plan.params[first].chain)
+        first += len(own["params"])
+    check_rule(theirs, ours, chains)
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

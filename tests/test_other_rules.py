@@ -431,6 +431,15 @@ def test_unknown_flags_that_are_on_are_refused_and_others_carried(value: Any, re
         assert run.goes_on(AdamW, how) < CLOSE
 
 
+def test_what_is_said_points_at_the_line_that_loads() -> None:
+    params = parameters()
+    theirs = torch.optim.AdamW([{"params": params, "novel": 0.5}])
+    train(theirs, params)
+    with pytest.warns(UserWarning, match="carried along: novel") as said:
+        AdamW(parameters()).load_state_dict(theirs.state_dict())
+    assert [warning.filename for warning in said] == [__file__]
+
+
 def test_a_flag_of_the_users_own_is_no_other_rule(tmp_path: Path) -> None:
     """What this optimizer's group says, too, is not of the other library."""
     params = parameters()

@@ -125,6 +125,13 @@ def test_torchs_state_with_an_empty_group_is_resumed(counts: tuple[int, ...], tm
         lossy = AdamW8bit(grouped(net(), own), lr=0.1)
         optstate.load(lossy, tmp_path / "opt.pt", allow_lossy=True)
         assert {s["step"] for s in lossy.state.values()} == {2}
+        handed = AdamW(grouped(net(), own), lr=0.1)
+        handed.load_state_dict(theirs.state_dict())
+        same_state(handed, theirs)
+    uphill = step(model, torch.optim.AdamW(grouped(model, counts, named=False), lr=0.1, maximize=True))
+    for own in (counts, tuple(n for n in counts if n), (*counts, 0)):
+        with pytest.raises(ValueError, match="maximize=True"):
+            AdamW(grouped(net(), own), lr=0.1).load_state_dict(uphill.state_dict())
 
 
 @every_layout
