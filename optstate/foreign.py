@@ -42,7 +42,10 @@ def _of_others(theirs: Mapping[str, Any], ours: Mapping[str, Any], chain: Chain)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+    """Whether a value is a tensor of one number, or one of NumPy's numbers and truth values."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return getattr(value, "ndim", 1) == 0 and hasattr(value, "item")
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ __all__ = [
 
 KEY = "optstate"
 VERSION = 1
+
+MOST_STEPS = 1 << 63
 
 COMPLETE = "complete"
 """Key of the header: whether there is state for all parameters that trained, as there is unless it says otherwise."""
@@ -289,7 +292,7 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
     step = saved["step"]
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
-    if isinstance(step, bool) or not isinstance(step, int | float) or step != int(step) or step < 0:
+    if isinstance(step, bool) or not isinstance(step, Real) or not 0 <= step < MOST_STEPS or step != int(step):
         raise ValueError(f"{name!r} was saved at step {step!r}, which is not a count")
     for key, field in own.items():
         value = saved[key]
