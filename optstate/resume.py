@@ -292,7 +292,7 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
     step = saved["step"]
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
-    if isinstance(step, bool) or not isinstance(step, Real) or not 0 <= step < MOST_STEPS or step != int(step):
+    if not _is_count(step):
         raise ValueError(f"{name!r} was saved at step {step!r}, which is not a count")
     for key, field in own.items():
         value = saved[key]
@@ -301,6 +301,12 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
         if tuple(value.shape) not in (field.shape, field.layout(param.spec)[0]) or value.dtype != field.dtype:
             there, here = f"{value.dtype} {tuple(value.shape)}", f"{field.dtype} {field.shape}"
             raise ValueError(f"{name!r}: {key} was saved as {there}, here it is {here}")
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a whole number, of any library, that can be a count of steps."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(0 <= value < MOST_STEPS) and value == int(value)
 
 
 def _listed(items: Any) -> str:
