@@ -49,7 +49,10 @@ def _of_others(theirs: Mapping[str, Any], ours: Mapping[str, Any], chain: Chain)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+    """Whether a value is a tensor of one number, or one of NumPy's numbers and truth values."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return getattr(value, "ndim", 1) == 0 and hasattr(value, "item")
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -75,8 +78,8 @@ def _warn_of_doubts(rule: OtherRule, groups: Sequence[Mapping[str, Any]]) -> Non
     what = "whether weight decay is decoupled" if untold else rule.untold
     if decaying and what:
         taken = "decoupled" if untold else "not"
-        warnings.warn(f"the saved state does not say {what}: it is taken for {taken}", stacklevel=5)
+        warnings.warn(f"the saved state does not say {what}: it is taken for {taken}", stacklevel=7)
     if keys := strays(rule, groups):
         warnings.warn(
-            f"hyper-parameters that are not known here are carried along: {', '.join(map(visible, keys))}", stacklevel=5
+            f"hyper-parameters that are not known here are carried along: {', '.join(map(visible, keys))}", stacklevel=7
         )

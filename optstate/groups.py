@@ -331,8 +331,13 @@ def _check_lr(lr: Any) -> None:
             _check_lr(lr.item())
     elif isinstance(lr, bool) or not isinstance(lr, Real):
         raise TypeError(f"lr={lr!r} is a {type(lr).__name__}: it must be a number")
-    elif not 0.0 <= float(lr) < float("inf"):
-        raise ValueError(f"lr={lr!r} is out of range: it must be at least 0 and finite")
+    else:
+        try:
+            number = float(lr)
+        except OverflowError:
+            raise ValueError("lr is too large for a number: it must be at least 0 and finite") from None
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"lr={lr!r} is out of range: it must be at least 0 and finite")
 
 
 def _check_parameter(name: str, param: Any) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from optstate.gaps import Gap, rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 from optstate.spec import is_fake
-from optstate.updates import Chain
 
 __all__ = [
     "COMPLETE",
@@ -37,6 +37,8 @@ __all__ = [
 
 KEY = "optstate"
 VERSION = 1
+
+MOST_STEPS = 1 << 63
 
 COMPLETE = "complete"
 """Key of the header: whether there is state for all parameters that trained, as there is unless it says otherwise."""
@@ -204,8 +206,7 @@ def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]
         )
     _check_groups(optimizer, plan, saved["param_groups"])
     if KEY not in saved:
-        theirs = [group or {"params": []} for group in paired(optimizer.param_groups, saved["param_groups"])]
-        check_rule(theirs, optimizer.param_groups, _chains(optimizer, plan))
+        _check_rule(optimizer, plan, saved["param_groups"])
     stores = saved.get(KEY, {}).get("stores", {})
     complete = saved.get(KEY, {COMPLETE: False}).get(COMPLETE, True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -261,13 +262,14 @@ def _check_names(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, 
             raise ValueError(f"param group {i} has {here!r} where {there!r} was saved: the order or model differs")
 
 
-def _chains(optimizer: torch.optim.Optimizer, plan: Plan) -> list[Chain]:
-    """The chain of each group, an empty one where a group has no parameters."""
+def _check_rule(optimizer: torch.optim.Optimizer, plan: Plan, saved: Sequence[Mapping[str, Any]]) -> None:
+    """State without our header is another library's: its groups must follow our chains. Empty groups follow none."""
+    theirs = [group or {"params": []} for group in paired(optimizer.param_groups, saved)]
     chains, first = [], 0
     for group in optimizer.param_groups:
         chains.append(plan.params[first].chain if group["params"] else Chain())
         first += len(group["params"])
-    return chains
+    check_rule(theirs, optimizer.param_groups, chains)
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:
@@ -287,7 +289,7 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
     step = saved["step"]
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
-    if isinstance(step, bool) or not isinstance(step, int | float) or step != int(step) or step < 0:
+    if not _is_count(step):
         raise ValueError(f"{name!r} was saved at step {step!r}, which is not a count")
     for key, field in own.items():
         value = saved[key]
@@ -296,6 +298,12 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
         if tuple(value.shape) not in (field.shape, field.layout(param.spec)[0]) or value.dtype != field.dtype:
             there, here = f"{value.dtype} {tuple(value.shape)}", f"{field.dtype} {field.shape}"
             raise ValueError(f"{name!r}: {key} was saved as {there}, here it is {here}")
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a whole number, of any library, that can be a count of steps."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(0 <= value < MOST_STEPS) and value == int(value)
 
 
 def _listed(items: Any) -> str:

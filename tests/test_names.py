@@ -65,6 +65,10 @@ def failing() -> Any:
     raise RuntimeError("no weights here\nand a second line")
 
 
+def leaving() -> Any:
+    raise SystemExit(0)
+
+
 def nothing() -> Any:
     return 3
 
@@ -166,6 +170,7 @@ def test_param_groups_give_names_in_their_order(factory: str) -> None:
         (f"{HERE}:nameless", "gives a Parameter where a name and a parameter are needed; give names"),
         (f"{HERE}:nothing", "the factory returns a value of type int"),
         (f"{HERE}:missing", "the factory fails: AttributeError"),
+        (f"{HERE}:leaving", "the factory fails: SystemExit: 0$"),
         ("no_such_module_here:build", "the factory fails: ModuleNotFoundError: No module named"),
         (f"{HERE}:HERE", "it is of type str, no function"),
     ],

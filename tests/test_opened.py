@@ -161,6 +161,17 @@ def test_everything_is_closed_without_the_collector(kind: str, tmp_path: Path) -
         gc.enable()
 
 
+def test_a_file_that_outlives_its_module_ends_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the interpreter ends, what a module has is set to None one by one, before the last objects are gone."""
+    (tmp_path / "a").write_bytes(b"abc")
+    file = opened.Opened(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        for name in [name for name in vars(opened) if not name.startswith("__")]:
+            patch.setattr(opened, name, None)
+        file.__del__()
+    assert file.size == 3
+
+
 @needs_proc
 def test_a_folder_of_hundreds_of_files_keeps_few_of_them_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = [(f"p{i:03}", torch.nn.Parameter(torch.zeros(8, 8))) for i in range(300)]

@@ -14,6 +14,7 @@ from typing import Any
 import bitsandbytes as bnb
 import lion_pytorch
 import lion_pytorch.cautious_lion
+import numpy as np
 import pytest
 import pytorch_optimizer as po
 import torch
@@ -429,6 +430,68 @@ def test_unknown_flags_that_are_on_are_refused_and_others_carried(value: Any, re
             optimizer, _ = run.load(AdamW, how)
         assert optimizer.param_groups[0]["novel"] == value
         assert run.goes_on(AdamW, how) < CLOSE
+
+
+def test_what_is_said_points_at_the_line_that_loads() -> None:
+    params = parameters()
+    theirs = torch.optim.AdamW([{"params": params, "novel": 0.5}])
+    train(theirs, params)
+    with pytest.warns(UserWarning, match="carried along: novel") as said:
+        AdamW(parameters()).load_state_dict(theirs.state_dict())
+    assert [warning.filename for warning in said] == [__file__]
+
+
+@pytest.mark.parametrize("flag", [np.bool_(True), np.array(True), torch.tensor(True)])
+def test_a_flag_is_on_whatever_it_is_made_of(flag: Any) -> None:
+    params = parameters()
+    theirs = torch.optim.AdamW([{"params": params, "novel": flag}])
+    train(theirs, params)
+    with pytest.raises(ValueError, match="novel=True: this flag is not known here"):
+        AdamW(parameters()).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("lr", float("nan"), "lr=nan is out of range"),
+        ("lr", None, "lr=None is a NoneType"),
+        ("lr", 10**400, "lr is too large for a number"),
+        ("betas", (0.9, 1.0), "betas.1.=1.0 is out of range"),
+        ("betas", (0.9, 10**400), "betas.1. is too large for a number"),
+        ("eps", 10**400, "eps is too large for a number"),
+    ],
+)
+def test_values_that_no_step_can_use_are_named(key: str, value: Any, why: str, tmp_path: Path) -> None:
+    params = parameters()
+    theirs = torch.optim.AdamW(params)
+    train(theirs, params)
+    theirs.param_groups[0][key] = value
+    torch.save(theirs.state_dict(), tmp_path / "opt.pt")
+    with pytest.raises(CheckpointError, match=why):
+        optstate.load(AdamW(parameters()), tmp_path / "opt.pt")
+    with pytest.raises((ValueError, TypeError), match=why):
+        AdamW(parameters()).load_state_dict(theirs.state_dict())
+    arguments = ["convert", str(tmp_path / "opt.pt"), str(tmp_path / "a.safetensors"), "--recipe", "adamw8bit"]
+    result = CliRunner().invoke(app, [*arguments, "--allow-lossy"])
+    assert result.exit_code in (0, 4)  # 0: with hyper-parameters of the new recipe's own
+    assert isinstance(result.exception, SystemExit | None)
+
+
+@pytest.mark.parametrize("step", [np.int64(2), np.float32(2.0), torch.tensor(2)])
+def test_a_step_is_a_count_whatever_it_is_made_of(step: Any) -> None:
+    params = parameters()
+    theirs = torch.optim.AdamW(params)
+    train(theirs, params)
+    saved = theirs.state_dict()
+    for state in saved["state"].values():
+        state["step"] = step
+    ours = AdamW(parameters())
+    ours.load_state_dict(saved)
+    assert {state["step"] for state in ours.state.values()} == {2}
+    for odd in (float("nan"), 10**30, -1, True):
+        saved["state"][0]["step"] = odd
+        with pytest.raises(ValueError, match="which is not a count"):
+            ours.load_state_dict(saved)
 
 
 def test_a_flag_of_the_users_own_is_no_other_rule(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate import weights
 from optstate.checkpoint.conversion import unchanged
+from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.exporting import export
 from optstate.checkpoint.opening import open_checkpoint
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion8bit
@@ -79,3 +81,72 @@ def test_what_is_kept_for_the_weight_comes_along(tmp_path: Path) -> None:
     assert source.document.parameters[0].slots["weight"].store == "Split(bits=8)"
     export(unchanged(source), tmp_path / "opt.safetensors")
     assert open_checkpoint(tmp_path / "opt.safetensors").nbytes == source.nbytes
+
+
+def loaded(build: Callable[[Any], Any], path: Path, given: Callable[[nn.Module], Any], dtype: torch.dtype) -> list[str]:
+    """What is said when a new optimizer loads the file."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = build(given(mlp(dtype, 600)))
+        said.clear()
+        optstate.load(optimizer, path)
+    return [str(warning.message) for warning in said]
+
+
+def named(model: nn.Module) -> Any:
+    return model.named_parameters()
+
+
+def unnamed(model: nn.Module) -> Any:
+    return model.parameters()
+
+
+@pytest.mark.parametrize(("there", "here"), [(named, unnamed), (unnamed, named)])
+def test_other_names_round_otherwise_and_that_is_said(there: Any, here: Any, tmp_path: Path) -> None:
+    model = mlp(torch.bfloat16, 600)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = AdamW(there(model))
+    loss_of(model, 0).backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
+    (said,) = loaded(AdamW, tmp_path / "opt.pt", here, torch.bfloat16)
+    assert "rounded at random under the name" in said
+    assert not [text for text in loaded(AdamW, tmp_path / "opt.pt", there, torch.bfloat16) if "rounded" in text]
+
+
+def test_another_way_to_write_weights_needs_consent_as_in_our_files(tmp_path: Path) -> None:
+    _, optimizer = trained(AdamW)
+    torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
+    other = AdamW(mlp(torch.bfloat16, 600).named_parameters())
+    with pytest.raises(CheckpointError, match=r"was written by Plain\(\), here it is by StochasticRounding"):
+        optstate.load(other, tmp_path / "opt.pt")
+    with pytest.warns(UserWarning, match="was written by") as said:
+        optstate.load(other, tmp_path / "opt.pt", allow_lossy=True)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("build", [AdamW, AdaLomo])
+def test_the_norm_that_a_fused_run_clipped_by_is_told(build: Any, tmp_path: Path) -> None:
+    model = mlp(torch.float32, 600)
+    fused = optstate.fuse_backward(optimizer := AdamW(model.named_parameters()), clip_grad_norm=1.0)
+    fused.grad_norm(loss_of(model, 0))
+    loss_of(model, 0).backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
+    optstate.save(optimizer, tmp_path / "opt.safetensors")
+    for name in ("opt.pt", "opt.safetensors"):
+        other = build(mlp(torch.float32, 600).named_parameters())
+        with pytest.warns(UserWarning, match="clip_grad_norm=1.0") as said:
+            optstate.load(other, tmp_path / name, allow_lossy=True)
+        assert len(said) == 1
+
+
+@pytest.mark.parametrize("odd", [{"weights": 7}, {"weights": {0: 7, "x": "Kahan()"}}, {"clip_grad_norm": "1"}])
+def test_a_header_of_odd_values_tells_nothing(odd: dict[str, Any], tmp_path: Path) -> None:
+    _, optimizer = trained(AdamW)
+    saved = optimizer.state_dict()
+    torch.save({**saved, "optstate": {**saved["optstate"], **odd}}, tmp_path / "opt.pt")
+    document = open_checkpoint(tmp_path / "opt.pt").document
+    assert document.clip_grad_norm is None
+    assert document.parameters[0].weights == ("" if "weights" in odd else "Plain()")

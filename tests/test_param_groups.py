@@ -125,6 +125,13 @@ def test_torchs_state_with_an_empty_group_is_resumed(counts: tuple[int, ...], tm
         lossy = AdamW8bit(grouped(net(), own), lr=0.1)
         optstate.load(lossy, tmp_path / "opt.pt", allow_lossy=True)
         assert {s["step"] for s in lossy.state.values()} == {2}
+        handed = AdamW(grouped(net(), own), lr=0.1)
+        handed.load_state_dict(theirs.state_dict())
+        same_state(handed, theirs)
+    uphill = step(model, torch.optim.AdamW(grouped(model, counts, named=False), lr=0.1, maximize=True))
+    for own in (counts, tuple(n for n in counts if n), (*counts, 0)):
+        with pytest.raises(ValueError, match="maximize=True"):
+            AdamW(grouped(net(), own), lr=0.1).load_state_dict(uphill.state_dict())
 
 
 @every_layout
@@ -167,6 +174,13 @@ def test_files_with_empty_groups_are_read_compared_and_converted(counts: tuple[i
     assert [len(g["params"]) for g in tree["param_groups"]] == list(counts)
     other = torch.optim.AdamW(grouped(net(), counts, named=False), lr=0.1)
     other.load_state_dict(tree)
+    places = iter(f"p{i}" for i in range(4))
+    lists = [[next(places) for _ in range(count)] for count in counts]
+    for listed in (lists, [some for some in lists if some], [*lists, []]):
+        (tmp_path / "names.json").write_text(json.dumps(listed))
+        result = run.invoke(app, ["convert", source, native, "--names", str(tmp_path / "names.json"), "--force"])
+        assert result.exit_code == 0, result.output
+        assert [group.parameters for group in open_checkpoint(native).document.groups] == [tuple(n) for n in lists]
     lion = str(tmp_path / "lion.safetensors")
     result = run.invoke(app, ["convert", source, lion, "--recipe", "adamw8bit", "--allow-lossy"])
     assert result.exit_code == 0, result.output

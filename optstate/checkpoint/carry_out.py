@@ -111,4 +111,7 @@ def _widest(report: Report) -> Report:
 def eps_of(hyper: dict[str, Any]) -> float:
     """What the recipe adds to the root of the second moment; that of Adam where it does no such thing."""
     eps = hyper.get("eps")
-    return float(eps) if isinstance(eps, float | int) and not isinstance(eps, bool) else USUAL_EPS
+    try:
+        return float(eps) if isinstance(eps, float | int) and not isinstance(eps, bool) else USUAL_EPS
+    except OverflowError:  # an integer that is no eps of anything
+        return USUAL_EPS

@@ -233,8 +233,10 @@ def _groups(
 
 
 def _unclipped(own: Document, theirs: Document) -> list[str]:
-    """What to say if the file's run clipped gradients by a norm, as lomo-optim's groups tell, and this one does not."""
-    norms = {group.hyper.get("clip_grad_norm") for group in theirs.groups} - {None, own.clip_grad_norm}
+    """What to say if the file's run clipped gradients by a norm, as lomo-optim's groups tell, too, and this one does
+    not."""
+    said = [theirs.clip_grad_norm, *(group.hyper.get("clip_grad_norm") for group in theirs.groups)]
+    norms = dict.fromkeys(norm for norm in said if isinstance(norm, int | float) and norm != own.clip_grad_norm)
     return [
         f"the saved run clipped gradients with clip_grad_norm={norm}: call optstate.fuse_backward(optimizer, "
         f"clip_grad_norm={norm}) to go on alike"

@@ -152,7 +152,7 @@ def _of_factory(source: str) -> Names:
             return _of_iterable(source, made)
     except CheckpointError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard ends with its own exit code
         first = shown(next(iter(str(error).splitlines()), ""))
         raise CheckpointError(source, f"the factory fails: {type(error).__name__}: {first}") from None
 
@@ -249,7 +249,7 @@ def _same_counts(checkpoint: Checkpoint, names: Names) -> None:
         theirs = f"{sum(lengths)} parameters" + (f" ({_sum(lengths)} in its groups)" if len(lengths) > 1 else "")
         hint = "frozen parameters may or may not be among the optimizer's, tied ones are there once"
         raise _refused(names, f"it gives {len(names.named)} names, the checkpoint has {theirs}", hint)
-    if names.groups and names.groups != lengths:
+    if names.groups and [n for n in names.groups if n] != [n for n in lengths if n]:  # empty groups have no names
         reason = f"it gives groups of {_sum(names.groups)} names, the checkpoint's have {_sum(lengths)} parameters"
         raise _refused(names, reason)
 

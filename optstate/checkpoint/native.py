@@ -35,6 +35,7 @@ from optstate.checkpoint.document import (
     to_json,
 )
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.foreign.masters import notes_of_masters
 from optstate.checkpoint.gathering import (
     Named,
     content_of,
@@ -261,7 +262,7 @@ def _prepared(optimizer: Optimizer, checkpoint: Checkpoint, allow_lossy: bool, n
         slots = dict.fromkeys(transfer.name for transfer in conversion.all_transfers if not transfer.exact)
         what = ", ".join(slots) or ", ".join(dict.fromkeys(slot for _, slot in conversion.dropped))
         raise CheckpointError(path, f"numbers would change in {what}", "allow_lossy=True accepts that", refused=True)
-    notes += conversion.notes
+    notes += [*notes_of_masters(checkpoint.notes), *conversion.notes]
     return prepared_conversion(optimizer, conversion)
 
 

@@ -137,8 +137,10 @@ class Opened:
             os.close(descriptor)
 
     def __del__(self) -> None:
-        with suppress(OSError, AttributeError, TypeError):  # the interpreter may be ending
+        try:
             self._close()
+        except (OSError, AttributeError, TypeError):
+            return  # the interpreter is ending, and what this module has may be gone
 
 
 _NUMBERS = count()

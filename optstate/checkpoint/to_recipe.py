@@ -16,6 +16,7 @@ from optstate.checkpoint.checkpoint import Checkpoint
 from optstate.checkpoint.conversion import Conversion
 from optstate.checkpoint.describing import described, with_tensors
 from optstate.checkpoint.document import WEIGHT, Document, Group, Parameter
+from optstate.checkpoint.errors import shown
 from optstate.checkpoint.layouts.given import numbers
 from optstate.checkpoint.own_words import arguments_of, hyper_of, same_rule
 from optstate.checkpoint.rules import base_recipe, is_own, other_chains, reasons
@@ -266,10 +267,13 @@ def follows(param: Parameter, document: Document, chain: str) -> bool:
 
 def change_of_rule(param: Parameter, document: Document, chain: str) -> list[str]:
     """What a parameter's step will do otherwise in this chain, which it did not go through, clause by clause."""
-    theirs = chain_of(param, document, document.groups[param.group])
     found = [] if param.chain else reasons(document, param.group)
     if not found:
-        was = f"went through {theirs or 'a chain that the file does not tell'}"
+        try:
+            theirs = _chain_of(param, document, document.groups[param.group])
+            was = f"went through {theirs or 'a chain that the file does not tell'}"
+        except (ValueError, TypeError) as error:
+            was = f"has values that {base_recipe(document)} does not take: {shown(str(error))}"
         found = [f"param group {param.group} {was}"]
     return [f"{clause}; the new chain is {chain}" for clause in found]
 
@@ -277,14 +281,19 @@ def change_of_rule(param: Parameter, document: Document, chain: str) -> list[str
 def chain_of(param: Parameter, document: Document, group: Group) -> str:
     """The chain that a parameter went through; of other tools' files that of the recipe they are said to be, "" where
     they do not tell it or it is none that the recipe makes."""
+    try:
+        return _chain_of(param, document, group)
+    except (ValueError, TypeError):
+        return ""  # nothing that our recipe can do
+
+
+def _chain_of(param: Parameter, document: Document, group: Group) -> str:
+    """The same; raises ValueError or TypeError where the recipe does not take the group's values."""
     recipe = base_recipe(document)
     if param.chain or recipe not in registry.names():
         return param.chain
     document, known = replace(document, recipe=recipe), _parameters(recipe)
     arguments = {key: value for key, value in arguments_of(document, group, "").items() if key in known}
     members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
-    try:
-        made = registry.get(recipe)([{k: v for k, v in members.items() if v}], **arguments)
-    except (ValueError, TypeError):
-        return ""  # nothing that our recipe can do
+    made = registry.get(recipe)([{k: v for k, v in members.items() if v}], **arguments)
     return str(made.plan().params[0].chain)

@@ -58,7 +58,10 @@ class Hyper:
             return
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{label}={value!r} is a {type(value).__name__}: it must be a number")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{label} is too large for a number: it must be {self._bounds()}") from None
         if not (self.low <= number <= self.high and number < self.below and math.isfinite(number)):
             raise ValueError(f"{label}={value!r} is out of range: it must be {self._bounds()}")
 

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.document import WEIGHT
+from optstate.checkpoint.document import WEIGHT, Document
 from optstate.checkpoint.foreign.drafts import BLOCKS, FIRST, SECOND, Draft, Meaning, Source, checkpoint_of, hyper
 from optstate.checkpoint.foreign.trees import StateDict
 from optstate.checkpoint.stored import Stored
@@ -48,8 +48,24 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
         for slot in sorted(slots, key=lambda slot: _is_packed(slots[slot])):  # those that tell the shape come first
             _say(draft, slot, slots[slot], meanings.get(slot, Meaning(signed=slot not in UNSIGNED)), told.get(slot, ""))
 
-    found = replace(found, rest={key: value for key, value in found.rest.items() if key != HEADER})
-    return checkpoint_of(found, Source(KIND, "optstate", optimizer or ""), say, [] if words else [BY_TENSORS])
+    bare = replace(found, rest={key: value for key, value in found.rest.items() if key != HEADER})
+    checkpoint = checkpoint_of(bare, Source(KIND, "optstate", optimizer or ""), say, [] if words else [BY_TENSORS])
+    return replace(checkpoint, document=_told(checkpoint.document, header if isinstance(header, dict) else {}))
+
+
+def _told(document: Document, header: Mapping[Any, Any]) -> Document:
+    """The document with what the header says besides: how weights are written, and the fused norm clip."""
+    written, clip = header.get("weights"), header.get("clip_grad_norm")
+    if isinstance(written, dict):
+        ways = [written.get(place) for place in range(len(document.parameters))]
+        parameters = tuple(
+            replace(param, weights=way) if isinstance(way, str) else param
+            for param, way in zip(document.parameters, ways, strict=True)
+        )
+        document = replace(document, parameters=parameters)
+    if isinstance(clip, int | float) and not isinstance(clip, bool):
+        document = replace(document, clip_grad_norm=clip)
+    return document
 
 
 def _words(found: StateDict, stores: Mapping[Any, Any]) -> dict[str, dict[str, str]]:

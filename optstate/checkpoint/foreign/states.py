@@ -26,8 +26,9 @@ from optstate.checkpoint.foreign import (
     transformers,
     unknown,
 )
+from optstate.checkpoint.foreign.masters import masters_note
 from optstate.checkpoint.foreign.trees import StateDict, state_dict_of
-from optstate.checkpoint.foreign.wrapped import chosen
+from optstate.checkpoint.foreign.wrapped import chosen, siblings
 from optstate.checkpoint.inert import PickleError, check_tree
 
 __all__ = ["read", "read_file"]
@@ -65,13 +66,16 @@ def read_file(path: str | os.PathLike[str], key: str | None = None, optimizer: s
     text = os.fspath(path)
     strangers: dict[str, None] = {}
     notes: list[str] = []
-    state = chosen(torch_file.read(path, strangers), text, key, notes)
+    tree = torch_file.read(path, strangers)
+    state = chosen(tree, text, key, notes)
     if strangers:  # it may have been in one of them, into which nobody has looked
         try:
             check_tree(state)
         except PickleError as error:
             raise CheckpointError(text, str(error)) from None
         notes.append(f"of Python objects in the file only the names are read: {_listed(strangers)}")
+    if note := masters_note(siblings(tree, state)):
+        notes.append(note)
     checkpoint = read(state, text, optimizer)
     return replace(checkpoint, notes=(*checkpoint.notes, *notes))
 

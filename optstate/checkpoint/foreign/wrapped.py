@@ -12,7 +12,7 @@ from optstate.checkpoint.foreign.trees import is_state_dict, type_name
 from optstate.checkpoint.inert import Stranger
 from optstate.checkpoint.stored import Stored
 
-__all__ = ["chosen", "looks_like"]
+__all__ = ["chosen", "looks_like", "siblings"]
 
 DEEPEST = 4
 """Containers around an optimizer's state: {'state': {'optimizer_states': [...]}} has two."""
@@ -49,6 +49,16 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
     if notes is not None:
         notes.append(per_parameter.NOTE)
     return per_parameter.merged(state)
+
+
+def siblings(tree: Any, state: Any) -> list[tuple[str, Any]]:
+    """What is beside an optimizer's state in the container that has it, and beside the two parts in itself, by name."""
+    within = [(key, value) for key, value in _children(state) if key not in ("state", "param_groups")]
+    for _, container in _places(tree):
+        children = [] if _is_state(container) else _children(container)
+        if any(child is state for _, child in children):
+            return within + [(key, child) for key, child in children if child is not state]
+    return within
 
 
 def _objects(places: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -125,4 +125,7 @@ def _beta(hyper: Mapping[str, Any], key: str, place: int | None) -> float | None
     value = numbers(hyper.get(key))
     if place is not None:
         value = value[place] if isinstance(value, tuple | list) and place < len(value) else None
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except OverflowError:
+        return None  # an integer that is no weight of anything
