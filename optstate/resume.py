@@ -18,6 +18,7 @@ from optstate.gaps import Gap, rule
 from optstate.groups import check_values
 from optstate.plan import ParamPlan, Plan
 from optstate.spec import is_fake
+from optstate.updates import Chain
 
 __all__ = [
     "COMPLETE",
