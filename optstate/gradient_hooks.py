@@ -241,7 +241,8 @@ class GradientHooks:
                 f"clip_grad_norm={self.clip_grad_norm} needs the norm before the update: call fused.grad_norm(loss) "
                 "before loss.backward(), or run every micro-batch under fused.accumulate()"
             )
-        if param in self._updated or any(param is other for other in self._waiting):
+        updated = param in self._updated or self._name(param) in optimizer._consistency.updated
+        if updated or any(param is other for other in self._waiting):
             optimizer._consistency.broke_off(self._name(param), "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {self._name(param)!r} arrived a second time before step(): call optimizer.step() "

@@ -1,12 +1,15 @@
-"""Finding the objects of a class that are alive, where nothing leads to them."""
+"""What keeps objects alive, and finding those of a class where nothing leads to them."""
 
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["instances_of"]
+__all__ = ["import_apart", "instances_of"]
 
 
 def instances_of(*kinds: type) -> list[Any]:
@@ -18,6 +21,19 @@ def instances_of(*kinds: type) -> list[Any]:
     """
     family = {each for kind in kinds for each in _family(kind)}
     return [item for item in gc.get_referrers(*family) if type(item) in family]
+
+
+def import_apart(name: str) -> None:
+    """Import a module in a thread of its own, if it is not imported yet.
+
+    PyTorch imports `torch._dynamo` when the first optimizer of a process is built. That import leaves a circle that
+    holds the frames of its callers, so their optimizer and model would stay alive until the collector of circles runs:
+    a fused optimizer that was deleted would go on training. In a thread of its own the import has no such callers.
+    """
+    if name not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=(name,))
+        thread.start()
+        thread.join()
 
 
 def _family(kind: type) -> Iterator[type]:

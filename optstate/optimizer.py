@@ -17,6 +17,7 @@ from optstate.collectives import Agreement, DisagreementError, LostProcessError,
 from optstate.consistency import STEP, Consistency, InconsistentStateError
 from optstate.gaps import Gap, warn_of
 from optstate.leaves import Leaf, batches, replacements
+from optstate.live_objects import import_apart
 from optstate.placement import Placement, copy_part, here, placement_of
 from optstate.plan import ParamPlan, Plan, plan_parameter
 from optstate.sharding import run_together
@@ -93,6 +94,7 @@ class Optimizer(torch.optim.Optimizer):
         self._consistency = Consistency()
         self._flags = DeferredFlags()
         self._agreement = Agreement()
+        import_apart("torch._dynamo")
         self._values = groups.UsedValues()
         groups.refuse_inference_mode("building an optimizer")
         listed = groups.checked_params(params)
@@ -381,7 +383,7 @@ class Optimizer(torch.optim.Optimizer):
     def _require_its_hooks(self) -> None:
         """Raise RuntimeError if a newer optimizer has taken the gradients of this one over."""
         newer = self._replaced_by() if self._replaced_by is not None and self._fused is None else None
-        if newer is not None and newer.active:
+        if newer is not None and newer.active and not self._consistency.updated:  # an open step may be closed
             raise RuntimeError(
                 f"a newer {type(newer.optimizer).__name__} was fused over parameters of this optimizer and frees their "
                 "gradients, so this one has none to step with: use the newer one, or call optstate.fuse_backward() on "

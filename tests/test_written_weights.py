@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -254,6 +256,20 @@ class TestLifetime:
         finally:
             gc.enable()
 
+    def test_the_first_optimizer_of_a_process_is_gone_at_once_too(self) -> None:
+        """PyTorch imports its compiler when that one is built, which keeps the frames of its callers for a while."""
+        code = (
+            "import gc, weakref, torch, optstate; gc.disable()\n"
+            "def built():\n"
+            "    model = torch.nn.Linear(4, 4)\n"
+            "    optimizer = optstate.recipes.AdamW(model.named_parameters())\n"
+            "    optstate.fuse_backward(optimizer)\n"
+            "    return weakref.ref(optimizer), weakref.ref(model.weight)\n"
+            "assert [reference() for reference in built()] == [None, None]"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
     def test_weights_are_freed_with_model_and_optimizer(self) -> None:
         gc.disable()
         try:
@@ -305,6 +321,29 @@ class TestNewerOptimizers:
         optimizer = optstate.recipes.AdamW(model.named_parameters(), lr=1e-2)
         optstate.fuse_backward(optimizer)
         assert not [warning for warning in recwarn if "fused over" in str(warning.message)]
+
+    def test_one_that_is_replaced_inside_a_step_can_close_it(self) -> None:
+        model = mlp()
+        older = optstate.recipes.AdamW(model.named_parameters(), lr=1e-2)
+        optstate.fuse_backward(older)
+        loss_of(model, 0).backward()
+        newer = optstate.recipes.AdamW(model.named_parameters(), lr=1e-2)
+        with pytest.warns(UserWarning, match="fused over"):
+            optstate.fuse_backward(newer)
+        with pytest.raises(optstate.InconsistentStateError, match="Call step"):
+            older.state_dict()
+        older.step()
+        assert older.state_dict()["state"][0]["step"] == 1
+
+    def test_fusing_again_inside_a_step_lets_no_parameter_be_updated_twice(self) -> None:
+        model = mlp()
+        optimizer = optstate.recipes.AdamW(model.named_parameters(), lr=1e-2)
+        optstate.fuse_backward(optimizer)
+        loss_of(model, 0).backward()
+        optimizer.fused.remove()
+        optstate.fuse_backward(optimizer)
+        with pytest.raises(RuntimeError, match="arrived a second time before step"):
+            loss_of(model, 1).backward()
 
     def test_hooks_of_other_people_are_still_refused(self) -> None:
         model = mlp()
