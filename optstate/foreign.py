@@ -35,7 +35,7 @@ def check_rule(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, An
         return
     rule = rule_with_keys([saved[place] for place in groups])
     if rule is not None and not rule.recipe:
-        raise ValueError(f"the saved state is of {rule.library}'s {rule.optimizer}: {rule.why}; {ANYWAY}")
+        raise ValueError(f"the saved state is of {rule.kind}'s {rule.optimizer}: {rule.why}; {ANYWAY}")
     for place, group in groups.items():
         _check_group(rule, place, group, str(chains[place]))
     if rule is not None:

@@ -110,9 +110,9 @@ class GradientHooks:
 
     def _hook(self, missing: list[Tensor]) -> None:
         if missing:
+            engines.refuse_live_objects(missing)
             self._replace_older(missing)
             engines.refuse_parameters((self._name(p), p) for p in missing)
-            engines.refuse_live_objects(missing)
         for param in missing:
             handle = param.register_post_accumulate_grad_hook(_Hook(self))  # type: ignore[no-untyped-call]
             weakref.finalize(self, handle.remove).atexit = False  # an optimizer that is gone leaves nothing behind

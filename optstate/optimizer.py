@@ -625,20 +625,13 @@ class Optimizer(torch.optim.Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def load_with(self, saved: Mapping[str, Any], copy: Copy) -> None:
-        """What `load_state_dict` does between its hooks, with `copy(own, theirs)` bringing the values of each tensor:
-        `theirs` needs only shape and dtype, so that a file can be read into place.
-
-        Raises:
-            ValueError: as `load_state_dict`. If `copy` raises, the optimizer is inconsistent from then on.
-        """
-        self.load_prepared(lambda: (saved, copy))
-
     def load_prepared(
         self, prepare: Callable[[], tuple[Mapping[str, Any], Copy]], content: Callable[[], Mapping[str, str]] = dict
     ) -> None:
-        """`load_with` what `prepare` gives, on all processes that share parameters or on none.
+        """What `load_state_dict` does between its hooks, on all processes that share parameters or on none.
 
+        prepare: gives what was saved, and what brings the values of a saved tensor into one of this optimizer's. Saved
+            tensors need only shape and dtype, so that a file can be read into place.
         content: what else must be the same on them, in words; called after `prepare` where there are such processes.
 
         Raises:

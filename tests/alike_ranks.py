@@ -144,7 +144,7 @@ def failing_while_copying(folder: Path) -> tuple[str, list[str], str]:
         copy_part(own, theirs)
 
     saved = optimizer.state_dict()
-    first = said(lambda: optimizer.load_with(saved, unreadable))
+    first = said(lambda: optimizer.load_prepared(lambda: (saved, unreadable)))
     later = [said(optimizer.step), said(optimizer.state_dict), said(lambda: optstate.save(optimizer, folder / "x"))]
     again = said(lambda: optstate.load(optimizer, folder / "2.safetensors"))
     steps(model, optimizer, 1)

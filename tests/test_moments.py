@@ -161,12 +161,12 @@ def test_a_load_beside_a_step_is_refused_and_remembered(number: int, beside: Any
     before = [state["step"] for state in optimizer.state.values()]
     if number == 2 * COUNT and beside is write_one:
         with pytest.raises(MovedStateError, match="was updated while it was loaded"):
-            optimizer.load_with(saved, copied)
+            optimizer.load_prepared(lambda: (saved, copied))
         with pytest.raises(optstate.InconsistentStateError):
             optimizer.step()
         optimizer.load_state_dict(saved)
     else:  # the step is refused, as a load has begun, or what was written is loaded afterwards
-        optimizer.load_with(saved, copied)
+        optimizer.load_prepared(lambda: (saved, copied))
     assert [state["step"] for state in optimizer.state.values()] == before
     assert_same(optimizer.state_dict()["state"], saved["state"])
     optimizer.step()
@@ -188,7 +188,7 @@ def test_a_step_that_begins_within_a_load_is_refused() -> None:
             said.append(str(caught.value))
         copy_part(own, theirs)
 
-    optimizer.load_with(saved, copied)
+    optimizer.load_prepared(lambda: (saved, copied))
     assert all("loading has not come to its end" in text for text in said)
     assert said
 
@@ -206,7 +206,7 @@ def test_an_interrupted_load_is_remembered(number: int) -> None:
         copy_part(own, theirs)
 
     with pytest.raises(KeyboardInterrupt):
-        optimizer.load_with(saved, interrupted)
+        optimizer.load_prepared(lambda: (saved, interrupted))
     with pytest.raises(optstate.InconsistentStateError, match="loading ended at"):
         optimizer.step()
     optimizer.load_state_dict(saved)

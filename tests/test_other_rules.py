@@ -525,7 +525,7 @@ def test_the_table_knows_every_default_of_the_libraries() -> None:
         ("pytorch_optimizer", "CAME"): po.CAME(parameters()),
         ("pytorch_optimizer", "SM3"): po.SM3(parameters()),
     }
-    rules = {(rule.library, rule.optimizer): rule for rule in ALL}
+    rules = {(rule.kind, rule.optimizer): rule for rule in ALL}
     for key, optimizer in built.items():
         unknown = {name for name in optimizer.param_groups[0] if not rules[key].knows(name)}
         assert not unknown, key

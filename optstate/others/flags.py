@@ -60,15 +60,15 @@ def _among(value: Any, values: Sequence[Any]) -> bool:
 class OtherRule:
     """What a class of another library does, as far as its param groups tell.
 
-    library, optimizer: as `Document.source` has them, the optimizer without its bits. recipe: ours that does
-    the same while all switches are at rest, "" for none. why: where there is none, what it does otherwise. needs and
-    lacks: the keys that tell its groups from those of other classes. numbers: keys that are carried, whatever their
-    values. marks: keys of a parameter's own state that are only there under another rule, and what that is. untold:
-    what is not in the file and says how weights decay. chain: the recipe's chain in words, where state can come
+    kind, optimizer: the library and the class, as `Document.source` has them, the class without its bits. recipe: ours
+    that does the same while all switches are at rest, "" for none. why: where there is none, what it does otherwise.
+    needs and lacks: the keys that tell its groups from those of other classes. numbers: keys that are carried, whatever
+    their values. marks: keys of a parameter's own state that are only there under another rule, and what that is.
+    untold: what is not in the file and says how weights decay. chain: the recipe's chain in words, where state can come
     without a file.
     """
 
-    library: str
+    kind: str
     optimizer: str
     recipe: str = ""
     why: str = ""

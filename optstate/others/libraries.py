@@ -135,10 +135,10 @@ OLD_ADAMW = OtherRule(
     needs=frozenset({"betas", "eps", "correct_bias"}),
 )
 _PROJECTION = frozenset({"rank", "update_proj_gap", "scale", "proj_type"})
-GALORE = replace(OLD_ADAMW, library="galore", optimizer="GaLoreAdamW", numbers=OLD_ADAMW.numbers | _PROJECTION)
+GALORE = replace(OLD_ADAMW, kind="galore", optimizer="GaLoreAdamW", numbers=OLD_ADAMW.numbers | _PROJECTION)
 GALORE_ADAFACTOR = replace(
     HF_ADAFACTOR,
-    library="galore",
+    kind="galore",
     optimizer="GaLoreAdafactor",
     recipe="",
     why="its moments are those of projected gradients",
@@ -237,7 +237,7 @@ SM3 = OtherRule(
     numbers=frozenset({"lr", "momentum", "eps"}),
     switches={"beta": Switch((0,), "sums of squares are averages of this weight, and maxima stay")},
 )
-PO_SM3 = replace(SM3, library="pytorch_optimizer", numbers=SM3.numbers | {"step"})
+PO_SM3 = replace(SM3, kind="pytorch_optimizer", numbers=SM3.numbers | {"step"})
 _LOMO = frozenset({"lr", "weight_decay", "clip_grad_norm", "clip_grad_value"})
 ADALOMO = OtherRule(
     "lomo-optim",
@@ -246,7 +246,7 @@ ADALOMO = OtherRule(
     needs=_LOMO | {"eps"},
     numbers=_LOMO | {"eps"},
 )
-PO_ADALOMO = replace(ADALOMO, library="pytorch_optimizer", needs=frozenset(), numbers=_LOMO | {"eps1", "eps2"})
+PO_ADALOMO = replace(ADALOMO, kind="pytorch_optimizer", needs=frozenset(), numbers=_LOMO | {"eps1", "eps2"})
 LOMO = OtherRule(
     "lomo-optim", "Lomo", "lomo", needs=frozenset({"lr", "clip_grad_norm", "clip_grad_value"}), numbers=_LOMO
 )
@@ -289,15 +289,16 @@ ALL = (
     *(LION, PO_ADAFACTOR, PO_CAME, PO_LION, CAME, SM3, PO_SM3, ADALOMO, PO_ADALOMO, LOMO, ADAM_MINI, FUSED_ADAM),
 )
 
-_BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.library, stem_of(rule.optimizer)): rule for rule in ALL}
+_BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.kind, stem_of(rule.optimizer)): rule for rule in ALL}
 
 
-def rule_named(library: str, optimizer: str) -> OtherRule | None:
+def rule_named(kind: str, optimizer: str) -> OtherRule | None:
     """The rule of a library's class; None if it is not in the table.
 
-    optimizer: in any spelling, with or without bits, as "AdamW8bit".
+    kind: which library, as `Document.source` has it. optimizer: in any spelling, with or without bits, as
+    "AdamW8bit".
     """
-    return _BY_NAME.get((library, stem_of(optimizer)))
+    return _BY_NAME.get((kind, stem_of(optimizer)))
 
 
 def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
