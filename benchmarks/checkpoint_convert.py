@@ -18,9 +18,9 @@ from checkpoint_io import PIECE, Seconds, adamw_of, drop_from_cache
 from timing import Action, interleaved
 
 import optstate
-from optstate.checkpoint.carry_out import write_converted
-from optstate.checkpoint.conversion import in_stores
-from optstate.checkpoint.native_file import native_checkpoint
+from optstate.checkpoint.formats.native import native_checkpoint
+from optstate.checkpoint.operations.plan_conversion import in_stores
+from optstate.checkpoint.operations.run_conversion import write_converted
 
 READ = "plain read"
 CONVERSIONS: dict[str, dict[str, str]] = {

@@ -14,8 +14,8 @@ from timing import Action, interleaved
 from torch import Tensor, nn
 
 import optstate
-from optstate.checkpoint.container import read_header
-from optstate.checkpoint.tensors import bytes_of
+from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.recipes import AdamW
 
 SAVE, LOAD = "optstate.save", "optstate.load"

@@ -23,10 +23,10 @@ from memory_runs import SMALL, large_run, llama, real_bytes
 from report import Goal, environment, number, print_goals, print_table, text, write_json
 from rich.console import Console
 
-from optstate import registry
-from optstate.memory.extrapolate import traced
-from optstate.memory.setting import Setting
-from optstate.memory.trace import trace
+from optstate.memory.model import Setting
+from optstate.memory.tracing.extrapolate import traced
+from optstate.memory.tracing.trace import trace
+from optstate.recipes import registry
 
 THREADS = 2
 RECIPES = ("adalomo", "lomo", "adafactor", "adamw", "adamw8bit", "lion")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import optstate
 from optstate.memory import peak_extra_bytes
-from optstate.memory.setting import BuildOptions, Model, ParamShape, Setting
+from optstate.memory.model import BuildOptions, Model, ParamShape, Setting
 from optstate.memory.sources.modules import default_dtype
 
 SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "vocab_size": 1000}

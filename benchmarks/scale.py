@@ -23,10 +23,10 @@ from report import Goal, environment, number, print_goals, print_table, text, wr
 from rich.console import Console
 from simulated import Sharded, one_of, simulate
 
-from optstate import registry
-from optstate.memory.setting import Model, Setting
+from optstate.memory.model import Model, Setting
 from optstate.memory.shard import per_rank
 from optstate.memory.sources import find_model
+from optstate.recipes import registry
 
 MODELS = {"7B": "llama-7b", "70B": "llama-3-70b", "405B": "llama-3.1-405b"}
 WORLDS = (8, 64, 512, 4096)

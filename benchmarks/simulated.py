@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import optstate
+from optstate.distributed.placement import here
 from optstate.kernels.rehearsal import rehearsal
-from optstate.memory.fakes import fake_mode
-from optstate.memory.setting import BuildOptions, Model
+from optstate.memory.model import BuildOptions, Model
 from optstate.memory.sources.modules import default_dtype
-from optstate.placement import here
+from optstate.memory.tracing.fakes import fake_mode
 
 LAYER = "model.layers."
 Sent = list[tuple[Any, int]]

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from optstate.checkpoint.container import Issue, structural_issues
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.opened import reading
-from optstate.checkpoint.summary import summarize
+from optstate.checkpoint.files.opened_file import reading
+from optstate.checkpoint.files.safetensors_file import Issue, structural_issues
+from optstate.checkpoint.operations.summarize import summarize
 
 from .findings import structure_of, values_of
 from .opening import KEY, NAMES, OPTIMIZER, not_a_stream

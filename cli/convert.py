@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optstate.checkpoint.errors import CheckpointError, escaped
+from optstate.checkpoint.errors import CheckpointError
+from optstate.text import escaped
 
 from .opening import KEY, NAMES, OPTIMIZER, not_a_stream
 from .output import JSON, bytes_text, failing, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
-    from optstate.checkpoint.checkpoint import Checkpoint
-    from optstate.checkpoint.conversion import Conversion
-    from optstate.checkpoint.report import Report, Row
+    from optstate.checkpoint.document.checkpoint import Checkpoint
+    from optstate.checkpoint.operations.conversion_report import Report, Row
+    from optstate.checkpoint.operations.plan_conversion import Conversion
 
 SCHEMA = "optstate.convert/1"
 MOST_CHANGES = 3
@@ -78,8 +79,8 @@ def convert(
     _check_words(to, by_slot, recipe, settings, layout)
     with failing():
         not_a_stream(source, target)
-        from optstate.checkpoint.as_here import with_canonical_names
-        from optstate.checkpoint.opening import open_checkpoint
+        from optstate.checkpoint.document.canonical_names import with_canonical_names
+        from optstate.checkpoint.open_checkpoint import open_checkpoint
 
         opened = open_checkpoint(source, key=key, names=names, optimizer=optimizer)
         checkpoint = with_canonical_names(opened)
@@ -103,18 +104,18 @@ def _check_words(
     if settings and recipe is None:
         raise typer.BadParameter("--set is about the new recipe: give --recipe")
     if layout is not None:
-        from optstate.checkpoint.exporting import LAYOUTS
+        from optstate.checkpoint.operations.export import LAYOUTS
 
         if layout not in LAYOUTS:
             raise typer.BadParameter(f"--format {layout!r}: {_nearest(layout, LAYOUTS)}")
     try:
         if recipe is not None:
-            from optstate.checkpoint.to_recipe import settings_of
+            from optstate.checkpoint.operations.plan_recipe import settings_of
 
             settings_of(recipe, settings)
         if to is not None or by_slot:
-            from optstate.checkpoint.conversion import store_of
-            from optstate.stores.words import from_words
+            from optstate.checkpoint.operations.plan_conversion import store_of
+            from optstate.stores.registry import from_words
 
             for words in by_slot.values():
                 store_of(words)
@@ -155,8 +156,8 @@ def _size(text: str) -> int:
 def _planned(
     checkpoint: Checkpoint, to: str | None, by_slot: dict[str, str], recipe: str | None, settings: dict[str, str]
 ) -> Conversion:
-    from optstate.checkpoint.conversion import in_stores, unchanged
-    from optstate.checkpoint.to_recipe import as_recipe
+    from optstate.checkpoint.operations.plan_conversion import in_stores, unchanged
+    from optstate.checkpoint.operations.plan_recipe import as_recipe
 
     try:
         if recipe is not None and not checkpoint.document.parameters:
@@ -175,7 +176,7 @@ def _planned(
 
 def _layout(conversion: Conversion, asked: str | None, target: Path) -> str:
     """Whose file to write: as asked, else by the target's suffix."""
-    from optstate.checkpoint.exporting import NATIVE, layout_for
+    from optstate.checkpoint.operations.export import NATIVE, layout_for
 
     if asked is None and target.suffix not in (".pt", ".pth", ".bin"):
         return NATIVE
@@ -191,8 +192,8 @@ def _carried_out(
     dry_run: bool,
     force: bool,
 ) -> tuple[Report, tuple[str, ...]]:
-    from optstate.checkpoint.exporting import check_target, export, notes_of
-    from optstate.checkpoint.report import report_of
+    from optstate.checkpoint.operations.conversion_report import report_of
+    from optstate.checkpoint.operations.export import check_target, export, notes_of
 
     check_target(conversion, target, layout, overwrite=force or dry_run)
     planned, notes = report_of(conversion), notes_of(conversion, layout)

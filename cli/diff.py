@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optstate.checkpoint.checkpoint import Checkpoint
-from optstate.checkpoint.consistency import refuse_contradictions
-from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.opening import open_checkpoint
+from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.document.contradictions import refuse_contradictions
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.open_checkpoint import open_checkpoint
+from optstate.text import shown
 
 from .opening import KEY, NAMES, OPTIMIZER, not_a_stream
 from .output import FINDINGS, JSON, failing, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
-    from optstate.checkpoint.compare import Deviation, Difference, SlotDifference, StatisticDifference
+    from optstate.checkpoint.operations.compare import Deviation, Difference, SlotDifference, StatisticDifference
 
 SCHEMA = "optstate.diff/1"
 
@@ -45,7 +46,7 @@ def diff(
     with failing():
         not_a_stream(a, b)
         first, second = (_opened(path, key, names, optimizer) for path in (a, b))
-        from optstate.checkpoint.compare import DIFFERENT, compare  # imports torch
+        from optstate.checkpoint.operations.compare import DIFFERENT, compare  # imports torch
 
         def track(tasks: Any) -> Any:
             return progress(tasks, len(tasks), "statistics")
@@ -81,7 +82,7 @@ def _with_or_without(path: Path, key: str | None, names: str | None, optimizer: 
 
 
 def _tree(a: Checkpoint, b: Checkpoint, difference: Difference, tolerance: float, tensors: bool) -> dict[str, Any]:
-    from optstate.checkpoint.compare import EQUAL, EQUAL_VALUES
+    from optstate.checkpoint.operations.compare import EQUAL, EQUAL_VALUES
 
     tree: dict[str, Any] = {
         "schema": SCHEMA,

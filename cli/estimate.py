@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optstate.checkpoint.errors import shown
+from optstate.text import shown
 
 from .output import FINDINGS, JSON, UNREADABLE, failing, print_json, print_lines, print_table
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from optstate.checkpoint.consistency import inconsistencies
-from optstate.checkpoint.container import Issue
-from optstate.checkpoint.rules import rule_issues
-from optstate.checkpoint.summary import Summary
+from optstate.checkpoint.document.contradictions import inconsistencies
+from optstate.checkpoint.document.rules import rule_issues
+from optstate.checkpoint.files.safetensors_file import Issue
+from optstate.checkpoint.operations.summarize import Summary
 
 from .output import progress
 
@@ -21,7 +21,7 @@ def structure_of(summary: Summary) -> list[Issue]:
 
 def values_of(summary: Summary) -> list[Issue]:
     """What the numbers tell: reads all data, and imports torch."""
-    from optstate.checkpoint.health import uneven_means, value_issues
+    from optstate.checkpoint.operations.check_values import uneven_means, value_issues
 
     checkpoint = summary.checkpoint
     tensors = progress([(row.name, row.stored) for row in summary.rows], len(summary.rows), "tensors")

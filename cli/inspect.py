@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from optstate.checkpoint.checkpoint import OPTSTATE
-from optstate.checkpoint.document import TensorValue
-from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.summary import STREAM, GroupSummary, Row, Summary, summarize, summarize_stream
+from optstate.checkpoint.document.checkpoint import OPTSTATE
+from optstate.checkpoint.document.document import TensorValue
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.operations.summarize import STREAM, GroupSummary, Row, Summary, summarize, summarize_stream
+from optstate.text import shown
 
 from .findings import structure_of
 from .opening import KEY, NAMES, OPTIMIZER
@@ -98,7 +99,7 @@ def _selected(rows: Sequence[Row], pattern: str | None, sort: Sort | None) -> li
 
 
 def _statistics(row: Row) -> dict[str, Any]:
-    from optstate.checkpoint.tensors import statistics  # imports torch
+    from optstate.checkpoint.files.tensor_bytes import statistics  # imports torch
 
     return asdict(statistics(row.stored))
 

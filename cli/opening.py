@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.summary import STREAM
+from optstate.checkpoint.operations.summarize import STREAM
 
 __all__ = ["KEY", "NAMES", "OPTIMIZER", "not_a_stream"]
 

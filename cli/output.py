@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from optstate.checkpoint.errors import CheckpointError, escaped
+from optstate.checkpoint.errors import CheckpointError
+from optstate.text import escaped
 
 __all__ = ["FINDINGS", "JSON", "bytes_text", "failing", "print_json", "print_lines", "print_table", "progress"]
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optstate import recipes, stores, updates, weights
-    from optstate.backward import FusedBackward, fuse_backward
     from optstate.checkpoint.errors import CheckpointError
-    from optstate.checkpoint.native import load, save
-    from optstate.consistency import InconsistentStateError
+    from optstate.checkpoint.live.native import load, save
     from optstate.memory.estimate import estimate
-    from optstate.optimizer import Optimizer
+    from optstate.optimizer.broken_step import InconsistentStateError
+    from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
+    from optstate.optimizer.optimizer import Optimizer
     from optstate.roles import declare_roles
     from optstate.spec import ParamSpec, is_matrix, is_vector
     from optstate.stores import NonFiniteGradientError
@@ -43,20 +43,20 @@ __all__ = [
 # not wait for torch, which takes ten times as long to import.
 _HOMES = {
     "CheckpointError": "optstate.checkpoint.errors",
-    "FusedBackward": "optstate.backward",
-    "InconsistentStateError": "optstate.consistency",
+    "FusedBackward": "optstate.optimizer.fused_backward",
+    "InconsistentStateError": "optstate.optimizer.broken_step",
     "NonFiniteGradientError": "optstate.stores",
-    "Optimizer": "optstate.optimizer",
+    "Optimizer": "optstate.optimizer.optimizer",
     "ParamSpec": "optstate.spec",
     "chain": "optstate.updates",
     "declare_roles": "optstate.roles",
     "estimate": "optstate.memory.estimate",
-    "fuse_backward": "optstate.backward",
+    "fuse_backward": "optstate.optimizer.fused_backward",
     "is_matrix": "optstate.spec",
     "is_vector": "optstate.spec",
-    "load": "optstate.checkpoint.native",
+    "load": "optstate.checkpoint.live.native",
     "route": "optstate.updates",
-    "save": "optstate.checkpoint.native",
+    "save": "optstate.checkpoint.live.native",
 }
 _MODULES = ("recipes", "stores", "updates", "weights")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optstate.checkpoint.errors import escaped
+from optstate.text import escaped
 
 __all__ = ["QuestionError"]
 

@@ -14,13 +14,13 @@ from torch._subclasses import FakeTensorMode
 
 from optstate import weights as ways
 from optstate.memory.errors import QuestionError
-from optstate.memory.one_recipe import Question, recipe_of
+from optstate.memory.model import Model, Setting
+from optstate.memory.question import Question, recipe_of
 from optstate.memory.result import Estimate
-from optstate.memory.setting import Model, Setting
 from optstate.memory.shard import SHARDS
 from optstate.memory.sources import SourceError, find_model
 from optstate.memory.verdict import gpu as gpu_of
-from optstate.optimizer import Optimizer
+from optstate.optimizer.optimizer import Optimizer
 from optstate.weights import Weights
 
 __all__ = ["DTYPES", "WEIGHTS", "estimate"]

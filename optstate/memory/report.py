@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optstate.memory.setting import KINDS
+from optstate.memory.model import KINDS
 from optstate.memory.verdict import CONTEXT, FRAGMENTATION
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optstate.memory import report, verdict
-from optstate.memory.setting import Alive, Setting
+from optstate.memory.model import Alive, Setting
 from optstate.memory.verdict import Gpu
 
 if TYPE_CHECKING:
-    from optstate.memory.one_recipe import Question
+    from optstate.memory.question import Question
 
 __all__ = ["ASSUMED", "EXACT", "NOT_INCLUDED", "SCHEMA", "TRACED", "Estimate", "RecipeEstimate"]
 

@@ -28,10 +28,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from optstate.memory.setting import Model, ParamShape, Setting
+from optstate.memory.model import Model, ParamShape, Setting
 from optstate.memory.sources.modules import families
-from optstate.optimizer import Optimizer
-from optstate.plan import ParamPlan, Plan
+from optstate.optimizer.optimizer import Optimizer
+from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.spec import ParamSpec, Region
 from optstate.updates import Chain
 from optstate.weights import Weights

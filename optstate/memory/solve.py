@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from optstate import registry
 from optstate.memory.errors import QuestionError
-from optstate.memory.one_recipe import Question, Recipe, recipe_of
+from optstate.memory.question import Question, Recipe, recipe_of
 from optstate.memory.result import Estimate, RecipeEstimate
 from optstate.memory.sources import SourceError
 from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, Gpu
+from optstate.recipes import registry
 
 __all__ = ["QUANTITIES", "Change", "Largest", "largest", "what_would_fit"]
 

@@ -6,9 +6,9 @@ from optstate.recipes.adamw import AdamW
 from optstate.recipes.came import CAME
 from optstate.recipes.lion import Lion
 from optstate.recipes.low_bit import AdamW4bit, AdamW8bit, Lion8bit, SGDM8bit
+from optstate.recipes.registry import describe, get, names
 from optstate.recipes.sgd import SGD
 from optstate.recipes.sm3 import SM3
-from optstate.registry import describe, get, names
 
 __all__ = [
     "CAME",

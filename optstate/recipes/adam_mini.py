@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from optstate import updates
-from optstate.optimizer import Optimizer
+from optstate.optimizer.optimizer import Optimizer
 from optstate.spec import ParamSpec
 from optstate.stores import Full, Grouped, Store
 from optstate.weights import Weights

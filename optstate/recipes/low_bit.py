@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from optstate import updates
-from optstate.optimizer import Optimizer
+from optstate.optimizer.optimizer import Optimizer
 from optstate.recipes.adamw import AdamW
 from optstate.recipes.lion import Lion
 from optstate.recipes.sgd import SGD

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from optstate import updates
-from optstate.optimizer import Optimizer
+from optstate.optimizer.optimizer import Optimizer
 from optstate.stores import Full, Store
 from optstate.weights import Weights
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.describe import short
 from optstate.kernels import Codebook, Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.requests import Requests
+from optstate.text import short
 
 if TYPE_CHECKING:
     from optstate.stores.statistic import Statistic

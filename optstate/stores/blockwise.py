@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.describe import HIDDEN
 from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes, whole_axis_maxima
@@ -21,6 +20,7 @@ from optstate.stores.maxima import block_maxima, kept_maxima
 from optstate.stores.requests import Requests
 from optstate.stores.shared_blocks import SharedBlocks
 from optstate.stores.statistic import Statistic
+from optstate.text import HIDDEN
 
 __all__ = ["Block4", "Block8", "Float8"]
 

@@ -1,6 +1,6 @@
 """How a parameter is written."""
 
-from optstate import describe
+from optstate import text as describe
 from optstate.spec import ParamSpec
 from optstate.weights.base import Weights
 from optstate.weights.kahan import Kahan

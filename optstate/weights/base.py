@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optstate.describe import short
 from optstate.kernels import WeightCodec
 from optstate.spec import FieldSpec, ParamSpec
+from optstate.text import short
 
 __all__ = ["Weights"]
 

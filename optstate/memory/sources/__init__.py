@@ -10,13 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.kinds import FOLDER, JSON, PICKLE, SAFETENSORS, TORCH_OLD, TORCH_ZIP, UNKNOWN, ZIP, identify
-from optstate.memory.setting import Model
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.file_kinds import (
+    FOLDER,
+    JSON,
+    PICKLE,
+    SAFETENSORS,
+    TORCH_OLD,
+    TORCH_ZIP,
+    UNKNOWN,
+    ZIP,
+    identify,
+)
+from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
 from optstate.memory.sources.builtin import CONFIGS, unknown
 from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
 from optstate.memory.sources.errors import SourceError, checked_dtype
+from optstate.text import shown
 
 __all__ = ["SourceError", "find_model", "known_models", "recipe_of"]
 

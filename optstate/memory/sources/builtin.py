@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from optstate.checkpoint.errors import shown
 from optstate.memory.sources.errors import SourceError
+from optstate.text import shown
 
 __all__ = ["CONFIGS", "config_of", "unknown"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from optstate.checkpoint.errors import shown
-from optstate.memory.setting import BuildOptions, Model, ParamShape
+from optstate.memory.model import BuildOptions, Model, ParamShape
 from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, families, parameters_of, probe
+from optstate.text import shown
 
 __all__ = ["LABELS", "causal_lm", "prepared", "token_batch", "transformers_version"]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from optstate.checkpoint.checkpoint import OPTSTATE, Checkpoint
-from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.foreign.wrapped import WEIGHTS
-from optstate.checkpoint.names import read_names, with_names
-from optstate.checkpoint.opening import open_checkpoint
-from optstate.memory.setting import Model, ParamShape
+from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.formats.embedded_state import WEIGHTS
+from optstate.checkpoint.open_checkpoint import open_checkpoint
+from optstate.checkpoint.parameter_names import read_names, with_names
+from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.errors import SourceError, checked_dtype
+from optstate.text import shown
 
 __all__ = ["of_checkpoint", "recipe_of"]
 

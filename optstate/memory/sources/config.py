@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from optstate.checkpoint.container import MAX_HEADER
-from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.kinds import open_file, read_bytes, size_of
-from optstate.checkpoint.strict_json import NotJSONError, decode, plain
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.file_kinds import open_file, read_bytes, size_of
+from optstate.checkpoint.files.safetensors_file import MAX_HEADER
+from optstate.checkpoint.files.strict_json import NotJSONError, decode, plain
 from optstate.collector import paused
-from optstate.memory.setting import Model, ParamShape
+from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.builtin import config_of
 from optstate.memory.sources.causal_lm import LABELS, causal_lm, transformers_version
 from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, parameters
+from optstate.text import shown
 
 __all__ = ["FILE", "of_config", "of_config_file", "of_name"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from optstate.checkpoint.errors import escaped, shown
+from optstate.text import escaped, shown
 
 __all__ = ["SourceError", "checked_dtype", "in_words"]
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from optstate.checkpoint.container import Entry, Header, read_header, read_index
-from optstate.checkpoint.document import KEY
-from optstate.checkpoint.errors import CheckpointError, shown
-from optstate.checkpoint.foreign.lerobot import is_lerobot
-from optstate.memory.setting import Model, ParamShape
+from optstate.checkpoint.document.document import KEY
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.safetensors_file import Entry, Header, read_header, read_index
+from optstate.checkpoint.formats.lerobot import is_lerobot
+from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.errors import SourceError
+from optstate.text import shown
 
 __all__ = ["INDEX", "of_headers", "weights_at"]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from optstate.checkpoint.errors import shown
-from optstate.memory.setting import ParamShape
+from optstate.memory.model import ParamShape
 from optstate.memory.sources.errors import SourceError, in_words
 from optstate.spec import can_be_stepped, is_fake
+from optstate.text import shown
 
 __all__ = ["buffer_bytes", "copied", "default_dtype", "families", "in_fake_mode", "parameters_of", "probe"]
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from optstate.checkpoint.errors import shown
 from optstate.memory.sources.errors import SourceError
+from optstate.text import shown
 
 __all__ = ["ARCHITECTURES", "check_number", "check_sizes", "parameters"]
 

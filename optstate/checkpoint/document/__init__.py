@@ -1,0 +1,1 @@
+"""What a checkpoint says: one data model, and its JSON. Imports no torch."""

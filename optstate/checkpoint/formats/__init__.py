@@ -1,0 +1,1 @@
+"""Other libraries' optimizer state and optstate's own, read and written. Imports no torch."""

@@ -1,0 +1,61 @@
+"""Files of adam-mini: one group per parameter with its name, and second moments by block. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.files.tensor_place import Stored
+from optstate.checkpoint.formats.parameter_reader import Draft, Meaning, Source, checkpoint_of, hyper, without
+from optstate.checkpoint.formats.state_dict import StateDict
+
+__all__ = ["read"]
+
+FIRST = Meaning("gradient", beta=hyper("beta1"))
+SECOND = Meaning("square", signed=False, beta=hyper("beta2"))
+KEYS = {"step", "m", "v", "vmean", "head_per_gpu", "neuron_per_gpu", "reduced", "block_numel"}
+
+LOWER_CASE = "names are in lower case: adam-mini writes them so"
+HEADS = "first moments of queries and keys have the shape of their blocks; the parameter's own is not in the file"
+
+
+def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+    """A checkpoint of adam-mini; None if it is not its layout."""
+    if not {"name", "beta1", "beta2", "eps"} <= found.keys or not found.kept <= KEYS:
+        return None
+    names = [group["name"] for group in found.groups]
+    notes = [HEADS] if "head_per_gpu" in found.kept else []
+    about = {}
+    alone = all(len(ids) == 1 for ids in found.ids) and all(isinstance(name, str) for name in names)
+    if alone and len(set(names)) == len(names):
+        found = replace(found, names=dict(zip(found.names, names, strict=True)))
+        notes.append(LOWER_CASE)
+        about = {"lower_case": True}
+    return checkpoint_of(found, Source("adam-mini", "adam-mini", "Adam_mini", "adammini", about), _say, notes)
+
+
+def _say(draft: Draft) -> None:
+    draft.take_step()
+    if not draft.left:
+        return
+    first = draft.tensor("m")
+    if "head_per_gpu" in draft.left:
+        draft.put("exp_avg", "Unknown()", FIRST, {"": first})
+        draft.put("exp_avg_sq", "Unknown()", SECOND, {"": draft.tensor("vmean")})
+    elif "v" in draft.left:
+        draft.whole("exp_avg", first, FIRST, "m")
+        draft.whole("exp_avg_sq", draft.tensor("v"), SECOND, "v")
+    else:
+        draft.whole("exp_avg", first, FIRST, "m")
+        _blocks(draft, first, draft.tensor("vmean"))
+
+
+def _blocks(draft: Draft, first: Stored, means: Stored) -> None:
+    """One mean per row, or one for all."""
+    if means.shape == ():
+        draft.put("exp_avg_sq", "Grouped(by='tensor')", SECOND, {"mean": means})
+    elif len(first.shape) == 2 and means.shape == (first.shape[0], 1):
+        draft.put("exp_avg_sq", "Grouped(by='row')", SECOND, {"mean": without(means, 1)})
+    else:
+        shape = f"vmean has shape {list(means.shape)} where m has {list(first.shape)}"
+        raise draft.error(f"{shape}: it must have one number per row, or one")

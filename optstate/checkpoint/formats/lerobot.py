@@ -1,0 +1,92 @@
+"""LeRobot's layout: tensors `state/<id>/<slot>` in a safetensors file, groups in a JSON file beside it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.file_kinds import read_whole
+from optstate.checkpoint.files.safetensors_file import Header, read_header
+from optstate.checkpoint.files.tensor_place import stored_entry
+from optstate.checkpoint.formats.choose_reader import read as read_tree
+from optstate.text import shown
+
+__all__ = ["GROUPS", "STATE", "is_lerobot", "read"]
+
+STATE = "optimizer_state.safetensors"
+GROUPS = "optimizer_param_groups.json"
+SEPARATOR = "/"
+
+LARGEST_SIDE_FILE = 16 << 20
+MOST_PARTS = 8
+NO_GROUPS = f"no {GROUPS} beside it: groups and hyper-parameters are unknown"
+
+
+def is_lerobot(header: Header) -> bool:
+    """Whether the tensors of a safetensors file are called `state/<id>/<slot>`."""
+    return bool(header.tensors) and all(_parts(entry.name) is not None for entry in header.tensors)
+
+
+def _parts(name: str) -> list[str] | None:
+    parts = name.split(SEPARATOR)
+    fits = 3 <= len(parts) <= MOST_PARTS and parts[0] == "state" and parts[1].isascii() and parts[1].isdigit()
+    return parts if fits and len(parts[1]) < 10 else None
+
+
+def read(path: str | os.PathLike[str], optimizer: str | None = None) -> Checkpoint:
+    """A checkpoint of LeRobot's, from its folder `training_state` or the safetensors file in it.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the groups are not those of the tensors.
+    """
+    file = Path(path) / STATE if os.path.isdir(path) else Path(path)
+    header = read_header(file)
+    if header.tensors and not is_lerobot(header):
+        raise CheckpointError(file, "not LeRobot's layout: its tensors are not called state/<id>/<slot>")
+    beside = file.parent / GROUPS
+    if not header.tensors and not beside.is_file():
+        raise CheckpointError(file, f"it holds no tensors, and no {GROUPS} is beside it")
+    state = _tree(header)
+    groups = _groups(beside) if beside.is_file() else [{"params": sorted(state)}]
+    checkpoint = read_tree({"state": state, "param_groups": groups}, str(file), optimizer)
+    source = {**checkpoint.document.source, "tool": "lerobot", "kind": "lerobot", "layout": checkpoint.kind}
+    return replace(
+        checkpoint,
+        path=os.fspath(path),
+        kind="lerobot",
+        document=replace(checkpoint.document, source=source),
+        files=(str(file), str(beside)) if beside.is_file() else (str(file),),
+        notes=checkpoint.notes if beside.is_file() else (NO_GROUPS, *checkpoint.notes),
+    )
+
+
+def _tree(header: Header) -> dict[int, dict[str, Any]]:
+    """The state by id; names with more parts are dicts within."""
+    state: dict[int, dict[str, Any]] = {}
+    for entry in header.tensors:
+        parts = _parts(entry.name)
+        assert parts is not None  # `is_lerobot` asked
+        into = state.setdefault(int(parts[1]), {})
+        for part in parts[2:-1]:
+            into = into.setdefault(part, {})
+            if not isinstance(into, dict):
+                raise CheckpointError(header.path, f"'{shown(entry.name)}' lies within another tensor")
+        if parts[-1] in into:
+            raise CheckpointError(header.path, f"'{shown(entry.name)}' is there twice")
+        into[parts[-1]] = stored_entry(header, entry)
+    return dict(sorted(state.items()))
+
+
+def _groups(path: Path) -> list[Any]:
+    try:
+        groups = json.loads(read_whole(path, LARGEST_SIDE_FILE).decode())
+        if not isinstance(groups, list):
+            raise TypeError("it is no list")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(path, f"the param groups beside the file cannot be read: {error}") from None
+    return groups

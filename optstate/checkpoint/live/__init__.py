@@ -1,0 +1,1 @@
+"""A running optimizer, saved and loaded, on one device or many."""

@@ -1,0 +1,1 @@
+"""What is done with checkpoints: summarize, check, compare, convert. Documents go in, documents or reports come out."""

@@ -1,0 +1,234 @@
+"""Carry out transfers, one parameter at a time, and measure what each of them loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate import kernels
+from optstate.checkpoint.document.document import Parameter
+from optstate.checkpoint.operations.loss_figures import Figures, compared, divisor, update
+from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
+from optstate.checkpoint.operations.threads import for_each
+from optstate.checkpoint.operations.transfers import Transfer
+from optstate.kernels import Noise, Piece
+from optstate.spec import FieldSpec
+from optstate.stores import Store
+
+__all__ = ["Recoder"]
+
+NO_NOISE = Noise("", 0)
+PIECE = 1 << 18
+"""Elements at a time: a dozen fp32 buffers of 1 MiB stay in a core's cache."""
+
+DIVIDES = ("square_sum", "square_max", "distance")
+"""Meanings of statistics that steps are divided by the root of, besides the second moment."""
+
+Put = Callable[[str, Tensor], Any]
+
+
+@dataclass
+class _Pair:
+    """One statistic before and after: the source's numbers, the new tensors, and how to read both piece by piece."""
+
+    transfer: Transfer
+    store: Store
+    specs: Mapping[str, FieldSpec]
+    value: Tensor
+    fields: dict[str, Tensor]
+    factors: tuple[Tensor, ...] = field(default=())
+
+    def old(self, piece: Piece) -> Tensor:
+        """The source's numbers of a piece, flat."""
+        return piece.of(self.value).reshape(-1)
+
+    def new(self, piece: Piece) -> Tensor:
+        """What the new tensors will be read as, without the factor that other corrections need: a flat new tensor."""
+        if self.store.elementwise:
+            parts = {name: piece.of_field(tensor, self.specs[name].per) for name, tensor in self.fields.items()}
+            value = self.store.read(parts, (piece.stop - piece.start,))
+        else:
+            value = reduce(torch.mul, map(piece.of, self.factors)).expand(piece.of(self.value).shape).reshape(-1)
+        return _unbiased(value, self.transfer.factor)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The slot, and its stores before and after."""
+        assert self.transfer.was is not None
+        return (self.transfer.name, self.transfer.was.store, self.transfer.record.store)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """One of Adam's moments of the source: bias is what it is of the average proper; pair, what changes it."""
+
+    value: Tensor
+    bias: float
+    pair: _Pair | None
+
+    def old(self, piece: Piece) -> Tensor:
+        """The average proper of a piece, flat. May be the value itself."""
+        return _unbiased(piece.of(self.value).reshape(-1), self.bias)
+
+
+class Recoder:
+    """Makes the tensors of a new file from a checkpoint.
+
+    Memory: the source's statistics of one parameter in fp32, and the new ones.
+
+    Attributes:
+        figures: by slot and by the stores before and after, what was lost in all parameters so far.
+        total: of the updates, with every lossy change at once.
+    """
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.figures: dict[tuple[str, str, str], Figures] = {}
+        self.total = Figures()
+
+    def carry(self, param: Parameter, transfers: Sequence[Transfer], eps: float, put: Put) -> None:
+        """Make the tensors of one parameter and hand each to `put(key, tensor)`.
+
+        Raises:
+            UnreadableStatisticError: if a statistic's numbers are needed and cannot be had, or would have to be changed
+                and are not finite.
+            OSError: if the source cannot be read.
+        """
+        pairs = []
+        for transfer in transfers:
+            if transfer.store is None:
+                assert transfer.was is not None
+                fields = self.values.fields(transfer.was)
+            elif transfer.source is None:
+                fields = _zeros(transfer.specs or {})
+            else:
+                pairs.append(self._encoded(param, transfer))
+                fields = pairs[-1].fields
+            for name, tensor in fields.items():
+                put(transfer.record.fields[name], tensor)
+        lossy = [pair for pair in pairs if not pair.transfer.exact and pair.value.numel()]
+        if lossy:
+            self._measure(param, lossy, eps)
+
+    def _encoded(self, param: Parameter, transfer: Transfer) -> _Pair:
+        """One statistic in its new store."""
+        store, specs, source = transfer.store, transfer.specs, transfer.source
+        assert store is not None
+        assert specs is not None
+        assert source is not None
+        value = self._read(param, source)
+        if not value.numel():  # means of nothing would not be numbers
+            return _Pair(transfer, store, specs, value, _zeros(specs))
+        if not transfer.exact:
+            _check_numbers(value, f"{source} of {param.name!r}", param.slots[source].signed)
+        fields = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+        if store.elementwise:
+
+            def encode(piece: Piece) -> None:
+                part = piece.of(value).reshape(-1)
+                part = part * transfer.factor if transfer.factor != 1.0 else part.clone()
+                for name, new in store.encode(part, NO_NOISE).items():
+                    place = piece.of_field(fields[name], specs[name].per)
+                    place.copy_(new.reshape(place.shape))
+
+            for_each(encode, _pieces(value, store.alignment))
+            return _Pair(transfer, store, specs, value, fields)
+        store.write(fields, value * transfer.factor if transfer.factor != 1.0 else value)
+        return _Pair(transfer, store, specs, value, fields, store.factors(fields, value.shape))
+
+    def _read(self, param: Parameter, slot: str) -> Tensor:
+        """A statistic, of one dimension at least."""
+        value = self.values.read(param, slot)
+        return value if value.ndim else value.view(1)
+
+    def _measure(self, param: Parameter, pairs: Sequence[_Pair], eps: float) -> None:
+        """Compare statistics and updates before and after, piece by piece."""
+        first, second = (self._moment(param, of, pairs) for of in ("gradient", "square"))
+        comparison = _Comparison(pairs, first, second, eps)
+        pieces = _pieces(pairs[0].value, math.lcm(*(pair.store.alignment for pair in pairs)))
+        for of_pairs, of_update in for_each(comparison.of, pieces):
+            for pair, figures in zip(pairs, of_pairs, strict=True):
+                self.figures.setdefault(pair.key, Figures()).add(figures)
+            self.total.add(of_update)
+
+    def _moment(self, param: Parameter, of: str, pairs: Sequence[_Pair]) -> _Moment | None:
+        """The source's statistic of this meaning, if it has one, and the pair that changes it, if one does."""
+        slot = next((name for name, record in param.slots.items() if record.of == of), None)
+        if slot is None:
+            return None
+        pair = next((pair for pair in pairs if pair.transfer.source == slot), None)
+        beta = param.slots[slot].beta
+        bias = 1.0 if beta is None or not param.step else 1.0 - beta**param.step
+        return _Moment(self._read(param, slot) if pair is None else pair.value, bias, pair)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One parameter before and after: the pairs that change, and the moments that make its update."""
+
+    pairs: Sequence[_Pair]
+    first: _Moment | None
+    second: _Moment | None
+    eps: float
+
+    def of(self, piece: Piece) -> tuple[list[Figures], Figures]:
+        """Figures of every pair, and of the update with all changes at once."""
+        v = self.second.old(piece) if self.second else None
+        m = self.first.old(piece) if self.first else None if v is None else v.sqrt()  # a gradient as large as v says
+        root = divisor(v, self.eps)
+        before = None if m is None else update(m, root)
+        new_m, new_root, found = m, root, []
+        for pair in self.pairs:
+            x, y = pair.old(piece), pair.new(piece)
+            if self.first and pair is self.first.pair:
+                new_m = _unbiased(y, self.first.bias)
+                one = update(new_m, root)
+            elif self.second and pair is self.second.pair:
+                new_root = divisor(_unbiased(y, self.second.bias), self.eps)
+                one = update(m, new_root) if m is not None else y
+            else:
+                found.append(compared(x, y, *_steps(x, y, pair.transfer.record.of, self.eps), squares=False))
+                continue
+            assert before is not None
+            found.append(compared(x, y, before, one, squares=pair is (self.second and self.second.pair)))
+        if before is None or new_m is None or (new_m is m and new_root is root):
+            return found, Figures()
+        after = update(new_m, new_root)
+        return found, compared(before, after, before, after, squares=False)
+
+
+def _zeros(specs: Mapping[str, FieldSpec]) -> dict[str, Tensor]:
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+
+def _check_numbers(value: Tensor, what: str, signed: bool) -> None:
+    """Refuse numbers that would spoil their neighbours in a shared scale or mean, and whose loss has no measure."""
+    low, high = (float(bound) for bound in torch.aminmax(value))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UnreadableStatisticError(f"{what} holds numbers that are not finite; `optstate check` tells how many")
+    if low < 0 and not signed:
+        raise UnreadableStatisticError(f"{what} holds {low:.3g}, and is never negative; `optstate check` tells more")
+
+
+def _pieces(value: Tensor, alignment: int) -> Iterator[Piece]:
+    """Pieces of a statistic that begin where blocks do."""
+    if value.numel():
+        yield from kernels.pieces(value.shape, max(PIECE // alignment, 1) * alignment, align=alignment)
+
+
+def _unbiased(value: Tensor, bias: float) -> Tensor:
+    return value if bias == 1.0 else value / bias
+
+
+def _steps(x: Tensor, y: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
+    """What a statistic that is not one of Adam's moments makes of a step: it is one, or divides one by its root."""
+    if of not in DIVIDES:
+        return x, y
+    root = x.sqrt()
+    return update(root, divisor(x, eps)), update(root, divisor(y, eps))

@@ -1,0 +1,76 @@
+"""Updates of parameters under a tracker: the real one for each class of parameters, its memory again for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from optstate.memory.tracing.position import Position
+from optstate.memory.tracing.tracker import Event, Storage, Tracker
+from optstate.optimizer.optimizer import Optimizer
+from optstate.optimizer.plan import ParamPlan
+
+__all__ = ["Known", "follow_updates"]
+
+Known = dict[Hashable, tuple[Storage, ...]]
+"""What an update of a class of parameters has alive at its fullest moment."""
+
+
+def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, known: Known) -> None:
+    """From now on the optimizer's updates are noted as such, and each is made once for parameters that are alike.
+
+    Alike are those with the same shapes, dtypes, strides, chain, stores, way of writing and group: an update's memory
+    depends on nothing else. Where one left something behind, it is made for every parameter.
+    """
+    original = optimizer.step_parameter
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    plans = dict(zip(params, optimizer.plan(), strict=True))
+    groups = {param: number for number, group in enumerate(optimizer.param_groups) for param in group["params"]}
+
+    def step_parameter(param: Tensor, grad_scale: float | Tensor = 1.0) -> None:
+        grad, plan, state = param.grad, plans[param], optimizer.state[param]
+        if grad is not None:
+            tracker.belongs(grad, "gradients", plan.spec.name)
+        with position.during("update", plan.spec.name):
+            place, _ = position.where()
+            alike = (*_class_of(plan, param, grad), groups[param], type(grad_scale))
+            if alike in known:
+                tracker.add_moment(replace(storage, place=place) for storage in known[alike])
+                state["step"] += 1
+                return
+            first = len(tracker.events)
+            original(param, grad_scale)
+            fullest = _fullest(tracker.events[first:])
+            if fullest is not None:
+                known[alike] = fullest
+
+    setattr(optimizer, "step_parameter", step_parameter)  # noqa: B010, a method of this one optimizer
+
+
+def _class_of(plan: ParamPlan, param: Tensor, grad: Tensor | None) -> tuple[Any, ...]:
+    of_grad = None if grad is None else (grad.dtype, grad.stride())
+    stores = tuple((name, str(slot.store)) for name, slot in plan.slots.items())
+    spec = replace(plan.spec, name="")
+    return spec, param.stride(), of_grad, str(plan.chain), stores, str(plan.weights)
+
+
+def _fullest(events: list[Event]) -> tuple[Storage, ...] | None:
+    """What of these events was alive at the fullest moment; None if they free others' or leave something behind."""
+    alive: dict[int, Storage] = {}
+    fullest: tuple[Storage, ...] = ()
+    total = most = 0
+    for storage, made in events:
+        if made:
+            alive[id(storage)] = storage
+            total += storage.nbytes
+            if total > most:
+                most, fullest = total, tuple(alive.values())
+        elif id(storage) in alive:
+            del alive[id(storage)]
+            total -= storage.nbytes
+        else:
+            return None
+    return fullest if not alive else None

@@ -1,0 +1,85 @@
+"""What an optimizer knows of each of its parameters besides the state, and which of them it updates together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from optstate import kernels
+from optstate.distributed.placement import Placement, is_distributed
+from optstate.optimizer.plan import ParamPlan
+
+__all__ = ["Leaf", "batches", "replacements"]
+
+
+@dataclass
+class Leaf:
+    """One parameter: its plan, the index of its group, and how it lies on several devices if it does."""
+
+    plan: ParamPlan
+    group: int
+    placement: Placement | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, or what stands for one."""
+        return self.plan.spec.name
+
+    @property
+    def is_split(self) -> bool:
+        """Whether this device has only a part of it, so that all devices must step it together."""
+        return self.plan.spec.region is not None
+
+    @cached_property
+    def processes(self) -> tuple[Any, ...]:
+        """The process groups whose devices have the other parts of it."""
+        return () if self.placement is None else self.placement.groups()
+
+    @property
+    def held(self) -> int:
+        """Elements of temporaries that its step keeps while it waits for sums: those of the largest part, so that all
+        devices decide alike."""
+        plan, spec = self.plan, self.plan.spec
+        if spec.region is None or plan.knows_no_shape:
+            return 0
+        sums = [slot for slot in plan.slots.values() if slot.store.exact_sums]
+        dense = plan.chain.temporaries(spec) or len(sums) < len(plan.slots)  # what is no sum is held until the end
+        vectors = sum(field.largest_part(spec) for slot in sums for field in slot.fields.values())
+        return vectors + (-(-spec.numel // math.prod(spec.region.parts)) if dense else 0)
+
+
+def batches(params: Iterable[tuple[Tensor, Leaf]]) -> Iterator[list[Tensor]]:
+    """Parameters in order: those that are whole one by one, split ones as many together as share their rounds of sums
+    without much memory."""
+    batch: list[Tensor] = []
+    held = 0
+    for param, leaf in params:
+        if batch and (not leaf.is_split or held + leaf.held > kernels.chunk_elements(param.device)):
+            yield batch
+            batch, held = [], 0
+        if leaf.is_split:
+            batch.append(param)
+            held += leaf.held
+        else:
+            yield [param]
+    if batch:
+        yield batch
+
+
+def replacements(ours: Sequence[Tensor], now: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Which of our parameters were replaced by distributed ones of the same shape and dtype, in order; none if
+    something else was put in the place of one."""
+    found = {}
+    known = set(ours)
+    for old, param in zip(ours, now, strict=False):
+        if param is not old:
+            fits = is_distributed(param) and param.shape == old.shape and param.dtype == old.dtype
+            if not fits or param in known:
+                return {}
+            found[old] = param
+    return found

@@ -1,0 +1,92 @@
+"""Short text for the frozen dataclasses users compose."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+from unicodedata import category
+
+__all__ = ["HIDDEN", "escaped", "from_words", "has_controls", "short", "shown"]
+
+T = TypeVar("T")
+
+HIDDEN = {"hidden": True}
+"""Metadata of a dataclass field that the library sets itself, so that it is no part of how a user writes the item."""
+
+
+def short(item: Any) -> str:
+    """`Name(field=value)` with the fields that differ from their defaults."""
+    parts = [
+        f"{f.name}={getattr(item, f.name)!r}"
+        for f in fields(item)
+        if "hidden" not in f.metadata
+        if f.default is MISSING or getattr(item, f.name) != f.default
+    ]
+    return f"{type(item).__name__}({', '.join(parts)})"
+
+
+def from_words(text: str, kinds: Mapping[str, type[T]]) -> T:
+    """The item that `text` names as `short` prints it, or by its class alone; `kinds` by their names in lower case.
+
+    Only constants are taken as arguments; nothing is evaluated.
+
+    Raises:
+        ValueError: if it names none of them, or its arguments are not possible ones.
+    """
+    try:
+        call = ast.parse(text.strip() if "(" in text else f"{text.strip()}()", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError
+        arguments: list[Any] = [ast.literal_eval(item) for item in call.args]
+        named: dict[str, Any] = {item.arg: ast.literal_eval(item.value) for item in call.keywords if item.arg}
+        kind = kinds[call.func.id.lower()]
+    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):
+        known = ", ".join(sorted(kind.__name__ for kind in kinds.values()))
+        raise ValueError(f"{text[:60]!r} is none of {known}") from None
+    try:
+        return kind(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(f"{text[:60]!r}: {error}") from None
+
+
+LONGEST = 200  # characters of one name or path in a message
+
+
+LONGEST_REASON, LONGEST_HINT = 500, 250
+
+
+CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def has_controls(text: str) -> bool:
+    """Whether a name has characters that no name needs and that change what is shown around it.
+
+    These are control and formatting characters, halves of surrogate pairs, and separators of lines and paragraphs.
+    """
+    return not text.isprintable() and any(category(c) in CONTROLS for c in text)
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, without the control, formatting and surrogate characters that would reach a terminal.
+
+    A tensor may be called "\\x1b[31mred\\n" in a file that every reader accepts; "\\u202e" reverses what follows.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """`text` escaped and, if it is very long, with its middle left out."""
+    return limited(text, LONGEST)
+
+
+def limited(text: str, most: int) -> str:
+    """`text` escaped in at most about `most` characters, which escapes may make of fewer."""
+    return _shortened(escaped(_shortened(text, most)), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[len(text) - most // 2 :]}"

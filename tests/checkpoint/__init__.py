@@ -1,0 +1,1 @@
+"""Checkpoints: documents, files, formats, operations, and running optimizers."""

@@ -1,0 +1,127 @@
+"""The example scripts do what they say, from the command line, on small inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+BESIDE = Path(sys.executable).parent
+
+
+def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """An example in a process of its own; one thread, as processes that share cores slow each other down."""
+    return launch([sys.executable], *args)
+
+
+def run_on_two(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """An example in two processes."""
+    return launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *args)
+
+
+def launch(launcher: list[str], script: str | Path, *rest: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, str(ROOT / "examples" / script), *map(str, rest)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real text: this project's own sources."""
+    path = tmp_path_factory.mktemp("corpus") / "sources.txt"
+    path.write_text("".join(p.read_text() for p in sorted((ROOT / "optstate").rglob("*.py"))))
+    return path
+
+
+@pytest.mark.parametrize("script", ["hf_trainer.py", "accelerate_loop.py", "lightning_module.py", "trl_sft.py"])
+def test_every_trainer_trains_a_small_llama(script: str) -> None:
+    assert_learnt(run(script, "--steps", "24"))
+
+
+def test_accelerate_trains_a_small_llama_sharded_over_two_processes() -> None:
+    done = run_on_two("accelerate_fsdp2.py", "--steps", "24")
+    assert_learnt(done)
+    assert "in this process of 2" in done.stdout
+
+
+def assert_learnt(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
+    line = re.search(r"loss (\S+) -> (\S+) nats per byte in 24 steps", done.stdout)
+    assert line is not None
+    before, after = map(float, line.groups())
+    assert after < before - 0.5
+
+
+def test_compose_your_own_prints_a_plan_and_trains() -> None:
+    done = run("compose_your_own.py")
+    assert done.returncode == 0, done.stderr
+    assert "scale_by_rms" in done.stdout
+    assert "of state" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["adalomo", "lomo", "adafactor", "adamw", "sgd", "lion"])
+def test_every_recipe_trains_the_language_model(recipe: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    dtype = "bfloat16" if recipe in ("adalomo", "lion") else "float32"
+    done = run("train_lm.py", "--recipe", recipe, "--steps", "12", "--corpus", corpus, "--dtype", dtype, "--json", out)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(out.read_text())
+    assert numbers["recipe"] == recipe
+    assert numbers["validation_loss_after"] < numbers["validation_loss_before"]
+
+
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(corpus: Path, tmp_path: Path) -> None:
+    whole, second, half = tmp_path / "whole.json", tmp_path / "second.json", tmp_path / "half.pt"
+    common = ["train_lm.py", "--steps", "8", "--corpus", corpus, "--dtype", "bfloat16"]
+    for extra in (["--json", whole], ["--stop-at", "4", "--save", half], ["--resume", half, "--json", second]):
+        done = run(*common, *extra)
+        assert done.returncode == 0, done.stderr
+    losses = [json.loads(path.read_text())["losses"] for path in (whole, second)]
+    assert losses[1][-4:] == losses[0][-4:]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--recipe", "adalom"], "did you mean 'adalomo'"),
+        (["--corpus", "/no/such/file"], "/no/such/file"),
+        (["--dtype", "int8"], "int8"),
+        (["--lr", "-1"], "lr=-1"),
+        (["--steps", "0"], "above zero"),
+        (["--resume", "/no/such/file.pt"], "/no/such/file.pt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args: list[str], message: str) -> None:
+    done = run("train_lm.py", "--steps", "2", *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_demo_compares_and_resumes(corpus: Path, tmp_path: Path) -> None:
+    done = run("demo.py", "--steps", "6", "--out", tmp_path, "--corpus", corpus)
+    assert done.returncode == 0, done.stderr
+    assert "differ from those of the uninterrupted run by at most 0\n" in done.stdout
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    adamw, adalomo = (next(r for r in summary["runs"] if r["recipe"] == n) for n in ("adamw", "adalomo"))
+    assert adalomo["state_bytes"] * 100 < adamw["state_bytes"]
+    assert adalomo["gradients_bytes"] * 2 < adamw["gradients_bytes"]
+
+
+def test_fsdp2_trains_on_two_processes_and_saves_what_one_reads(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "opt.safetensors"
+    done = run_on_two("fsdp2.py", "--steps", "11", "--corpus", corpus, "--save", out)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
+    assert losses[-1] < losses[0]
+    inspected = subprocess.run([BESIDE / "optstate", "inspect", str(out)], capture_output=True, text=True)
+    assert inspected.returncode == 0, inspected.stderr
+    assert "Factored()" in inspected.stdout
