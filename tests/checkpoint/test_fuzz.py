@@ -1,8 +1,7 @@
 """Thousands of damaged files of every kind through everything that the commands do with them.
 
-`tests/support/fuzz_cases.py` runs them in a process of its own, with
- a fixed amount of memory and under watch; one that fails
-is run alone with `python -m tests.support.fuzz_cases document 17 18`.
+`tests/support/fuzz_cases.py` runs them in a process of its own, with a fixed amount of memory and under watch; one that
+fails is run alone with `python -m tests.support.fuzz_cases document 17 18`.
 """
 
 from __future__ import annotations

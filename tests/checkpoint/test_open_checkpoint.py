@@ -19,7 +19,6 @@ from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.recipes import AdamW8bit
 from tests.support.foreign_files import (
-    DATA,
     Tiny,
     adamw,
     check_document,
@@ -32,6 +31,7 @@ from tests.support.foreign_files import (
     trained,
 )
 from tests.support.models import mlp
+from tests.support.paths import DATA
 
 # --- files that hold more, or something else ----------------------------------------------------------------------
 

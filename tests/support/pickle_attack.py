@@ -2,7 +2,8 @@
 
 Run as a program it reads them in a process of its own under Python's audit, with little memory, and prints what came of
 it: `python -m tests.support.pickle_attack`, or with `all` every function in every way.
-With `bite FOLDER` Python's own pickle reads the plain ones instead, which shows that they do what they are meant to: each makes a file "touched" there.
+With `bite FOLDER` Python's own pickle reads the plain ones instead, which shows that they do what they are meant to:
+each makes a file "touched" there.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ from optstate.checkpoint.formats import codebooks
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.stores.blockwise import LINEAR_4, SIGNED_4, SIGNED_8, UNSIGNED_8
 from tests.support.foreign_files import (
-    DATA,
     Tiny,
     adamw,
     check_document,
@@ -48,6 +47,7 @@ from tests.support.foreign_files import (
     trained,
 )
 from tests.support.models import EveryShape
+from tests.support.paths import DATA
 
 
 @pytest.fixture(autouse=True)

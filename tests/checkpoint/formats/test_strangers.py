@@ -33,7 +33,8 @@ from optstate.checkpoint.files.pickle_objects import Stranger, Unread
 from optstate.checkpoint.formats import choose_reader
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.cli.test_hostile import answer, refusal
-from tests.support.foreign_files import DATA, Tiny, fields, identical, param, saved, train
+from tests.support.foreign_files import Tiny, fields, identical, param, saved, train
+from tests.support.paths import DATA
 
 THIS = __name__
 
