@@ -873,8 +873,8 @@ def test_the_error_carries_its_parts() -> None:
 
 def test_reading_needs_no_torch() -> None:
     code = (
-        "import sys; from optstate.checkpoint import container, writer, errors;"
-        f"container.read_header({str(DATA / 'common.safetensors')!r});"
+        "import sys; from optstate.checkpoint.files import safetensors_file, safetensors_writer;"
+        f"safetensors_file.read_header({str(DATA / 'common.safetensors')!r});"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -402,16 +402,16 @@ def test_reading_imports_nothing_and_executes_nothing(tmp_path: Path) -> None:
     script = """
 import os
 import sys
-from optstate.checkpoint import torch_file
+from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.errors import CheckpointError
 assert "torch" not in sys.modules and "pickle" not in sys.modules and "numpy" not in sys.modules
-torch_file.read(sys.argv[-1])
+torch_archive_reader.read(sys.argv[-1])
 events = set()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 sys.addaudithook(lambda event, args: events.add(f"open {bool(args[2] & WRITES)}" if event == "open" else event))
 for path in sys.argv[1:]:
     try:
-        torch_file.read(path)
+        torch_archive_reader.read(path)
     except CheckpointError as error:
         assert error.refused
 print(*events, sep="\\n")

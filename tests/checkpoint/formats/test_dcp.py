@@ -152,7 +152,7 @@ def test_own_optimizer_has_its_stores_again() -> None:
 
 def test_reading_imports_no_torch() -> None:
     code = (
-        "import sys; from optstate.checkpoint import dcp, deepspeed; "
+        "import sys; from optstate.checkpoint.formats import dcp, deepspeed; "
         f"dcp.read({str(DATA / 'dcp_two_ranks')!r}); deepspeed.read({str(DATA / 'deepspeed_zero1')!r}); "
         "assert 'torch' not in sys.modules"
     )

@@ -542,7 +542,7 @@ class TestDocument:
 
 MEMORY = """
 import sys, torch, optstate, resource
-from optstate.checkpoint import native
+from optstate.checkpoint.live import native
 from optstate.recipes import AdamW
 torch.manual_seed(0)
 def build():
