@@ -1,4 +1,8 @@
-"""The few loops that touch every element of a parameter, and nothing else."""
+"""The hot loops of a step: every function that touches each element of a parameter.
+
+A kernel reads a `Product` (a gradient times its factors, not yet multiplied out) chunk by chunk, in fp32, and either
+sums it up or writes it into a parameter. Kernels know nothing of recipes, stores or optimizers.
+"""
 
 from optstate.kernels.chunking import Piece, chunk_elements, chunks, pieces, slice_elements
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map

@@ -1,4 +1,4 @@
-"""Steps on tensors without values, to see what they would need on a device that may not be here."""
+"""Rehearsals: run a step on fake tensors, to measure its memory on a device that may not be installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _on: ContextVar[str] = ContextVar("_on", default="")
 
 @contextmanager
 def rehearsal(on: str) -> Iterator[None]:
-    """Inside, fake tensors on the CPU stand for tensors on a device of type `on`, and repetitions are left out."""
+    """Let fake tensors on the CPU stand for tensors on a device of type `on`, and leave repeated work out.
+
+    Args:
+        on: type of the device that is rehearsed, such as "cuda".
+    """
     token = _on.set(on)
     try:
         yield
@@ -28,19 +32,24 @@ def rehearsal(on: str) -> Iterator[None]:
 
 
 def rehearsing() -> bool:
-    """Whether a rehearsal is on: nothing is trained."""
+    """Return whether a rehearsal is in progress, in which nothing is trained."""
     return bool(_on.get())
 
 
 def device_type(device: torch.device) -> str:
-    """The type of a device, or of the one it stands for."""
+    """Return the type of `device`, or in a rehearsal the type of the device that is rehearsed."""
     return _on.get() or device.type
 
 
 def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
-    """The rounds of a loop over parts that do not know of each other: in a rehearsal only the first two of each size.
+    """Return the rounds of a loop; in a rehearsal only the first two rounds of each size.
 
-    The second meets what the first left behind; those after it need what the second needs.
+    Only for loops whose rounds do not depend on each other. The second round meets the buffers that the first left
+    behind; every later one needs as much memory as the second.
+
+    Args:
+        rounds: what the loop runs over.
+        size: tells how large a round is, such as its number of elements.
     """
     return _two_of_each(rounds, size) if _on.get() else rounds
 

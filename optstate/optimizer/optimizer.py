@@ -110,7 +110,7 @@ class Optimizer(torch.optim.Optimizer):
         self._values = groups.UsedValues()
         groups.refuse_inference_mode("building an optimizer")
         listed = groups.checked_params(params)
-        self._names = naming.Names(groups.names_in(listed))
+        self._names = naming.CanonicalNames(groups.names_in(listed))
         self._chains: dict[int, Chain] = {}
         self._built = False
         self._alike = False
@@ -787,7 +787,7 @@ class Optimizer(torch.optim.Optimizer):
         state = dict(state)
         self._consistency = Consistency(state.pop("_inconsistent"))
         self._agreement, self._flags = Agreement(), DeferredFlags()
-        self._names = state.pop("_names", naming.Names())
+        self._names = state.pop("_names", naming.CanonicalNames())
         self._values, self._chains, self._built = groups.UsedValues(), {}, True
         self._alike, self._places, self._let_go = False, [], 0
         super().__setstate__(state)
