@@ -15,21 +15,21 @@ GROUP = "optstate.recipes"
 
 
 class UnknownRecipeError(LookupError):
-    """No installed package offers a recipe of this name."""
+    """Raised where no installed package offers a recipe of the name that was asked for."""
 
 
 def names() -> list[str]:
-    """The names of all installed recipes, sorted: class names in lower case."""
+    """Return the names of all installed recipes, sorted: class names in lower case."""
     return sorted(_installed())
 
 
 def get(name: str) -> Callable[..., Optimizer]:
-    """The recipe of this name: call it with parameters and hyper-parameters.
+    """Return the installed recipe of a name, which makes an optimizer from parameters and hyper-parameters.
 
     A package adds recipes by entry points of the group `optstate.recipes`.
 
     Raises:
-        UnknownRecipeError: if there is none, naming the nearest.
+        UnknownRecipeError: if there is no recipe of this name; the message names the nearest.
     """
     installed = _installed()
     if name not in installed:
@@ -49,7 +49,7 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Name, class, first line of the documentation and origin of a recipe."""
+    """Return name, class, package and summary (first line of the docstring) of an installed recipe."""
     entry = _installed()[name]
     recipe = get(name)
     summary = (recipe.__doc__ or "").strip().partition("\n")[0]
