@@ -47,7 +47,10 @@ class CAME(Optimizer):
         weights: Weights | str = "auto",
     ) -> None:
         if not isinstance(betas, tuple | list) or len(betas) != 3:
-            raise ValueError(f"betas={betas!r} must be three numbers: of the update, its square, and its instability")
+            raise ValueError(
+                f"betas={betas!r} must be three numbers, such as (0.9, 0.999, 0.9999): for the averages of updates, of "
+                "squared gradients, and of squared distances of updates from their average"
+            )
         if not isinstance(eps, tuple | list) or len(eps) != 2:
             raise ValueError(f"eps={eps!r} must be two numbers: added to squared gradients, and to squared distances")
         beta1, beta2, beta3 = (updates.hyper("betas", beta, index=i) for i, beta in enumerate(betas))

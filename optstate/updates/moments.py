@@ -71,7 +71,10 @@ class scale_by_rms(Transform):
         super().check_slots(group)
         bounds = [h.get(group) for h in (self.eps, self.floor) if isinstance(h, Hyper)]
         if not any(bounds):
-            raise ValueError("scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by")
+            raise ValueError(
+                "scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by; give an eps, "
+                "such as 1e-30, or a floor"
+            )
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         smallest, beta = self.decay.smallest_weight(group), self.decay.beta_from_zero(group)

@@ -41,6 +41,12 @@ MOST_LINES = 400
 LONGER_FILES: dict[str, str] = {}
 """Files of more lines than that, each with the reason why it is still one idea."""
 
+LOOK_PRIVATE = {
+    "_asdict": "a named tuple's own, for everybody",
+    "_replace": "a named tuple's own, for everybody",
+}
+"""Names with an underscore that are public nevertheless."""
+
 SAME_NAMES: dict[str, str] = {}
 """Public names with more than one home, each with the reason."""
 
@@ -154,7 +160,7 @@ def foreign_private_names(modules: Iterable[Module]) -> list[str]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
+    return name.startswith("_") and not name.endswith("__") and name not in LOOK_PRIVATE
 
 
 def private_members(tree: ast.AST) -> set[str]:
