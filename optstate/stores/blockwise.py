@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate import kernels
+from optstate import kernels, store_layouts
 from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes, whole_axis_maxima
+from optstate.store_layouts import FEWEST_CODED, Layouts
+from optstate.stores.axes import axis_maxima, broadcast_axes, whole_axis_maxima
 from optstate.stores.base import Fields, Shape, Store
 from optstate.stores.full import Full
 from optstate.stores.maxima import block_maxima, kept_maxima
@@ -23,9 +24,6 @@ from optstate.stores.statistic import Statistic
 from optstate.text import HIDDEN
 
 __all__ = ["Block4", "Block8", "Float8"]
-
-FEWEST_ELEMENTS = 4096
-"""Smaller parameters stay in fp32, as in bitsandbytes and torchao: they weigh nothing and are the sensitive ones."""
 
 LARGEST_BLOCK = 1 << 16
 """A slice of a parameter holds at least one block."""
@@ -66,8 +64,8 @@ class Blockwise(Store):
         return self.block
 
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
-        if spec.numel < FEWEST_ELEMENTS:
-            return Full(), f"under {FEWEST_ELEMENTS} elements: kept in full"
+        if store_layouts.is_small(spec.shape):
+            return Full(), f"under {FEWEST_CODED} elements: kept in full"
         store = replace(self, signed=signed)
         if spec.keeps_together(self.block):
             return store, ""
@@ -76,8 +74,7 @@ class Blockwise(Store):
         return SharedBlocks(store), f"split among devices within blocks of {self.block}: each has all maxima"
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        absmax = FieldSpec((-(-spec.numel // self.block),), torch.float32, (), per=self.block)
-        return {"codes": self._codes(spec), "absmax": absmax}
+        return FieldSpec.of(spec, self._layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"].view(-1)
@@ -118,8 +115,8 @@ class Blockwise(Store):
             part.div_(maximum)
         return self.encode_scaled(scaled, value), absmax
 
-    def _codes(self, spec: ParamSpec) -> FieldSpec:
-        return FieldSpec(spec.shape, torch.uint8, tuple(range(spec.ndim)))
+    def _layouts(self, shape: tuple[int, ...]) -> Layouts:
+        return store_layouts.blocks(shape, self.block)
 
     def decode(self, codes: Tensor, count: int) -> Tensor:
         """Values in [-1, 1] of `count` elements, flat and new."""
@@ -197,7 +194,7 @@ class Block4(Blockwise):
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         if not self.rank1:
             return super().resolve(spec, signed)
-        if spec.ndim >= 2 and spec.numel >= FEWEST_ELEMENTS and spec.keeps_together(self.per_byte):
+        if spec.ndim >= 2 and not store_layouts.is_small(spec.shape) and spec.keeps_together(self.per_byte):
             return _RankOne4(signed=signed), ""
         store, why = replace(self, rank1=False).resolve(spec, signed)
         return store, why or "a vector has no rows and columns: blocks"
@@ -206,8 +203,8 @@ class Block4(Blockwise):
     def codebook(self) -> Codebook:
         return SIGNED_4 if self.signed else LINEAR_4
 
-    def _codes(self, spec: ParamSpec) -> FieldSpec:
-        return FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
+    def _layouts(self, shape: tuple[int, ...]) -> Layouts:
+        return store_layouts.packed_blocks(shape, self.block)
 
     def decode(self, codes: Tensor, count: int) -> Tensor:
         return self.codebook.decode_nibbles(codes, count)
@@ -228,8 +225,7 @@ class _RankOne4(Store):
         return str(Block4(rank1=True))
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
-        return {"codes": codes, **axis_fields(spec, torch.float32)}
+        return FieldSpec.of(spec, store_layouts.rank_one_codes(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         value = fields["row"].new_empty(tuple(shape))
@@ -281,8 +277,8 @@ class Float8(Blockwise):
 
     block: int = 256
 
-    def _codes(self, spec: ParamSpec) -> FieldSpec:
-        return replace(super()._codes(spec), dtype=torch.float8_e4m3fn)
+    def _layouts(self, shape: tuple[int, ...]) -> Layouts:
+        return store_layouts.blocks(shape, self.block, codes="float8_e4m3fn")
 
     def decode(self, codes: Tensor, count: int) -> Tensor:
         return E4M3.decode(codes)
