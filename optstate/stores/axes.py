@@ -14,10 +14,9 @@ from optstate import store_layouts
 from optstate.kernels import Noise
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.store_layouts import axis_names
-from optstate.stores.base import Fields, Shape, Store
+from optstate.stores.base import Fields, Shape, Statistic, Store
 from optstate.stores.full import Full
 from optstate.stores.requests import Largest, Requests
-from optstate.stores.statistic import Statistic
 
 __all__ = ["AxisMax", "axis_maxima", "broadcast_axes", "whole_axis_maxima"]
 

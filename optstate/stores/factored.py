@@ -12,10 +12,9 @@ from torch import Tensor
 from optstate import kernels, store_layouts
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Shape, Store, square_of
+from optstate.stores.base import Fields, Shape, Statistic, Store, square_of
 from optstate.stores.full import Full
 from optstate.stores.requests import Partial, Requests
-from optstate.stores.statistic import Statistic
 
 __all__ = ["Factored"]
 

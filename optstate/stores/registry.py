@@ -18,7 +18,7 @@ from optstate import text as describe
 from optstate.plugins import PluginError, Plugins
 from optstate.stores.axes import AxisMax
 from optstate.stores.base import Store
-from optstate.stores.blockwise import Block4, Block8, Float8
+from optstate.stores.block_codes import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
