@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from optstate.store_layouts import ACCUMULATOR, PARAMETER, Layouts
+
 __all__ = [
     "ROLES",
     "FieldSpec",
@@ -204,6 +206,15 @@ class FieldSpec:
     def nbytes(self) -> int:
         """Bytes of the tensor over all shards."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, spec: ParamSpec, layouts: Layouts) -> dict[str, FieldSpec]:
+        """Return the fields of a parameter that have these layouts, by name."""
+        own = {ACCUMULATOR: spec.accumulator, PARAMETER: spec.dtype}
+        return {
+            name: cls(layout.shape, own.get(layout.dtype) or getattr(torch, layout.dtype), layout.dims, layout.per)
+            for name, layout in layouts.items()
+        }
 
 
 def is_matrix(spec: ParamSpec) -> bool:

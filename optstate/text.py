@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 from unicodedata import category
 
-__all__ = ["HIDDEN", "escaped", "from_words", "has_controls", "short", "shown"]
+__all__ = ["HIDDEN", "escaped", "from_words", "has_controls", "parsed_call", "short", "shown"]
 
 T = TypeVar("T")
 
@@ -27,26 +27,39 @@ def short(item: Any) -> str:
     return f"{type(item).__name__}({', '.join(parts)})"
 
 
-def from_words(text: str, kinds: Mapping[str, type[T]]) -> T:
-    """Make the item that `text` describes, such as "Block8(block=64)" as `short` prints it, or "block8".
+def parsed_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Parse text such as "Block8(block=64)", or "block8", into a name in lower case, arguments and named arguments.
 
     Only constants are taken as arguments; nothing is evaluated.
 
-    Args:
-        text: a class name in any case, with or without arguments.
-        kinds: the possible classes by their names in lower case.
-
     Raises:
-        ValueError: if the class is none of `kinds` or does not take the arguments.
+        ValueError: if the text is not a name, or a call of one with constants.
     """
     try:
         call = ast.parse(text.strip() if "(" in text else f"{text.strip()}()", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError
-        arguments: list[Any] = [ast.literal_eval(item) for item in call.args]
-        named: dict[str, Any] = {item.arg: ast.literal_eval(item.value) for item in call.keywords if item.arg}
-        kind = kinds[call.func.id.lower()]
-    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):
+        arguments = tuple(ast.literal_eval(item) for item in call.args)
+        named = {item.arg: ast.literal_eval(item.value) for item in call.keywords if item.arg}
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"{text[:60]!r} is no name with constants") from None
+    return call.func.id.lower(), arguments, named
+
+
+def from_words(text: str, kinds: Mapping[str, type[T]]) -> T:
+    """Make the item that `text` describes, such as "Block8(block=64)" as `short` prints it, or "block8".
+
+    Args:
+        text: a class name in any case, with or without arguments.
+        kinds: the possible classes by their names in lower case; nothing else is called.
+
+    Raises:
+        ValueError: if the class is none of `kinds` or does not take the arguments.
+    """
+    try:
+        name, arguments, named = parsed_call(text)
+        kind = kinds[name]
+    except (ValueError, KeyError):
         known = ", ".join(sorted(kind.__name__ for kind in kinds.values()))
         raise ValueError(f"{text[:60]!r} is none of {known}") from None
     try:

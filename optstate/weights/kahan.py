@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optstate import store_layouts
 from optstate.kernels import WeightCodec
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
@@ -33,7 +34,7 @@ class Kahan(Weights):
         return self if spec.dtype in (torch.bfloat16, torch.float16) else Plain()
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        return {"compensation": FieldSpec(spec.shape, spec.dtype, tuple(range(spec.ndim)))}
+        return FieldSpec.of(spec, store_layouts.kahan(spec.shape))
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
         return _Compensated(fields["compensation"].view(-1))

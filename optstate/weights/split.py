@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optstate import store_layouts
 from optstate.kernels import WeightCodec, known_finite
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
@@ -55,8 +56,7 @@ class Split(Weights):
         return self if spec.dtype == torch.bfloat16 else Plain()
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        dtype = torch.int16 if self.bits == 16 else torch.int8
-        return {"correction": FieldSpec(spec.shape, dtype, tuple(range(spec.ndim)))}
+        return FieldSpec.of(spec, store_layouts.split(spec.shape, self.bits))
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
         return _Halves(fields["correction"].view(-1), dropped=16 - self.bits)

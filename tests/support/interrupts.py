@@ -132,7 +132,7 @@ def first_in_step(places: list[Place]) -> Iterable[int]:
 
 DRIVERS = {
     *("optimizer.py", "gradient_hooks.py", "consistency.py", "stepping.py", "shortcuts.py", "sharding.py", "resume.py"),
-    *("stores/guard.py", "stores/statistic.py"),
+    *("stores/guard.py", "stores/base.py"),
 }
 
 
