@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
 STEPPED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def can_be_stepped(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype can be updated: integers, packed codes and numbers of 8 bits and less cannot."""
     return dtype in STEPPED
 
 
+@cache
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype statistics and update arithmetic use: fp32, or fp64 for fp64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -96,7 +99,7 @@ class ParamSpec:
         if not self.role:
             object.__setattr__(self, "role", "matrix" if len(self.shape) >= 2 else "vector")
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements over all shards."""
         return math.prod(self.shape)
@@ -106,17 +109,17 @@ class ParamSpec:
         """Number of dimensions."""
         return len(self.shape)
 
-    @property
+    @cached_property
     def accumulator(self) -> torch.dtype:
         """The dtype of this parameter's full-precision statistics."""
         return accumulator_dtype(self.dtype)
 
-    @property
+    @cached_property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of what is on this device."""
         return self.shape if self.region is None else self.region.shape
 
-    @property
+    @cached_property
     def local_numel(self) -> int:
         """Number of elements on this device."""
         return math.prod(self.local_shape)

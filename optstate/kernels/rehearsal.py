@@ -10,31 +10,32 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["device_type", "rehearsal", "rehearsing", "worth_running"]
+__all__ = ["STAND_IN", "device_type", "rehearsal", "rehearsing", "worth_running"]
 
 T = TypeVar("T")
 
-_on: ContextVar[str] = ContextVar("_on", default="")
+STAND_IN: ContextVar[str] = ContextVar("STAND_IN", default="")
+"""The type of the device that fake tensors on the CPU stand for; empty outside of a rehearsal."""
 
 
 @contextmanager
 def rehearsal(on: str) -> Iterator[None]:
     """Inside, fake tensors on the CPU stand for tensors on a device of type `on`, and repetitions are left out."""
-    token = _on.set(on)
+    token = STAND_IN.set(on)
     try:
         yield
     finally:
-        _on.reset(token)
+        STAND_IN.reset(token)
 
 
 def rehearsing() -> bool:
     """Whether a rehearsal is on: nothing is trained."""
-    return bool(_on.get())
+    return bool(STAND_IN.get())
 
 
 def device_type(device: torch.device) -> str:
     """The type of a device, or of the one it stands for."""
-    return _on.get() or device.type
+    return STAND_IN.get() or device.type
 
 
 def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
@@ -42,7 +43,7 @@ def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
 
     The second meets what the first left behind; those after it need what the second needs.
     """
-    return _two_of_each(rounds, size) if _on.get() else rounds
+    return _two_of_each(rounds, size) if STAND_IN.get() else rounds
 
 
 def _two_of_each(rounds: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import GeneratorType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -62,7 +62,7 @@ class Update(Product):
 
         Costs one tensor of the parameter's (or slice's) size in fp32, and nothing if there is no decay.
         """
-        if not self.has_decay:
+        if isinstance(self.decay, float) and self.decay == 0.0:
             return self
         dense = kernels.evaluate(self)
         kernels.add_weight(dense, ctx.param.detach(), self.decay, ctx.codec, ctx.start)
@@ -93,7 +93,10 @@ class Context:
 
     def read(self, number: float | Hyper | None) -> Any:
         """The current value of a transform's hyper-parameter field."""
-        return number.read(self.group) if isinstance(number, Hyper) else number
+        if not isinstance(number, Hyper):
+            return number
+        entry = self.group[number.name]
+        return entry if number.index is None else entry[number.index]
 
     def tensor(self, number: Scalar) -> Tensor:
         """`number` as a 0-d tensor in the statistics' dtype on the parameter's device."""
@@ -110,18 +113,18 @@ class Context:
 
     def mean_square(self, update: Product) -> Requests[Tensor]:
         """Mean square of an update over the whole parameter; drive with `yield from`."""
-        total = yield kernels.sum_of_squares(update)
-        return cast(Tensor, total / self.spec.numel)
+        total = kernels.sum_of_squares(update)
+        if self.spec.region is not None:  # else the sum is the total, and asking for it costs a round
+            total = yield total
+        return total / self.spec.numel
 
     def param_mean_square(self) -> Requests[Tensor]:
         """Mean square of the parameter before this step; requested early if the chain declares `reads_param`."""
         if self.param_squares is None:
-            self.param_squares = yield self.local_param_squares()
+            self.param_squares = kernels.weight_sum_of_squares(self.param.detach(), self.codec)
+            if self.spec.region is not None:
+                self.param_squares = yield self.param_squares
         return self.param_squares / self.spec.numel
-
-    def local_param_squares(self) -> Tensor:
-        """This shard's part of the parameter's sum of squares."""
-        return kernels.weight_sum_of_squares(self.param.detach(), self.codec)
 
 
 class Transform:
@@ -239,7 +242,7 @@ def collect(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
 def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
     """Call a transform that may or may not be a generator; drive with `yield from`."""
     result = transform(update, state, ctx)
-    if inspect.isgenerator(result):
+    if isinstance(result, GeneratorType):
         result = yield from result
     return cast(Update, result)
 
