@@ -212,7 +212,7 @@ def step_alike_once(optimizer: optstate.Optimizer, sent: Sent) -> None:
     A batch has one all-reduce a round for each operation, of what all of its parameters ask for in that round.
     """
     original = optimizer._step_together
-    plans = {p: optimizer._leaf(p).plan for group in optimizer.param_groups for p in group["params"]}
+    plans = {p: optimizer.runner.leaf(p).plan for group in optimizer.param_groups for p in group["params"]}
     known: dict[Any, Sent] = {}
 
     def asked_alone(param: Tensor, *args: Any) -> Sent:

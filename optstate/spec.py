@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
 STEPPED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def can_be_stepped(dtype: torch.dtype) -> bool:
     """Return whether weights of this dtype can be updated: fp64, fp32, bf16 and fp16, not integers or 8-bit floats."""
     return dtype in STEPPED
 
 
+@cache
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of statistics and update arithmetic: fp32, or fp64 for fp64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -109,7 +112,7 @@ class ParamSpec:
         if not self.role:
             object.__setattr__(self, "role", "matrix" if len(self.shape) >= 2 else "vector")
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements over all shards."""
         return math.prod(self.shape)
@@ -119,17 +122,17 @@ class ParamSpec:
         """Number of dimensions."""
         return len(self.shape)
 
-    @property
+    @cached_property
     def accumulator(self) -> torch.dtype:
         """The dtype of this parameter's full-precision statistics."""
         return accumulator_dtype(self.dtype)
 
-    @property
+    @cached_property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the part on this device."""
         return self.shape if self.region is None else self.region.shape
 
-    @property
+    @cached_property
     def local_numel(self) -> int:
         """Number of elements on this device."""
         return math.prod(self.local_shape)

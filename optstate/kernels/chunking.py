@@ -10,7 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from optstate.kernels.rehearsal import device_type
+from optstate.kernels.rehearsal import STAND_IN
 
 __all__ = ["Piece", "chunk_elements", "chunks", "pieces", "slice_elements"]
 
@@ -23,7 +23,7 @@ DEVICE_CHUNK = 1 << 22
 
 def chunk_elements(device: torch.device) -> int:
     """Return how many elements of a parameter a kernel holds in one fp32 buffer on `device`."""
-    return CPU_CHUNK if device_type(device) in ("cpu", "meta") else DEVICE_CHUNK
+    return CPU_CHUNK if (STAND_IN.get() or device.type) in ("cpu", "meta") else DEVICE_CHUNK
 
 
 def slice_elements(device: torch.device) -> int:

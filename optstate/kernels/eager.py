@@ -80,7 +80,7 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     dense = product.dense
     dtype = accumulator_dtype(dense.dtype)
     limit = chunk_elements(dense.device)
-    if dense.numel() <= limit and dense.numel():
+    if 0 < dense.numel() <= limit:
         x = _square(product)
         if not _is_one(product.scale):
             x.mul_(product.scale * product.scale)
@@ -150,18 +150,15 @@ def sum_of_squares(product: Product) -> Tensor:
     """
     dense, factors = product.dense, product.factors
     limit = chunk_elements(dense.device)
-    if dense.numel() <= limit and dense.numel() and not _are_rows_and_cols(factors, dense):
-        total = _square(product).sum()
+    bilinear = _are_rows_and_cols(factors, dense)
+    if 0 < dense.numel() <= limit and not (bilinear and product.finite is not None):
+        total = _bilinear(dense, factors[0], factors[1].square(), product) if bilinear else _square(product).sum()
         return total if _is_one(product.scale) else total * (product.scale * product.scale)
     parts = [dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))]
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
-    if _are_rows_and_cols(factors, dense) and product.finite is None:
+    if bilinear and product.finite is None:
         for part, a, b in chunks((dense, factors[0], factors[1].square()), limit):
-            x = _load(part, product, value)
-            x = torch.mul(x, x, out=square.like(part))
-            # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
-            root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
-            parts.append(root.square_().sum())
+            parts.append(_bilinear(part, a, b, product, value, square))
     else:
         for part, *fs in chunks((dense, *factors), limit):
             x = _multiply(part, fs, product, value)
@@ -319,6 +316,8 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
 
 def _rounds(tensors: Sequence[Tensor], limit: int) -> Iterable[tuple[Tensor, ...]]:
     """Return the chunks of a loop whose chunks are independent: each writes its own elements, or adds to a total."""
+    if 0 < tensors[0].numel() <= limit:
+        return ((*tensors,),)
     return worth_running(chunks(tensors, limit), lambda parts: parts[0].numel())
 
 
@@ -340,23 +339,30 @@ class _Buffer:
         return self._view
 
 
-def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor) -> Tensor:
+def _room(part: Tensor, buffer: _Buffer | Tensor | None) -> Tensor:
+    """Return scratch memory in the shape of the chunk at hand: from the buffer, or new where there is no buffer."""
+    if buffer is None:
+        return part.new_empty(part.shape, dtype=accumulator_dtype(part.dtype))
+    return buffer if isinstance(buffer, Tensor) else buffer.like(part)
+
+
+def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor | None) -> Tensor:
     """Return the chunk clamped and in the accumulator dtype: in the buffer, or `part` itself if nothing changes."""
     if product.bound is None and product.finite is None and part.dtype == accumulator_dtype(part.dtype):
         return part
-    out = buffer if isinstance(buffer, Tensor) else buffer.like(part)
+    out = _room(part, buffer)
     out.copy_(part)
     if product.bound is not None:
         out.clamp_(-product.bound, product.bound)
     return out if product.finite is None else out.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer: _Buffer | Tensor) -> Tensor:
+def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer: _Buffer | Tensor | None) -> Tensor:
     """Return the chunk times its factors, without the scale: in the buffer, or `part` itself, not to be written."""
     x = _load(part, product, buffer)
     if not factors:
         return x
-    out = buffer if isinstance(buffer, Tensor) else buffer.like(part)
+    out = x if buffer is None and x is not part else _room(part, buffer)
     for factor in factors:
         x = torch.mul(x, factor, out=out)
     return x if product.finite is None else x.nan_to_num_(0.0, 0.0, 0.0)
@@ -364,17 +370,36 @@ def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer:
 
 def _square(product: Product) -> Tensor:
     """Return the square of a product of at most one chunk, without the scale: a new tensor."""
-    x = _multiply(product.dense, product.factors, product, _Buffer(product.dense, product.dense.numel()))
+    x = _multiply(product.dense, product.factors, product, None)
     return x.square() if x is product.dense else x.square_()
+
+
+def _bilinear(
+    part: Tensor,
+    a: Tensor,
+    b: Tensor,
+    product: Product,
+    value: _Buffer | None = None,
+    square: _Buffer | None = None,
+) -> Tensor:
+    """Return the 0-d sum of squares of a chunk times row factors `a` and column factors, without the scale.
+
+    `b` holds the squares of the column factors.
+    """
+    x = _load(part, product, value)
+    x = torch.mul(x, x) if square is None else torch.mul(x, x, out=square.like(part))
+    # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
+    root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
+    return root.square_().sum()
 
 
 def _fold_scale(product: Product) -> tuple[tuple[Tensor, ...], Scalar]:
     """Return the factors and the scale, the scale multiplied into the smallest factor if there is a factor."""
     if not product.factors or _is_one(product.scale):
         return product.factors, product.scale
-    sizes = [factor.numel() for factor in product.factors]
-    smallest = sizes.index(min(sizes))
     factors = list(product.factors)
+    sizes = list(map(torch.numel, factors))
+    smallest = sizes.index(min(sizes))
     factors[smallest] = factors[smallest] * product.scale
     return tuple(factors), 1.0
 

@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["device_type", "rehearsal", "rehearsing", "worth_running"]
+__all__ = ["STAND_IN", "device_type", "rehearsal", "rehearsing", "worth_running"]
 
 T = TypeVar("T")
 
-_on: ContextVar[str] = ContextVar("_on", default="")
+STAND_IN: ContextVar[str] = ContextVar("STAND_IN", default="")
+"""The type of the device that fake tensors on the CPU stand for; empty outside of a rehearsal."""
 
 
 @contextmanager
@@ -24,21 +25,21 @@ def rehearsal(on: str) -> Iterator[None]:
     Args:
         on: type of the device that is rehearsed, such as "cuda".
     """
-    token = _on.set(on)
+    token = STAND_IN.set(on)
     try:
         yield
     finally:
-        _on.reset(token)
+        STAND_IN.reset(token)
 
 
 def rehearsing() -> bool:
     """Return whether a rehearsal is in progress, in which nothing is trained."""
-    return bool(_on.get())
+    return bool(STAND_IN.get())
 
 
 def device_type(device: torch.device) -> str:
     """Return the type of `device`, or in a rehearsal the type of the device that is rehearsed."""
-    return _on.get() or device.type
+    return STAND_IN.get() or device.type
 
 
 def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
@@ -51,7 +52,7 @@ def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
         rounds: what the loop runs over.
         size: tells how large a round is, such as its number of elements.
     """
-    return _two_of_each(rounds, size) if _on.get() else rounds
+    return _two_of_each(rounds, size) if STAND_IN.get() else rounds
 
 
 def _two_of_each(rounds: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:

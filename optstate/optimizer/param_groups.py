@@ -245,8 +245,12 @@ class UsedValues:
                 with _in_group(place):
                     _check_lr(lr)
             keys, before = self._checked.get(place, ((), None))
-            values = [group.get(key) for key in keys]
-            if before is None or not _alike(before, values):
+            values = list(map(group.get, keys))
+            try:
+                is_known = before == values
+            except (RuntimeError, ValueError, TypeError):  # tensors and arrays of several numbers
+                is_known = False
+            if not is_known:
                 with _in_group(place):
                     check_values(group, chain)
                 keys = tuple(chain.hyper)
@@ -256,13 +260,6 @@ class UsedValues:
 def _kept(value: Any) -> Any:
     """A value that stays what it is when the group's changes in place."""
     return list(value) if isinstance(value, list) else value
-
-
-def _alike(before: list[Any], values: list[Any]) -> bool:
-    try:
-        return before == values
-    except (RuntimeError, ValueError, TypeError):  # tensors and arrays of several numbers
-        return False
 
 
 @contextmanager

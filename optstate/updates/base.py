@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import GeneratorType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -66,7 +66,7 @@ class Update(Product):
 
         Costs one fp32 tensor of the parameter's (or slice's) size, and nothing if there is no decay.
         """
-        if not self.has_decay:
+        if isinstance(self.decay, float) and self.decay == 0.0:
             return self
         dense = kernels.evaluate(self)
         kernels.add_weight(dense, ctx.param.detach(), self.decay, ctx.codec, ctx.start)
@@ -103,7 +103,10 @@ class Context:
 
     def read(self, number: float | Hyper | None) -> Any:
         """Return the current value of a transform's hyper-parameter field."""
-        return number.read(self.group) if isinstance(number, Hyper) else number
+        if not isinstance(number, Hyper):
+            return number
+        entry = self.group[number.name]
+        return entry if number.index is None else entry[number.index]
 
     def tensor(self, number: Scalar) -> Tensor:
         """Return a number as a 0-d tensor in the statistics' dtype on the parameter's device."""
@@ -124,8 +127,10 @@ class Context:
 
     def mean_square(self, update: Product) -> Requests[Tensor]:
         """Return the mean square of an update over the whole parameter, 0-d; drive with `yield from`."""
-        total = yield kernels.sum_of_squares(update)
-        return cast(Tensor, total / self.spec.numel)
+        total = kernels.sum_of_squares(update)
+        if self.spec.region is not None:  # else the sum is the total, and asking for it costs a round
+            total = yield total
+        return total / self.spec.numel
 
     def param_mean_square(self) -> Requests[Tensor]:
         """Return the mean square of the parameter before this step, 0-d; drive with `yield from`.
@@ -133,12 +138,10 @@ class Context:
         The sum is already known if the chain declares `reads_param`.
         """
         if self.param_squares is None:
-            self.param_squares = yield self.local_param_squares()
+            self.param_squares = kernels.weight_sum_of_squares(self.param.detach(), self.codec)
+            if self.spec.region is not None:
+                self.param_squares = yield self.param_squares
         return self.param_squares / self.spec.numel
-
-    def local_param_squares(self) -> Tensor:
-        """Return this device's part of the parameter's sum of squares, 0-d."""
-        return kernels.weight_sum_of_squares(self.param.detach(), self.codec)
 
 
 class Transform:
@@ -280,7 +283,7 @@ def collect_defaults(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
 def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
     """Call a transform, whether or not its `__call__` is a generator; drive with `yield from`."""
     result = transform(update, state, ctx)
-    if inspect.isgenerator(result):
+    if isinstance(result, GeneratorType):
         result = yield from result
     return cast(Update, result)
 

@@ -67,7 +67,7 @@ class power_decay(Schedule):
         return 0.0
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
-        return float(step ** self.hypers[0].read(group))
+        return float(step ** self.exponent.read(group))  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,4 @@ class constant(Schedule):
         return float(self.hypers[0].get(group))
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
-        return float(1.0 - self.hypers[0].read(group))
+        return float(1.0 - self.beta.read(group))  # type: ignore[union-attr]
