@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from torch import Tensor
 from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.rehearsal import worth_running
+from optstate.kernels.weight_codec import WeightCodec
 from optstate.spec import accumulator_dtype
 
 __all__ = [
-    "WeightCodec",
     "add_weight",
     "all_finite",
     "apply",
@@ -33,25 +32,6 @@ __all__ = [
     "values",
     "weight_sum_of_squares",
 ]
-
-
-class WeightCodec:
-    """Reads and writes the value of a parameter of low precision, chunk by chunk.
-
-    `start` is always the flat index of the chunk's first element in the part of the parameter on this device; chunks
-    are ranges in row-major order.
-    """
-
-    adds_bits: ClassVar[bool] = False
-    """Whether the value has more bits than the parameter holds, kept elsewhere by the codec."""
-
-    def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
-        """Write the fp32 value of the chunk `param` into `out`, a tensor of its shape, and return `out`."""
-        return out.copy_(param)
-
-    def write(self, param: Tensor, value: Tensor, start: int) -> None:
-        """Make `value`, fp32 in the shape of `param`, the value of the chunk `param`; may overwrite `value`."""
-        raise NotImplementedError
 
 
 def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
