@@ -21,9 +21,9 @@ def structure_of(summary: Summary) -> list[Issue]:
 
 def values_of(summary: Summary) -> list[Issue]:
     """What the numbers tell: reads all data, and imports torch."""
-    from optstate.checkpoint.operations.check_values import uneven_means, value_issues
+    from optstate.checkpoint.operations.check_values import plugged_store_issues, uneven_means, value_issues
 
     checkpoint = summary.checkpoint
     tensors = progress([(row.name, row.stored) for row in summary.rows], len(summary.rows), "tensors")
     issues = list(value_issues(tensors, checkpoint.document if checkpoint is not None else None))
-    return issues if checkpoint is None else [*issues, *uneven_means(checkpoint)]
+    return issues if checkpoint is None else [*issues, *plugged_store_issues(checkpoint), *uneven_means(checkpoint)]
