@@ -18,7 +18,7 @@ from checkpoint_io import PIECE, Seconds, adamw_of, drop_from_cache
 from timing import Action, interleaved
 
 import optstate
-from optstate.checkpoint.formats.native import native_checkpoint
+from optstate.checkpoint.document.native_file import native_checkpoint
 from optstate.checkpoint.operations.plan_conversion import in_stores
 from optstate.checkpoint.operations.run_conversion import write_converted
 

@@ -14,7 +14,7 @@ from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter, tensor_key
 from optstate.checkpoint.document.rules import doubts, is_own, stray_keys
 from optstate.checkpoint.formats import own_state_dict
-from optstate.checkpoint.formats.tree_writer import numbers
+from optstate.checkpoint.formats.shared.tree_writer import numbers
 from optstate.checkpoint.operations.convert_values import Recoder
 from optstate.checkpoint.operations.describe_optimizer import described, slot_records, with_tensors
 from optstate.checkpoint.operations.plan_conversion import Conversion

@@ -29,7 +29,7 @@ from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import DTYPES, bytes_of
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.master_weights import notes_of_masters
+from optstate.checkpoint.formats.shared.master_weights import notes_of_masters
 from optstate.checkpoint.live.gather import (
     Named,
     content_of,
