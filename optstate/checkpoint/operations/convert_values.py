@@ -92,8 +92,8 @@ class Recoder:
         self.figures: dict[tuple[str, str, str], Figures] = {}
         self.total = Figures()
 
-    def carry(self, param: Parameter, transfers: Sequence[Transfer], eps: float, put: Put) -> None:
-        """Make the tensors of one parameter and hand each to `put(key, tensor)`.
+    def carry(self, transfers: Sequence[Transfer], eps: float, put: Put) -> None:
+        """Make the tensors of one parameter, hand each to `put(key, tensor)`, and measure what is lost.
 
         Raises:
             UnreadableStatisticError: if a statistic's numbers are needed and cannot be had, or would have to be changed
@@ -102,26 +102,31 @@ class Recoder:
         """
         pairs = []
         for transfer in transfers:
-            if transfer.store is None:
-                assert transfer.was is not None
-                fields = self.values.fields(transfer.was)
-            elif transfer.source is None:
-                fields = _zeros(transfer.specs or {})
-            else:
-                pairs.append(self._encoded(param, transfer))
+            if transfer.store is not None and transfer.source is not None:
+                pairs.append(self._encoded(transfer, transfer.source))
                 fields = pairs[-1].fields
+            else:
+                fields = self.fields_of(transfer)
             for name, tensor in fields.items():
                 put(transfer.record.fields[name], tensor)
         lossy = [pair for pair in pairs if not pair.transfer.exact and pair.value.numel()]
         if lossy:
-            self._measure(param, lossy, eps)
+            self._measure(lossy[0].transfer.parameter, lossy, eps)
 
-    def _encoded(self, param: Parameter, transfer: Transfer) -> _Pair:
-        """One statistic in its new store."""
-        store, specs, source = transfer.store, transfer.specs, transfer.source
+    def fields_of(self, transfer: Transfer) -> dict[str, Tensor]:
+        """Return the new tensors of one statistic by field, without measuring what is lost; raises as `carry`."""
+        if transfer.store is None:
+            assert transfer.was is not None
+            return self.values.fields(transfer.was)
+        if transfer.source is None:
+            return _zeros(transfer.specs or {})
+        return self._encoded(transfer, transfer.source).fields
+
+    def _encoded(self, transfer: Transfer, source: str) -> _Pair:
+        """Put one statistic into its new store."""
+        param, store, specs = transfer.parameter, transfer.store, transfer.specs
         assert store is not None
         assert specs is not None
-        assert source is not None
         value = self._read(param, source)
         if not value.numel():  # means of nothing would not be numbers
             return _Pair(transfer, store, specs, value, _zeros(specs))

@@ -68,7 +68,7 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
     for param, following in zip(track(params), followers, strict=True):
         if following is not None:
             recoder.values.announce(following)
-        recoder.carry(param, conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
+        recoder.carry(conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
     return report_of(conversion, recoder.figures, recoder.total)
 
 
