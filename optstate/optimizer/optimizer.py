@@ -25,7 +25,7 @@ from optstate.distributed.agreement import (
 from optstate.distributed.placement import Placement, copy_part, here, placement_of
 from optstate.distributed.sums import run_together
 from optstate.integrations import engines
-from optstate.integrations.live_objects import import_apart
+from optstate.integrations.live_objects import import_apart, without_compiler
 from optstate.optimizer import alike
 from optstate.optimizer import param_groups as groups
 from optstate.optimizer import state_dict as resume
@@ -36,6 +36,7 @@ from optstate.optimizer.missing_state import Gap, warn_of
 from optstate.optimizer.moved_state import MovedStateError, Watch
 from optstate.optimizer.parameters import Leaf, batches, replacements
 from optstate.optimizer.plan import ParamPlan, Plan, plan_parameter
+from optstate.spec import is_fake
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Chain, Route, Transform, as_route
 from optstate.weights import Weights
@@ -106,7 +107,6 @@ class Optimizer(torch.optim.Optimizer):
         self._consistency = Consistency()
         self._flags = DeferredFlags()
         self._agreement = Agreement()
-        import_apart("torch._dynamo")
         self._values = groups.UsedValues()
         groups.refuse_inference_mode("building an optimizer")
         listed = groups.checked_params(params)
@@ -146,7 +146,9 @@ class Optimizer(torch.optim.Optimizer):
         self._names.use(given, canonical)
         for part in parts:
             self._name_empty_groups(part)
-            super().add_param_group(part)
+            if not all(map(is_fake, part["params"])):  # what only describes a run may do without two seconds of imports
+                import_apart("torch._dynamo")
+            without_compiler(super().add_param_group)(part)
             self._adopt(len(self.param_groups) - 1)
         self._alike = False
         if self._built:
@@ -581,7 +583,7 @@ class Optimizer(torch.optim.Optimizer):
         unmoved = self.watch("state_dict")
         clip = self._fused.clip_grad_norm if self._fused is not None else None
         header = resume.header(self.plan(), clip)  # first, as it names a parameter that was put into the groups
-        found = {**super().state_dict(), resume.KEY: header}
+        found = {**without_compiler(super().state_dict)(), resume.KEY: header}
         unmoved()
         return found
 
