@@ -186,7 +186,7 @@ def _answering(source: str) -> Iterator[None]:
 
 
 def _check(solve: str | None, gpu: str | None) -> None:
-    """What costs seconds to find out otherwise."""
+    """Refuse --solve and --gpu at once that would be refused seconds later."""
     from optstate.memory.errors import QuestionError
     from optstate.memory.solve import QUANTITIES
     from optstate.memory.verdict import gpu as gpu_of
@@ -199,7 +199,7 @@ def _check(solve: str | None, gpu: str | None) -> None:
 
 
 def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
-    """The recipes asked for."""
+    """Return the recipes asked for."""
     names = [name for text in (*(named or ()), compared or "") for name in text.split(",")]
     chosen = [name.strip() for name in names if name.strip()]
     if not chosen and (named or compared is not None):
@@ -210,7 +210,7 @@ def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
 
 
 def _recipe_of(source: str) -> tuple[list[str], str]:
-    """The recipe whose state a checkpoint holds, else the default; and what is to be said about that."""
+    """Find the recipe whose state a checkpoint holds, else take the default; return what is to be said of that, too."""
     from optstate.memory.sources import SourceError, recipe_of
 
     if not os.path.lexists(source) or os.path.lexists(os.path.join(source, "config.json")):

@@ -69,8 +69,9 @@ def inspect(
     optimizer: OPTIMIZER = None,
     as_json: JSON = False,
 ) -> None:
-    """Show what a checkpoint of optimizer state holds: recipe, step, groups, what every statistic costs, and what other
-    recipes would keep.
+    """Show what a checkpoint of optimizer state holds.
+
+    That is: recipe, step, groups, what every statistic costs, and what other recipes would keep.
 
     The groups and statistics shown are always those of the whole file; --filter and --sort are about the list.
     """
@@ -185,7 +186,7 @@ def _row_tree(row: Row) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:
-    """A hyper-parameter as plain JSON: lists for tuples, numbers for tensors, text for what is not finite."""
+    """Return a hyper-parameter as plain JSON: lists for tuples, numbers for tensors, text for what is not finite."""
     if isinstance(value, TensorValue):
         return _json_value(value.values[0] if value.shape == () else list(value.values))
     if isinstance(value, dict):

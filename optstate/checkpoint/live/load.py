@@ -76,7 +76,8 @@ def load(
             what is lost. Hyper-parameters are the file's where the recipe is the same, else this optimizer's. It also
             takes a run in another dtype, as fp32 into bf16, or one that wrote weights in another way: corrections that
             are kept for weights begin anew then. Memory: one parameter's statistics in fp32, all of it on every device.
-        key, names: of other tools' files, as for `optstate convert`.
+        key: of other tools' files, as for `optstate convert`.
+        names: of other tools' files, as for `optstate convert`.
 
     Raises:
         CheckpointError: if the file is unreadable or another optimizer's, naming the first difference; if it fails on

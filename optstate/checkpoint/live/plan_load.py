@@ -98,7 +98,7 @@ def _listed(slots: Mapping[str, SlotRecord]) -> str:
 
 
 def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool = False) -> Conversion:
-    """What a checkpoint becomes in this optimizer: its plan, and the file's hyper-parameters where they mean the same.
+    """Plan what a checkpoint becomes here: the optimizer's plan, and the file's hyper-parameters if they mean the same.
 
     anew: whether what is kept for writing weights may begin anew, where the file's were of another dtype or written in
     another way. It is without transfers then.
@@ -126,8 +126,11 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool 
 
 
 def is_complete(checkpoint: Checkpoint) -> bool:
-    """Whether there is state for all parameters that trained: this library keeps it from the beginning, others make it
-    at the first update, and torch.distributed.checkpoint leaves out what is frozen when it is saved."""
+    """Tell whether there is state for all parameters that trained.
+
+    This library keeps it from the beginning, others make it at the first update, and torch.distributed.checkpoint
+    leaves out what is frozen when it is saved.
+    """
     document = checkpoint.document
     first = document.history[0] if document.history else {}
     origin = first.get("from") if isinstance(first, dict) else None
@@ -162,7 +165,7 @@ def _plain(group: Group) -> dict[str, Any]:
 
 
 def _without_begun(own: Parameter, source: Parameter) -> Parameter:
-    """The parameter without what is kept for writing it, if the file keeps nothing for that."""
+    """Return the parameter without what is kept for writing it, if the file keeps nothing for that."""
     theirs, ours = source.slots.get(WEIGHT), own.slots.get(WEIGHT)
     if ours is None or (theirs is not None and theirs.store == ours.store):
         return own
@@ -170,7 +173,7 @@ def _without_begun(own: Parameter, source: Parameter) -> Parameter:
 
 
 def _matched(own: Document, checkpoint: Checkpoint, anew: bool) -> list[Parameter]:
-    """The file's parameters, if they are this optimizer's in the same order and groups."""
+    """Return the file's parameters, if they are this optimizer's in the same order and groups."""
     theirs = checkpoint.document
     counts = [[len(group.parameters) for group in document.groups] for document in (own, theirs)]
     if counts[0] != counts[1]:
@@ -201,8 +204,11 @@ def _check_sizes(checkpoint: Checkpoint, sources: Sequence[Parameter]) -> None:
 def _groups(
     own: Document, plan: Plan, theirs: Document, sources: Sequence[Parameter]
 ) -> tuple[tuple[Group, ...], tuple[str, ...], tuple[str, ...]]:
-    """This optimizer's groups, with the file's hyper-parameters where a group goes through the same chain; what a step
-    will do otherwise where it does not; and what the file does not say."""
+    """Give this optimizer's groups the file's hyper-parameters where they go through the same chain.
+
+    Returns:
+        The groups, what a step will do otherwise where the chain is another, and what the file does not say.
+    """
     groups, first, strays = [], 0, stray_keys(theirs)
     changes: dict[str, None] = {}
     missing: dict[str, None] = {}
@@ -227,8 +233,7 @@ def _groups(
 
 
 def _unclipped(own: Document, theirs: Document) -> list[str]:
-    """What to say if the file's run clipped gradients by a norm, as lomo-optim's groups tell, too, and this one does
-    not."""
+    """Say that the file's run clipped gradients by a norm, as lomo-optim's groups tell, too, if this one does not."""
     said = [theirs.clip_grad_norm, *(group.hyper.get("clip_grad_norm") for group in theirs.groups)]
     norms = dict.fromkeys(norm for norm in said if isinstance(norm, int | float) and norm != own.clip_grad_norm)
     return [

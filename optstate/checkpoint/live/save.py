@@ -111,6 +111,6 @@ def save(
 
 
 def _followed_by(items: Iterator[T], end: Callable[[], None]) -> Iterator[T]:
-    """The items; `end` is called after the last of them was used."""
+    """Yield the items, and call `end` after the last of them was used."""
     yield from items
     end()

@@ -43,7 +43,9 @@ def check(
 
     Args:
         path: a file or a folder of any kind that `summarize` takes.
-        key, names, optimizer: as for `open`.
+        key: where in the file the state is, as for `open`.
+        names: names for numbered parameters, as for `open`.
+        optimizer: whose state it is, as for `open`.
         track: what the tensors go through while their numbers are read, such as a progress bar.
 
     Raises:

@@ -117,8 +117,10 @@ def _of_piece(x: Tensor, y: Tensor) -> Deviation:
 
 @dataclass(frozen=True)
 class StatisticDifference:
-    """One statistic of one parameter. stores: on either side, "-" where it is absent. deviation: None where numbers
-    cannot be compared, for the reason in `why`.
+    """One statistic of one parameter.
+
+    stores: on either side, "-" where it is absent. deviation: None where numbers cannot be compared, for the reason in
+    `why`.
     """
 
     parameter: str
@@ -218,10 +220,12 @@ def compare(
     Memory: one statistic of either side.
 
     Args:
-        a, b: files or folders, or what `open` made of them.
+        a: a file or folder, or what `open` made of it.
+        b: the other one.
         tolerance: largest relative difference, in the L2 norm, of what is close.
         key: as for `open`, of one side or of both.
-        names, optimizer: as for `open`, of both sides.
+        names: names for numbered parameters, as for `open`, of both sides.
+        optimizer: whose state it is, as for `open`, of both sides.
         track: what the statistics go through while they are compared, such as a progress bar.
 
     Raises:
@@ -288,7 +292,7 @@ class _Comparison:
         return replace(result, verdict=self._verdict(found), deviation=found, why="")
 
     def completed(self, found: Sequence[tuple[Task, StatisticDifference]]) -> Iterable[StatisticDifference]:
-        """The statistics of one slot, with the sums of those that are equal if there are others to add them to."""
+        """Return the statistics of one slot, with the sums of equal ones, too, if there are others to add them to."""
         if all(result.verdict == EQUAL for _, result in found) or any(result.deviation is None for _, result in found):
             return [result for _, result in found]
         return [

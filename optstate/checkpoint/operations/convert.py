@@ -65,13 +65,17 @@ def convert(
     all.
 
     Args:
-        source, target: a file or folder of any kind that `open` takes; the file to write.
+        source: a file or folder of any kind that `open` takes.
+        target: the file to write.
         to: the words of a store for every statistic, as "bf16" or "block8".
         slots: words of a store by statistic, or "drop" to leave it out.
-        recipe: the recipe whose state it becomes; settings: hyper-parameters of that recipe, as Python writes them.
+        recipe: the recipe whose state it becomes.
+        settings: hyper-parameters of that recipe, as Python writes them.
         format: whose file to write: "optstate", "torch", "bitsandbytes" ...; by default that which the target's suffix
             says.
-        key, names, optimizer: as for `open`.
+        key: where in the file the state is, as for `open`.
+        names: names for numbered parameters, as for `open`.
+        optimizer: whose state it is, as for `open`.
         max_shard_size: bytes above which a file of optstate's own becomes several with an index.
         allow_lossy: accept that numbers, or the rule, change.
         dry_run: plan and report, and write nothing.

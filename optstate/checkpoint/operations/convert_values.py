@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from optstate import kernels
 from optstate.checkpoint.document.document import Parameter
-from optstate.checkpoint.operations.loss_figures import Figures, compared, divisor, update
+from optstate.checkpoint.operations.conversion_report import Figures, compared, divisor, update
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
-from optstate.checkpoint.operations.threads import for_each
 from optstate.checkpoint.operations.transfers import Transfer
 from optstate.kernels import Noise, Piece
 from optstate.spec import FieldSpec
@@ -31,6 +31,8 @@ DIVIDES = ("square_sum", "square_max", "distance")
 """Meanings of statistics that steps are divided by the root of, besides the second moment."""
 
 Put = Callable[[str, Tensor], Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -45,11 +47,11 @@ class _Pair:
     factors: tuple[Tensor, ...] = field(default=())
 
     def old(self, piece: Piece) -> Tensor:
-        """The source's numbers of a piece, flat."""
+        """Return the source's numbers of a piece, flat."""
         return piece.of(self.value).reshape(-1)
 
     def new(self, piece: Piece) -> Tensor:
-        """What the new tensors will be read as, without the factor that other corrections need: a flat new tensor."""
+        """Return what the new tensors will be read as, without the factor of another correction: flat, the caller's."""
         if self.store.elementwise:
             parts = {name: piece.of_field(tensor, self.specs[name].per) for name, tensor in self.fields.items()}
             value = self.store.read(parts, (piece.stop - piece.start,))
@@ -73,7 +75,7 @@ class _Moment:
     pair: _Pair | None
 
     def old(self, piece: Piece) -> Tensor:
-        """The average proper of a piece, flat. May be the value itself."""
+        """Return the average proper of a piece, flat; the value itself where nothing corrects it."""
         return _unbiased(piece.of(self.value).reshape(-1), self.bias)
 
 
@@ -142,13 +144,13 @@ class Recoder:
                     place = piece.of_field(fields[name], specs[name].per)
                     place.copy_(new.reshape(place.shape))
 
-            for_each(encode, _pieces(value, store.alignment))
+            _for_each(encode, _pieces(value, store.alignment))
             return _Pair(transfer, store, specs, value, fields)
         store.write(fields, value * transfer.factor if transfer.factor != 1.0 else value)
         return _Pair(transfer, store, specs, value, fields, store.factors(fields, value.shape))
 
     def _read(self, param: Parameter, slot: str) -> Tensor:
-        """A statistic, of one dimension at least."""
+        """Read a statistic, of one dimension at least."""
         value = self.values.read(param, slot)
         return value if value.ndim else value.view(1)
 
@@ -157,13 +159,13 @@ class Recoder:
         first, second = (self._moment(param, of, pairs) for of in ("gradient", "square"))
         comparison = _Comparison(pairs, first, second, eps)
         pieces = _pieces(pairs[0].value, math.lcm(*(pair.store.alignment for pair in pairs)))
-        for of_pairs, of_update in for_each(comparison.of, pieces):
+        for of_pairs, of_update in _for_each(comparison.of, pieces):
             for pair, figures in zip(pairs, of_pairs, strict=True):
                 self.figures.setdefault(pair.key, Figures()).add(figures)
             self.total.add(of_update)
 
     def _moment(self, param: Parameter, of: str, pairs: Sequence[_Pair]) -> _Moment | None:
-        """The source's statistic of this meaning, if it has one, and the pair that changes it, if one does."""
+        """Find the source's statistic of this meaning, if it has one, and the pair that changes it, if one does."""
         slot = next((name for name, record in param.slots.items() if record.of == of), None)
         if slot is None:
             return None
@@ -232,8 +234,24 @@ def _unbiased(value: Tensor, bias: float) -> Tensor:
 
 
 def _steps(x: Tensor, y: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
-    """What a statistic that is not one of Adam's moments makes of a step: it is one, or divides one by its root."""
+    """Return the steps that a statistic other than Adam's moments makes: itself, or a number divided by its root."""
     if of not in DIVIDES:
         return x, y
     root = x.sqrt()
     return update(root, divisor(x, eps)), update(root, divisor(y, eps))
+
+
+def _for_each(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return the results of `work` on every item, in order, made by as many threads as torch has.
+
+    A piece that fits a core's cache is too small to be shared by cores: torch's own threads wait for each other at
+    every operation. Here each piece is one thread's from its beginning to its end.
+    """
+    items, threads = list(items), torch.get_num_threads()
+    if threads == 1 or len(items) < 2 * threads:
+        return [work(item) for item in items]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
