@@ -165,9 +165,10 @@ def _plain(group: Group) -> dict[str, Any]:
 
 
 def _without_begun(own: Parameter, source: Parameter) -> Parameter:
-    """Return the parameter without what is kept for writing it, if the file keeps nothing for that."""
+    """Return the parameter without what is kept for writing it, if the file keeps nothing like it."""
     theirs, ours = source.slots.get(WEIGHT), own.slots.get(WEIGHT)
-    if ours is None or (theirs is not None and theirs.store == ours.store):
+    same_dtype = not source.dtype or source.dtype == own.dtype  # what corrects an fp16 weight is nothing to a bf16 one
+    if ours is None or (theirs is not None and theirs.store == ours.store and same_dtype):
         return own
     return replace(own, slots={slot: record for slot, record in own.slots.items() if slot != WEIGHT})
 
