@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import optstate
-from optstate import kernels, testing, updates
+from optstate import kernels, testing
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores import Fields, Noise, Requests, Shape, Slot, Store
 from optstate.updates import Context, State, Transform, Update
@@ -157,7 +157,10 @@ class Counting(Store):
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
         self.asked.append(1)
-        return {"": FieldSpec(spec.shape, torch.float32, tuple(range(spec.ndim))), "n": FieldSpec((len(self.asked),), torch.float32, ())}
+        return {
+            "": FieldSpec(spec.shape, torch.float32, tuple(range(spec.ndim))),
+            "n": FieldSpec((len(self.asked),), torch.float32, ()),
+        }
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return fields[""].view(shape)

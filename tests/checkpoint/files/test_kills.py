@@ -38,7 +38,7 @@ import contextlib, os, sys, time
 import torch, typer.main
 import optstate
 from optstate.checkpoint import open_checkpoint
-from optstate.checkpoint.live import load_converted
+from optstate.checkpoint.live import save
 from optstate.checkpoint.operations import export
 from optstate.recipes import AdamW
 from optstate_cli import app
