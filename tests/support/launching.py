@@ -20,6 +20,9 @@ import torch.distributed as dist
 
 from tests.support.paths import ROOT
 
+SHARED = ("torch._dynamo", "torch.distributed.checkpoint.state_dict", "optstate.checkpoint")
+"""Modules that torch and optstate import at their first step, save or load: imported once, not by every process."""
+
 Case = tuple[Any, ...]
 """The name of a function and its arguments."""
 
@@ -89,6 +92,8 @@ def main(module: str, folder: Path, collective_timeout: str, world: int) -> None
     """Start the processes as forks, so that what they need is imported once, and leave their exit codes in a file."""
     torch.set_num_threads(1)
     functions = importlib.import_module(module)
+    for name in SHARED:
+        importlib.import_module(name)
     limit = timedelta(seconds=float(collective_timeout)) if collective_timeout else None
     children = []
     for rank in range(world):
