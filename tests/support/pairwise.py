@@ -6,6 +6,7 @@ value or because two of them meet (a store under a way to write weights, say); t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -18,17 +19,18 @@ def pairwise(*axes: Sequence[Any], allowed: Callable[..., bool] = lambda *values
     """Return combinations of one value per axis that hold every pair of values of two axes that is possible at all.
 
     The same axes give the same combinations, in the order of the full grid. The choice is greedy: the combination with
-    most pairs that are still missing comes next, the first of several.
+    most pairs that are still missing comes next, of several the one whose values were chosen least often, the first.
 
     allowed: whether a combination, given as one argument per axis, may be chosen; all are unless said otherwise.
     """
     grid = [at for at in product(*(range(len(axis)) for axis in axes)) if allowed(*values_at(axes, at))]
     pairs = {at: pairs_of(at) for at in grid}
     missing = set().union(*pairs.values()) if pairs else set()
-    left, chosen = dict(pairs), []
+    left, chosen, used = dict(pairs), [], Counter[tuple[int, int]]()
     while missing:
-        best = max(left, key=lambda at: len(left[at]))
+        best = max(left, key=lambda at: (len(left[at]), -sum(used[value] for value in enumerate(at))))
         chosen.append(best)
+        used.update(enumerate(best))
         missing -= pairs[best]
         left = {at: still for at, held in left.items() if (still := held & missing)}
     return [values_at(axes, at) for at in sorted(chosen)]
