@@ -17,6 +17,8 @@ from tests.support import ranks
 from tests.support.launching import failed, launch, result
 from tests.support.pairwise import pairwise
 
+pytestmark = pytest.mark.ranks
+
 CLOSE = 1e-6
 """fp32 weights of order one, ten steps: gradients averaged over processes are summed in another order."""
 

@@ -21,6 +21,8 @@ from tests.support import killed_ranks, ranks
 from tests.support.launching import Case, launch, result
 from tests.support.pairwise import pairwise
 
+pytestmark = pytest.mark.ranks
+
 TIMEOUT = 200
 """Seconds for the cases of one pair of processes, many times what they take on a quiet machine."""
 
