@@ -49,6 +49,8 @@ from tests.support.foreign_files import (
 from tests.support.models import EveryShape
 from tests.support.paths import DATA
 
+pytestmark = pytest.mark.peer
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
