@@ -1,4 +1,4 @@
-"""The error of questions that have no answer."""
+"""The error that an estimate raises for arguments it cannot answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["QuestionError"]
 
 
 class QuestionError(ValueError):
-    """An argument of an estimate that cannot be: one line that says which, why and what would do."""
+    """Raised for an impossible argument of an estimate, with one line that says which, why and what would do."""
 
     def __init__(self, text: str) -> None:
         super().__init__(escaped(" ".join(text.split())))

@@ -18,13 +18,13 @@ __all__ = ["facts", "filled", "gib", "lines_of", "plot", "setting_tree", "settin
 GIB = 2**30
 
 LEAST = 0.001
-"""GiB below which no digits are shown."""
+"""A size in GiB below which no digits are shown."""
 
 WIDTH = 100
-"""Columns of text."""
+"""Columns of a line of text."""
 
 WIDEST = 5
-"""Recipes beside each other in one table: it stays below that width."""
+"""Number of recipes beside each other in one table, which then stays narrower than `WIDTH`."""
 
 WORDS = {"logits": "logits and loss", "state": "optimizer state", "scratch": "scratch of updates and losses"}
 
@@ -32,7 +32,7 @@ COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#ccb974", "#937860")
 
 
 def gib(nbytes: int | None) -> str:
-    """A number of GiB, without the unit; "-" for what is not known."""
+    """Format bytes as a number of GiB, without the unit; "-" for an unknown size."""
     if nbytes is None:
         return "-"
     size = nbytes / GIB
@@ -42,7 +42,7 @@ def gib(nbytes: int | None) -> str:
 
 
 def setting_tree(estimate: Estimate) -> dict[str, Any]:
-    """The run as plain data; sizes are None where inputs have their own."""
+    """Return the setting of the run as plain data; batch size and length are None where inputs have their own."""
     setting = estimate.setting
     return {
         "dtype": setting.dtype,
@@ -59,7 +59,7 @@ def setting_tree(estimate: Estimate) -> dict[str, Any]:
 
 
 def setting_words(estimate: Estimate) -> str:
-    """The run in words."""
+    """Describe the setting of the run in words."""
     setting = estimate.setting
     words = [setting.dtype]
     if any(one.peak_bytes is not None for one in estimate.recipes):
@@ -80,7 +80,7 @@ def setting_words(estimate: Estimate) -> str:
 
 
 def facts(estimate: Estimate) -> list[tuple[str, str]]:
-    """What was estimated, as names and values."""
+    """Return what was estimated, as names and values."""
     tensors = f" in {estimate.tensors} tensors"
     found = [
         ("model", f"{estimate.source}: {estimate.parameters:,} parameters{tensors}"),
@@ -95,11 +95,11 @@ def facts(estimate: Estimate) -> list[tuple[str, str]]:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 Line = tuple[str, str, Callable[["RecipeEstimate"], str]]
-"""What a line is called, the key of the figure whose basis it has, and its cell for a recipe."""
+"""A line of the table: its name, the key of the figure whose basis it shows, and its cell for a recipe."""
 
 
 def lines_of(estimate: Estimate) -> list[Line]:
-    """The lines of the table, in GiB."""
+    """Return the lines of the table, in GiB."""
 
     def part(kind: str) -> Callable[[RecipeEstimate], str]:
         return lambda one: gib(one.at_peak.get(kind, 0) if one.peak_bytes is not None else None)
@@ -128,7 +128,7 @@ def lines_of(estimate: Estimate) -> list[Line]:
 
 
 def text(estimate: Estimate) -> str:
-    """The table for a person, at most 100 columns wide if names are not too long."""
+    """Format an estimate as a table for people, at most 100 columns wide if names are not too long."""
     head = [filled(f"{name:6s} {value}", 7) for name, value in facts(estimate)]
     blocks = [
         _block(estimate, estimate.recipes[start : start + WIDEST]) for start in range(0, len(estimate.recipes), WIDEST)
@@ -138,7 +138,7 @@ def text(estimate: Estimate) -> str:
 
 
 def filled(line: str, indent: int = 2) -> str:
-    """The line, broken where it is too long."""
+    """Break a line that is too long."""
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
@@ -156,7 +156,7 @@ def _block(estimate: Estimate, recipes: Sequence[RecipeEstimate]) -> str:
 
 
 def _below(estimate: Estimate) -> Iterator[str]:
-    """Where peaks are, notes, what is not included, versions."""
+    """Yield the lines below the table: places of the peaks, notes, what is not included, versions."""
     for what, recipes in grouped((one.peak_phase, one.recipe) for one in estimate.recipes if one.peak_phase):
         yield f"peak: {what.replace(':', ' at ', 1)} ({', '.join(recipes)})"
     for what, recipes in grouped((one.how, one.recipe) for one in estimate.recipes if one.how):
@@ -171,7 +171,7 @@ def _below(estimate: Estimate) -> Iterator[str]:
 
 
 def grouped(pairs: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """The recipes that have something in common, by what it is, in order."""
+    """Group recipes by the text that they have in common, in order."""
     found: dict[str, list[str]] = {}
     for what, recipe in pairs:
         found.setdefault(what, []).append(recipe)
@@ -182,9 +182,9 @@ def grouped(pairs: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def plot(estimate: Estimate, path: str | Path) -> None:
-    """Stacked bars, one for each recipe, and the memory of the GPU as a line.
+    """Draw stacked bars, one for each recipe, and the memory of the GPU as a line, into a file.
 
-    Bars are what is alive at the peak; of a model that was not traced, what is known from shapes.
+    Bars are the memory alive at the peak; for a model that was not traced, the memory known from shapes.
 
     Raises:
         ModuleNotFoundError: without matplotlib.

@@ -1,4 +1,4 @@
-"""What an estimate answers: the bytes of every recipe, where its peak is, and whether it fits."""
+"""The answer of an estimate: the bytes of every recipe, where its peak is, and whether it fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ASSUMED", "EXACT", "NOT_INCLUDED", "SCHEMA", "TRACED", "Estimate", "
 SCHEMA = "optstate.estimate/1"
 
 EXACT, TRACED, ASSUMED = "exact", "traced", "assumed"
-"""How a figure was got: computed from shapes, seen in a run on tensors without values, or a rule of thumb."""
+"""The basis of a figure: computed from shapes, traced in a run on tensors without values, or a rule of thumb."""
 
 NOT_INCLUDED = (
     "what the CUDA context takes beyond the assumed 0.3 to 1 GB",
@@ -33,14 +33,22 @@ NOT_INCLUDED = (
 
 @dataclass(frozen=True)
 class RecipeEstimate:
-    """What one recipe needs on one device, in bytes. What is not known is None.
+    """The memory that one recipe needs on one device, in bytes; unknown figures are None.
 
-    weights_bytes, buffer_bytes, gradients_bytes, state_bytes: from shapes. gradients_bytes is one gradient of every
-    parameter, or the largest where each is used and freed in the backward pass. gradients_most_bytes,
-    activations_bytes, logits_bytes, scratch_bytes: the most at any moment; of gradients that can be more than
-    gradients_bytes, as a tied parameter has several that wait to be summed, and accumulation adds one to what is there.
-    peak_bytes: the most of everything together; at_peak: of these, by kind. basis: how each figure was got. how: how
-    the trace was made, or why there is none. gpu: to judge for, or None.
+    Attributes:
+        weights_bytes, buffer_bytes, gradients_bytes, state_bytes: from shapes. `gradients_bytes` is one gradient of
+            every parameter, or the largest gradient where each is used and freed in the backward pass.
+        activations_bytes, logits_bytes, scratch_bytes: the most at any moment.
+        gradients_most_bytes: the most gradients at any moment, which can be more than `gradients_bytes`: a tied
+            parameter has several gradients that wait to be summed, and accumulation adds one to those that are there.
+        peak_bytes: the most of everything together.
+        peak_phase: where the peak is, as in `Trace.phase`.
+        at_peak: the bytes of the peak by kind.
+        basis: how each figure came about: exact, traced or assumed.
+        alive: the largest tensors at the peak.
+        how: how the trace was made, or why there is none.
+        notes: what a reader of the figures should know.
+        gpu: the GPU that the recipe should fit, or None.
     """
 
     recipe: str
@@ -64,12 +72,12 @@ class RecipeEstimate:
 
     @property
     def known_bytes(self) -> int:
-        """Bytes that are alive together whatever the activations are: no less is needed."""
+        """Bytes that are alive together whatever the activations are: a lower bound of the peak."""
         return self.weights_bytes + self.buffer_bytes + self.gradients_bytes + self.state_bytes
 
     @property
     def reserved_bytes(self) -> int | None:
-        """Bytes that PyTorch's allocator takes for the peak: assumed."""
+        """Bytes that PyTorch's allocator reserves for the peak: assumed."""
         return None if self.peak_bytes is None else verdict.reserved(self.peak_bytes)
 
     @property
@@ -87,7 +95,7 @@ class RecipeEstimate:
         return verdict.NO if verdict.judge(self.known_bytes, self.gpu.nbytes) == verdict.NO else verdict.UNKNOWN
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the estimate of the recipe as plain data."""
         return {
             "recipe": self.recipe,
             "fused_backward": self.fused_backward,
@@ -120,11 +128,21 @@ def _alive_tree(item: Alive) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer of `optstate.estimate`. `print` it; `optstate.memory.solve` searches on from it.
+    """The answer of `optstate.estimate`; `print` shows a table, `optstate.memory.solve` searches for what would fit.
 
-    source, origin: what was estimated, and where that is from. parameters: elements; tensors: how many tensors hold
-    them. setting: the run, but for what each recipe decides. sized: whether inputs follow its batch size and length.
-    world_size, shard: over how many devices, and how.
+    Attributes:
+        source, origin: what was estimated, and where the model is from.
+        parameters: number of elements of all parameters.
+        tensors: number of parameters.
+        setting: the run, apart from what each recipe decides.
+        recipes: the estimate of each recipe.
+        gpu: the GPU that the run should fit, or None.
+        world_size, shard: number of devices, and what they divide among them.
+        notes: what a reader of the figures should know.
+        versions: versions of the libraries that figures depend on.
+        not_included: memory that no figure includes.
+        question: what was asked.
+        sized: whether inputs follow the setting's batch size and length.
     """
 
     source: str
@@ -146,7 +164,7 @@ class Estimate:
         return report.text(self)
 
     def __getitem__(self, recipe: str) -> RecipeEstimate:
-        """The estimate of a recipe by its name."""
+        """Return the estimate of a recipe by its name."""
         for one in self.recipes:
             if one.recipe == recipe:
                 return one
@@ -154,12 +172,14 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether one of the recipes fits the GPU for sure: not if verdicts are "tight" or "unknown". True without
-        a GPU, where nothing was to fit."""
+        """Whether one of the recipes fits the GPU for sure: the verdicts "tight" and "unknown" do not count.
+
+        True without a GPU, where nothing has to fit.
+        """
         return self.gpu is None or any(one.verdict == verdict.FITS for one in self.recipes)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data of the schema `optstate.estimate/1`."""
+        """Return the estimate as plain data of the schema `optstate.estimate/1`."""
         return {
             "schema": SCHEMA,
             "source": self.source,
@@ -175,5 +195,5 @@ class Estimate:
         }
 
     def plot(self, path: str | Path) -> None:
-        """Draw what each recipe needs, part by part, and the memory of the GPU as a line. Needs matplotlib."""
+        """Draw the memory of each recipe, part by part, and that of the GPU as a line; needs matplotlib."""
         report.plot(self, path)

@@ -1,4 +1,4 @@
-"""Models by a config.json, or by a published model's name: through transformers, or as shapes without it."""
+"""Models known by a config.json or a published name: built by transformers, or shapes alone without transformers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ FILE = "config.json"
 
 
 def of_name(name: str, dtype: str) -> Model | None:
-    """A published model; None if there is none of this name."""
+    """Return the published model of a name; None if there is none."""
     config = config_of(name)
     return None if config is None else of_config(config, name.lower(), "sizes as published", dtype)
 
 
 def of_config_file(path: Path, dtype: str) -> Model:
-    """The model of a config.json.
+    """Return the model of a config.json.
 
     Raises:
-        SourceError: if it is not the config of a causal language model; the message begins with the path.
+        SourceError: if the file is not the config of a causal language model; the message begins with the path.
     """
     config = _read(path)
     parent = path.resolve().parent.name
@@ -46,9 +46,13 @@ def of_config_file(path: Path, dtype: str) -> Model:
 
 
 def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
-    """The model of a config, built by transformers where that is installed; else shapes of known architectures.
+    """Return the model of a config, built by transformers where it is installed, else shapes of known architectures.
 
-    name, origin: of the model, in words. dtype: of its weights, torch's name.
+    Args:
+        config: as in a config.json.
+        name: of the model, in words.
+        origin: where the config is from, in words.
+        dtype: of the weights, torch's name.
 
     Raises:
         SourceError: if there is no causal language model of this kind, or sizes are missing or impossible.
@@ -74,7 +78,7 @@ def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
 
 
 def _check_all_sizes(config: Mapping[str, Any]) -> None:
-    """Sizes in the config and in the configs within it, as those of a model for text and images."""
+    """Check the sizes in a config and in nested configs, such as those of a model for text and images."""
     check_sizes(config)
     for key, value in config.items():
         if key not in LABELS:
@@ -84,7 +88,7 @@ def _check_all_sizes(config: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Read the object in a JSON file."""
     try:
         with open_file(path) as file:
             size = size_of(file)

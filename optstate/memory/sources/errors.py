@@ -1,4 +1,4 @@
-"""The one error of model sources."""
+"""The error of model sources, and checks that raise it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class SourceError(ValueError):
-    """A source that no model can be made of: one line that says what, why and what to do.
+    """Raised for a source that no model can be made of, with one line that says what, why and what to do.
 
-    usage: whether the argument itself is wrong (an unknown name: exit code 2 of the command line), not what it leads to
-        (an unreadable file, a factory that fails: 3).
+    Args:
+        text: the line.
+        usage: whether the argument itself is wrong (an unknown name: exit code 2 of the command line), rather than what
+            the argument leads to (an unreadable file, a factory that fails: 3).
     """
 
     def __init__(self, text: str, usage: bool = False) -> None:
@@ -24,13 +26,13 @@ class SourceError(ValueError):
 
 
 def in_words(error: BaseException) -> str:
-    """Type and message of an error on one line, its middle left out if it is long."""
+    """Return type and message of an error on one line, its middle left out if it is long."""
     text = " ".join(str(error).split())
     return shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def checked_dtype(name: str) -> torch.dtype:
-    """The dtype of weights that torch calls so; raises SourceError for another."""
+    """Return the dtype of a name, and raise SourceError for a dtype that weights cannot have."""
     if name not in DTYPES:
         raise SourceError(f"dtype={name!r} is none for weights: {', '.join(DTYPES)}", usage=True)
     dtype: torch.dtype = getattr(torch, name)
