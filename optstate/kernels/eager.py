@@ -61,9 +61,9 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
     dtype = accumulator_dtype(dense.dtype)
     limit = chunk_elements(dense.device)
     if 0 < dense.numel() <= limit:
-        x = _square(product)
-        if not _is_one(product.scale):
-            x.mul_(product.scale * product.scale)
+        x, scale = _square(product), product.scale
+        if not isinstance(scale, float) or scale != 1.0:
+            x.mul_(scale * scale)
         return x.sum(-1, keepdim=True), x.sum(-2, keepdim=True)
     rows = dense.new_zeros((*dense.shape[:-1], 1), dtype=dtype)
     cols = dense.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]), dtype=dtype)
@@ -133,7 +133,8 @@ def sum_of_squares(product: Product) -> Tensor:
     bilinear = _are_rows_and_cols(factors, dense)
     if 0 < dense.numel() <= limit and not (bilinear and product.finite is not None):
         total = _bilinear(dense, factors[0], factors[1].square(), product) if bilinear else _square(product).sum()
-        return total if _is_one(product.scale) else total * (product.scale * product.scale)
+        scale = product.scale
+        return total if isinstance(scale, float) and scale == 1.0 else total * (scale * scale)
     parts = [dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))]
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
     if bilinear and product.finite is None:
@@ -210,7 +211,7 @@ def apply(
     """
     dense = product.dense
     factors, scale = _fold_scale(product)
-    keep = None if _is_zero(decay) else 1 - decay
+    keep = None if isinstance(decay, float) and decay == 0.0 else 1 - decay
     as_is = product.bound is None and product.finite is None and dense.dtype == param.dtype
     if not factors and keep is None and codec is None and as_is and isinstance(scale, float):
         if param.dtype == accumulator_dtype(param.dtype):
@@ -222,14 +223,15 @@ def apply(
         return
     in_place = codec is None and param.dtype == accumulator_dtype(param.dtype)
     limit = chunk_elements(param.device) if codec is None else slice_elements(param.device)
-    value, new = _Buffer(dense, limit), _Buffer(param, limit)
+    is_one_chunk = dense.numel() <= limit
+    value, new = (None, None) if is_one_chunk else (_Buffer(dense, limit), _Buffer(param, limit))
     for part, p, *fs in _rounds((dense, param, *factors), limit):
         if codec is not None:
-            target = codec.read(p, start, new.like(p))
+            target = codec.read(p, start, _room(p, new))
         elif in_place:
             target = p
         else:
-            target = new.like(p).copy_(p)
+            target = _room(p, new).copy_(p)
         if keep is not None:
             target.mul_(keep)
         if fs and product.finite is None:
@@ -394,7 +396,3 @@ def _are_rows_and_cols(factors: Sequence[Tensor], dense: Tensor) -> bool:
 
 def _is_one(scale: Scalar) -> bool:
     return isinstance(scale, float) and scale == 1.0
-
-
-def _is_zero(scale: Scalar) -> bool:
-    return isinstance(scale, float) and scale == 0.0

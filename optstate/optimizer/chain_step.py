@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import GeneratorType
 from typing import Any, cast
 
 from torch import Tensor
@@ -66,7 +65,7 @@ def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Reques
     else:
         for transform in chain.transforms:
             result = transform(update, statistics, ctx)
-            update = (yield from result) if isinstance(result, GeneratorType) else cast(Update, result)
+            update = result if isinstance(result, Update) else (yield from result)
     if is_sliced:
         yield from _run_slices(plan, update, statistics, ctx)
     else:

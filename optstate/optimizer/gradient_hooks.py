@@ -218,10 +218,11 @@ class GradientHooks:
         leaf = runner.parameters.leaves.get(param)
         if leaf is None or runner.hooks is not self:
             return None
-        if leaf.name in consistency.updated or _is_among(param, self._waiting):
-            consistency.broke_off(leaf.name, "its gradient arrived twice in one step")
+        name = leaf.plan.spec.name
+        if name in consistency.updated or (self._waiting and any(param is other for other in self._waiting)):
+            consistency.broke_off(name, "its gradient arrived twice in one step")
             raise RuntimeError(
-                f"the gradient of {leaf.name!r} arrived a second time before step(): call optimizer.step() "
+                f"the gradient of {name!r} arrived a second time before step(): call optimizer.step() "
                 "after each backward(), run all but the last micro-batch under fused.accumulate(), freeze parameters "
                 "that a loss is not meant to train, and use checkpoint(..., use_reentrant=False) where checkpointed "
                 "parts share a layer"
@@ -232,7 +233,7 @@ class GradientHooks:
         """Remember that a parameter was updated, and hide its new values from the rest of the pass."""
         self._updated.append(param)
         if torch._C._current_graph_task_id() >= 0:
-            stale_weights.hide(param, leaf.name)
+            stale_weights.hide(param, leaf.plan.spec.name)
 
     def _wait_for_group(self, leaf: Leaf, param: Tensor) -> None:
         """Update split parameters together once the gradients of all in their group are there.
@@ -446,8 +447,3 @@ def _is_alive(handle: RemovableHandle, param: Tensor) -> bool:
     """Whether the hook of a handle is still among those of the parameter."""
     hooks = getattr(param, "_post_accumulate_grad_hooks", None)
     return hooks is not None and handle.id in hooks
-
-
-def _is_among(param: Tensor, params: list[Tensor]) -> bool:
-    """Whether a parameter itself, not one equal to it, is in a list."""
-    return bool(params) and any(param is other for other in params)

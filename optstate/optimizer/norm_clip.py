@@ -27,24 +27,19 @@ class NormClip:
     """Measures the norm of the gradients of one step, and keeps what the next update multiplies them by.
 
     bound: `clip_grad_norm`, None where the norm is only measured. scale: the coefficient of this step, 1 where nothing
-    is clipped. is_known: whether the norm of this step was measured and made into a coefficient.
+    is clipped. is_missing: whether gradients are to be clipped by a norm that was not measured yet.
     """
 
     def __init__(self, bound: float | None) -> None:
         self.bound = bound
         self.scale: Scalar = 1.0
-        self.is_known = False
+        self.is_missing = bound is not None
         self._squares: dict[Tensor, Tensor] = {}
         self._others: weakref.WeakSet[Tensor] | None = None
 
-    @property
-    def is_missing(self) -> bool:
-        """Whether gradients are to be clipped by a norm that is not known."""
-        return self.bound is not None and not self.is_known
-
     def reset(self) -> None:
         """Forget the norm of the step at hand."""
-        self.scale, self.is_known = 1.0, False
+        self.scale, self.is_missing = 1.0, self.bound is not None
         self._squares.clear()
 
     def look_again(self) -> None:
@@ -95,7 +90,7 @@ class NormClip:
         if self.bound is not None:
             if norm.device.type == "cpu" and not is_fake(norm) and not norm.isfinite():
                 raise NonFiniteGradientError(f"the gradient norm is {norm}: nothing was changed; skip the batch")
-            self.scale, self.is_known = (self.bound / (norm + 1e-6)).clamp(max=1.0), True
+            self.scale, self.is_missing = (self.bound / (norm + 1e-6)).clamp(max=1.0), False
         return norm
 
     def backward_through(self, loss: Tensor, params: Iterable[Tensor]) -> None:

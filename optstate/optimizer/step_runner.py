@@ -120,7 +120,7 @@ class StepRunner:
 
     def state_of(self, param: Tensor) -> dict[str, Any]:
         """Return the state of one parameter, made if it just began to train, moved if the model was."""
-        all_state = self.optimizer.state
+        all_state = self._optimizer().state  # type: ignore[union-attr]
         state: dict[str, Any] = all_state.get(param) or self.parameters.allocate(param, all_state)
         device = param.device
         for key, value in state.items():
@@ -166,7 +166,7 @@ class StepRunner:
             InconsistentStateError: if another process does not answer.
         """
         self.follow()
-        self._values.require(self.optimizer.param_groups, self.parameters.chains)
+        self._values.require(self._optimizer().param_groups, self.parameters.chains)  # type: ignore[union-attr]
         if not self._is_alike and not kernels.rehearsing():
             self._require_alike()
 
@@ -238,7 +238,7 @@ class StepRunner:
             asked = next(requests, None)
             if asked is not None:
                 run_alone(requests, asked)
-            self._finish(leaf, param, state, ctx)
+            self._finish(param, state, ctx)
         except BaseException as error:
             self._remember([param], error)
             raise
@@ -272,7 +272,7 @@ class StepRunner:
         leaf = self.leaf(param)
         requests, state, ctx = self._begin(leaf, param, grad_scale)
         yield from requests
-        self._finish(leaf, param, state, ctx)
+        self._finish(param, state, ctx)
 
     def _begin(self, leaf: Leaf, param: Tensor, grad_scale: Scalar) -> tuple[Requests[None], dict[str, Any], Context]:
         """Check a gradient; return the computation of the update, not begun, the state, and what the update sees."""
@@ -283,7 +283,7 @@ class StepRunner:
         if placement is not None:
             part = here(param)
             state = {key: here(value) if isinstance(value, Tensor) else value for key, value in whole_state.items()}
-        group = self.optimizer.param_groups[leaf.group]
+        group = self._optimizer().param_groups[leaf.group]  # type: ignore[union-attr]
         guard = Guard(spec.name, grad, before_write=partial(self._before_write, spec.name, param, part, whole_state))
         read_again = spec.region is None and plan.guards and grad.dtype != spec.accumulator
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
@@ -306,13 +306,14 @@ class StepRunner:
             written += map(here, written)
         increment_version(written)
 
-    def _finish(self, leaf: Leaf, param: Tensor, state: dict[str, Any], ctx: Context) -> None:
+    def _finish(self, param: Tensor, state: dict[str, Any], ctx: Context) -> None:
         """Count an update that was made."""
         if ctx.guard.finite is not None:
             self.flags.add(param, ctx.guard.finite)
-        self.consistency.begin_writing(leaf.name)
+        name = ctx.spec.name
+        self.consistency.begin_writing(name)
         state["step"] = ctx.step
-        self.consistency.finish(leaf.name)
+        self.consistency.finish(name)
 
     # --- a step that breaks off -------------------------------------------------------------------------------------
 

@@ -98,7 +98,9 @@ class Factored(Store):
     ) -> Requests[None]:
         rows, cols = kernels.sums(value) if minus is None else kernels.sums_of_difference(value, minus)
         row, col = yield from self._means_of_square(statistic, rows, cols)
-        weight, fields = statistic.guard.masked(weight), statistic.fields
+        fields, guard = statistic.fields, statistic.guard
+        if guard.finite is not None:
+            weight = guard.masked(weight)
         row, col = torch.lerp(fields["row"], row.add_(eps), weight), torch.lerp(fields["col"], col.add_(eps), weight)
         yield from self._hold(statistic, row, col)
 

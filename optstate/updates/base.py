@@ -36,7 +36,9 @@ class Update(Product):
 
     def scaled(self, scale: Scalar) -> Update:
         """Return the whole update, decay included, times one number."""
-        decay = _times(self.decay, scale)
+        decay = self.decay
+        if not isinstance(decay, float) or decay != 0.0:
+            decay = _times(decay, scale)
         return Update(self.dense, self.factors, _times(self.scale, scale), self.bound, self.finite, decay)
 
     def rescaled(self, scale: Scalar) -> Update:
