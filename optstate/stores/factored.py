@@ -1,4 +1,4 @@
-"""A non-negative statistic kept as row and column means (Shazeer and Stern 2018, section 3; AdaLomo, algorithm 1)."""
+"""Store: row and column means of a non-negative statistic (Shazeer and Stern 2018, section 3; AdaLomo, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Factored(Store):
 
     @staticmethod
     def _overall_mean(statistic: Statistic) -> Tensor:
-        """The mean of every matrix, `[..., 1]`, which is that of either vector: of one that is whole on this device."""
+        """Return the mean of every matrix, `[..., 1]`, from a vector of means that is whole on this device."""
         if statistic.spec.region is None:
             return statistic.current["row"].mean(-1, keepdim=True)
         if _is_split_both_ways(statistic.spec):

@@ -1,4 +1,4 @@
-"""A statistic kept element by element."""
+"""Store: one number per element, in fp32 or bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A non-negative statistic kept as one mean per group of rows (Adam-mini, arXiv 2406.16793)."""
+"""Store: one mean per group of rows of a non-negative statistic (Adam-mini, arXiv 2406.16793)."""
 
 from __future__ import annotations
 
@@ -123,8 +123,17 @@ class Grouped(Store):
         return self._means(statistic, totals)
 
     def _totals(self, statistic: Statistic, rows: Tensor, everything: Tensor) -> Requests[tuple[Tensor, Tensor]]:
-        """The sums of the local rows over all shards of the other dimensions, of all rows in every group that no
-        device has whole; and the sum of `everything`, 0-d, over all shards."""
+        """Ask for the sums over the devices that hold parts of the same rows, and for the sum of `everything`.
+
+        Args:
+            statistic: of the parameter, of which this device may have a part.
+            rows: sums of the local rows.
+            everything: 0-d.
+
+        Returns:
+            The sums of the local rows over all shards of the other dimensions, or of all rows where groups are cut; and
+            the sum of `everything` over all shards.
+        """
         spec = statistic.spec
         if self.by == "tensor":
             sums: Tensor | Partial = rows.sum()
