@@ -18,9 +18,7 @@ from checkpoint_io import PIECE, Seconds, adamw_of, drop_from_cache
 from timing import Action, interleaved
 
 import optstate
-from optstate.checkpoint.formats.native import native_checkpoint
-from optstate.checkpoint.operations.plan_conversion import in_stores
-from optstate.checkpoint.operations.run_conversion import write_converted
+from optstate import checkpoint
 
 READ = "plain read"
 CONVERSIONS: dict[str, dict[str, str]] = {
@@ -33,7 +31,7 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 def convert(source: Path, target: Path, slots: Mapping[str, str]) -> None:
-    write_converted(in_stores(native_checkpoint(source), None, slots), target, overwrite=True)
+    checkpoint.convert(source, target, slots=slots, allow_lossy=True, overwrite=True)
 
 
 def measure_converting(source: Path, folder: Path, rounds: int) -> Seconds:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from optstate import recipes, stores, updates, weights
     from optstate.checkpoint.errors import CheckpointError
-    from optstate.checkpoint.live.native import load, save
+    from optstate.checkpoint.live.load import load
+    from optstate.checkpoint.live.save import save
     from optstate.memory.estimate import estimate
     from optstate.optimizer.broken_step import InconsistentStateError
     from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
@@ -58,9 +59,9 @@ _HOMES = {
     "fuse_backward": "optstate.optimizer.fused_backward",
     "is_matrix": "optstate.spec",
     "is_vector": "optstate.spec",
-    "load": "optstate.checkpoint.live.native",
+    "load": "optstate.checkpoint.live.load",
     "route": "optstate.updates",
-    "save": "optstate.checkpoint.live.native",
+    "save": "optstate.checkpoint.live.save",
 }
 _MODULES = ("recipes", "stores", "updates", "weights")
 

@@ -6,10 +6,15 @@ import gc
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["import_apart", "instances_of"]
+__all__ = ["import_apart", "instances_of", "without_compiler"]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def instances_of(*kinds: type) -> list[Any]:
@@ -34,6 +39,17 @@ def import_apart(name: str) -> None:
         thread = threading.Thread(target=importlib.import_module, args=(name,))
         thread.start()
         thread.join()
+
+
+def without_compiler(method: Callable[P, T]) -> Callable[P, T]:
+    """Return a bound method of torch's optimizer without its guard, as long as nobody has imported `torch._dynamo`.
+
+    The guard keeps the compiler out of the method, and imports the compiler for that.
+    """
+    plain = getattr(method, "__wrapped__", None)
+    if plain is None or "torch._dynamo" in sys.modules:
+        return method
+    return MethodType(plain, method.__self__)  # type: ignore[attr-defined]
 
 
 def _family(kind: type) -> Iterator[type]:

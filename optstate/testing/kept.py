@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optstate import kernels, updates
 from optstate.checkpoint.document.contradictions import contradictions
-from optstate.checkpoint.live.native import save
+from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.check_values import plugged_store_issues
 from optstate.checkpoint.operations.plan_conversion import in_stores

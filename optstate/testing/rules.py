@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from optstate.checkpoint.live.native import load, save
+from optstate.checkpoint.live.load import load
+from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.plan_conversion import in_stores
 from optstate.checkpoint.operations.run_conversion import write_converted

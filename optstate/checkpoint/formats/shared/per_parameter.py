@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optstate.checkpoint.formats.state_dict import NotPlainError, is_state_dict, plain
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, is_state_dict, plain
 
 __all__ = ["NOTE", "is_one_each", "merged"]
 

@@ -15,7 +15,7 @@ from optstate.checkpoint.document.document import Parameter, SlotRecord, tensor_
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import DTYPES
-from optstate.checkpoint.formats.parameter_reader import FULL
+from optstate.checkpoint.formats.shared.parameter_reader import FULL
 from optstate.text import shown
 
 __all__ = ["MASTER", "Weight", "completed"]

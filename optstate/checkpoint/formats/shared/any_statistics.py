@@ -1,20 +1,25 @@
-"""Files of optimizers that nobody here knows: every tensor under the name it has. Imports no torch."""
+"""State of an optimizer that nobody here knows: every tensor under the name it has. Imports no torch."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.list_statistics import has_tensors, taken_apart
-from optstate.checkpoint.formats.parameter_reader import Draft, Meaning, Source, checkpoint_of
-from optstate.checkpoint.formats.state_dict import StateDict
+from optstate.checkpoint.formats.shared.list_statistics import has_tensors, taken_apart
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.state_dict import StateDict
+from optstate.checkpoint.formats.shared.statistics import UNKNOWN
+from optstate.checkpoint.formats.shared.tree_writer import Tree, TreeWriter
 from optstate.text import shown
 
-__all__ = ["read"]
+__all__ = ["read_any", "write_any"]
 
 NOTE = "an optimizer that is not known here: its statistics are kept as they are, and what they mean is not said"
 
 
-def read(found: StateDict, optimizer: str | None = None) -> Checkpoint:
+def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
     """A checkpoint with a slot for every tensor and list of tensors; none of them is taken for a statistic of a known
     meaning. Lists themselves are among the plain values, with None in the place of each tensor.
 
@@ -40,11 +45,11 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint:
             if slot in tensors or slot in draft.slots or (slot != key and slot in draft.left):
                 raise draft.error(f"two of its values would both be called '{slot}', one of them '{shown(key)}'")
             fields, draft.left[key] = taken_apart(value)
-            draft.put(slot, "Unknown()", Meaning(), fields)
+            draft.put(slot, "Unknown()", UNKNOWN, fields)
         shapes = {stored.shape for stored in tensors.values()}
         for slot, stored in tensors.items():
             if len(shapes) == 1:
-                draft.whole(slot, stored, Meaning())
+                draft.whole(slot, stored, UNKNOWN)
             else:
                 draft.unknown(slot, stored)
 
@@ -71,3 +76,39 @@ def _identifier(key: str) -> str:
     """The key, with "_" for what cannot be in the name of a slot."""
     name = "".join(c if c.isidentifier() or (c.isdigit() and c.isascii()) else "_" for c in key)
     return name if name.isidentifier() else f"slot_{name}"
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_any(writer: TreeWriter, param: Parameter, slot: str, extra: Tree) -> Tree:
+    """One statistic under the key that it had in the file. extra: the parameter's plain values, which take lists."""
+    record, key = param.slots[slot], _spelled(writer, slot)
+    if not writer.same or key not in extra or "" in record.fields:
+        return {key: writer.full(param, slot, record)}
+    extra[key] = _filled(writer, param, slot, extra[key])
+    return {}
+
+
+def _spelled(writer: TreeWriter, slot: str) -> str:
+    """The key of a statistic: as it was in the file, if that names no slot."""
+    spelling = writer.document.source.get("spelling") if writer.same else None
+    key = spelling.get(slot, slot) if isinstance(spelling, dict) else slot
+    return key if isinstance(key, str) else slot
+
+
+def _filled(writer: TreeWriter, param: Parameter, slot: str, lists: Any) -> Any:
+    """Lists that a file had, with the tensors in their places again."""
+    record, left = param.slots[slot], dict(param.slots[slot].fields)
+
+    def fill(value: Any, place: str) -> Any:
+        if value is None and place in left:
+            return writer.tensor(left.pop(place))
+        if isinstance(value, list | tuple):
+            return type(value)(fill(part, f"{place}_{i}" if place else str(i)) for i, part in enumerate(value))
+        return value
+
+    filled = fill(lists, "")
+    if left:
+        raise writer.misfit(param, slot, record, "tensors, and lists of tensors as they were", "fp32")
+    return filled

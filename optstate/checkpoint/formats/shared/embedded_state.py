@@ -9,9 +9,9 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.pickle_objects import Stranger
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
-from optstate.checkpoint.formats import per_parameter
-from optstate.checkpoint.formats.lomo_optim import are_attributes
-from optstate.checkpoint.formats.state_dict import is_state_dict
+from optstate.checkpoint.formats.shared import per_parameter
+from optstate.checkpoint.formats.shared.state_by_name import are_attributes
+from optstate.checkpoint.formats.shared.state_dict import is_state_dict
 from optstate.text import shown
 
 __all__ = ["chosen", "looks_like", "siblings"]

@@ -13,52 +13,23 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.pickle_objects import Unread
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
-from optstate.checkpoint.formats.codebooks import Codebooks
-from optstate.checkpoint.formats.state_dict import (
+from optstate.checkpoint.formats.shared.codebooks import Codebooks
+from optstate.checkpoint.formats.shared.state_dict import (
     Id,
     NotPlainError,
     StateDict,
-    number_of,
     plain,
     plain_members,
     step_of,
 )
+from optstate.checkpoint.formats.shared.statistics import UNKNOWN, Meaning
 from optstate.text import shown
 
-__all__ = ["FIRST", "FULL", "SECOND", "Draft", "Meaning", "Source", "checkpoint_of", "hyper", "without"]
-
-Hyper = Mapping[str, Any]
+__all__ = ["BLOCKS", "FULL", "Draft", "Source", "checkpoint_of", "without"]
 
 FULL = {"F32": "Full()", "F64": "Full()", "BF16": "Full(dtype='bfloat16')", "F16": "Full(dtype='float16')"}
 BLOCKS = {"Block8": 256, "Block4": 128, "Float8": 256}
 """The block of each store if its words name none."""
-
-
-def hyper(key: str, index: int | None = None) -> Callable[[Hyper], float | None]:
-    """A rule that finds the weight of the past among hyper-parameters: `hyper("betas", 0)`; None where it is none."""
-
-    def find(group: Hyper) -> float | None:
-        value = group.get(key)
-        if index is not None:
-            value = value[index] if isinstance(value, list | tuple) and len(value) > index else None
-        number = number_of(value)
-        return float(number) if number is not None and 0 <= number < 1 else None
-
-    return find
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What a statistic is: see `SlotRecord`. beta: finds it among the group's hyper-parameters."""
-
-    of: str = ""
-    signed: bool = True
-    beta: Callable[[Hyper], float | None] | None = None
-
-
-FIRST = Meaning("gradient", beta=hyper("betas", 0))
-SECOND = Meaning("square", signed=False, beta=hyper("betas", 1))
-"""Adam's two moments, as most libraries have them."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +98,7 @@ class Draft:
 
     def put(self, slot: str, store: str, meaning: Meaning, fields: Mapping[str, Stored], **more: Any) -> None:
         """A statistic with its tensors by field."""
-        beta = meaning.beta(self.hyper) if meaning.beta is not None else None
+        beta = meaning.beta_in(self.hyper)
         keys = {field: tensor_key(self.name, slot, field) for field in fields}
         record = SlotRecord(store=store, signed=meaning.signed, fields=keys, of=meaning.of, beta=beta, **more)
         self.slots[slot] = record
@@ -140,7 +111,7 @@ class Draft:
 
     def unknown(self, slot: str, stored: Stored) -> None:
         """A tensor that nobody can say more about."""
-        self.put(slot, "Unknown()", Meaning(), {"": stored})
+        self.put(slot, "Unknown()", UNKNOWN, {"": stored})
 
     def factors(self, slot: str, row: Stored, col: Stored, meaning: Meaning) -> None:
         """Means over the last and over the last but one dimension."""

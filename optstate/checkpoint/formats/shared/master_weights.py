@@ -8,7 +8,7 @@ from typing import Any
 
 from optstate.checkpoint.files.pickle_objects import PickleError, check_tree
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.list_statistics import has_tensors
+from optstate.checkpoint.formats.shared.list_statistics import has_tensors
 from optstate.text import shown
 
 __all__ = ["masters_note", "notes_of_masters"]

@@ -8,13 +8,28 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from optstate.checkpoint.document.document import Document, Group, Parameter, SlotRecord, TensorValue
+from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter, SlotRecord, TensorValue
 from optstate.checkpoint.document.rules import library_of
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
+from optstate.checkpoint.formats.shared.statistics import RECIPE_OF_RULE, RULES, Meaning
 from optstate.text import shown
 
-__all__ = ["FLOATS", "NO_NUMBER", "Given", "LayoutError", "Tree", "constant", "is_full", "number", "numbers", "scalar"]
+__all__ = [
+    "FACTORED",
+    "FLOATS",
+    "NO_NUMBER",
+    "LayoutError",
+    "Tree",
+    "TreeWriter",
+    "check_rule",
+    "check_statistics",
+    "constant",
+    "is_full",
+    "number",
+    "numbers",
+    "scalar",
+]
 
 Tree = dict[str, Any]
 """A tree that `create_torch` writes."""
@@ -36,6 +51,8 @@ _PACKED = {
 }
 _NAMES = {name: torch_name for torch_name, (name, _) in _PACKED.items()}
 
+FACTORED = "Factored()"
+
 NO_NUMBER = ("int", "float")
 """Forms of a step that are plain numbers of Python's; other forms are dtypes of a tensor without dimensions."""
 
@@ -45,16 +62,18 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
-class Given:
-    """A document on its way into a layout.
+class TreeWriter:
+    """A document on its way into a library's state_dict.
 
-    entries: dtype and shape of every tensor the document names, by key. notes: what a person should know about the new
-    file, collected on the way. books: the maps that were made, by id.
+    layout: the library. entries: dtype and shape of every tensor the document names, by key. our_words: see `Format`,
+    of the library that the document came from. notes: what a person should know about the new file, collected on the
+    way. books: the maps that were made, by id.
     """
 
     layout: str
     document: Document
     entries: Mapping[str, NewEntry]
+    our_words: Callable[[dict[str, Any]], dict[str, Any]] = dict
     notes: dict[str, None] = field(default_factory=dict)
     books: dict[str, Constant] = field(default_factory=dict)
 
@@ -77,6 +96,15 @@ class Given:
     def same(self) -> bool:
         """Whether it came from this layout, so that the file is to be what it was."""
         return self.kind == self.layout
+
+    def common(self, group: Group) -> dict[str, Any]:
+        """A group's hyper-parameters under the keys that our recipes have, small tensors as numbers."""
+        hyper = self.our_words({key: numbers(value) for key, value in group.hyper.items()})
+        if isinstance(hyper.get("betas"), list):  # of a file in JSON
+            hyper["betas"] = tuple(hyper["betas"])
+        if hyper.get("decoupled_weight_decay") is False and not hyper.get("weight_decay"):
+            del hyper["decoupled_weight_decay"]  # nothing decays
+        return hyper
 
     def note(self, text: str) -> None:
         """Keep a sentence for the person who converts."""
@@ -160,16 +188,10 @@ class Given:
             groups.append({**names, **hyper, "params": ids[first : first + len(group.parameters)]})
             first += len(group.parameters)
         return {
-            "state": {i: self._in_order(entry) for i, entry in state.items() if entry},
+            "state": {i: entry for i, entry in state.items() if entry},
             "param_groups": groups,
             **self.top(),
         }
-
-    def _in_order(self, entry: Tree) -> Tree:
-        order = self.document.source.get("order") if self.same else None
-        if not isinstance(order, list):
-            return entry
-        return dict(sorted(entry.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
     def top(self) -> Tree:
         """What the file has beside its state and its groups."""
@@ -225,6 +247,62 @@ class Given:
             f"{slot} of '{shown(param.name)}' is in {record.store}: {self.layout} keeps {allowed}; "
             f"convert with --slot {slot}={store}"
         )
+
+
+# --- what a rule keeps --------------------------------------------------------------------------------------------
+
+
+def check_rule(writer: TreeWriter, *known: str) -> str:
+    """The rule that the document's recipe is, one of those that the library has.
+
+    Raises:
+        LayoutError: for another.
+    """
+    recipe = writer.document.recipe
+    rule = RULES.get(recipe, "")
+    if rule not in known:
+        named = writer.document.source.get("optimizer")
+        what = f"the recipe {recipe!r}" if recipe else f"{named}" if named else "a chain without a name"
+        fitting = " or ".join(dict.fromkeys(f"--recipe {RECIPE_OF_RULE[name]}" for name in known))
+        raise LayoutError(f"the state is of {what}: {writer.layout} does not have it; convert with {fitting}")
+    return rule
+
+
+def check_statistics(writer: TreeWriter, param: Parameter, meanings: Mapping[str, Meaning]) -> None:
+    """Raise LayoutError unless a parameter keeps what a rule keeps, and nothing else.
+
+    Two libraries may call different averages by one name: Adam corrects its second moment for beginning at zero when
+    it is used, Adafactor's needs no correction. State from this very library is what it is.
+    """
+    odd = [slot for slot in param.slots if slot not in meanings and not writer.same]
+    if odd or WEIGHT in param.slots:
+        lost = odd[0] if odd else WEIGHT
+        raise LayoutError(
+            f"{lost} of '{shown(param.name)}' ({param.slots[lost].store}) has no place in {writer.layout}; "
+            + ("write a file of optstate's own" if lost == WEIGHT else f"leave it out with --slot {lost}=drop")
+        )
+    if writer.same or not param.has_state:
+        return
+    hyper = writer.common(writer.document.groups[param.group])
+    for slot, meaning in meanings.items():
+        if slot in param.slots:
+            _check_meaning(writer, param, slot, meaning, meaning.beta_in(hyper))
+        elif meaning.is_needed(param.shape, hyper):
+            raise LayoutError(
+                f"'{shown(param.name)}' has no {slot}, which {writer.layout} needs; convert with --recipe "
+                f"{writer.document.recipe}"
+            )
+
+
+def _check_meaning(writer: TreeWriter, param: Parameter, slot: str, meaning: Meaning, beta: float | None) -> None:
+    record = param.slots[slot]
+    if (record.of, record.beta) == (meaning.of, beta):
+        return
+    there = f"of={record.of!r}, beta={record.beta}" if record.of else "unknown"
+    raise LayoutError(
+        f"what {slot} of '{shown(param.name)}' averages is {there}, where {writer.layout} has of={meaning.of!r}, "
+        f"beta={beta}; convert with --recipe {writer.document.recipe}"
+    )
 
 
 def is_full(record: SlotRecord) -> bool:

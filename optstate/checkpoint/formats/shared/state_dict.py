@@ -30,6 +30,7 @@ __all__ = [
     "state_dict_of",
     "stem_of",
     "step_of",
+    "tell_adam_from_adamw",
 ]
 
 MOST_STEPS = 1 << 63
@@ -265,3 +266,21 @@ def step_of(value: Any) -> int:
     if not 0 <= number < MOST_STEPS or number != int(number):  # NaN is in no range
         raise NotPlainError(f"step is {shown(str(number))}: it must be a whole number from 0 on")
     return int(number)
+
+
+# --- one name for two rules ---------------------------------------------------------------------------------------
+
+
+def tell_adam_from_adamw(found: StateDict, optimizer: str | None, name: str) -> tuple[str, list[str]]:
+    """The name of an optimizer that is `name` or the same with "Adam" for "AdamW", and a note if it was assumed.
+
+    optimizer: the name that a person gave.
+    """
+    other = name.replace("AdamW", "Adam")
+    if optimizer is not None and stem_of(optimizer) in ("adam", "adamw"):
+        return name if stem_of(optimizer) == "adamw" else other, []
+    if all(number_of(group.get("weight_decay")) == 0 for group in found.groups):
+        return name, []
+    return name, [
+        f"read as {name}'s: the file does not say whether weight decay is decoupled; if not, give --optimizer {other}"
+    ]

@@ -8,7 +8,7 @@ import struct
 from itertools import pairwise
 
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.state_dict import NotPlainError, small_numbers
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, small_numbers
 
 __all__ = ["KNOWN", "Codebooks", "codebook_id"]
 
