@@ -19,8 +19,9 @@ from .options import JSON
 from .output import FINDINGS, UNREADABLE, USAGE, columns_of_tuples, failing, print_json, print_lines, print_table, stop
 
 if TYPE_CHECKING:
-    from optstate.memory.result import Estimate, RecipeEstimate
-    from optstate.memory.solve import Change, Largest
+    from optstate.memory.answer import Estimate
+    from optstate.memory.result import RecipeEstimate
+    from optstate.memory.solve import Change, LargestFit
 
 DEFAULT = "adalomo"
 """The recipe where none is asked for and the source names none."""
@@ -115,7 +116,7 @@ def estimate(
     assumed = ""
     with failing(), _answering(model):
         from optstate.memory.estimate import estimate as answer  # imports torch: not for --help
-        from optstate.memory.solve import largest, what_would_fit
+        from optstate.memory.solve import find_largest_fit, what_would_fit
 
         if solve is not None or gpu is not None:
             _check(solve, gpu)
@@ -142,7 +143,7 @@ def estimate(
         )
         if assumed:
             found = replace(found, notes=(*found.notes, assumed))
-        sizes = largest(found, solve) if solve is not None else None
+        sizes = find_largest_fit(found, solve) if solve is not None else None
         changes = what_would_fit(found) if sizes is None and gpu is not None and not found.fits else None
     if plot is not None:
         _plot(found, plot)
@@ -211,12 +212,12 @@ def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
 
 def _recipe_of(source: str) -> tuple[list[str], str]:
     """Find the recipe whose state a checkpoint holds, else take the default; return what is to be said of that, too."""
-    from optstate.memory.sources import SourceError, recipe_of
+    from optstate.memory.sources import SourceError, recipe_of_checkpoint
 
     if not os.path.lexists(source) or os.path.lexists(os.path.join(source, "config.json")):
         return [DEFAULT], ""
     try:
-        name = recipe_of(source)
+        name = recipe_of_checkpoint(source)
     except SourceError:  # no optimizer's checkpoint
         return [DEFAULT], ""
     if name:
@@ -237,7 +238,7 @@ def _plot(found: Estimate, path: str) -> None:
 
 
 def _tree(
-    found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[Change] | None, explain: bool
+    found: Estimate, sizes: Sequence[LargestFit] | None, changes: Sequence[Change] | None, explain: bool
 ) -> dict[str, Any]:
     tree = found.to_json()
     if not explain:
@@ -272,7 +273,9 @@ def _tree(
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _print(found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[Change] | None, explain: bool) -> None:
+def _print(
+    found: Estimate, sizes: Sequence[LargestFit] | None, changes: Sequence[Change] | None, explain: bool
+) -> None:
     """For a person."""
     from optstate.memory.report import filled, gib
 
@@ -292,7 +295,7 @@ def _print(found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[C
 
 
 def _print_columns(
-    found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[Change] | None, explain: bool
+    found: Estimate, sizes: Sequence[LargestFit] | None, changes: Sequence[Change] | None, explain: bool
 ) -> None:
     """For a program: the same columns always. Sizes are bytes."""
     from optstate.memory.report import facts
@@ -346,7 +349,7 @@ def _nothing_fits(found: Estimate) -> str:
     return "nothing that was tried; divide it among devices, or take a smaller model"
 
 
-def _size_words(size: Largest) -> str:
+def _size_words(size: LargestFit) -> str:
     from optstate.memory.report import gib
 
     what = {"batch": "batch", "seq": "sequence"}[size.quantity]

@@ -27,7 +27,7 @@ from optstate.recipes import registry
 from optstate.roles import declare_roles
 from optstate.weights import Weights
 
-__all__ = ["Question", "Recipe", "recipe_of"]
+__all__ = ["AskedRecipe", "Question", "find_recipe"]
 
 MADE_FOR_FUSED = "made for fused backward"
 """What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
@@ -45,7 +45,7 @@ Build = Callable[..., Optimizer]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AskedRecipe:
     """A recipe. build: makes its optimizer from parameters. fused: whether it is made for updates in the backward."""
 
     name: str
@@ -53,7 +53,7 @@ class Recipe:
     fused: bool
 
 
-def recipe_of(recipe: str | Build) -> Recipe:
+def find_recipe(recipe: str | Build) -> AskedRecipe:
     """Return the installed recipe of a name, or a callable that makes an optimizer from parameters as a recipe.
 
     Raises:
@@ -73,7 +73,7 @@ def recipe_of(recipe: str | Build) -> Recipe:
     else:
         raise QuestionError(f"recipe={recipe!r} is a {type(recipe).__name__}: give a name, or what makes an optimizer")
     summary = (inspect.getdoc(build) or "").partition("\n\n")[0]
-    return Recipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
+    return AskedRecipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Question:
     exact: bool = False
     world_size: int = 1
     shard: str = "none"
-    recipes: tuple[Recipe, ...] = ()
+    recipes: tuple[AskedRecipe, ...] = ()
     answered: dict[Any, RecipeEstimate] = field(default_factory=dict, repr=False, compare=False)
 
-    def named(self, name: str) -> Recipe:
+    def named(self, name: str) -> AskedRecipe:
         """Return the recipe of this name among those asked about."""
         return next(recipe for recipe in self.recipes if recipe.name == name)
 
-    def answer(self, recipe: Recipe) -> RecipeEstimate:
+    def answer(self, recipe: AskedRecipe) -> RecipeEstimate:
         """Return the estimate of a recipe.
 
         Raises:
@@ -133,7 +133,7 @@ class Question:
             return case.from_shapes(f"none: {error}", notes)
         return case.from_trace(trace, how, notes)
 
-    def lower_bound(self, recipe: Recipe) -> RecipeEstimate:
+    def lower_bound(self, recipe: AskedRecipe) -> RecipeEstimate:
         """Return the estimate from shapes alone: nothing is traced, and there are no notes."""
         return _Case(self, recipe).from_shapes()
 
@@ -143,7 +143,7 @@ class _Case:
     """One recipe under one setting."""
 
     question: Question
-    recipe: Recipe
+    recipe: AskedRecipe
 
     @cached_property
     def setting(self) -> Setting:

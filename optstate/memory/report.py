@@ -5,15 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from optstate.memory.model import KINDS
+from optstate.memory.result import RecipeEstimate, Result
 from optstate.memory.verdict import CONTEXT, FRAGMENTATION
 
-if TYPE_CHECKING:
-    from optstate.memory.result import Estimate, RecipeEstimate
-
-__all__ = ["facts", "filled", "gib", "lines_of", "plot", "setting_tree", "setting_words", "text"]
+__all__ = ["facts", "filled", "gib", "lines_of", "plot", "setting_words", "text"]
 
 GIB = 2**30
 
@@ -41,24 +38,7 @@ def gib(nbytes: int | None) -> str:
     return f"{size:.2f}" if size >= 1 else f"{size:.3g}"
 
 
-def setting_tree(estimate: Estimate) -> dict[str, Any]:
-    """Return the setting of the run as plain data; batch size and length are None where inputs have their own."""
-    setting = estimate.setting
-    return {
-        "dtype": setting.dtype,
-        "weights": setting.weights,
-        "batch_size": setting.batch_size if estimate.sized else None,
-        "seq_len": setting.seq_len if estimate.sized else None,
-        "grad_accum": setting.grad_accum,
-        "checkpointing": setting.checkpointing,
-        "attention": setting.attention,
-        "clip": setting.clip,
-        "world_size": estimate.world_size,
-        "shard": estimate.shard,
-    }
-
-
-def setting_words(estimate: Estimate) -> str:
+def setting_words(estimate: Result) -> str:
     """Describe the setting of the run in words."""
     setting = estimate.setting
     words = [setting.dtype]
@@ -79,7 +59,7 @@ def setting_words(estimate: Estimate) -> str:
     return ", ".join(words)
 
 
-def facts(estimate: Estimate) -> list[tuple[str, str]]:
+def facts(estimate: Result) -> list[tuple[str, str]]:
     """Return what was estimated, as names and values."""
     tensors = f" in {estimate.tensors} tensors"
     found = [
@@ -94,11 +74,11 @@ def facts(estimate: Estimate) -> list[tuple[str, str]]:
 
 # --- the table ----------------------------------------------------------------------------------------------------
 
-Line = tuple[str, str, Callable[["RecipeEstimate"], str]]
+Line = tuple[str, str, Callable[[RecipeEstimate], str]]
 """A line of the table: its name, the key of the figure whose basis it shows, and its cell for a recipe."""
 
 
-def lines_of(estimate: Estimate) -> list[Line]:
+def lines_of(estimate: Result) -> list[Line]:
     """Return the lines of the table, in GiB."""
 
     def part(kind: str) -> Callable[[RecipeEstimate], str]:
@@ -127,7 +107,7 @@ def lines_of(estimate: Estimate) -> list[Line]:
     return lines
 
 
-def text(estimate: Estimate) -> str:
+def text(estimate: Result) -> str:
     """Format an estimate as a table for people, at most 100 columns wide if names are not too long."""
     head = [filled(f"{name:6s} {value}", 7) for name, value in facts(estimate)]
     blocks = [
@@ -142,7 +122,7 @@ def filled(line: str, indent: int = 2) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
-def _block(estimate: Estimate, recipes: Sequence[RecipeEstimate]) -> str:
+def _block(estimate: Result, recipes: Sequence[RecipeEstimate]) -> str:
     rows = [("GiB", *(one.recipe for one in recipes), "basis")]
     for name, key, cell in lines_of(estimate):
         bases = list(dict.fromkeys(one.basis[key] for one in recipes if key in one.basis))
@@ -155,7 +135,7 @@ def _block(estimate: Estimate, recipes: Sequence[RecipeEstimate]) -> str:
     return "\n".join(lines)
 
 
-def _below(estimate: Estimate) -> Iterator[str]:
+def _below(estimate: Result) -> Iterator[str]:
     """Yield the lines below the table: places of the peaks, notes, what is not included, versions."""
     for what, recipes in grouped((one.peak_phase, one.recipe) for one in estimate.recipes if one.peak_phase):
         yield f"peak: {what.replace(':', ' at ', 1)} ({', '.join(recipes)})"
@@ -181,7 +161,7 @@ def grouped(pairs: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 # --- the picture --------------------------------------------------------------------------------------------------
 
 
-def plot(estimate: Estimate, path: str | Path) -> None:
+def plot(estimate: Result, path: str | Path) -> None:
     """Draw stacked bars, one for each recipe, and the memory of the GPU as a line, into a file.
 
     Bars are the memory alive at the peak; for a model that was not traced, the memory known from shapes.

@@ -1,20 +1,16 @@
-"""The answer of an estimate: the bytes of every recipe, where its peak is, and whether it fits."""
+"""The figures of an estimate: the bytes of every recipe, where its peak is, and whether it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from optstate.memory import report, verdict
+from optstate.memory import verdict
 from optstate.memory.model import Alive, Setting
 from optstate.memory.verdict import Gpu
 
-if TYPE_CHECKING:
-    from optstate.memory.question import Question
-
-__all__ = ["ASSUMED", "EXACT", "NOT_INCLUDED", "SCHEMA", "TRACED", "Estimate", "RecipeEstimate"]
+__all__ = ["ASSUMED", "EXACT", "NOT_INCLUDED", "SCHEMA", "TRACED", "RecipeEstimate", "Result"]
 
 SCHEMA = "optstate.estimate/1"
 
@@ -127,8 +123,8 @@ def _alive_tree(item: Alive) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The answer of `optstate.estimate`; `print` shows a table, `optstate.memory.solve` searches for what would fit.
+class Result:
+    """The figures of an estimate.
 
     Attributes:
         source, origin: what was estimated, and where the model is from.
@@ -141,7 +137,6 @@ class Estimate:
         notes: what a reader of the figures should know.
         versions: versions of the libraries that figures depend on.
         not_included: memory that no figure includes.
-        question: what was asked.
         sized: whether inputs follow the setting's batch size and length.
     """
 
@@ -157,11 +152,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     not_included: tuple[str, ...] = NOT_INCLUDED
-    question: Question | None = field(default=None, repr=False, compare=False)
     sized: bool = True
-
-    def __str__(self) -> str:
-        return report.text(self)
 
     def __getitem__(self, recipe: str) -> RecipeEstimate:
         """Return the estimate of a recipe by its name."""
@@ -186,7 +177,7 @@ class Estimate:
             "origin": self.origin,
             "parameters": self.parameters,
             "tensors": self.tensors,
-            "setting": report.setting_tree(self),
+            "setting": self._setting_tree(),
             "gpu": None if self.gpu is None else {"name": self.gpu.name, "bytes": self.gpu.nbytes},
             "recipes": [one.to_json() for one in self.recipes],
             "notes": list(self.notes),
@@ -194,6 +185,18 @@ class Estimate:
             "versions": dict(self.versions),
         }
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the memory of each recipe, part by part, and that of the GPU as a line; needs matplotlib."""
-        report.plot(self, path)
+    def _setting_tree(self) -> dict[str, Any]:
+        """Return the setting of the run as plain data; batch size and length are None where inputs have their own."""
+        setting = self.setting
+        return {
+            "dtype": setting.dtype,
+            "weights": setting.weights,
+            "batch_size": setting.batch_size if self.sized else None,
+            "seq_len": setting.seq_len if self.sized else None,
+            "grad_accum": setting.grad_accum,
+            "checkpointing": setting.checkpointing,
+            "attention": setting.attention,
+            "clip": setting.clip,
+            "world_size": self.world_size,
+            "shard": self.shard,
+        }

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from optstate.memory.answer import Estimate
 from optstate.memory.errors import QuestionError
-from optstate.memory.question import Question, Recipe, recipe_of
-from optstate.memory.result import Estimate, RecipeEstimate
+from optstate.memory.question import AskedRecipe, Question, find_recipe
+from optstate.memory.result import RecipeEstimate
 from optstate.memory.sources import SourceError
 from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, Gpu
 from optstate.recipes import registry
 
-__all__ = ["QUANTITIES", "Change", "Largest", "largest", "what_would_fit"]
+__all__ = ["QUANTITIES", "Change", "LargestFit", "find_largest_fit", "what_would_fit"]
 
 QUANTITIES = ("batch", "seq")
 """The sizes that can be solved for."""
@@ -49,7 +50,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Largest:
+class LargestFit:
     """The largest size with which a recipe fits.
 
     Attributes:
@@ -93,7 +94,7 @@ def _asked(estimate: Estimate) -> tuple[Question, Gpu]:
     return estimate.question, estimate.gpu
 
 
-def _fits(question: Question, recipe: Recipe) -> RecipeEstimate | None:
+def _fits(question: Question, recipe: AskedRecipe) -> RecipeEstimate | None:
     """Return the estimate if the recipe fits, else None; a trace is made only if the lower bound fits."""
     try:
         if question.lower_bound(recipe).verdict == NO:
@@ -108,7 +109,7 @@ Run = tuple[Question, str, str]
 """A question, what it changes in words, and the options that change it."""
 
 
-def _runs(question: Question, recipe: Recipe) -> list[Run]:
+def _runs(question: Question, recipe: AskedRecipe) -> list[Run]:
     """Return runs of the same recipe that give the same result with less memory, the smallest change first."""
     fused = recipe.fused if question.fused_backward is None else question.fused_backward
     checkpointed = replace(question, setting=replace(question.setting, checkpointing=True))
@@ -124,7 +125,7 @@ def _runs(question: Question, recipe: Recipe) -> list[Run]:
     return runs
 
 
-def _other_run(question: Question, recipe: Recipe) -> Change | None:
+def _other_run(question: Question, recipe: AskedRecipe) -> Change | None:
     for changed, what, options in _runs(question, recipe):
         answer = _fits(changed, recipe)
         if answer is not None:
@@ -132,7 +133,7 @@ def _other_run(question: Question, recipe: Recipe) -> Change | None:
     return None
 
 
-def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
+def _smaller_batch(question: Question, recipe: AskedRecipe) -> Change | None:
     """Find a batch that fits, with nothing else changed, else with all changes of the run together."""
     batch = question.setting.batch_size
     if batch == 1:
@@ -165,7 +166,7 @@ def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
     """
     installed = registry.names()
     asked = replace(question, fused_backward=None)
-    recipes = [recipe_of(name) for name in SMALLER if name in installed and name != now.recipe]
+    recipes = [find_recipe(name) for name in SMALLER if name in installed and name != now.recipe]
     recipes = [recipe for recipe in recipes if asked.lower_bound(recipe).known_bytes < now.known_bytes]
     for helped in (False, True):
         runs = [(recipe, _run_of(asked, recipe, helped)) for recipe in recipes]
@@ -179,7 +180,7 @@ def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
     return None
 
 
-def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
+def _run_of(question: Question, recipe: AskedRecipe, helped: bool) -> Run:
     runs = _runs(question, recipe) if helped else []
     return runs[-1] if runs else (question, "", "")
 
@@ -187,7 +188,7 @@ def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 
-def largest(estimate: Estimate, quantity: str) -> tuple[Largest, ...]:
+def find_largest_fit(estimate: Estimate, quantity: str) -> tuple[LargestFit, ...]:
     """Find for each recipe the largest batch or sequence that surely fits the GPU, by tracing this size and the next.
 
     Raises:
@@ -199,7 +200,7 @@ def largest(estimate: Estimate, quantity: str) -> tuple[Largest, ...]:
     return tuple(_largest(question, question.named(one.recipe), quantity) for one in estimate.recipes)
 
 
-def _largest(question: Question, recipe: Recipe, quantity: str) -> Largest:
+def _largest(question: Question, recipe: AskedRecipe, quantity: str) -> LargestFit:
     answers: dict[int, RecipeEstimate] = {}
     why = ""
 
@@ -222,10 +223,10 @@ def _largest(question: Question, recipe: Recipe, quantity: str) -> Largest:
 
     assert question.gpu is not None
     if question.lower_bound(recipe).verdict == NO:
-        return Largest(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
+        return LargestFit(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
     start = question.setting.batch_size if quantity == "batch" else question.setting.seq_len
     value = _last_below(peak, _most_allocated(question.gpu), start)
-    return Largest(quantity, value, recipe.name, answers.get(value), why)
+    return LargestFit(quantity, value, recipe.name, answers.get(value), why)
 
 
 def _with_size(question: Question, quantity: str, size: int) -> Question:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.distributed.agreement import Groups, View
+from optstate.distributed.agreement import Groups, ProcessView
 from optstate.distributed.placement import is_distributed
 from optstate.optimizer.parameters import Leaf
 from optstate.spec import is_fake
@@ -33,13 +33,13 @@ def processes(leaves: Iterable[Leaf]) -> list[Groups]:
 
 def views(
     leaves: Sequence[Leaf], groups: Sequence[Mapping[str, Any]], steps: Mapping[int, int], **more: Any
-) -> dict[Groups, View]:
+) -> dict[Groups, ProcessView]:
     """For all processes that share parameters, what must be the same on them.
 
     leaves: of all parameters in order. groups: the param groups with the hyper-parameters that count. steps: how often
     each parameter that has state was updated, by its place. more: what else must be alike.
     """
-    found: dict[Groups, View] = {each: {} for each in processes(leaves)}
+    found: dict[Groups, ProcessView] = {each: {} for each in processes(leaves)}
     for each, view in found.items():
         shared = [i for i, leaf in enumerate(leaves) if leaf.placement is not None and leaf.placement.everyone == each]
         for i in shared:
@@ -54,7 +54,7 @@ def views(
     return found
 
 
-def content(tensors: Mapping[str, Tensor]) -> View:
+def content(tensors: Mapping[str, Tensor]) -> ProcessView:
     """Digests of a few numbers of each tensor, by which two that were saved at different times are told apart.
 
     Of distributed tensors every process has another part: they are left out.

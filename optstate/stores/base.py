@@ -20,7 +20,7 @@ from optstate.stores.guard import Guard
 from optstate.stores.requests import Requests, run_alone
 from optstate.text import short
 
-__all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "difference", "multiplied", "square_of"]
+__all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "multiplied", "square_of", "subtract"]
 
 NO_NOISE = Noise("", 0)
 
@@ -171,12 +171,12 @@ class Store:
     ) -> Requests[None]:
         """Move the statistic towards `(value - minus)**2 + eps` by `weight` of the distance."""
         yield from ()
-        statistic.hold_ema_of_square(value if minus is None else difference(value, minus), weight, eps)
+        statistic.hold_ema_of_square(value if minus is None else subtract(value, minus), weight, eps)
 
     def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
         """Add `value**2` to the statistic."""
         yield from ()
-        x = kernels.evaluate(value)
+        x = kernels.multiply_out(value)
         statistic.hold(torch.addcmul(statistic.read(), x, x), weight=0.0)  # a sum of t squares grows by about 1 / t
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
@@ -328,9 +328,9 @@ class Statistic:
         return stored.numel() > kernels.chunk_elements(stored.device)
 
 
-def difference(value: Product, minus: Tensor) -> Product:
+def subtract(value: Product, minus: Tensor) -> Product:
     """Return `value - minus`, multiplied out."""
-    return Product(kernels.evaluate(value).sub_(minus), finite=value.finite)
+    return Product(kernels.multiply_out(value).sub_(minus), finite=value.finite)
 
 
 def square_of(floor: float, like: Tensor) -> float:

@@ -87,7 +87,7 @@ class Factored(Store):
         return {"row": value.mean(-1), "col": value.mean(-2)}
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
-        dense = kernels.evaluate(value)
+        dense = kernels.multiply_out(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)
         row, col = self._means(statistic, rows, cols)
         fields = statistic.fields

@@ -25,7 +25,7 @@ from optstate.kernels import Noise
 from optstate.optimizer.optimizer import Optimizer
 from optstate.spec import FieldSpec, ParamSpec, Region
 from optstate.stores import Full, Store
-from optstate.stores.registry import from_words, known_also
+from optstate.stores.registry import known_also, parse_store
 from optstate.testing.devices import noise
 from optstate.testing.laws import BrokenLawError, Law, at, expect, expect_close, expect_same, one_line
 from optstate.testing.rules import Maker
@@ -118,7 +118,7 @@ def words_name_it(store: Store) -> None:
     expect(bool(signs(store)), "it takes neither signed nor unsigned statistics")
     expect(parsed_call(str(store))[0] == type(store).__name__.lower(), f"its words {store} are not named as its class")
     with known_also(type(store)):
-        again = from_words(str(store))
+        again = parse_store(str(store))
     expect(again == store and hash(again) == hash(store), f"its words {store} build {again!r}, not {store!r}")
 
 
@@ -187,7 +187,7 @@ def _slices_of(case: Setting) -> None:
         expect_close(product, whole, "the product of its factors beside what is read", 1e-5)
         return
     align, written = case.store.alignment, case.empty()
-    for piece in kernels.pieces(spec.shape, max(spec.numel // 3 // align, 1) * align, align):
+    for piece in kernels.cut_into_pieces(spec.shape, max(spec.numel // 3 // align, 1) * align, align):
         parts = {name: piece.of_field(field, case.fields[name].per) for name, field in fields.items()}
         found = case.store.read(parts, (piece.stop - piece.start,))
         expect_same(found, piece.of(whole).reshape(-1), f"elements {piece.start} to {piece.stop} read alone")

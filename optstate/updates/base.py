@@ -15,7 +15,7 @@ from optstate.spec import ParamSpec
 from optstate.stores import Guard, Requests, Slot, Statistic, Store
 from optstate.updates.hyper import Hyper, Rule
 
-__all__ = ["Context", "State", "Transform", "Update", "run"]
+__all__ = ["Context", "State", "Transform", "Update", "run_transform"]
 
 State = Mapping[str, Statistic]
 """The statistics of one parameter by slot name, as a transform gets them."""
@@ -70,7 +70,7 @@ class Update(Product):
         """
         if isinstance(self.decay, float) and self.decay == 0.0:
             return self
-        dense = kernels.evaluate(self)
+        dense = kernels.multiply_out(self)
         kernels.add_weight(dense, ctx.param.detach(), self.decay, ctx.codec, ctx.start)
         return Update(dense, finite=self.finite)
 
@@ -282,7 +282,7 @@ def collect_defaults(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
     return defaults
 
 
-def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
+def run_transform(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
     """Call a transform, whether or not its `__call__` is a generator; drive with `yield from`."""
     result = transform(update, state, ctx)
     if isinstance(result, GeneratorType):

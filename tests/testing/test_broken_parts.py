@@ -173,7 +173,7 @@ class Remembering(Averaging):
 @dataclass(frozen=True)
 class Reading(Transform):
     def __call__(self, update: Update, state: State, ctx: Context) -> Update:
-        return scaled(update, ctx, 1.0 + 0.0 * float(kernels.evaluate(update).sum()))
+        return scaled(update, ctx, 1.0 + 0.0 * float(kernels.multiply_out(update).sum()))
 
 
 @dataclass(frozen=True)

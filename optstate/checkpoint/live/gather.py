@@ -15,7 +15,7 @@ from optstate.checkpoint.document.document import Document
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.tensor_bytes import bytes_of, load, read_into
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
-from optstate.distributed.agreement import DisagreementError, LostProcessError, View, reason_of, together
+from optstate.distributed.agreement import DisagreementError, LostProcessError, ProcessView, fail_together, reason_of
 from optstate.distributed.placement import copy_part, here, index_here, whole
 from optstate.optimizer.alike import FEW, digest_of
 
@@ -34,7 +34,7 @@ Named = Iterator[tuple[str, Tensor]]
 
 
 @contextmanager
-def saving_together(path: Any) -> Iterator[View]:
+def saving_together(path: Any) -> Iterator[ProcessView]:
     """Every rank must run the body; where it raises on one, it raises on all, so that none waits for another.
 
     The body notes in the view that it gets what must be the same on all ranks, as rank 0 writes for them.
@@ -44,7 +44,7 @@ def saving_together(path: Any) -> Iterator[View]:
     """
     everyone = (dist.group.WORLD,)
     try:
-        with together("save", [everyone], _without_path) as views:
+        with fail_together("save", [everyone], _without_path) as views:
             yield views[everyone]
     except LostProcessError as error:
         hint = "the file is what it was before, or the complete new one; load it in new processes"
@@ -64,13 +64,13 @@ def _without_path(failure: BaseException) -> str:
     return reason_of(failure)
 
 
-def note_path(view: View, path: Any) -> None:
+def note_path(view: ProcessView, path: Any) -> None:
     """Note which file is written: ranks may name it in several ways. A relative name is one name wherever they run."""
     text = os.fspath(path)
     view["the file"] = text if isinstance(text, str) and not os.path.isabs(text) else os.path.realpath(text)
 
 
-def note_document(view: View, document: Document) -> None:
+def note_document(view: ProcessView, document: Document) -> None:
     """Note what a document says of parameters, groups and steps: rank 0 must have a part of all of it."""
     for param in document.parameters:
         kept = ", ".join(f"{slot} in {record.store}" for slot, record in param.slots.items()) or "no statistics"
@@ -121,7 +121,7 @@ def read_part_into(own: Tensor, stored: Stored) -> None:
         copy_part(own, load(stored))
 
 
-def content_of(tensors: Mapping[str, Stored]) -> View:
+def content_of(tensors: Mapping[str, Stored]) -> ProcessView:
     """Digests of a few numbers of each tensor of a file, by which two files are told apart.
 
     Raises:

@@ -16,7 +16,7 @@ from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import DTYPES, bytes_of
 from optstate.checkpoint.live.gather import Named, note_document, note_path, saving_together, write_gathered
 from optstate.checkpoint.operations.describe_optimizer import described, parameter_names, with_tied_names
-from optstate.distributed.agreement import View
+from optstate.distributed.agreement import ProcessView
 from optstate.distributed.placement import is_distributed
 from optstate.optimizer import state_dict
 from optstate.optimizer.moved_state import MovedStateError
@@ -63,7 +63,7 @@ def save(
     """
     plan = optimizer.plan()
     alone = not any(is_distributed(param) for group in optimizer.param_groups for param in group["params"])
-    together: AbstractContextManager[View] = nullcontext({}) if alone else saving_together(path)
+    together: AbstractContextManager[ProcessView] = nullcontext({}) if alone else saving_together(path)
     with together as view:
         try:
             unmoved = optimizer.watch("save")

@@ -16,7 +16,7 @@ from optstate.checkpoint.operations.conversion_report import Report, report_of
 from optstate.checkpoint.operations.export import NATIVE, check_target, export, layout_for, layouts, notes_of
 from optstate.checkpoint.operations.plan_conversion import Conversion, in_stores, store_of, unchanged
 from optstate.checkpoint.operations.run_conversion import Track
-from optstate.stores.registry import from_words
+from optstate.stores.registry import parse_store
 
 __all__ = ["Converted", "convert"]
 
@@ -148,7 +148,7 @@ def _check_words(
         for words in slots.values():
             store_of(words)
         if to is not None:
-            from_words(to)
+            parse_store(to)
     except (ValueError, TypeError, LookupError) as error:
         raise UsageError(str(error)) from None
 

@@ -226,7 +226,7 @@ def _check_numbers(value: Tensor, what: str, signed: bool) -> None:
 def _pieces(value: Tensor, alignment: int) -> Iterator[Piece]:
     """Pieces of a statistic that begin where blocks do."""
     if value.numel():
-        yield from kernels.pieces(value.shape, max(PIECE // alignment, 1) * alignment, align=alignment)
+        yield from kernels.cut_into_pieces(value.shape, max(PIECE // alignment, 1) * alignment, align=alignment)
 
 
 def _unbiased(value: Tensor, bias: float) -> Tensor:

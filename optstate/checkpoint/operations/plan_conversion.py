@@ -13,7 +13,7 @@ from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
 from optstate.checkpoint.operations.transfers import Transfer, copied, recoded, spec_of
 from optstate.stores import Store
-from optstate.stores.registry import from_words
+from optstate.stores.registry import parse_store
 
 __all__ = ["Conversion", "in_stores", "store_of", "unchanged"]
 
@@ -116,7 +116,7 @@ def in_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str,
             raise ValueError(f"the file keeps no {slot!r}: it has {', '.join(present) or 'no statistics'}")
     stores: dict[str, Store | None] = {}
     if default is not None:
-        everywhere = from_words(default)  # dropping everything is no conversion
+        everywhere = parse_store(default)  # dropping everything is no conversion
         stores = {slot: everywhere for slot in present if slot not in NOT_STATISTICS}
     stores |= {slot: store_of(words) for slot, words in by_slot.items()}
     parameters, transfers, dropped = [], {}, []
@@ -139,7 +139,7 @@ def store_of(words: str) -> Store | None:
     Raises:
         ValueError: if they name none.
     """
-    return None if words == DROP else from_words(words)
+    return None if words == DROP else parse_store(words)
 
 
 def _in_store(checkpoint: Checkpoint, param: Parameter, slot: str, store: Store | None) -> Transfer:

@@ -24,8 +24,7 @@ from optstate.optimizer.param_groups import check_values
 from optstate.optimizer.plan import ParamPlan
 from optstate.recipes import registry
 from optstate.text import shown
-from optstate.weights import Weights, as_weights
-from optstate.weights import from_words as weights_from_words
+from optstate.weights import Weights, as_weights, parse_weights
 
 __all__ = ["COUNTED_FROM", "as_recipe", "change_of_rule", "follows", "onto", "settings_of"]
 
@@ -193,7 +192,7 @@ def _weights(parameters: Sequence[Parameter]) -> Weights | None:
         ValueError: if parameters are written in several ways, which no recipe can be asked for.
     """
     chosen = {
-        param.weights: weights_from_words(param.weights)
+        param.weights: parse_weights(param.weights)
         for param in parameters
         if param.weights and param.weights != str(as_weights("auto", spec_of(param)))
     }

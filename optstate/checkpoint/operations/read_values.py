@@ -18,7 +18,7 @@ from optstate.kernels import Codebook
 from optstate.spec import FieldSpec
 from optstate.store_layouts import layouts_of
 from optstate.stores import Fields, Shape, Store
-from optstate.stores.registry import from_words
+from optstate.stores.registry import parse_store
 
 __all__ = ["UnreadableStatisticError", "Values", "is_plugged", "store_of_words"]
 
@@ -139,7 +139,7 @@ def store_of_words(words: str) -> Store:
     Raises:
         ValueError: if there is none. Short words such as "fp32" are for people: a file does not use them.
     """
-    store = from_words(words)
+    store = parse_store(words)
     if type(store).__name__ != store_name(words):
         raise ValueError(f"{words!r} is no store")
     return store

@@ -25,15 +25,15 @@ from optstate.checkpoint.files.file_kinds import (
 from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
 from optstate.memory.sources.builtin import CONFIGS, unknown
-from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
+from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of_checkpoint
 from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
 
-__all__ = ["SourceError", "find_model", "known_models", "recipe_of"]
+__all__ = ["ModelSource", "SourceError", "find_model", "known_models", "recipe_of_checkpoint"]
 
 READABLE = (FOLDER, JSON, PICKLE, SAFETENSORS, TORCH_OLD, TORCH_ZIP, ZIP)
 
-Source = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
+ModelSource = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
 
 
 def known_models() -> list[str]:
@@ -41,7 +41,7 @@ def known_models() -> list[str]:
     return list(CONFIGS)
 
 
-def find_model(source: Source, *, inputs: Any = None, dtype: str = "bfloat16", names: str | None = None) -> Model:
+def find_model(source: ModelSource, *, inputs: Any = None, dtype: str = "bfloat16", names: str | None = None) -> Model:
     """Return the model that a source leads to; nothing is allocated, nothing is downloaded.
 
     Args:

@@ -8,11 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from optstate.memory.sources.errors import SourceError
+from optstate.memory.sources.shapes import Config
 from optstate.text import shown
 
 __all__ = ["CONFIGS", "config_of", "unknown"]
-
-Config = Mapping[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, positions: int) -> dict[str, Any]:
