@@ -80,6 +80,7 @@ class Context:
     step: 1-based count of this parameter's updates.
     grad_scale: coefficient of a global norm clip, already in the first update's scale.
     codec: how the parameter's value is read and written, None for plainly; start: flat index of the slice at hand.
+    is_whole: whether `param` is all of the parameter, neither a shard nor a slice, so that local sums are the totals.
     """
 
     spec: ParamSpec
@@ -91,6 +92,7 @@ class Context:
     grad_scale: Scalar = 1.0
     codec: WeightCodec | None = None
     start: int = 0
+    is_whole: bool = False
     param_squares: Tensor | None = field(default=None, repr=False)
 
     def read(self, number: float | Hyper | None) -> Any:
@@ -116,7 +118,7 @@ class Context:
     def mean_square(self, update: Product) -> Requests[Tensor]:
         """Mean square of an update over the whole parameter; drive with `yield from`."""
         total = kernels.sum_of_squares(update)
-        if self.spec.region is not None:  # else the sum is the total, and asking for it costs a round
+        if not self.is_whole:
             total = yield total
         return total / self.spec.numel
 
@@ -124,7 +126,7 @@ class Context:
         """Mean square of the parameter before this step; requested early if the chain declares `reads_param`."""
         if self.param_squares is None:
             self.param_squares = kernels.weight_sum_of_squares(self.param.detach(), self.codec)
-            if self.spec.region is not None:
+            if not self.is_whole:
                 self.param_squares = yield self.param_squares
         return self.param_squares / self.spec.numel
 
