@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from torch import Tensor
 from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.rehearsal import worth_running
+from optstate.kernels.weight_codec import WeightCodec
 from optstate.spec import accumulator_dtype
 
 __all__ = [
-    "WeightCodec",
     "add_weight",
     "all_finite",
     "apply",
@@ -35,29 +34,11 @@ __all__ = [
 ]
 
 
-class WeightCodec:
-    """How the value of a weight is read from and written to a parameter of low precision, chunk by chunk.
-
-    start: flat index of the chunk's first element in the whole parameter; chunks are ranges in row-major order.
-    """
-
-    adds_bits: ClassVar[bool] = False
-    """The value is more than what the parameter alone holds."""
-
-    def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
-        """The chunk's value, fp32, in `out`."""
-        return out.copy_(param)
-
-    def write(self, param: Tensor, value: Tensor, start: int) -> None:
-        """Make `value`, fp32 and free to be overwritten, the chunk's value."""
-        raise NotImplementedError
-
-
 def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
-    """0-d bool: no element of `grad` is infinite, NaN, or beyond `largest` in magnitude. One read.
+    """Return a 0-d bool tensor: whether no element of `grad` is infinite, NaN, or beyond `largest` in magnitude.
 
-    Without `largest` a sum does, which takes half the time in bf16: it is finite only if every element is. Elements
-    so large that their sum overflows then count as infinite. fp16 is summed in fp32.
+    `grad` is read once. Without `largest` the elements are summed, in half the time in bf16: a sum is finite only if
+    every element is. Elements so large that their sum overflows then count as infinite. fp16 is summed in fp32.
     """
     if largest == math.inf or not grad.numel():
         return torch.isfinite(grad.sum(dtype=torch.float32) if grad.dtype == torch.float16 else grad.sum())
@@ -70,9 +51,11 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
 
 
 def sums(product: Product) -> tuple[Tensor, Tensor]:
-    """Sums of the squared value over the last dimension `[..., m, 1]` and over the one before it `[..., 1, n]`.
+    """Return the row sums and the column sums of the squared value of a product of shape `[..., m, n]`.
 
-    The value has shape `[..., m, n]`; both results are fp32 (fp64 for fp64 operands).
+    Returns:
+        Sums over the last dimension, `[..., m, 1]`, and over the one before it, `[..., 1, n]`; fp32 (fp64 for fp64
+        operands).
     """
     dense = product.dense
     dtype = accumulator_dtype(dense.dtype)
@@ -105,7 +88,7 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
 
 
 def sums_of_rows(product: Product) -> Tensor:
-    """Sums of the squared value at each index of the first dimension, `[m, 1, ...]`; fp32 (fp64 for fp64 operands)."""
+    """Return the sum of the squared value at each index of the first dimension: `[m, 1, ...]`, fp32 or fp64."""
     dense = product.dense
     rows = dense.new_zeros((dense.shape[0], *(1,) * (dense.ndim - 1)), dtype=accumulator_dtype(dense.dtype))
     limit = chunk_elements(dense.device)
@@ -117,7 +100,12 @@ def sums_of_rows(product: Product) -> Tensor:
 
 
 def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Like `sums`, of the value minus `other`, a tensor of the same shape in the accumulator dtype."""
+    """Return the row sums and the column sums of `(value - other)**2`, shaped as those of `sums`.
+
+    Args:
+        product: of shape `[..., m, n]`.
+        other: a tensor of the same shape, fp32 (fp64 for fp64 operands).
+    """
     dense = product.dense
     rows = other.new_zeros((*dense.shape[:-1], 1))
     cols = other.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]))
@@ -134,9 +122,9 @@ def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]
 
 
 def sum_of_squares(product: Product) -> Tensor:
-    """0-d sum of the squared value over all elements: fp32 (fp64 for fp64 operands).
+    """Return the sum of the squared value over all elements: 0-d, fp32 (fp64 for fp64 operands).
 
-    With row factors a and column factors b it is the bilinear form `a^2 . (dense*dense) b^2`, so the factored
+    With row factors a and column factors b the sum is the bilinear form `a^2 . (dense*dense) b^2`, so the factored
     update is never built. Otherwise squares are summed pairwise: `torch.linalg.vector_norm` adds them up one by
     one in fp32 and loses 1e-3 of the sum at ten million elements.
     """
@@ -161,7 +149,7 @@ def sum_of_squares(product: Product) -> Tensor:
 
 
 def evaluate(product: Product) -> Tensor:
-    """The value multiplied out: a new contiguous fp32 (fp64 for fp64 operands) tensor of the whole shape."""
+    """Multiply a product out into a new contiguous tensor of its whole shape, fp32 (fp64 for fp64 operands)."""
     dense = product.dense
     result = torch.empty(dense.shape, dtype=accumulator_dtype(dense.dtype), device=dense.device)
     factors, scale = _fold_scale(product)
@@ -175,14 +163,17 @@ def evaluate(product: Product) -> Tensor:
 
 
 def values(product: Product) -> Tensor:
-    """Like `evaluate`, but `dense` itself where that is the value already: not to be written."""
+    """Return the value of a product as `evaluate` does, or `dense` itself, not to be written, where the two agree."""
     dense = product.dense
     as_is = not product.factors and product.bound is None and product.finite is None and _is_one(product.scale)
     return dense if as_is and dense.dtype == accumulator_dtype(dense.dtype) else evaluate(product)
 
 
 def ema(target: Tensor, product: Product, weight: Scalar) -> None:
-    """`target += weight * (value - target)`, in place; arithmetic in fp32, one rounding to `target`'s dtype."""
+    """Move a tensor in place towards a product's value: `target += weight * (value - target)`.
+
+    The arithmetic is fp32 (fp64 for fp64 operands), with one rounding to `target`'s dtype.
+    """
 
     def step(current: Tensor, x: Tensor) -> None:
         current.lerp_(x, weight)
@@ -191,7 +182,10 @@ def ema(target: Tensor, product: Product, weight: Scalar) -> None:
 
 
 def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float = 0.0) -> None:
-    """`target += weight * (value**2 + eps - target)`, in place; arithmetic in fp32."""
+    """Move a tensor in place towards a product's square: `target += weight * (value**2 + eps - target)`.
+
+    The arithmetic is fp32 (fp64 for fp64 operands), with one rounding to `target`'s dtype.
+    """
 
     def step(current: Tensor, x: Tensor) -> None:
         current.lerp_(torch.addcmul(torch.full_like(current, eps), x, x), weight)
@@ -202,10 +196,18 @@ def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float =
 def apply(
     param: Tensor, product: Product, decay: Scalar = 0.0, codec: WeightCodec | None = None, start: int = 0
 ) -> None:
-    """`param <- param * (1 - decay) - value`, in fp32 and rounded once to the parameter's dtype.
+    """Write a step into a parameter, in place: `param <- param * (1 - decay) - value`.
 
-    The two operations keep this form and order because the official AdaLomo and LOMO code rounds so.
-    `codec` replaces reading and rounding to nearest; it sees the chunks in row-major order, the first at `start`.
+    The arithmetic is fp32 (fp64 for fp64 parameters), with one rounding to the parameter's dtype. The two operations
+    keep this form and order because the official AdaLomo and LOMO code rounds so.
+
+    Args:
+        param: the parameter, or a flat or row-major slice of one.
+        product: the step, times the learning rate.
+        decay: share of the parameter that the weight decay takes away.
+        codec: reads and writes the value of the parameter, chunks in row-major order; None to read plainly and round
+            to nearest.
+        start: flat index of `param`'s first element, which `codec` is told.
     """
     dense = product.dense
     factors, scale = _fold_scale(product)
@@ -246,7 +248,15 @@ def apply(
 
 
 def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec | None, start: int) -> None:
-    """`target += scale * value of param`, in place; `target` is fp32 (fp64 for fp64 parameters) and contiguous."""
+    """Add a multiple of a parameter's value to a tensor, in place: `target += scale * value`.
+
+    Args:
+        target: contiguous, in the shape of `param`, fp32 (fp64 for fp64 parameters).
+        param: the parameter, or a slice of one.
+        scale: the multiple.
+        codec: reads the value of the parameter; None to take what `param` holds.
+        start: flat index of `param`'s first element, which `codec` is told.
+    """
     limit = slice_elements(param.device)
     new = _Buffer(param, limit)
     for out, p in _rounds((target, param), limit):
@@ -257,7 +267,7 @@ def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec 
 
 
 def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
-    """0-d sum of squares of a parameter's value, as `sum_of_squares`; of the exact value if a codec keeps more bits."""
+    """Return the 0-d sum of squares of a parameter's value, with the bits that a codec keeps beside the parameter."""
     if codec is None or not codec.adds_bits:
         return sum_of_squares(Product(param))
     limit = chunk_elements(param.device)  # as for an fp32 parameter: the same sum to the last bit
@@ -269,7 +279,7 @@ def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
 
 
 def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], None]) -> None:
-    """Call `step(chunk of target, chunk of value)`, converting low-precision targets through a buffer."""
+    """Call `step(chunk of target, chunk of value)` on every chunk; a low-precision target goes through a buffer."""
     dense = product.dense
     factors, scale = _fold_scale(product)
     limit = chunk_elements(target.device)
@@ -287,14 +297,14 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
 
 
 def _rounds(tensors: Sequence[Tensor], limit: int) -> Iterable[tuple[Tensor, ...]]:
-    """Chunks of a loop that writes each of its results where no other chunk does, or adds it to a total."""
+    """Return the chunks of a loop whose chunks are independent: each writes its own elements, or adds to a total."""
     if 0 < tensors[0].numel() <= limit:
         return ((*tensors,),)
     return worth_running(chunks(tensors, limit), lambda parts: parts[0].numel())
 
 
 class _Buffer:
-    """One chunk of scratch in the accumulator dtype, viewed in the shape of the chunk at hand."""
+    """One chunk of scratch memory in the accumulator dtype, viewed in the shape of the chunk at hand."""
 
     def __init__(self, like: Tensor, limit: int) -> None:
         self._like, self._limit = like, limit
@@ -312,14 +322,14 @@ class _Buffer:
 
 
 def _room(part: Tensor, buffer: _Buffer | Tensor | None) -> Tensor:
-    """Scratch in the shape of the chunk at hand: from the buffer, or new where there is none."""
+    """Return scratch memory in the shape of the chunk at hand: from the buffer, or new where there is no buffer."""
     if buffer is None:
         return part.new_empty(part.shape, dtype=accumulator_dtype(part.dtype))
     return buffer if isinstance(buffer, Tensor) else buffer.like(part)
 
 
 def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor | None) -> Tensor:
-    """The chunk in the accumulator dtype, clamped: `part` itself where nothing needs to change."""
+    """Return the chunk clamped and in the accumulator dtype: in the buffer, or `part` itself if nothing changes."""
     if product.bound is None and product.finite is None and part.dtype == accumulator_dtype(part.dtype):
         return part
     out = _room(part, buffer)
@@ -330,7 +340,7 @@ def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor | None) -> Te
 
 
 def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer: _Buffer | Tensor | None) -> Tensor:
-    """The chunk times its factors, without the scale: in the buffer, or `part` itself (read it, do not write)."""
+    """Return the chunk times its factors, without the scale: in the buffer, or `part` itself, not to be written."""
     x = _load(part, product, buffer)
     if not factors:
         return x
@@ -341,7 +351,7 @@ def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer:
 
 
 def _square(product: Product) -> Tensor:
-    """The squared value of a product of at most one chunk, without the scale: a new tensor."""
+    """Return the square of a product of at most one chunk, without the scale: a new tensor."""
     x = _multiply(product.dense, product.factors, product, None)
     return x.square() if x is product.dense else x.square_()
 
@@ -354,7 +364,10 @@ def _bilinear(
     value: _Buffer | None = None,
     square: _Buffer | None = None,
 ) -> Tensor:
-    """0-d sum of squares of a chunk times row factors `a` and column factors whose squares are `b`, not scaled."""
+    """Return the 0-d sum of squares of a chunk times row factors `a` and column factors, without the scale.
+
+    `b` holds the squares of the column factors.
+    """
     x = _load(part, product, value)
     x = torch.mul(x, x) if square is None else torch.mul(x, x, out=square.like(part))
     # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
@@ -363,7 +376,7 @@ def _bilinear(
 
 
 def _fold_scale(product: Product) -> tuple[tuple[Tensor, ...], Scalar]:
-    """Factors and scale with the scale multiplied into the smallest factor, if there is one."""
+    """Return the factors and the scale, the scale multiplied into the smallest factor if there is a factor."""
     if not product.factors or _is_one(product.scale):
         return product.factors, product.scale
     factors = list(product.factors)
@@ -374,7 +387,7 @@ def _fold_scale(product: Product) -> tuple[tuple[Tensor, ...], Scalar]:
 
 
 def _are_rows_and_cols(factors: Sequence[Tensor], dense: Tensor) -> bool:
-    """Whether the factors are one number per row and one per column, in this order."""
+    """Return whether there are two factors: one number per row, then one number per column."""
     if len(factors) != 2 or dense.ndim < 2:
         return False
     rows, cols = (*dense.shape[:-1], 1), (*dense.shape[:-2], 1, dense.shape[-1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optstate import naming
 from optstate.distributed.placement import copy_part, here
-from optstate.integrations.live_objects import import_apart
+from optstate.integrations.live_objects import import_apart, without_compiler
 from optstate.kernels import Scalar
 from optstate.optimizer import loading, param_groups
 from optstate.optimizer import state_dict as resume
@@ -19,6 +19,7 @@ from optstate.optimizer.loading import Copy
 from optstate.optimizer.plan import Plan
 from optstate.optimizer.step_runner import StepRunner
 from optstate.optimizer.tracked_parameters import TrackedParameters
+from optstate.spec import is_fake
 from optstate.updates import Route, Transform, as_route
 from optstate.weights import Weights
 
@@ -62,10 +63,9 @@ class Optimizer(torch.optim.Optimizer):
         weights: Weights | str = "auto",
     ) -> None:
         route = as_route(recipe)
-        import_apart("torch._dynamo")
         param_groups.refuse_inference_mode("building an optimizer")
         listed = param_groups.checked_params(params)
-        names = naming.Names(param_groups.names_in(listed))
+        names = naming.CanonicalNames(param_groups.names_in(listed))
         self.runner = StepRunner(self, TrackedParameters(route, weights, names))
         self._built = False
         shared = {} if route.rules else route.default.hyper
@@ -91,7 +91,9 @@ class Optimizer(torch.optim.Optimizer):
         parameters = self.runner.parameters
         for part in parameters.split_group(param_group, self.param_groups, self.defaults):
             parameters.name_empty_groups(part, self.param_groups)
-            super().add_param_group(part)
+            if not all(map(is_fake, part["params"])):  # what only describes a run may do without two seconds of imports
+                import_apart("torch._dynamo")
+            without_compiler(super().add_param_group)(part)
             parameters.adopt(len(self.param_groups) - 1, self.param_groups, self.state)
         self.runner.ask_again()
         if self._built:
@@ -219,7 +221,7 @@ class Optimizer(torch.optim.Optimizer):
         header = resume.header(
             self.plan(), self.runner.clip_grad_norm
         )  # first, as it names a parameter that was put into the groups
-        found = {**super().state_dict(), resume.KEY: header}
+        found = {**without_compiler(super().state_dict)(), resume.KEY: header}
         unmoved()
         return found
 
@@ -285,7 +287,8 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         param_groups.refuse_inference_mode("copying an optimizer")
         state = dict(state)
-        parameters = TrackedParameters(state.pop("_route"), state.pop("_weights"), state.pop("_names", naming.Names()))
+        names = state.pop("_names", naming.CanonicalNames())
+        parameters = TrackedParameters(state.pop("_route"), state.pop("_weights"), names)
         self.runner = StepRunner(self, parameters, state.pop("_inconsistent"))
         self.runner.clip_of_original = state.pop("_clip_of_original", None)
         self._built = True

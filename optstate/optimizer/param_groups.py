@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from optstate.distributed.placement import Placement, placement_of
-from optstate.naming import Names
+from optstate.naming import CanonicalNames
 from optstate.optimizer.group_keys import refuse_unknown
 from optstate.spec import ROLES, ParamSpec, accumulator_dtype, can_be_stepped, is_fake
 from optstate.updates import Chain, Route
@@ -135,7 +135,7 @@ def _named(group: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
     return list(names), items
 
 
-def name_group(group: dict[str, Any], names: Names, others: Sequence[Mapping[str, Any]]) -> list[str]:
+def name_group(group: dict[str, Any], names: CanonicalNames, others: Sequence[Mapping[str, Any]]) -> list[str]:
     """Put canonical names into a checked group whose parameters have names; gives the names as they were given.
 
     names: of the parameters that are there. others: the groups that are there.

@@ -47,7 +47,7 @@ class TrackedParameters:
     The optimizer's `param_groups` and `state` are given to each method, as their owner may put others in their place.
     """
 
-    def __init__(self, route: Route, weights: Weights | str, names: naming.Names) -> None:
+    def __init__(self, route: Route, weights: Weights | str, names: naming.CanonicalNames) -> None:
         self.route, self.weights, self.names = route, weights, names
         self.leaves: dict[Tensor, Leaf] = {}
         self.chains: dict[int, Chain] = {}

@@ -9,13 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from optstate import kernels
+from optstate import kernels, store_layouts
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Shape, Store, square_of
+from optstate.stores.base import Fields, Shape, Statistic, Store, square_of
 from optstate.stores.full import Full
 from optstate.stores.requests import Partial, Requests
-from optstate.stores.statistic import Statistic
 
 __all__ = ["Factored"]
 
@@ -51,12 +50,7 @@ class Factored(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        *batch, rows, cols = spec.shape
-        dims = tuple(range(spec.ndim))
-        return {
-            "row": FieldSpec((*batch, rows), spec.accumulator, dims[:-1]),
-            "col": FieldSpec((*batch, cols), spec.accumulator, (*dims[:-2], dims[-1])),
-        }
+        return FieldSpec.of(spec, store_layouts.factored(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         share, col = self.factors(fields, shape)
