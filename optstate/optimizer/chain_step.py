@@ -31,7 +31,7 @@ def context(
     """Return what the transforms of one step see, with the parameter's own way of being read and written."""
     fields = {field: state[key] for field, key in plan.weight_keys.items()} if plan.weight_keys else {}
     codec = plan.weights.codec(plan.spec, step, fields)
-    return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec)
+    return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec, is_whole=plan.spec.region is None)
 
 
 def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
@@ -92,7 +92,7 @@ def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic
     for piece in kernels.worth_running(pieces, lambda piece: piece.stop - piece.start):
         of_update, of_param = update.piece(piece), piece.of(param)
         of_grad = of_update.dense if is_gradient else piece.of(grad)
-        here = replace(ctx, param=of_param, grad=of_grad, start=piece.start)
+        here = replace(ctx, param=of_param, grad=of_grad, start=piece.start, is_whole=False)
         slices = {name: _slice_of(s, plan.slots[name], piece, of_param) for name, s in independent.items()}
         for name, statistic in moved.items():
             slices[name] = MovedStatistic(statistic, tuple(map(piece.of, factors[name])), of_param.shape)

@@ -89,6 +89,7 @@ class Context:
         grad_scale: coefficient of a global norm clip, already in the first update's scale.
         codec: reads and writes the parameter's value; None if the value is what the parameter holds.
         start: flat index of the slice's first element.
+        is_whole: whether `param` is all of the parameter, neither a shard nor a slice, so that sums here are the totals.
         param_squares: sum of squares of the whole parameter before this step, once known; 0-d.
     """
 
@@ -101,6 +102,7 @@ class Context:
     grad_scale: Scalar = 1.0
     codec: WeightCodec | None = None
     start: int = 0
+    is_whole: bool = False
     param_squares: Tensor | None = field(default=None, repr=False)
 
     def read(self, number: float | Hyper | None) -> Any:
@@ -130,7 +132,7 @@ class Context:
     def mean_square(self, update: Product) -> Requests[Tensor]:
         """Return the mean square of an update over the whole parameter, 0-d; drive with `yield from`."""
         total = kernels.sum_of_squares(update)
-        if self.spec.region is not None:  # else the sum is the total, and asking for it costs a round
+        if not self.is_whole:
             total = yield total
         return total / self.spec.numel
 
@@ -141,7 +143,7 @@ class Context:
         """
         if self.param_squares is None:
             self.param_squares = kernels.weight_sum_of_squares(self.param.detach(), self.codec)
-            if self.spec.region is not None:
+            if not self.is_whole:
                 self.param_squares = yield self.param_squares
         return self.param_squares / self.spec.numel
 
