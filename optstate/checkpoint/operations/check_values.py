@@ -30,7 +30,7 @@ steps; rounding in long averages of large matrices adds to that."""
 
 
 def value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | None = None) -> Iterator[Issue]:
-    """What is wrong with the numbers of these tensors, by name. Reads all of them, a few MiB at a time.
+    """Find what is wrong with the numbers of these tensors, by name. Reads all of them, a few MiB at a time.
 
     Only fields whose meaning is known are judged: by the document, else by names that end in a slot's.
     """
@@ -46,7 +46,7 @@ def value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | Non
 
 
 def _small_ones_together(tensors: Iterable[tuple[str, Stored]]) -> Iterator[list[tuple[str, Stored]]]:
-    """The tensors of floating-point numbers in order: small ones after each other at once, as there may be millions."""
+    """Yield the tensors of floating-point numbers in order: small ones after each other at once, as there may be millions."""
     held: list[tuple[str, Stored]] = []
     count = 0
     for name, stored in tensors:
@@ -66,7 +66,7 @@ def _small_ones_together(tensors: Iterable[tuple[str, Stored]]) -> Iterator[list
 
 
 def uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
-    """Statistics kept as row and column means that are not means of the same numbers. Reads those."""
+    """Find statistics kept as row and column means that are not means of the same numbers; read those."""
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
             if store_name(slot.store) == "Factored":
@@ -80,7 +80,7 @@ def _counts_or_squares(name: str) -> bool:
 
 
 def _never_negative(document: Document) -> set[str]:
-    """The tensors that hold magnitudes."""
+    """Return the tensors that hold magnitudes."""
     return {
         key
         for param in document.parameters

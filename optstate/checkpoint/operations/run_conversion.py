@@ -72,7 +72,7 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
 
 
 def converted_document(conversion: Conversion, report: Report) -> Document:
-    """The new document with this conversion in its history, unless nothing but the container changes."""
+    """Return the new document with this conversion in its history, unless nothing but the container changes."""
     source = conversion.checkpoint
     document, was = conversion.document, source.document
     if conversion.changes_nothing and (document.recipe, document.source) == (was.recipe, was.source):
@@ -87,7 +87,7 @@ def converted_document(conversion: Conversion, report: Report) -> Document:
 
 
 def _bounded(history: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """The first and the last entries of a long history, and how many there were between them."""
+    """Return the first and the last entries of a long history, and how many there were between them."""
     if len(history) <= MOST_HISTORY:
         return history
     first, *others = history
@@ -99,7 +99,7 @@ def _bounded(history: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
 
 
 def _widest(report: Report) -> Report:
-    """The report with the figures that take most room in JSON."""
+    """Return the report with the figures that take most room in JSON."""
     most: dict[str, Any] = dict.fromkeys(
         ("relative_error", "update_relative_error", "update_cosine", "inflation"), -math.inf
     )
@@ -108,7 +108,7 @@ def _widest(report: Report) -> Report:
 
 
 def eps_of(hyper: dict[str, Any]) -> float:
-    """What the recipe adds to the root of the second moment; that of Adam where it does no such thing."""
+    """Find what the recipe adds to the root of the second moment; what Adam adds where it does no such thing."""
     eps = hyper.get("eps")
     try:
         return float(eps) if isinstance(eps, float | int) and not isinstance(eps, bool) else USUAL_EPS

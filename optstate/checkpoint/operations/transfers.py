@@ -51,7 +51,7 @@ class Transfer:
 
 
 def spec_of(param: Parameter, role: str = "", head_size: int | None = None) -> ParamSpec:
-    """A parameter as stores see it; fp32 where its dtype is unknown.
+    """Return a parameter as stores see it; fp32 where its dtype is unknown.
 
     Raises:
         ValueError: if its shape is unknown.
@@ -65,7 +65,7 @@ def spec_of(param: Parameter, role: str = "", head_size: int | None = None) -> P
 
 
 def copied(param: Parameter, name: str, stored: Mapping[str, Stored], as_param: str = "") -> Transfer:
-    """A statistic whose tensors stay as they are, under the same parameter name or another."""
+    """Copy a statistic: its tensors stay as they are, under the same parameter name or another."""
     was, owner = param.slots[name], as_param or param.name
     record = replace(was, fields={field: tensor_key(owner, name, field) for field in was.fields})
     entries = {f: NewEntry(record.fields[f], stored[f].dtype, stored[f].shape) for f in was.fields}
@@ -73,7 +73,7 @@ def copied(param: Parameter, name: str, stored: Mapping[str, Stored], as_param: 
 
 
 def recoded(param: Parameter, name: str, stored: Mapping[str, Stored], store: Store, spec: ParamSpec) -> Transfer:
-    """A statistic that goes into another store; copied if that is the one it is in.
+    """Put a statistic into another store; copy it if it is in that store.
 
     Raises:
         ValueError: if the store cannot hold it.
@@ -94,7 +94,7 @@ def taken_over(
     specs: Mapping[str, FieldSpec],
     by_name: bool = True,
 ) -> Transfer:
-    """A statistic that another recipe keeps, from the one of the source with the same meaning.
+    """Make a statistic that another recipe keeps from the one of the source with the same meaning.
 
     by_name: whether one of the same name may be it, where the source does not tell its meaning.
 
@@ -121,7 +121,7 @@ def taken_over(
 def described_slot(
     owner: str, name: str, store: Store, spec: ParamSpec, was: SlotRecord
 ) -> tuple[SlotRecord, dict[str, FieldSpec]]:
-    """The record and tensors of the statistic `was` when it is kept in a resolved store."""
+    """Describe the record and tensors of the statistic `was` when it is kept in a resolved store."""
     specs, book = store.fields(spec, was.signed), store.codebook
     record = replace(
         was,
@@ -143,7 +143,7 @@ def _made(
     source: str,
     factor: float,
 ) -> Transfer:
-    """Copied where the source's tensors are what is wanted, else put into the store."""
+    """Copy the source's tensors where they are what is wanted, else put the statistic into the store."""
     was, entries = param.slots[source], _entries(record, specs)
     same = factor == 1.0 and (was.store, was.block) == (record.store, record.block)
     same = same and was.codebook in ("", record.codebook)  # without one it is the store's own
@@ -164,7 +164,7 @@ def _entries(record: SlotRecord, specs: Mapping[str, FieldSpec]) -> dict[str, Ne
 
 
 def _same_meaning(param: Parameter, name: str, record: SlotRecord, by_name: bool) -> str | None:
-    """The slot of the source that holds what `record` describes: of the same name if several do."""
+    """Find the slot of the source that holds what `record` describes: of the same name if several do."""
     same = [slot for slot, was in param.slots.items() if was.of == record.of and slot != WEIGHT and was.of]
     if by_name and (not record.of or (name in param.slots and not param.slots[name].of)):
         same = [name] if name in param.slots else same
@@ -172,7 +172,7 @@ def _same_meaning(param: Parameter, name: str, record: SlotRecord, by_name: bool
 
 
 def _correction(param: Parameter, record: SlotRecord) -> float:
-    """What a statistic is of the average proper: `1 - beta**step`; 1 where it did not begin at zero."""
+    """Return what part of the average proper a statistic is: `1 - beta**step`; 1 where it did not begin at zero."""
     if record.beta is None or param.step == 0:
         return 1.0
     if param.step is None:
