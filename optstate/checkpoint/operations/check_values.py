@@ -46,7 +46,7 @@ def value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | Non
 
 
 def _small_ones_together(tensors: Iterable[tuple[str, Stored]]) -> Iterator[list[tuple[str, Stored]]]:
-    """Yield the tensors of floating-point numbers in order: small ones after each other at once, as there may be millions."""
+    """Yield the tensors of floating-point numbers in order: small ones several at once, as there may be millions."""
     held: list[tuple[str, Stored]] = []
     count = 0
     for name, stored in tensors:
