@@ -1,5 +1,9 @@
-"""Composable optimizer state for PyTorch: choose how statistics are kept, what a gradient goes through, how weights
-are written, and whether the update happens inside the backward pass."""
+"""Composable optimizer state for PyTorch.
+
+Four independent choices make an optimizer: how its running statistics are kept (`stores`), what a gradient goes through
+on its way to a step (`updates`), how parameters are written (`weights`), and whether a step happens inside the backward
+pass (`fuse_backward`). A combination with a name is a recipe (`recipes`).
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

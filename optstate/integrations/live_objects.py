@@ -1,4 +1,4 @@
-"""What keeps objects alive, and finding those of a class where nothing leads to them."""
+"""Find living objects of a class that nothing leads to, and import a module without keeping the caller's alive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def instances_of(*kinds: type) -> list[Any]:
-    """The objects of these classes, or of classes derived from them, that are alive now: some tens of milliseconds.
+    """Return the objects of these classes and their subclasses that are alive now, in some tens of milliseconds.
 
     An object refers to its class, so the collector finds it among what refers to the class. A list of all objects is
     no way: it would hold what other threads are just building, and CPython raises a SystemError in a thread whose

@@ -11,6 +11,7 @@ from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, cast
 
+from optstate.checkpoint.document.chain_words import ChainWords, parse_chain
 from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
 
 __all__ = [
@@ -105,6 +106,11 @@ class Parameter:
     def numel(self) -> int:
         """Number of elements; 0 where the shape is unknown."""
         return math.prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def transforms(self) -> ChainWords:
+        """Its chain taken apart; no transforms where the file does not tell them."""
+        return parse_chain(self.chain)
 
     @property
     def has_state(self) -> bool:

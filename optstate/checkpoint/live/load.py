@@ -20,7 +20,7 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.document.document import tensor_key
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.formats.master_weights import notes_of_masters
+from optstate.checkpoint.formats.shared.master_weights import notes_of_masters
 from optstate.checkpoint.live.gather import content_of, read_part_into
 from optstate.checkpoint.live.plan_load import conversion_onto, is_complete, refuse_differences
 from optstate.checkpoint.open_checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ from optstate.checkpoint.document.document import WEIGHT, Document, Group, Param
 from optstate.checkpoint.document.rules import doubts, is_own, stray_keys
 from optstate.checkpoint.files.tensor_bytes import DTYPES
 from optstate.checkpoint.formats import own_state_dict
-from optstate.checkpoint.formats.tree_writer import numbers
+from optstate.checkpoint.formats.shared.tree_writer import numbers
 from optstate.checkpoint.operations.describe_optimizer import described, dtype_name, parameter_names, slot_records
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.plan_recipe import COUNTED_FROM, change_of_rule, follows, onto

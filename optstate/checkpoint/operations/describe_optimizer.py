@@ -99,7 +99,7 @@ def slot_records(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[s
             signed=declared[key].signed,
             fields={field: tensor_key(name, key, field) for field in slot.fields},
             codebook="" if book is None else book.id,
-            block=slot.fields["absmax"].per if "absmax" in slot.fields else 0,
+            block=slot.store.scale_block,
             of=declared[key].of,
             beta=declared[key].beta,
         )

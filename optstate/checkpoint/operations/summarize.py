@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.document.document import KEY, Parameter
+from optstate.checkpoint.document.native_file import native_of
 from optstate.checkpoint.document.prices import bytes_by_recipe
 from optstate.checkpoint.document.rules import rule_issues
 from optstate.checkpoint.errors import CheckpointError
@@ -26,7 +27,6 @@ from optstate.checkpoint.files.safetensors_file import (
     read_stream,
 )
 from optstate.checkpoint.files.tensor_place import Stored, stored_entry
-from optstate.checkpoint.formats.native import native_of
 from optstate.checkpoint.open_checkpoint import STREAM, open_checkpoint
 from optstate.collector import paused
 

@@ -20,6 +20,8 @@ from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.files.tensor_bytes import bytes_of, load
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("OPTSTATE_KILLS", "50"))
 
 ACTIONS = {

@@ -280,7 +280,9 @@ class TestTheFile:
     def test_names_that_would_share_tensors_are_refused(self, tmp_path: Path) -> None:
         a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
         optimizer = AdamW([{"params": [("v", a)]}, {"params": [("w", b)]}])
-        optimizer._leaves[a].plan.spec.__dict__["name"] = "w"  # an optimizer refuses such names when it is built
+        optimizer.runner.parameters.leaves[a].plan.spec.__dict__["name"] = (
+            "w"  # an optimizer refuses such names when it is built
+        )
         with pytest.raises(optstate.CheckpointError, match="two parameters are named 'w'"):
             optstate.save(optimizer, tmp_path / "a")
 
