@@ -26,9 +26,8 @@ from optstate.checkpoint.live.plan_load import conversion_onto, is_complete, ref
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.convert_values import Recoder
 from optstate.checkpoint.operations.describe_optimizer import with_tensors
-from optstate.checkpoint.operations.plan_conversion import Conversion, unchanged
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer, unchanged
 from optstate.checkpoint.operations.read_values import Values
-from optstate.checkpoint.operations.transfers import Transfer
 from optstate.distributed.agreement import DisagreementError, LostProcessError
 from optstate.distributed.placement import copy_part, here
 from optstate.optimizer import state_dict

@@ -15,8 +15,7 @@ from optstate.checkpoint.formats import own_state_dict
 from optstate.checkpoint.formats.shared.tree_writer import numbers
 from optstate.checkpoint.operations.describe_optimizer import described, dtype_name, parameter_names, slot_records
 from optstate.checkpoint.operations.plan_conversion import Conversion
-from optstate.checkpoint.operations.plan_recipe import COUNTED_FROM, change_of_rule, follows, onto
-from optstate.checkpoint.operations.rule_words import hyper_of
+from optstate.checkpoint.operations.plan_recipe import COUNTED_FROM, change_of_rule, follows, hyper_of, onto
 from optstate.optimizer.missing_state import Gap, rule
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, Plan

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.operations.plan_conversion import Conversion
-from optstate.checkpoint.operations.transfers import Transfer
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer
 
 __all__ = ["DROPPED", "FROM_ZERO", "Figures", "Report", "Row", "compared", "divisor", "report_of", "update"]
 

@@ -13,9 +13,16 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError, UsageError
 from optstate.checkpoint.open_checkpoint import open_checkpoint, refuse_streams
 from optstate.checkpoint.operations.conversion_report import Report, report_of
-from optstate.checkpoint.operations.export import NATIVE, check_target, export, layout_for, layouts, notes_of
 from optstate.checkpoint.operations.plan_conversion import Conversion, in_stores, store_of, unchanged
-from optstate.checkpoint.operations.run_conversion import Track
+from optstate.checkpoint.operations.run_conversion import (
+    NATIVE,
+    Track,
+    check_target,
+    export,
+    layout_for,
+    layouts,
+    notes_of,
+)
 from optstate.stores.registry import from_words
 
 __all__ = ["Converted", "convert"]

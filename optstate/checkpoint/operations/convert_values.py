@@ -15,8 +15,8 @@ from torch import Tensor
 from optstate import kernels
 from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.operations.conversion_report import Figures, compared, divisor, update
+from optstate.checkpoint.operations.plan_conversion import Transfer
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
-from optstate.checkpoint.operations.transfers import Transfer
 from optstate.kernels import Noise, Piece
 from optstate.spec import FieldSpec
 from optstate.stores import Store

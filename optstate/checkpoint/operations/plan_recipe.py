@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from optstate.checkpoint.document.chain_words import parse_chain
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter
 from optstate.checkpoint.document.rules import base_recipe, is_own, other_chains, reasons
+from optstate.checkpoint.formats.shared.adafactor import find_arguments
+from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import numbers
 from optstate.checkpoint.operations.describe_optimizer import described, with_tensors
-from optstate.checkpoint.operations.plan_conversion import Conversion
-from optstate.checkpoint.operations.rule_words import arguments_of, hyper_of, same_rule
-from optstate.checkpoint.operations.transfers import Transfer, copied, spec_of, taken_over
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer, copied, spec_of, taken_over
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.param_groups import check_values
 from optstate.optimizer.plan import ParamPlan
@@ -27,7 +28,17 @@ from optstate.text import shown
 from optstate.weights import Weights, as_weights
 from optstate.weights import from_words as weights_from_words
 
-__all__ = ["COUNTED_FROM", "as_recipe", "change_of_rule", "follows", "onto", "settings_of"]
+__all__ = [
+    "COUNTED_FROM",
+    "arguments_of",
+    "as_recipe",
+    "change_of_rule",
+    "follows",
+    "hyper_of",
+    "onto",
+    "same_rule",
+    "settings_of",
+]
 
 NO_SETTINGS = frozenset({"params", "weights", "fused_backward"})
 """Arguments of recipes that are no hyper-parameters."""
@@ -257,6 +268,9 @@ def _literal(key: str, words: str) -> Any:
         raise ValueError(f"{key}={words}: give a number, a tuple, True, False or None") from None
 
 
+# --- the rule of a file -------------------------------------------------------------------------------------------
+
+
 def follows(param: Parameter, document: Document, chain: str) -> bool:
     """Whether a parameter went through this chain, which is in words, as far as the file tells."""
     if param.chain:
@@ -297,3 +311,35 @@ def _chain_of(param: Parameter, document: Document, group: Group) -> str:
     members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
     made = registry.get(recipe)([{k: v for k, v in members.items() if v}], **arguments)
     return str(made.plan().params[0].chain)
+
+
+def same_rule(recipe: str, other: str) -> bool:
+    """Whether two recipes do the same with statistics that may be kept differently."""
+    return bool(recipe) and RULES.get(recipe, recipe) == RULES.get(other, other)
+
+
+def hyper_of(document: Document, group: Group) -> dict[str, Any]:
+    """The hyper-parameters of a group under the keys and with the values that groups of the document's recipe have.
+
+    What our recipe does not have stays as it is. lr of a relative step is 1, a factor.
+    """
+    hyper = dict(group.hyper)
+    if not is_own(document):
+        from optstate.checkpoint.formats.registry import translate_group  # imports all formats
+
+        hyper = translate_group(document, group)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in hyper.items()}
+
+
+def arguments_of(document: Document, group: Group, chain: str) -> dict[str, Any]:
+    """What the document's recipe is built with, for its parameters to go through the chain that those of a group did.
+
+    chain: in words, "" where the file does not tell it. Hyper-parameters that the recipe does not have are there, too.
+    """
+    hyper = {key: numbers(value) for key, value in hyper_of(document, group).items()}
+    rule, transforms = RULES.get(document.recipe, ""), parse_chain(chain)
+    if rule == "sgd" and chain:
+        hyper["nesterov"] = transforms.has("momentum", "nesterov")
+    if rule == "adafactor":
+        hyper |= find_arguments(hyper, transforms, of_torch="beta2_decay" in group.hyper)
+    return hyper

@@ -13,7 +13,7 @@ from optstate.checkpoint.document.contradictions import store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.operations.transfers import spec_of
+from optstate.checkpoint.operations.plan_conversion import spec_of
 from optstate.kernels import Codebook
 from optstate.spec import FieldSpec
 from optstate.store_layouts import layouts_of

@@ -16,8 +16,8 @@ from adalomo import Adafactor, AdaLomo
 from optstate import weights
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.export import export
 from optstate.checkpoint.operations.plan_conversion import unchanged
+from optstate.checkpoint.operations.run_conversion import export
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion8bit
 from tests.support.models import assert_same, loss_of, mlp, state_of
 
