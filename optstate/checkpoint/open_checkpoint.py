@@ -72,9 +72,9 @@ def open_checkpoint(
         _agrees(checkpoint, optimizer)
     if names is None:
         return checkpoint
-    from optstate.checkpoint.parameter_names import read_names, with_names
+    from optstate.checkpoint.parameter_names import give_names, read_names
 
-    return with_names(checkpoint, read_names(names))
+    return give_names(checkpoint, read_names(names))
 
 
 def refuse_streams(*paths: str | os.PathLike[str]) -> None:

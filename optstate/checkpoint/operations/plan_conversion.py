@@ -23,14 +23,14 @@ from optstate.stores.registry import from_words
 __all__ = [
     "Conversion",
     "Transfer",
-    "copied",
-    "described_slot",
-    "in_stores",
-    "recoded",
-    "spec_of",
-    "store_of",
-    "taken_over",
-    "unchanged",
+    "copy_statistic",
+    "describe_slot",
+    "make_spec",
+    "parse_store",
+    "plan_copy",
+    "plan_stores",
+    "recode_statistic",
+    "take_over_statistic",
 ]
 
 DROP = "drop"
@@ -143,13 +143,13 @@ class Conversion:
 # --- the same recipe ----------------------------------------------------------------------------------------------
 
 
-def unchanged(checkpoint: Checkpoint) -> Conversion:
+def plan_copy(checkpoint: Checkpoint) -> Conversion:
     """Every statistic as it is: for another container."""
     transfers = {param.name: _copies(checkpoint, param) for param in checkpoint.document.parameters}
     return Conversion(checkpoint, checkpoint.document, transfers)
 
 
-def in_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str, str]) -> Conversion:
+def plan_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str, str]) -> Conversion:
     """The same recipe with statistics in other stores.
 
     Args:
@@ -169,7 +169,7 @@ def in_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str,
     if default is not None:
         everywhere = from_words(default)  # dropping everything is no conversion
         stores = {slot: everywhere for slot in present if slot not in NOT_STATISTICS}
-    stores |= {slot: store_of(words) for slot, words in by_slot.items()}
+    stores |= {slot: parse_store(words) for slot, words in by_slot.items()}
     parameters, transfers, dropped = [], {}, []
     for param in checkpoint.document.parameters:
         made = []
@@ -184,7 +184,7 @@ def in_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str,
     return Conversion(checkpoint, document, transfers, tuple(dropped))
 
 
-def store_of(words: str) -> Store | None:
+def parse_store(words: str) -> Store | None:
     """The store that words name, None for "drop".
 
     Raises:
@@ -196,16 +196,16 @@ def store_of(words: str) -> Store | None:
 def _in_store(checkpoint: Checkpoint, param: Parameter, slot: str, store: Store | None) -> Transfer:
     stored = checkpoint.fields_of(param.slots[slot])
     if store is None:
-        return copied(param, slot, stored)
+        return copy_statistic(param, slot, stored)
     group = checkpoint.document.groups[param.group]
     try:
-        return recoded(param, slot, stored, store, spec_of(param, group.role, group.head_size))
+        return recode_statistic(param, slot, stored, store, make_spec(param, group.role, group.head_size))
     except ValueError as error:
         raise ValueError(f"{slot} of {param.name!r} cannot go into {store}: {error}") from None
 
 
 def _copies(checkpoint: Checkpoint, param: Parameter) -> tuple[Transfer, ...]:
-    return tuple(copied(param, slot, checkpoint.fields_of(record)) for slot, record in param.slots.items())
+    return tuple(copy_statistic(param, slot, checkpoint.fields_of(record)) for slot, record in param.slots.items())
 
 
 def _books(checkpoint: Checkpoint, transfers: Mapping[str, tuple[Transfer, ...]]) -> dict[str, tuple[float, ...]]:
@@ -224,7 +224,7 @@ def _books(checkpoint: Checkpoint, transfers: Mapping[str, tuple[Transfer, ...]]
 # --- one statistic ------------------------------------------------------------------------------------------------
 
 
-def spec_of(param: Parameter, role: str = "", head_size: int | None = None) -> ParamSpec:
+def make_spec(param: Parameter, role: str = "", head_size: int | None = None) -> ParamSpec:
     """Return a parameter as stores see it; fp32 where its dtype is unknown.
 
     Raises:
@@ -238,7 +238,7 @@ def spec_of(param: Parameter, role: str = "", head_size: int | None = None) -> P
     return ParamSpec(name=param.name, shape=param.shape, dtype=dtype, role=role, head_size=head_size)
 
 
-def copied(param: Parameter, name: str, stored: Mapping[str, Stored], as_param: str = "") -> Transfer:
+def copy_statistic(param: Parameter, name: str, stored: Mapping[str, Stored], as_param: str = "") -> Transfer:
     """Copy a statistic: its tensors stay as they are, under the same parameter name or another."""
     was, owner = param.slots[name], as_param or param.name
     record = replace(was, fields={field: tensor_key(owner, name, field) for field in was.fields})
@@ -246,7 +246,9 @@ def copied(param: Parameter, name: str, stored: Mapping[str, Stored], as_param: 
     return Transfer(param, name, record, entries, source=name, was=was)
 
 
-def recoded(param: Parameter, name: str, stored: Mapping[str, Stored], store: Store, spec: ParamSpec) -> Transfer:
+def recode_statistic(
+    param: Parameter, name: str, stored: Mapping[str, Stored], store: Store, spec: ParamSpec
+) -> Transfer:
     """Put a statistic into another store; copy it if it is in that store.
 
     Raises:
@@ -255,11 +257,11 @@ def recoded(param: Parameter, name: str, stored: Mapping[str, Stored], store: St
     was = param.slots[name]
     store.check(was.signed, 1.0)
     resolved, _ = store.resolve(spec, was.signed)
-    record, specs = described_slot(param.name, name, resolved, spec, was)
+    record, specs = describe_slot(param.name, name, resolved, spec, was)
     return _made(param, name, stored, record, resolved, specs, source=name, factor=1.0)
 
 
-def taken_over(
+def take_over_statistic(
     param: Parameter,
     stored: Mapping[str, Mapping[str, Stored]],
     name: str,
@@ -292,7 +294,7 @@ def taken_over(
     return _made(param, name, stored[source], record, store, specs, source, factor)
 
 
-def described_slot(
+def describe_slot(
     owner: str, name: str, store: Store, spec: ParamSpec, was: SlotRecord
 ) -> tuple[SlotRecord, dict[str, FieldSpec]]:
     """Describe the record and tensors of the statistic `was` when it is kept in a resolved store."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from optstate.checkpoint.document.document import KEY, Document, Parameter, to_json, version_of_optstate
+from optstate.checkpoint.document.document import KEY, Document, Parameter, find_version, to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, write_all
 from optstate.checkpoint.files.safetensors_set import create_set, find
 from optstate.checkpoint.files.safetensors_writer import NewEntry, create, header_size
 from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.checkpoint.files.torch_archive_writer import create_torch
-from optstate.checkpoint.operations.conversion_report import Report, report_of
+from optstate.checkpoint.operations.conversion_report import ConversionReport, make_report
 from optstate.checkpoint.operations.convert_values import Recoder
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
@@ -38,13 +38,13 @@ __all__ = [
     "Track",
     "carry_out",
     "check_target",
-    "converted_document",
-    "eps_of",
+    "choose_layout",
     "export",
-    "layout_for",
-    "layouts",
-    "notes_of",
-    "write_converted",
+    "find_eps",
+    "list_layouts",
+    "list_notes",
+    "record_conversion",
+    "write_native",
 ]
 
 NATIVE = "optstate"
@@ -64,12 +64,12 @@ MOST_HISTORY, LEFT_OUT = 64, "left_out"
 # --- the target ---------------------------------------------------------------------------------------------------
 
 
-def layouts() -> tuple[str, ...]:
+def list_layouts() -> tuple[str, ...]:
     """Return the names of all layouts that can be written."""
     return (NATIVE, *_libraries().writable_formats())
 
 
-def layout_for(conversion: Conversion, target: Path, asked: str | None) -> str:
+def choose_layout(conversion: Conversion, target: Path, asked: str | None) -> str:
     """Choose the layout to write: the one asked for, else by the target's suffix optstate's own or a torch file's.
 
     Raises:
@@ -84,8 +84,10 @@ def layout_for(conversion: Conversion, target: Path, asked: str | None) -> str:
             return str(libraries.choose_format(conversion.document))
         except libraries.LayoutError as error:
             raise CheckpointError(path, f"cannot be written as a torch file: {error}", refused=True) from None
-    if asked != NATIVE and asked not in layouts():
-        raise CheckpointError(path, f"no layout is called {asked!r}", f"one of {', '.join(layouts())}", refused=True)
+    if asked != NATIVE and asked not in list_layouts():
+        raise CheckpointError(
+            path, f"no layout is called {asked!r}", f"one of {', '.join(list_layouts())}", refused=True
+        )
     return asked
 
 
@@ -121,7 +123,7 @@ def _is_same(source: str, target: str) -> bool:
     return False
 
 
-def notes_of(conversion: Conversion, layout: str = NATIVE) -> tuple[str, ...]:
+def list_notes(conversion: Conversion, layout: str = NATIVE) -> tuple[str, ...]:
     """List what a person should know of the source and of the new file: everything in one that is not in the other.
 
     Raises:
@@ -153,7 +155,7 @@ def export(
     overwrite: bool = False,
     track: Track = iter,
     max_shard_size: int | None = None,
-) -> Report:
+) -> ConversionReport:
     """Write a conversion, and report what was lost. The target is replaced at once or not at all.
 
     Raises:
@@ -164,7 +166,7 @@ def export(
     source = conversion.checkpoint.path
     try:
         if layout == NATIVE:
-            return write_converted(conversion, target, overwrite=overwrite, track=track, max_shard_size=max_shard_size)
+            return write_native(conversion, target, overwrite=overwrite, track=track, max_shard_size=max_shard_size)
         new = _new_state(conversion, layout)
         if new.folder is None:
             return _write_torch(conversion, target, new.tree, overwrite, track)
@@ -176,14 +178,14 @@ def export(
         raise CheckpointError(source, str(error)) from error
 
 
-def write_converted(
+def write_native(
     conversion: Conversion,
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     track: Track = iter,
     max_shard_size: int | None = None,
-) -> Report:
+) -> ConversionReport:
     """Write what a checkpoint becomes as one safetensors file, and report what was lost.
 
     Memory: the statistics of one parameter in fp32, and their new tensors. The file is replaced at once or not at all.
@@ -194,12 +196,12 @@ def write_converted(
         OSError, UnreadableStatisticError: if the source cannot be read.
     """
     entries = conversion.entries
-    widest = converted_document(conversion, _widest(report_of(conversion)))
+    widest = record_conversion(conversion, _widest(make_report(conversion)))
     room = header_size({KEY: to_json(widest)}, entries)
     kept, limit = conversion.checkpoint.permissions, max_shard_size
     with create_set(path, entries, room=room, limit=limit, overwrite=overwrite, permissions=kept) as file:
         report = carry_out(conversion, lambda key, tensor: file.put(key, bytes_of(tensor)), track)
-        file.finish({KEY: to_json(converted_document(conversion, report))})
+        file.finish({KEY: to_json(record_conversion(conversion, report))})
     return report
 
 
@@ -218,13 +220,13 @@ def _new_state(conversion: Conversion, layout: str) -> NewState:
     return made
 
 
-def _write_torch(conversion: Conversion, target: Path, tree: Tree, overwrite: bool, track: Track) -> Report:
+def _write_torch(conversion: Conversion, target: Path, tree: Tree, overwrite: bool, track: Track) -> ConversionReport:
     """Write a file as torch.save does."""
     with create_torch(target, tree, overwrite=overwrite, permissions=conversion.checkpoint.permissions) as file:
         return carry_out(conversion, lambda key, tensor: file.put(key, bytes_of(tensor)), track)
 
 
-def _write_folder(conversion: Conversion, target: Path, made: NewFolder, track: Track) -> Report:
+def _write_folder(conversion: Conversion, target: Path, made: NewFolder, track: Track) -> ConversionReport:
     """Write a new folder, which gets its name when all of its files are complete."""
     constants = [NewEntry(name, constant.dtype, constant.shape) for name, constant in made.constants.items()]
     all_entries = [*made.tensors.values(), *constants]
@@ -251,7 +253,7 @@ def _write_folder(conversion: Conversion, target: Path, made: NewFolder, track: 
     return report
 
 
-def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: Track = iter) -> Report:
+def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: Track = iter) -> ConversionReport:
     """Make every new tensor and hand it to `put(key, tensor)`, parameter by parameter."""
     recoder = Recoder(Values(conversion.checkpoint))
     document = conversion.checkpoint.document
@@ -261,14 +263,14 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
     for param, following in zip(track(params), followers, strict=True):
         if following is not None:
             recoder.values.announce(following)
-        recoder.carry(conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
-    return report_of(conversion, recoder.figures, recoder.total)
+        recoder.carry(conversion.transfers[param.name], find_eps(document.groups[param.group].hyper), put)
+    return make_report(conversion, recoder.figures, recoder.total)
 
 
 # --- what the file says of it -------------------------------------------------------------------------------------
 
 
-def converted_document(conversion: Conversion, report: Report) -> Document:
+def record_conversion(conversion: Conversion, report: ConversionReport) -> Document:
     """Return the new document with this conversion in its history, unless nothing but the container changes."""
     source = conversion.checkpoint
     document, was = conversion.document, source.document
@@ -276,7 +278,7 @@ def converted_document(conversion: Conversion, report: Report) -> Document:
         return document
     entry = {
         "tool": "optstate",
-        "version": version_of_optstate(),
+        "version": find_version(),
         "from": {"kind": source.kind, "recipe": was.recipe, "source": was.source},
         **report.to_history(),
     }
@@ -295,7 +297,7 @@ def _bounded(history: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     return (first, {LEFT_OUT: left_out + len(others) - len(last)}, *last)
 
 
-def _widest(report: Report) -> Report:
+def _widest(report: ConversionReport) -> ConversionReport:
     """Return the report with the figures that take most room in JSON."""
     most: dict[str, Any] = dict.fromkeys(
         ("relative_error", "update_relative_error", "update_cosine", "inflation"), -math.inf
@@ -304,7 +306,7 @@ def _widest(report: Report) -> Report:
     return replace(report, rows=rows, update_relative_error=-math.inf, update_cosine=-math.inf)
 
 
-def eps_of(hyper: dict[str, Any]) -> float:
+def find_eps(hyper: dict[str, Any]) -> float:
     """Find what the recipe adds to the root of the second moment; what Adam adds where it does no such thing."""
     eps = hyper.get("eps")
     try:
