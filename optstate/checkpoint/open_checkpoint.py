@@ -55,7 +55,7 @@ FSDP_FOLDER = re.compile(r"optimizer(_\d+)?")
 def open_checkpoint(
     path: str | os.PathLike[str], *, key: str | None = None, names: str | None = None, optimizer: str | None = None
 ) -> Checkpoint:
-    """What a file or folder holds of an optimizer's state, whoever wrote it; no statistic is read.
+    """Open what a file or folder holds of an optimizer's state, whoever wrote it; no statistic is read.
 
     Args:
         path: a file, the index or folder of a sharded set, or a folder that holds one checkpoint.
@@ -72,9 +72,9 @@ def open_checkpoint(
         _agrees(checkpoint, optimizer)
     if names is None:
         return checkpoint
-    from optstate.checkpoint.parameter_names import read_names, with_names
+    from optstate.checkpoint.parameter_names import give_names, read_names
 
-    return with_names(checkpoint, read_names(names))
+    return give_names(checkpoint, read_names(names))
 
 
 def refuse_streams(*paths: str | os.PathLike[str]) -> None:
@@ -86,7 +86,7 @@ def refuse_streams(*paths: str | os.PathLike[str]) -> None:
 
 
 def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:
-    """Opened anew while a run replaces the files of a set between the first and the last of them."""
+    """Open it, and anew while a run replaces the files of a set between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -160,7 +160,7 @@ def _of_safetensors(path: str, optimizer: str | None) -> Checkpoint:
 
 
 def _of_index(path: str) -> Checkpoint:
-    """A sharded set: the document is in one of its shards."""
+    """Open a sharded set, whose document is in one of its shards."""
     headers = read_index(path).shards.values()
     if not any(KEY in header.metadata for header in headers):
         reason = f"{len(headers)} shards without an optstate document: looks like model weights, not optimizer state"
@@ -172,7 +172,7 @@ def _of_index(path: str) -> Checkpoint:
 
 
 def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint:
-    """A folder as training stacks write it, or any with one file of optimizer state."""
+    """Open a folder as training stacks write it, or any with one file of optimizer state."""
     from optstate.checkpoint.formats import dcp, deepspeed, lerobot
 
     if dcp.is_dcp(path):
@@ -197,7 +197,7 @@ def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint
 
 
 def _parts(path: Path) -> list[Path]:
-    """What holds optimizer state in a folder, by name: files, folders, or the folder itself."""
+    """List what holds optimizer state in a folder, by name: files, folders, or the folder itself."""
     from optstate.checkpoint.formats import dcp, lerobot
 
     try:

@@ -23,7 +23,7 @@ from optstate.checkpoint.files.file_kinds import JSON, SAFETENSORS, UNKNOWN, ide
 from optstate.naming import canonical_names
 from optstate.text import shown
 
-__all__ = ["Named", "Names", "read_names", "with_names"]
+__all__ = ["Named", "Names", "give_names", "read_names"]
 
 LARGEST_FILE = 16 << 20
 
@@ -207,7 +207,7 @@ def _members(source: str, pairs: Iterable[Any]) -> Iterator[Named]:
 # --- names for a checkpoint ---------------------------------------------------------------------------------------
 
 
-def with_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
+def give_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
     """Return the checkpoint with names for its numbered parameters, and with shapes and dtypes that it lacked.
 
     Parameters that have names keep them; the given ones must be the same.

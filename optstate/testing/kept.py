@@ -18,9 +18,9 @@ from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.check_values import plugged_store_issues
-from optstate.checkpoint.operations.plan_conversion import in_stores
+from optstate.checkpoint.operations.plan_conversion import plan_stores
 from optstate.checkpoint.operations.read_values import Values
-from optstate.checkpoint.operations.run_conversion import write_converted
+from optstate.checkpoint.operations.run_conversion import write_native
 from optstate.kernels import Noise
 from optstate.optimizer.optimizer import Optimizer
 from optstate.spec import FieldSpec, ParamSpec, Region
@@ -214,15 +214,15 @@ def files_hold_it(store: Store) -> None:
             save(optimizer, folder / "full.safetensors")
             full = open_checkpoint(folder / "full.safetensors")
             slot = next(iter(full.document.parameters[0].slots))
-            there = in_stores(full, None, {slot: str(store)})
+            there = plan_stores(full, None, {slot: str(store)})
             there.check()
-            write_converted(there, folder / "kept.safetensors")
+            write_native(there, folder / "kept.safetensors")
             kept = open_checkpoint(folder / "kept.safetensors")
             issues = [*contradictions(kept), *plugged_store_issues(kept)]
             expect(not issues, f"the file is found to be wrong: {issues[0].where} {issues[0].what}" if issues else "")
-            back = in_stores(kept, None, {slot: "fp32"})
+            back = plan_stores(kept, None, {slot: "fp32"})
             back.check()
-            write_converted(back, folder / "back.safetensors")
+            write_native(back, folder / "back.safetensors")
             numbers = Values(open_checkpoint(folder / "back.safetensors"))
             for param in numbers.checkpoint.document.parameters:
                 assert param.shape is not None

@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 from optstate.checkpoint.live.load import load
 from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.plan_conversion import in_stores
-from optstate.checkpoint.operations.run_conversion import write_converted
+from optstate.checkpoint.operations.plan_conversion import plan_stores
+from optstate.checkpoint.operations.run_conversion import write_native
 from optstate.kernels import chunking
 from optstate.optimizer.fused_backward import fuse_backward
 from optstate.optimizer.optimizer import Optimizer
@@ -288,9 +288,9 @@ def converts_both_ways(rule: Maker) -> None:
         checkpoint = open_checkpoint(folder / "a.safetensors")
         if not any(param.slots for param in checkpoint.document.parameters):
             return
-        conversion = in_stores(checkpoint, "fp32", {})
+        conversion = plan_stores(checkpoint, "fp32", {})
         conversion.check()
-        write_converted(conversion, folder / "b.safetensors")
+        write_native(conversion, folder / "b.safetensors")
         again, other = rule.built(rule.shapes)
         load(other, folder / "b.safetensors", allow_lossy=True)
     for name, param in params.items():

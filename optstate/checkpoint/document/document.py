@@ -24,10 +24,10 @@ __all__ = [
     "Parameter",
     "SlotRecord",
     "TensorValue",
+    "find_version",
     "from_json",
     "tensor_key",
     "to_json",
-    "version_of_optstate",
 ]
 
 KEY = "optstate"
@@ -176,7 +176,7 @@ def tensor_key(parameter: str, slot: str, name: str = "") -> str:
     return f"{parameter}/{slot}.{name}" if name else f"{parameter}/{slot}"
 
 
-def version_of_optstate() -> str:
+def find_version() -> str:
     """Return the installed version, "unknown" where the package is run from a folder."""
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that a look into a file does not need
 

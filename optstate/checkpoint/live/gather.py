@@ -20,10 +20,10 @@ from optstate.distributed.placement import copy_part, here, index_here, whole
 from optstate.optimizer.alike import FEW, digest_of
 
 __all__ = [
-    "content_of",
     "note_document",
     "note_path",
     "read_part_into",
+    "sample_content",
     "saving_together",
     "write_gathered",
 ]
@@ -121,7 +121,7 @@ def read_part_into(own: Tensor, stored: Stored) -> None:
         copy_part(own, load(stored))
 
 
-def content_of(tensors: Mapping[str, Stored]) -> ProcessView:
+def sample_content(tensors: Mapping[str, Stored]) -> ProcessView:
     """Digests of a few numbers of each tensor of a file, by which two files are told apart.
 
     Raises:

@@ -13,7 +13,7 @@ from optstate.checkpoint.document.contradictions import store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.operations.transfers import spec_of
+from optstate.checkpoint.operations.plan_conversion import make_spec
 from optstate.kernels import Codebook
 from optstate.spec import FieldSpec
 from optstate.store_layouts import layouts_of
@@ -156,7 +156,7 @@ def _store_of(param: Parameter, slot: SlotRecord, stored: Mapping[str, Stored], 
         ) from None
     try:
         store = store.as_recorded(slot.signed, slot.block)
-        problem = _misfit(store.fields(spec_of(param), slot.signed), stored) if is_plugged(slot.store) else ""
+        problem = _misfit(store.fields(make_spec(param), slot.signed), stored) if is_plugged(slot.store) else ""
     except Exception as error:  # stores of other packages may raise anything about a file's numbers
         raise UnreadableStatisticError(f"{what}: {error}") from None
     if problem:

@@ -11,7 +11,7 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.formats.shared.embedded_state import WEIGHTS
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.parameter_names import read_names, with_names
+from optstate.checkpoint.parameter_names import give_names, read_names
 from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
@@ -42,7 +42,7 @@ def of_checkpoint(path: Path, dtype: str, names: str | None = None) -> Model:
     checkpoint = _opened(path)
     if names is not None:
         try:
-            checkpoint = with_names(checkpoint, read_names(names))
+            checkpoint = give_names(checkpoint, read_names(names))
         except CheckpointError as error:
             raise SourceError(str(error)) from error
     checked_dtype(dtype)

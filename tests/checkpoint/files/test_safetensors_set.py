@@ -29,7 +29,7 @@ from optstate.checkpoint.files.safetensors_file import read_index, structural_is
 from optstate.checkpoint.files.safetensors_set import create_set, find
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import load
-from optstate.checkpoint.operations.plan_conversion import in_stores
+from optstate.checkpoint.operations.plan_conversion import plan_stores
 from optstate.recipes import AdamW
 from tests.support.models import mlp
 
@@ -463,11 +463,11 @@ class TestNative:
         assert len(many.files) > 3
 
     def test_a_set_is_converted_in_place(self, tmp_path: Path) -> None:
-        from optstate.checkpoint.operations.run_conversion import write_converted
+        from optstate.checkpoint.operations.run_conversion import write_native
 
         optimizer = saved(tmp_path, 600)
-        conversion = in_stores(native_checkpoint(tmp_path), None, {"exp_avg_sq": "factored"})
-        write_converted(conversion, tmp_path / NAME, overwrite=True, max_shard_size=1000)
+        conversion = plan_stores(native_checkpoint(tmp_path), None, {"exp_avg_sq": "factored"})
+        write_native(conversion, tmp_path / NAME, overwrite=True, max_shard_size=1000)
         converted = native_checkpoint(tmp_path)
         assert sorted(map(os.path.basename, converted.files)) == files(tmp_path)
         assert len(converted.document.history) == 1
