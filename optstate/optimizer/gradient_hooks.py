@@ -185,7 +185,7 @@ class GradientHooks:
         """Remember that a parameter was updated, and hide its new values from the rest of the pass."""
         self._updated.append(param)
         if torch._C._current_graph_task_id() >= 0:
-            stale_weights.hide(param, leaf.plan.spec.name)
+            stale_weights.hide_weight(param, leaf.plan.spec.name)
 
     def _wait_for_group(self, leaf: Leaf, param: Tensor) -> None:
         """Update split parameters together once the gradients of all in their group are there.
@@ -277,7 +277,7 @@ class GradientHooks:
 
     def _show_weights(self) -> None:
         for param in self._updated:
-            stale_weights.show(param)
+            stale_weights.show_weight(param)
 
     # --- clipping and accumulation ----------------------------------------------------------------------------------
 

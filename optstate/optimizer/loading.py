@@ -41,7 +41,7 @@ def load_prepared(
             )
         saved, copy = prepare()
         plan = parameters.plan(optimizer.param_groups)
-        gaps = resume.check(optimizer, plan, saved)
+        gaps = resume.check_state_dict(optimizer, plan, saved)
         taken_over = resume.names_to_take_over(optimizer, plan, saved)
         if shared:
             _note_what_is_loaded(runner, views, saved, content())

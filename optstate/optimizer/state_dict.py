@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optstate import naming
-from optstate.optimizer.foreign_state import check_rule
+from optstate.optimizer.foreign_state import check_foreign_rule
 from optstate.optimizer.missing_state import Gap, rule
 from optstate.optimizer.param_groups import check_values
 from optstate.optimizer.plan import ParamPlan, Plan
@@ -24,7 +24,7 @@ __all__ = [
     "COMPLETE",
     "KEY",
     "NAMES_COMPARED",
-    "check",
+    "check_state_dict",
     "entries",
     "header",
     "loaded_groups",
@@ -191,7 +191,7 @@ def warn_if_rounded_otherwise(
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[Gap]:
+def check_state_dict(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[Gap]:
     """What becomes of the state of each parameter, in order.
 
     Raises:
@@ -270,7 +270,7 @@ def _check_rule(optimizer: torch.optim.Optimizer, plan: Plan, saved: Sequence[Ma
     for group in optimizer.param_groups:
         chains.append(plan.params[first].chain if group["params"] else Chain())
         first += len(group["params"])
-    check_rule(theirs, optimizer.param_groups, chains)
+    check_foreign_rule(theirs, optimizer.param_groups, chains)
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

@@ -82,7 +82,7 @@ class AxisMax(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.axis_maxima(spec.shape))
+        return FieldSpec.of(spec, store_layouts.axis_maxima_layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return reduce(torch.minimum, broadcast_axes(fields, shape))

@@ -50,7 +50,7 @@ class Factored(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.factored(spec.shape))
+        return FieldSpec.of(spec, store_layouts.factored_layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         share, col = self.factors(fields, shape)

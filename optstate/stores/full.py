@@ -72,7 +72,7 @@ class Full(Store):
         return self.stochastic is True or (self.stochastic is None and swallows)
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.full(spec.shape, self.dtype))
+        return FieldSpec.of(spec, store_layouts.full_layouts(spec.shape, self.dtype))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         stored = fields[""].view(shape)

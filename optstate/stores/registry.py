@@ -23,7 +23,7 @@ from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
 from optstate.text import parse_item, parsed_call
 
-__all__ = ["known_also", "names", "parse_store"]
+__all__ = ["known_also", "parse_store", "store_names"]
 
 OWN: dict[str, type[Store]] = {
     kind.__name__.lower(): kind for kind in (AxisMax, Block4, Block8, Factored, Float8, Full, Grouped)
@@ -64,7 +64,7 @@ def known_also(kind: type[Store]) -> Iterator[None]:
         _ALSO.reset(token)
 
 
-def names() -> list[str]:
+def store_names() -> list[str]:
     """Return the names of all stores that files may name, sorted: class names in lower case."""
     return sorted({*_ALSO.get(), *PLUGINS.names()})
 

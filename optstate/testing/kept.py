@@ -46,7 +46,7 @@ NEAR = 0.25
 
 
 @dataclass(frozen=True)
-class Setting:
+class StoreCase:
     """A store fitted to one parameter and to a sign, with the tensors that it declares."""
 
     store: Store
@@ -86,7 +86,7 @@ def signs(store: Store) -> list[bool]:
     return found
 
 
-def settings(store: Store, dtypes: tuple[torch.dtype, ...] = (FP32,)) -> Iterator[Setting]:
+def settings(store: Store, dtypes: tuple[torch.dtype, ...] = (FP32,)) -> Iterator[StoreCase]:
     """Yield the store in every setting that it takes and does not hand on to one of this library's stores."""
     for signed in signs(store):
         for dtype in dtypes:
@@ -101,7 +101,7 @@ def settings(store: Store, dtypes: tuple[torch.dtype, ...] = (FP32,)) -> Iterato
                 if isinstance(fitted, Full) and not isinstance(store, Full):
                     continue
                 with at(shape, dtype, f"signed={signed}"):
-                    case = Setting(fitted, spec, signed, fitted.fields(spec, signed))
+                    case = StoreCase(fitted, spec, signed, fitted.fields(spec, signed))
                 yield case
 
 
@@ -129,7 +129,7 @@ def sizes_are_declared(store: Store) -> None:
             _sizes_of(case)
 
 
-def _sizes_of(case: Setting) -> None:
+def _sizes_of(case: StoreCase) -> None:
     spec, signed = case.spec, case.signed
     again = case.store.fields(spec, signed)
     expect(again == case.fields, "fields() does not answer the same twice")
@@ -158,7 +158,7 @@ def numbers_come_back(store: Store) -> None:
             _numbers_of(case)
 
 
-def _numbers_of(case: Setting) -> None:
+def _numbers_of(case: StoreCase) -> None:
     start = case.store.read(case.empty(), case.spec.shape)
     expect(tuple(start.shape) == case.spec.shape, f"a statistic of shape {list(start.shape)} is read")
     expect(start.dtype == FP32, f"{start.dtype} is read instead of torch.float32")
@@ -176,7 +176,7 @@ def slices_are_kept_alone(store: Store) -> None:
             _slices_of(case)
 
 
-def _slices_of(case: Setting) -> None:
+def _slices_of(case: StoreCase) -> None:
     spec, value = case.spec, case.values()
     if not spec.shape:
         return
@@ -229,7 +229,7 @@ def files_hold_it(store: Store) -> None:
                 with at(param.shape, FP32, f"signed={signed}"):
                     spec = ParamSpec(name="p", shape=param.shape, dtype=FP32, head_size=16)
                     fitted, _ = store.resolve(spec, signed)
-                    case = Setting(fitted, spec, signed, fitted.fields(spec, signed))
+                    case = StoreCase(fitted, spec, signed, fitted.fields(spec, signed))
                     value = optimizer.state[params[param.name]][slot]
                     fields = case.empty()
                     fitted.write(fields, value.clone())

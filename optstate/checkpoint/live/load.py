@@ -183,7 +183,7 @@ def _exact_conversion(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversio
     """
     refuse_differences(optimizer, checkpoint)
     conversion = plan_copy(checkpoint)
-    state_dict.check(optimizer, optimizer.plan(), _as_state_dict(optimizer, conversion)[0])
+    state_dict.check_state_dict(optimizer, optimizer.plan(), _as_state_dict(optimizer, conversion)[0])
     return conversion
 
 

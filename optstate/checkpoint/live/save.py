@@ -68,7 +68,7 @@ def save(
         try:
             unmoved = optimizer.watch("save")
             saved = optimizer.state_dict()
-            state_dict.check(optimizer, plan, saved)  # what could not be loaded again is not written either
+            state_dict.check_state_dict(optimizer, plan, saved)  # what could not be loaded again is not written either
             document = describe_optimizer(optimizer, plan, saved)
             text = to_json(document if model is None else add_tied_names(document, optimizer, model))
         except (ValueError, MovedStateError) as error:
