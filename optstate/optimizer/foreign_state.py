@@ -45,7 +45,7 @@ def check_foreign_rule(
 
 
 def _of_others(theirs: Mapping[str, Any], ours: Mapping[str, Any], chain: Chain) -> dict[str, Any]:
-    """A group without what ours has, too: a user's own keys, and with numbers for tensors of one."""
+    """Return the keys of a group that ours does not have with the same value, tensors of one number as numbers."""
     plain = {key: value.item() if _is_number(value) else value for key, value in theirs.items()}
     return {key: value for key, value in plain.items() if key in chain.hyper or not _same(value, ours.get(key))}
 

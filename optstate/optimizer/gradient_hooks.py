@@ -31,8 +31,11 @@ class _Mode(Enum):
 
 
 class GradientHooks:
-    """Updates parameters inside the backward pass. Held by the runner of the optimizer's steps, and holds that weakly:
-    an optimizer that is deleted is gone at once, and its hooks with it."""
+    """The hooks that update parameters inside the backward pass.
+
+    The runner of the optimizer's steps holds the hooks, which hold the runner weakly: an optimizer that is deleted is
+    gone at once, and its hooks with it.
+    """
 
     def __init__(
         self, runner: StepRunner, clip_grad_norm: float | None, make_handle: Callable[[Any, GradientHooks], Any]
@@ -84,14 +87,16 @@ class GradientHooks:
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hook every parameter that trains and has no hook of this optimizer: after unfreezing, for example."""
+        """Attach hooks to every parameter that trains and has none of this optimizer, as after unfreezing."""
         self._require_active("attach")
         self.runner.follow()
         self._hooks.attach(self.runner)
 
     def follow(self, replaced: Mapping[Tensor, Tensor], gone: Iterable[Tensor]) -> None:
-        """Hook parameters that were put in the place of others, and let those go: they may be whole where these are
-        sharded. Let parameters go that are in no group any more."""
+        """Move hooks to parameters that were put in the place of others, which may be whole where these are sharded.
+
+        Parameters that are in no group any more are let go.
+        """
         self._hooks.release((*replaced, *gone))
         self._hooks.add(self.runner, [param for param in replaced.values() if param.requires_grad])
         if replaced:
@@ -232,7 +237,7 @@ class GradientHooks:
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))
 
     def _end_pass(self, number: int) -> None:
-        """Called by autograd at the end of a backward pass that ended well."""
+        """Note that a backward pass ended well; called by autograd."""
         if self._waiting:
             try:
                 self._update_waiting()
@@ -247,7 +252,7 @@ class GradientHooks:
         self.runner.consistency.end(number)
 
     def _watch_pass_around(self, node: Any) -> None:
-        """This pass ran inside another, as those of reentrant checkpoints do, which can still fail: mark that one.
+        """Mark the outer pass, which can still fail, if this pass ran inside another, as in reentrant checkpoints.
 
         node: what the other pass is computing, whose inputs it visits next.
         """

@@ -49,18 +49,18 @@ class ParameterHooks:
         self._frozen: list[Tensor] = []  # those without a hook, when they were last looked at
 
     def attach(self, runner: StepRunner) -> None:
-        """Hook every parameter that trains and whose hook is not there, or not any more."""
+        """Attach hooks to every parameter that trains and has none, or has lost it."""
         self.add(runner, [p for p in runner.params() if p.requires_grad and not self._is_hooked(p)])
 
     def attach_unfrozen(self, runner: StepRunner) -> None:
-        """Hook parameters that began to train after fusing. Lost hooks are not healed: `lost` reports them."""
+        """Attach hooks to parameters that began to train after fusing; lost hooks stay lost, `lost` reports them."""
         for param in self._frozen:
             if param.requires_grad:
                 self.add(runner, [p for p in self._frozen if p.requires_grad])
                 return
 
     def add(self, runner: StepRunner, params: list[Tensor]) -> None:
-        """Hook these parameters.
+        """Attach hooks to these parameters.
 
         Raises:
             RuntimeError: if they belong to an engine under which a fused update would be wrong.

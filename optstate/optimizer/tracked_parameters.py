@@ -152,10 +152,15 @@ class TrackedParameters:
     # --- following --------------------------------------------------------------------------------------------------
 
     def follow(self, groups: ParamGroups, state: ParamStates, tell: Callable[[Changes], None]) -> None:
-        """Take over parameters that were put in the place of others when the model was sharded (accelerate's `prepare`
-        does so with FSDP2): plan them anew and give them their part of the state. Let those go that are in no group.
+        """Take over parameters that were put in the place of others when the model was sharded.
 
-        tell: is called with what has changed, as soon as it has.
+        accelerate's `prepare` puts them there with FSDP2. They are planned anew and get their part of the state.
+        Parameters that are in no group any more are let go.
+
+        Args:
+            groups: the optimizer's param groups.
+            state: the optimizer's state.
+            tell: called with the changes as soon as they are made.
 
         Raises:
             RuntimeError: if state that has begun to fill would have to change its format; if a group has not the
