@@ -89,7 +89,17 @@ class Store:
         return self, ""
 
     def check(self, signed: bool, smallest_weight: float) -> None:
-        """Raise ValueError if the format cannot hold a statistic of this kind (see `Slot`)."""
+        """Raise ValueError if the format cannot hold a statistic of this kind (see `Slot`).
+
+        Asked when an optimizer is built.
+        """
+        self.check_weight(smallest_weight)
+
+    def check_weight(self, weight: float) -> None:
+        """Raise ValueError if the format would swallow steps of an average that moves by this weight.
+
+        Asked in every step too, as hyper-parameters may have changed since the optimizer was built.
+        """
 
     def is_random(self, smallest_weight: float) -> bool:
         """Whether `encode` uses its random bits for a statistic whose averaging weight gets as small as this."""
@@ -286,7 +296,7 @@ class Statistic:
         """
         if isinstance(weight, Tensor):
             weight = 0.0
-        self.store.check(signed=False, smallest_weight=weight)
+        self.store.check_weight(weight)
         self.weight = min(self.weight, weight)
 
     def _flagged(self, value: Product) -> Product:
