@@ -1,4 +1,4 @@
-"""Short text for the frozen dataclasses users compose."""
+"""Text for people: how items that users compose are printed and parsed, and names made safe to show."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["HIDDEN", "escaped", "from_words", "has_controls", "parsed_call", "sh
 T = TypeVar("T")
 
 HIDDEN = {"hidden": True}
-"""Metadata of a dataclass field that the library sets itself, so that it is no part of how a user writes the item."""
+"""Metadata of a dataclass field that the library sets itself and `short` therefore leaves out."""
 
 
 def short(item: Any) -> str:
-    """`Name(field=value)` with the fields that differ from their defaults."""
+    """Return `Name(field=value)` of a dataclass instance, with the fields that differ from their defaults."""
     parts = [
         f"{f.name}={getattr(item, f.name)!r}"
         for f in fields(item)
@@ -28,7 +28,7 @@ def short(item: Any) -> str:
 
 
 def parsed_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-    """Return the name in lower case, the arguments and the named arguments of text such as "Block8(block=64)".
+    """Parse text such as "Block8(block=64)", or "block8", into a name in lower case, arguments and named arguments.
 
     Only constants are taken as arguments; nothing is evaluated.
 
@@ -47,12 +47,14 @@ def parsed_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
 
 
 def from_words(text: str, kinds: Mapping[str, type[T]]) -> T:
-    """Return the item that `text` names as `short` prints it, or by its class alone.
+    """Make the item that `text` describes, such as "Block8(block=64)" as `short` prints it, or "block8".
 
-    kinds: the classes that may be built, by their names in lower case. Nothing else is called.
+    Args:
+        text: a class name in any case, with or without arguments.
+        kinds: the possible classes by their names in lower case; nothing else is called.
 
     Raises:
-        ValueError: if it names none of them, or its arguments are not possible ones.
+        ValueError: if the class is none of `kinds` or does not take the arguments.
     """
     try:
         name, arguments, named = parsed_call(text)
@@ -67,24 +69,23 @@ def from_words(text: str, kinds: Mapping[str, type[T]]) -> T:
 
 
 LONGEST = 200  # characters of one name or path in a message
-
-
 LONGEST_REASON, LONGEST_HINT = 500, 250
 
-
 CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of characters that change how the text around them is shown."""
 
 
 def has_controls(text: str) -> bool:
-    """Whether a name has characters that no name needs and that change what is shown around it.
+    """Return whether a name has characters that no name needs and that change how the text around it is shown.
 
-    These are control and formatting characters, halves of surrogate pairs, and separators of lines and paragraphs.
+    These characters are control and formatting characters, halves of surrogate pairs, and separators of lines and
+    paragraphs.
     """
     return not text.isprintable() and any(category(c) in CONTROLS for c in text)
 
 
 def escaped(text: str) -> str:
-    """`text` on one line, without the control, formatting and surrogate characters that would reach a terminal.
+    """Return `text` on one line, with control, formatting and surrogate characters escaped as in a Python string.
 
     A tensor may be called "\\x1b[31mred\\n" in a file that every reader accepts; "\\u202e" reverses what follows.
     """
@@ -94,12 +95,12 @@ def escaped(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """`text` escaped and, if it is very long, with its middle left out."""
+    """Return `text` escaped, with its middle left out if it has more than 200 characters."""
     return limited(text, LONGEST)
 
 
 def limited(text: str, most: int) -> str:
-    """`text` escaped in at most about `most` characters, which escapes may make of fewer."""
+    """Return `text` escaped, with its middle left out if it has more than `most` characters, escapes included."""
     return _shortened(escaped(_shortened(text, most)), most)
 
 

@@ -15,11 +15,11 @@ Recipe = Callable[..., Optimizer]
 
 
 class UnknownRecipeError(LookupError):
-    """No installed package offers a recipe of this name that can be used."""
+    """Raised where no installed package offers a recipe, that can be used, of the name that was asked for."""
 
 
 def _problem(name: str, recipe: Any) -> str:
-    """Why an object cannot be a recipe, "" if it can."""
+    """Return in words why an object cannot be a recipe; "" if it can."""
     if isinstance(recipe, type) and not issubclass(recipe, Optimizer):
         return "it is a class, but none of optstate.Optimizer's"
     return "" if callable(recipe) else f"it is a {type(recipe).__name__}, which makes no optimizer of parameters"
@@ -34,10 +34,11 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Recipe:
-    """Return the recipe of this name: call it with parameters and hyper-parameters.
+    """Return the installed recipe of a name, which makes an optimizer from parameters and hyper-parameters.
 
     Raises:
-        UnknownRecipeError: if there is none, naming the nearest, or its package cannot be used, saying why.
+        UnknownRecipeError: if there is no recipe of this name, where the message names the nearest, or if its package
+            cannot be used, where the message says why.
     """
     installed = PLUGINS.offered()
     if name not in installed:
@@ -51,7 +52,7 @@ def get(name: str) -> Recipe:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return name, class, first line of the documentation and origin of a recipe."""
+    """Return name, class, package and summary (first line of the docstring) of an installed recipe."""
     recipe, entry = get(name), PLUGINS.offered()[name]
     summary = (recipe.__doc__ or "").strip().partition("\n")[0]
     return {"name": name, "class": entry.value, "package": package_of(entry), "summary": summary}

@@ -227,14 +227,15 @@ class Statistic:
     def ema(self, value: Product, weight: Scalar) -> Requests[None]:
         """Move towards `value` by `weight` of the distance; drive with `yield from`."""
         self._note(weight)
-        return self.store.ema(self, value, self.guard.masked(weight))
+        return self.store.ema(self, value, weight if self.guard.finite is None else self.guard.masked(weight))
 
     def ema_of_square(
         self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
     ) -> Requests[None]:
         """Move towards `(value - minus)**2 + eps` by `weight` of the distance; drive with `yield from`."""
         self._note(weight)
-        return self.store.ema_of_square(self, value, self.guard.masked(weight), eps, minus)
+        weight = weight if self.guard.finite is None else self.guard.masked(weight)
+        return self.store.ema_of_square(self, value, weight, eps, minus)
 
     def add_square(self, value: Product) -> Requests[None]:
         """Add `value**2`; drive with `yield from`."""
@@ -275,18 +276,22 @@ class Statistic:
 
     def commit(self) -> None:
         """Write what was held back, of a slice or of a parameter that is whole here."""
-        run_alone(self.commit_part())
+        held = self._held
+        self._write(self._held_fields if held is None else run_alone(self.store.encode_part(self, held)))
 
     def commit_part(self) -> Requests[None]:
         """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
-        held: Fields = self._held_fields
-        if self._held is not None:
-            held = yield from self.store.encode_part(self, self._held)
+        held = self._held
+        self._write(self._held_fields if held is None else (yield from self.store.encode_part(self, held)))
+
+    def _write(self, held: Fields) -> None:
+        """Write what the stored tensors become."""
         if held:
             self.guard.begin_writing()
         for name, value in held.items():
             field = self.fields[name]
-            field.copy_(self.guard.choose(value.reshape(field.shape), field))
+            value = value.reshape(field.shape)
+            field.copy_(value if self.guard.finite is None else self.guard.choose(value, field))
 
     def _note(self, weight: Scalar) -> None:
         """Keep the least weight of this step; one that only a device knows counts as zero.

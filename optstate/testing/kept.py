@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optstate import kernels, updates
 from optstate.checkpoint.document.contradictions import contradictions
-from optstate.checkpoint.live.native import save
+from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.check_values import plugged_store_issues
 from optstate.checkpoint.operations.plan_conversion import in_stores
@@ -114,7 +114,7 @@ def chain_with(store: Store, signed: bool) -> Chain:
 
 
 def words_name_it(store: Store) -> None:
-    """A store is a frozen dataclass that its own words build again."""
+    """Check that the words of a store build a store that is equal to it."""
     expect(bool(signs(store)), "it takes neither signed nor unsigned statistics")
     expect(parsed_call(str(store))[0] == type(store).__name__.lower(), f"its words {store} are not named as its class")
     with known_also(type(store)):
@@ -123,7 +123,7 @@ def words_name_it(store: Store) -> None:
 
 
 def sizes_are_declared(store: Store) -> None:
-    """Every tensor has the name, number of elements and dtype that `fields` declares, always the same."""
+    """Check that every tensor has the name, number of elements and dtype that `fields` declares, always the same."""
     for case in settings(store, DTYPES):
         with case.place():
             _sizes_of(case)
@@ -152,7 +152,7 @@ def _sizes_of(case: Setting) -> None:
 
 
 def numbers_come_back(store: Store) -> None:
-    """What is read has the parameter's shape, is zero at the start, and near a constant that was stored."""
+    """Check that what is read has the parameter's shape, is zero at the start, and is near a constant that was stored."""
     for case in settings(store):
         with case.place():
             _numbers_of(case)
@@ -170,7 +170,7 @@ def _numbers_of(case: Setting) -> None:
 
 
 def slices_are_kept_alone(store: Store) -> None:
-    """A slice of an elementwise store is what the whole has there; other stores are the product of their factors."""
+    """Check that slices are kept as the whole is there, or, if not elementwise, that a store's factors give its values."""
     for case in settings(store):
         with case.place():
             _slices_of(case)
@@ -204,7 +204,7 @@ def _slices_of(case: Setting) -> None:
 
 
 def files_hold_it(store: Store) -> None:
-    """A file of fp32 statistics becomes one in this store and goes back, with the numbers that it reads."""
+    """Check that a file of fp32 statistics becomes one in this store and goes back, with the numbers that it reads."""
     for signed in signs(store):
         rule = Maker(str(store), lambda params, signed=signed: Optimizer(params, chain_with(Full(), signed), lr=1e-3))
         shapes = {f"p{i}": shape for i, shape in enumerate(SHAPES) if _takes(store, shape, signed)}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from optstate.checkpoint.live.native import load, save
+from optstate.checkpoint.live.load import load
+from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.plan_conversion import in_stores
 from optstate.checkpoint.operations.run_conversion import write_converted
@@ -149,7 +150,7 @@ def _same_runs(a: tuple[Params, Optimizer], b: tuple[Params, Optimizer], which: 
 
 
 def any_shape(rule: Maker) -> None:
-    """Every shape is stepped, or refused with a ValueError when the optimizer is built."""
+    """Check that every shape is stepped, or refused with a ValueError when the optimizer is built."""
     for shape in SHAPES.values():
         with at(shape, FP32):
             try:
@@ -162,7 +163,7 @@ def any_shape(rule: Maker) -> None:
 
 
 def declared_sizes(rule: Maker) -> None:
-    """What the plan declares is what is allocated, and is the same without memory."""
+    """Check that what the plan declares is allocated, and is the same without memory."""
     for dtype in (FP32, BF16):
         params, optimizer = rule.train(rule.shapes, dtype, steps=1)
         _, without = rule.built(rule.shapes, dtype, device="meta")
@@ -185,14 +186,14 @@ def declared_sizes(rule: Maker) -> None:
 
 
 def fused_is_stepped(rule: Maker) -> None:
-    """The hooks of the backward pass do what `step()` does, bit for bit."""
+    """Check that the hooks of the backward pass do what `step()` does, bit for bit."""
     for dtype, shapes in ((FP32, rule.few), (BF16, rule.shapes)):
         stepped, fused = (rule.train(shapes, dtype, fused) for fused in (False, True))
         _same_runs(stepped, fused, "of a fused backward pass")
 
 
 def resumes(rule: Maker) -> None:
-    """A run that is saved to a file and loaded goes on bit for bit."""
+    """Check that a run that is saved to a file and loaded goes on bit for bit."""
     for dtype, shapes in ((FP32, rule.few), (BF16, rule.shapes)):
         params, optimizer = rule.train(shapes, dtype)
         with _scratch_folder() as folder:
@@ -209,7 +210,7 @@ def resumes(rule: Maker) -> None:
 
 
 def reads_no_value(rule: Maker) -> None:
-    """A step runs without values: on an accelerator every read of one waits for the device."""
+    """Check that a step runs without values: on an accelerator every read of a value waits for the device."""
     shapes = rule.few  # found out with values
     expect(bool(shapes), "no vector and no matrix can be stepped at all")
     with FakeTensorMode():
@@ -219,7 +220,7 @@ def reads_no_value(rule: Maker) -> None:
 
 
 def parts_are_whole(rule: Maker) -> None:
-    """A parameter in parts on several devices is stepped as in one piece."""
+    """Check that a parameter in parts on several devices is stepped as in one piece."""
     for shape, parts in CUTS:
         with at(shape, FP64, f"cut in {'x'.join(map(str, parts))}"):
             try:
@@ -240,7 +241,7 @@ def parts_are_whole(rule: Maker) -> None:
 
 
 def slices_are_whole(rule: Maker) -> None:
-    """A parameter larger than a processor's cache is stepped slice by slice, with the same result."""
+    """Check that stepping slice by slice, as for parameters larger than a processor's cache, gives the same result."""
     shapes = {name: shape for name, shape in rule.shapes.items() if name in LARGE}
     if not rule.problem((5000,)):
         shapes["long"] = (5000,)
@@ -259,7 +260,7 @@ def slices_are_whole(rule: Maker) -> None:
 
 
 def refuses_bad_gradients(rule: Maker) -> None:
-    """A gradient that is not finite raises, and leaves weight and state as they were."""
+    """Check that a gradient that is not finite raises, and leaves weight and state as they were."""
     for shape in rule.shapes.values():
         if not shape or 0 in shape:
             continue
@@ -282,7 +283,7 @@ def refuses_bad_gradients(rule: Maker) -> None:
 
 
 def converts_both_ways(rule: Maker) -> None:
-    """Statistics of a saved file become fp32, and go back into an optimizer that keeps them as before."""
+    """Check that statistics of a saved file become fp32, and go back into an optimizer that keeps them as before."""
     params, optimizer = rule.train(rule.shapes)
     with _scratch_folder() as folder:
         save(optimizer, folder / "a.safetensors")

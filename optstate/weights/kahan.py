@@ -1,4 +1,4 @@
-"""Remembering what rounding cut off."""
+"""Kahan summation: keep the part of each result that rounding cuts off."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Kahan"]
 
 @dataclass(frozen=True)
 class Kahan(Weights):
-    """Compensated summation (Kahan 1965): the rounding error of each write is kept and added at the next step.
+    """Compensated summation (Kahan 1965): keeps the rounding error of each write and adds it at the next step.
 
     The error is kept in the parameter's dtype, 2 bytes per element in bf16 and fp16, as `weight.compensation`. The
     weight that is stepped is `param + compensation`, and the parameter is that sum rounded to nearest. A write rounds
@@ -42,7 +42,7 @@ class Kahan(Weights):
 
 @dataclass(frozen=True)
 class _Compensated(WeightCodec):
-    """compensation: of the whole parameter, flat."""
+    """The codec of `Kahan`; `compensation` is that of the whole local parameter, flat."""
 
     compensation: Tensor
 
