@@ -100,10 +100,20 @@ class Store:
         return self, ""
 
     def check(self, signed: bool, smallest_weight: float) -> None:
-        """Check that the store can hold a statistic of this kind (see `Slot`).
+        """Check that the store can hold a statistic of this kind (see `Slot`), when an optimizer is built.
 
         Raises:
             ValueError: if it cannot.
+        """
+        self.check_weight(smallest_weight)
+
+    def check_weight(self, weight: float) -> None:
+        """Check that steps of an average that moves by this weight are not rounded away.
+
+        Asked in every step, too, as hyper-parameters may have changed since the optimizer was built.
+
+        Raises:
+            ValueError: if they would be.
         """
 
     def is_random(self, smallest_weight: float) -> bool:
@@ -313,7 +323,7 @@ class Statistic:
         """
         if isinstance(weight, Tensor):
             weight = 0.0
-        self.store.check(signed=False, smallest_weight=weight)
+        self.store.check_weight(weight)
         self.weight = min(self.weight, weight)
 
     def _flagged(self, value: Product) -> Product:

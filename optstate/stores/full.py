@@ -59,11 +59,11 @@ class Full(Store):
             return self, f"rounded stochastically where an averaging weight is below {SMALLEST_BF16_WEIGHT:.2g}"
         return self, ""
 
-    def check(self, signed: bool, smallest_weight: float) -> None:
-        if self.stochastic is False and self.dtype == "bfloat16" and smallest_weight < SMALLEST_BF16_WEIGHT:
+    def check_weight(self, weight: float) -> None:
+        if self.stochastic is False and self.dtype == "bfloat16" and weight < SMALLEST_BF16_WEIGHT:
             raise ValueError(
                 f"a bfloat16 statistic rounded to nearest does not decay with an averaging weight of "
-                f"{smallest_weight:.3g} (less than {SMALLEST_BF16_WEIGHT:.3g} is rounded away): leave out "
+                f"{weight:.3g} (less than {SMALLEST_BF16_WEIGHT:.3g} is rounded away): leave out "
                 "stochastic=False, keep it in Full(), or lower beta"
             )
 

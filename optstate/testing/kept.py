@@ -114,7 +114,7 @@ def chain_with(store: Store, signed: bool) -> Chain:
 
 
 def words_name_it(store: Store) -> None:
-    """Check that a store is a frozen dataclass that its own words build again."""
+    """Check that the words of a store build a store that is equal to it."""
     expect(bool(signs(store)), "it takes neither signed nor unsigned statistics")
     expect(parsed_call(str(store))[0] == type(store).__name__.lower(), f"its words {store} are not named as its class")
     with known_also(type(store)):
@@ -204,7 +204,7 @@ def _slices_of(case: StoreCase) -> None:
 
 
 def files_hold_it(store: Store) -> None:
-    """Check that a file of fp32 statistics becomes one in this store and goes back with the numbers that are read."""
+    """Check that a file of fp32 statistics becomes one in this store and goes back, with the numbers that it reads."""
     for signed in signs(store):
         rule = Maker(str(store), lambda params, signed=signed: Optimizer(params, chain_with(Full(), signed), lr=1e-3))
         shapes = {f"p{i}": shape for i, shape in enumerate(SHAPES) if _takes(store, shape, signed)}

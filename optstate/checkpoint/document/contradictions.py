@@ -31,7 +31,7 @@ def store_name(store: str) -> str:
 
 def has_axes(slot: SlotRecord) -> bool:
     """Whether codes are scaled by maxima along every dimension instead of blocks."""
-    return store_name(slot.store) == "Block4" and "rank1=True" in slot.store
+    return {"codes", "row", "col"} <= slot.fields.keys()
 
 
 def inconsistencies(checkpoint: Checkpoint) -> list[Issue]:

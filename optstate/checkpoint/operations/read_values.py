@@ -18,6 +18,7 @@ from optstate.kernels import Codebook
 from optstate.spec import FieldSpec
 from optstate.store_layouts import layouts_of
 from optstate.stores import Fields, Shape, Store
+from optstate.stores.blockwise import Blockwise
 from optstate.stores.registry import parse_store
 
 __all__ = ["UnreadableStatisticError", "Values", "is_plugged", "store_of_words"]
@@ -91,20 +92,20 @@ class Values:
                 raise UnreadableStatisticError(f"{what} is kept in {slot.store}, and its tensors do not fit")
             return _projected_back
         store = _store_of(param, slot, stored, what)
-        if kind == "Float8" and "scale" in stored:
-            return lambda fields, shape: _scaled(fields["codes"], fields["scale"], slot.block or 256, shape)
+        if isinstance(store, Blockwise) and "scale" in stored:
+            return lambda fields, shape: _scaled(fields["codes"], fields["scale"], store.block, shape)
         if store.codebook is not None and slot.codebook not in ("", store.codebook.id):
-            if slot.codebook not in self._books:
+            if slot.codebook not in self._books or not isinstance(store, Blockwise):
                 raise UnreadableStatisticError(f"{what} has codes of a map that is not in the file: {slot.codebook}")
-            return partial(self._by_map, slot)
+            return partial(_by_map, self._books[slot.codebook], store)
         return store.read
 
-    def _by_map(self, slot: SlotRecord, fields: Fields, shape: Shape) -> Tensor:
-        """Codes of a map that is not one of this library's own."""
-        book, count = self._books[slot.codebook], torch.Size(shape).numel()
-        packed = store_name(slot.store) == "Block4"
-        value = book.decode_nibbles(fields["codes"], count) if packed else book.decode(fields["codes"])
-        return _times_scales(value, fields["absmax"], slot.block).view(shape)
+
+def _by_map(book: Codebook, store: Blockwise, fields: Fields, shape: Shape) -> Tensor:
+    """Codes of a map that is not one of this library's own."""
+    count = torch.Size(shape).numel()
+    value = book.decode_nibbles(fields["codes"], count) if store.per_byte == 2 else book.decode(fields["codes"])
+    return _times_scales(value, fields["absmax"], store.block).view(shape)
 
 
 def _as_it_is(fields: Fields, shape: Shape) -> Tensor:
