@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_file import Issue, structural_issues
+from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.operations.summarize import summarize
 
 from .findings import structure_of, values_of

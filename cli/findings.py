@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.document.rules import rule_issues
-from optstate.checkpoint.files.safetensors_file import Issue
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.operations.summarize import Summary
 
 from .output import progress

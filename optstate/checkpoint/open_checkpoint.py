@@ -5,7 +5,6 @@ Readers are imported when one is needed: a file of optstate's own does not wait 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -29,8 +28,10 @@ from optstate.checkpoint.files.file_kinds import (
     read_whole,
 )
 from optstate.checkpoint.files.opened_file import FileChangedError, Files, reading
-from optstate.checkpoint.files.safetensors_file import read_header, read_index
+from optstate.checkpoint.files.safetensors_header import read_header
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import find
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.checkpoint.formats.native import native_checkpoint
 from optstate.text import shown
 
@@ -221,8 +222,8 @@ def _trainer_note(path: Path, checkpoint: Checkpoint) -> str:
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_SIDE_FILE:
             return ""
-        step = json.loads(read_whole(file, LARGEST_SIDE_FILE).decode()).get("global_step")
-    except (CheckpointError, OSError, ValueError, AttributeError, RecursionError):
+        step = parse(read_whole(file, LARGEST_SIDE_FILE).decode(), pairs=dict).get("global_step")
+    except (CheckpointError, OSError, UnicodeDecodeError, NotJSONError, AttributeError):
         return f"{TRAINER_STATE} beside it cannot be read"
     steps = checkpoint.document.steps
     if type(step) is not int or not steps or step == steps[-1]:

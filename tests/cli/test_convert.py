@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate.checkpoint.document.document import KEY
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.formats.native import document_of
 from optstate.recipes import SGD, AdamW, AdamW8bit, Lion, SGDM8bit
 from optstate.weights import Kahan

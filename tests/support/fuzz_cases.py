@@ -38,7 +38,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import inconsistencies, refuse_contradictions
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
-from optstate.checkpoint.files.safetensors_file import structural_issues
+from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.files.tensor_bytes import statistics
 from optstate.checkpoint.files.torch_archive_writer import create_torch
 from optstate.checkpoint.formats import writers

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, reported, write_all
+from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
 from optstate.checkpoint.files.safetensors_writer import NewEntry, SafetensorsFile, create, header_size, layout
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.text import shown
 
 if TYPE_CHECKING:
@@ -242,9 +244,8 @@ def _named_by(index: str) -> set[str] | None:
     if not os.path.isfile(index):
         return None
     try:
-        with open(index, "rb") as file:
-            names = json.load(file)["weight_map"].values()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        names = parse(read_whole(index, MAX_HEADER).decode(), pairs=dict)["weight_map"].values()
+    except (CheckpointError, UnicodeDecodeError, NotJSONError, TypeError, KeyError, AttributeError):
         return None
     return {name for name in names if isinstance(name, str)}
 

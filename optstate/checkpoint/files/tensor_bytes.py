@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.files.safetensors_file import BITS
+from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 
 __all__ = [

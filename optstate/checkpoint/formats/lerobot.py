@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import read_whole
-from optstate.checkpoint.files.safetensors_file import Header, read_header
+from optstate.checkpoint.files.safetensors_header import Header, read_header
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.checkpoint.files.tensor_place import stored_entry
 from optstate.checkpoint.formats.choose_reader import read as read_tree
 from optstate.text import shown
@@ -84,9 +84,9 @@ def _tree(header: Header) -> dict[int, dict[str, Any]]:
 
 def _groups(path: Path) -> list[Any]:
     try:
-        groups = json.loads(read_whole(path, LARGEST_SIDE_FILE).decode())
+        groups = parse(read_whole(path, LARGEST_SIDE_FILE).decode(), pairs=dict)
         if not isinstance(groups, list):
             raise TypeError("it is no list")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (UnicodeDecodeError, NotJSONError, TypeError) as error:
         raise CheckpointError(path, f"the param groups beside the file cannot be read: {error}") from None
     return groups

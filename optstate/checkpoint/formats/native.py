@@ -9,7 +9,8 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.document.document import KEY, Document, DocumentError, from_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import FOLDER, JSON, identify
-from optstate.checkpoint.files.safetensors_file import Header, read_header, read_index
+from optstate.checkpoint.files.safetensors_header import Header, read_header
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import find
 from optstate.checkpoint.files.tensor_place import stored_entry
 from optstate.text import shown

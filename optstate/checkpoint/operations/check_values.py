@@ -10,7 +10,7 @@ import torch
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import has_axes, store_name
 from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
-from optstate.checkpoint.files.safetensors_file import Issue
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load, statistics
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.text import shown

@@ -12,15 +12,10 @@ from optstate.checkpoint.document.document import KEY, Parameter
 from optstate.checkpoint.document.prices import bytes_by_recipe
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
+from optstate.checkpoint.files.file_kinds import SAFETENSORS, identify
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_file import (
-    SAFETENSORS,
-    Header,
-    identify,
-    read_header,
-    read_index,
-    read_stream,
-)
+from optstate.checkpoint.files.safetensors_header import Header, read_header, read_stream
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.tensor_place import Stored, stored_entry
 from optstate.checkpoint.formats.native import native_of
 from optstate.checkpoint.open_checkpoint import open_checkpoint

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.file_kinds import open_file, read_bytes, size_of
-from optstate.checkpoint.files.safetensors_file import MAX_HEADER
-from optstate.checkpoint.files.strict_json import NotJSONError, decode, plain
+from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.collector import paused
 from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.builtin import config_of
@@ -37,7 +36,7 @@ def of_config_file(path: Path, dtype: str) -> Model:
     Raises:
         SourceError: if it is not the config of a causal language model; the message begins with the path.
     """
-    config = _read(path)
+    config = _config_in(path)
     parent = path.resolve().parent.name
     try:
         return of_config(config, parent if path.name == FILE and parent else path.stem, str(path), dtype)
@@ -83,22 +82,14 @@ def _check_all_sizes(config: Mapping[str, Any]) -> None:
                 _check_all_sizes(value)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def _config_in(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
     try:
-        with open_file(path) as file:
-            size = size_of(file)
-            if size > MAX_HEADER:
-                raise SourceError(f"{shown(str(path))}: {size} bytes are no config.json")
-            text = read_bytes(path, file, size).decode("utf-8")
-        value, end = decode(text, len(text) - len(text.lstrip()))
-        if text[end:].strip():
-            raise NotJSONError(f"more text after its end, at character {end}")
+        config = parse(read_whole(path, MAX_HEADER).decode("utf-8"), pairs=dict)
     except CheckpointError as error:
         raise SourceError(str(error)) from error
     except (UnicodeDecodeError, NotJSONError) as error:
         raise SourceError(f"{shown(str(path))}: not valid JSON: {error}") from error
-    config = plain(value)
     if not isinstance(config, dict):
         raise SourceError(f"{shown(str(path))}: no config of a model: it holds a {type(config).__name__}")
     return config

@@ -10,7 +10,8 @@ import torch
 
 from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import Entry, Header, read_header, read_index
+from optstate.checkpoint.files.safetensors_header import Entry, Header, read_header
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.formats.lerobot import is_lerobot
 from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.errors import SourceError

@@ -24,7 +24,8 @@ from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import atomic_write
-from optstate.checkpoint.files.safetensors_file import read_index, structural_issues
+from optstate.checkpoint.files.safetensors_check import structural_issues
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import create_set, find
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import load

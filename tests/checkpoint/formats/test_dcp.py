@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from optstate.checkpoint.document.document import TensorValue
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.tensor_bytes import load
 from optstate.checkpoint.files.tensor_place import Pieces, Stored, stored_entry
 from optstate.checkpoint.formats import dcp

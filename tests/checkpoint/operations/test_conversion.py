@@ -16,7 +16,7 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate import stores
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.formats.native import document_of
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.conversion_report import Report, Row
