@@ -13,6 +13,7 @@ from time import sleep
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import KEY
+from optstate.checkpoint.document.native_file import native_checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import (
     FOLDER,
@@ -32,10 +33,12 @@ from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import find
 from optstate.checkpoint.files.strict_json import NotJSONError, parse
-from optstate.checkpoint.formats.native import native_checkpoint
 from optstate.text import shown
 
-__all__ = ["open_checkpoint"]
+__all__ = ["STREAM", "open_checkpoint", "refuse_streams"]
+
+STREAM = "-"
+"""The path of what comes through a pipe."""
 
 INDEX = ".safetensors.index.json"
 LEROBOT_FOLDER = "training_state"
@@ -75,6 +78,14 @@ def open_checkpoint(
     return with_names(checkpoint, read_names(names))
 
 
+def refuse_streams(*paths: str | os.PathLike[str]) -> None:
+    """Refuse `-`, which stands for a pipe elsewhere: tensors are read where they lie, and written in any order."""
+    if any(os.fspath(path) == STREAM for path in paths):
+        reason = "a checkpoint is read from a file and written into a file, not through a pipe"
+        hint = "give the name of a file; `optstate inspect -` shows the header of what comes through a pipe"
+        raise CheckpointError(STREAM, reason, hint, refused=True)
+
+
 def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:
     """Opened anew while a run replaces the files of a set between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
@@ -106,9 +117,9 @@ def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None
     if kind == FOLDER:
         return _of_folder(Path(text), key, optimizer)
     if kind in (TORCH_ZIP, TORCH_OLD, PICKLE, ZIP):
-        from optstate.checkpoint.formats.readers import read_file
+        from optstate.checkpoint.formats.registry import read_torch_file
 
-        return read_file(text, key, optimizer)
+        return read_torch_file(text, key, optimizer)
     _no_key(text, kind, key)
     if text.endswith(INDEX):
         return _of_index(text)
@@ -126,7 +137,7 @@ def _no_key(path: str | os.PathLike[str], kind: str, key: str | None) -> None:
 
 def _agrees(checkpoint: Checkpoint, optimizer: str) -> None:
     """Refuse a name that is not the checkpoint's own."""
-    from optstate.checkpoint.formats.state_dict import stem_of
+    from optstate.checkpoint.formats.shared.state_dict import stem_of
 
     own = str(checkpoint.document.source.get("optimizer") or checkpoint.document.recipe)
     if own and stem_of(optimizer) != stem_of(own):
@@ -144,7 +155,7 @@ def _of_safetensors(path: str, optimizer: str | None) -> Checkpoint:
     from optstate.checkpoint.formats import lerobot
 
     if lerobot.is_lerobot(header) or (not header.tensors and os.path.basename(path) == lerobot.STATE):
-        return lerobot.read(path, optimizer)
+        return lerobot.read_lerobot(path, optimizer)
     reason = f"a safetensors file of {len(header.tensors)} tensors has no metadata '{KEY}'"
     raise CheckpointError(path, f"{reason}: looks like model weights, not optimizer state")
 
@@ -167,10 +178,10 @@ def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint
 
     if dcp.is_dcp(path):
         _no_key(path, "a checkpoint of torch.distributed.checkpoint", key)
-        return dcp.read(path)
+        return dcp.read_dcp(path)
     if deepspeed.is_deepspeed(path):
         _no_key(path, "a checkpoint of DeepSpeed", key)
-        return deepspeed.read(path)
+        return deepspeed.read_deepspeed(path)
     found = _parts(path)
     if len(found) > 1:
         files = ", ".join(f"'{shown(part.name)}'" for part in found[:8])
@@ -180,7 +191,7 @@ def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint
     part = found[0]
     if part.name == LEROBOT_FOLDER or part == path:
         _no_key(path, "a checkpoint of LeRobot", key)
-        return replace(lerobot.read(part, optimizer), path=str(path))
+        return replace(lerobot.read_lerobot(part, optimizer), path=str(path))
     checkpoint = replace(_opened(part, key, optimizer), path=str(path))
     note = _trainer_note(path, checkpoint)
     return replace(checkpoint, notes=(*checkpoint.notes, note)) if note else checkpoint

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from optstate.other_libraries.flags import Departure, OtherRule, Switch, departures, followed, strays, visible
-from optstate.other_libraries.libraries import ALL, rule_named, rule_with_keys, stem_of
+from optstate.other_libraries.libraries import ALL, FORMATS, rule_named, rule_with_keys, stem_of
 
 __all__ = [
     "ALL",
+    "FORMATS",
     "Departure",
     "OtherRule",
     "Switch",

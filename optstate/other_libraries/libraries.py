@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from optstate.other_libraries.flags import OtherRule, Switch
+from optstate.plugins import Plugins
 
-__all__ = ["ALL", "rule_named", "rule_with_keys", "stem_of"]
+__all__ = ["ALL", "FORMATS", "rule_named", "rule_with_keys", "stem_of"]
 
 ADAM_NUMBERS = frozenset({"lr", "betas", "eps", "weight_decay"})
 DECOUPLED_ADAM = "scale_by_adam > add_decayed_weights"
@@ -298,7 +300,26 @@ def rule_named(kind: str, optimizer: str) -> OtherRule | None:
     kind: which library, as `Document.source` has it. optimizer: in any spelling, with or without bits, as
     "AdamW8bit".
     """
-    return _BY_NAME.get((kind, stem_of(optimizer)))
+    found = _BY_NAME.get((kind, stem_of(optimizer)))
+    if found is not None or kind in _KINDS or not kind:
+        return found
+    rules = (rule for name in FORMATS.names() for rule in FORMATS.get(name).rules)
+    return next((rule for rule in rules if (rule.kind, stem_of(rule.optimizer)) == (kind, stem_of(optimizer))), None)
+
+
+def _problem(name: str, declared: Any) -> str:
+    """Why an object cannot be a format, "" if it can."""
+    if getattr(declared, "name", None) != name:
+        return f"it is a {type(declared).__name__} without the name {name!r}"
+    rules = getattr(declared, "rules", None)
+    known = isinstance(rules, tuple) and all(isinstance(rule, OtherRule) for rule in rules)
+    return "" if known else "its `rules` are no tuple of OtherRule"
+
+
+_KINDS = frozenset(rule.kind for rule in ALL)
+
+FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem)
+"""Formats of other packages, which declare their own rules."""
 
 
 def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:

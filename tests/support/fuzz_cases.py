@@ -41,7 +41,7 @@ from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.files.tensor_bytes import statistics
 from optstate.checkpoint.files.torch_archive_writer import create_torch
-from optstate.checkpoint.formats import writers
+from optstate.checkpoint.formats.registry import choose_format, writable_formats, write_state
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.check_values import uneven_means, value_issues
 from optstate.checkpoint.operations.compare import compare
@@ -155,13 +155,9 @@ def converted(checkpoint: Checkpoint, random: Random) -> None:
             conversion.check()
             report_of(conversion)
             entries = {entry.name: entry for entry in conversion.entries}
-            layout = (
-                random.choice(writers.LAYOUTS) if random.random() < 0.5 else writers.default_layout(conversion.document)
-            )
-            if layout == writers.LEROBOT:
-                writers.lerobot_of(conversion.document, entries)
-            else:
-                writers.tree_of(layout, conversion.document, entries)
+            known = random.random() < 0.5
+            layout = random.choice(writable_formats()) if known else choose_format(conversion.document)
+            write_state(layout, conversion.document, entries)
 
 
 def compared(a: Checkpoint, b: Checkpoint) -> None:

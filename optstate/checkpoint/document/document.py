@@ -11,6 +11,7 @@ from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, cast
 
+from optstate.checkpoint.document.chain_words import ChainWords, parse_chain
 from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.strict_json import NotJSONError, parse
 
@@ -27,6 +28,7 @@ __all__ = [
     "from_json",
     "tensor_key",
     "to_json",
+    "version_of_optstate",
 ]
 
 KEY = "optstate"
@@ -107,6 +109,11 @@ class Parameter:
         return math.prod(self.shape) if self.shape is not None else 0
 
     @property
+    def transforms(self) -> ChainWords:
+        """Its chain taken apart; no transforms where the file does not tell them."""
+        return parse_chain(self.chain)
+
+    @property
     def has_state(self) -> bool:
         """Whether anything is kept for it."""
         return self.step is not None or bool(self.slots)
@@ -168,6 +175,16 @@ def tensor_key(parameter: str, slot: str, name: str = "") -> str:
     A slot has no "/", so the last one ends the parameter's name.
     """
     return f"{parameter}/{slot}.{name}" if name else f"{parameter}/{slot}"
+
+
+def version_of_optstate() -> str:
+    """Return the installed version, "unknown" where the package is run from a folder."""
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms that a look into a file does not need
+
+    try:
+        return version("optstate")
+    except PackageNotFoundError:  # run from a source folder
+        return "unknown"
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

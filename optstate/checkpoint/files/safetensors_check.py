@@ -12,10 +12,11 @@ other programs. Where the two disagree, one of them is wrong, or lax: a person s
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from optstate.checkpoint.files.issues import Issue, IssueLog
 from optstate.checkpoint.files.safetensors_header import log_header, tensor_place
-from optstate.checkpoint.files.safetensors_index import log_index
+from optstate.checkpoint.files.safetensors_index import log_index, read_index
 from optstate.text import has_controls, shown
 
 __all__ = ["CONTROLS", "second_opinion", "structural_issues"]
@@ -46,9 +47,8 @@ def structural_issues(path: str | os.PathLike[str]) -> list[Issue]:
             raise _EnoughError
 
     log = IssueLog(collect)
-    sharded = os.path.isdir(path) or os.fspath(path).endswith(".json")
     try:
-        headers = list(log_index(path, log).shards.values()) if sharded else [log_header(path, log)]
+        headers = list(log_index(path, log).shards.values()) if _is_set(path) else [log_header(path, log)]
         for name in (entry.name for each in headers for entry in each.tensors if has_controls(entry.name)):
             collect(Issue("error", tensor_place(name), CONTROLS))
     except _EnoughError:
@@ -56,22 +56,29 @@ def structural_issues(path: str | os.PathLike[str]) -> list[Issue]:
     return issues
 
 
-def second_opinion(path: str | os.PathLike[str], issues: list[Issue]) -> list[Issue]:
-    """Return one warning if the `safetensors` library takes what is refused here, or refuses what is taken.
+def second_opinion(path: str | os.PathLike[str], issues: Sequence[Issue]) -> list[Issue]:
+    """Return a warning if the `safetensors` library takes what is refused here, or refuses what is taken.
 
     Args:
-        path: a safetensors file; of a sharded set, one of its files.
-        issues: what `structural_issues` found in the file. Names with control characters are read by both.
+        path: a safetensors file; or a sharded set, whose files are looked at if nothing is wrong with the set.
+        issues: what `structural_issues` found. Names with control characters are read by both.
     """
     ours = next((issue for issue in issues if issue.severity == "error" and issue.what != CONTROLS), None)
-    theirs = library_refusal(path)
-    if ours is None and theirs:
-        what = f"the safetensors library refuses the file, which is taken for sound here: {shown(theirs)}"
-    elif ours is not None and not theirs:
-        what = f"the safetensors library takes the file all the same; refused here for {ours.where}: {ours.what}"
+    if _is_set(path):
+        files = [header.path for header in read_index(path).shards.values()] if ours is None else []
     else:
-        return []
-    return [Issue("warning", "second opinion", what)]
+        files = [os.fspath(path)]
+    found = []
+    for file in files:
+        theirs = library_refusal(file)
+        where = f"shard '{shown(os.path.basename(file))}'" if _is_set(path) else "file"
+        if ours is None and theirs:
+            what = f"the safetensors library refuses it, and nothing is wrong with it here: {shown(theirs)}"
+            found.append(Issue("warning", where, what))
+        elif ours is not None and not theirs:
+            what = "the safetensors library reads it all the same: programs that use it see no error"
+            found.append(Issue("warning", where, what))
+    return found
 
 
 def library_refusal(path: str | os.PathLike[str]) -> str:
@@ -79,7 +86,12 @@ def library_refusal(path: str | os.PathLike[str]) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt"):
+        with safe_open(path, "np"):
             return ""
     except (SafetensorError, OSError) as error:
         return str(error) or type(error).__name__
+
+
+def _is_set(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a sharded set: a folder, or an index."""
+    return os.path.isdir(path) or os.fspath(path).endswith(".json")

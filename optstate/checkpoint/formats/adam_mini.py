@@ -1,25 +1,30 @@
-"""Files of adam-mini: one group per parameter with its name, and second moments by block. Imports no torch."""
+"""State of adam-mini, read only: a group per parameter, and second moments by block. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.parameter_reader import Draft, Meaning, Source, checkpoint_of, hyper, without
-from optstate.checkpoint.formats.state_dict import StateDict
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of, without
+from optstate.checkpoint.formats.shared.state_dict import StateDict
+from optstate.checkpoint.formats.shared.statistics import Meaning
+from optstate.other_libraries import libraries
 
-__all__ = ["read"]
+__all__ = ["FORMAT"]
 
-FIRST = Meaning("gradient", beta=hyper("beta1"))
-SECOND = Meaning("square", signed=False, beta=hyper("beta2"))
+NAME = "adam-mini"
+FIRST = Meaning("gradient", beta=("beta1", None))
+SECOND = Meaning("square", signed=False, beta=("beta2", None))
 KEYS = {"step", "m", "v", "vmean", "head_per_gpu", "neuron_per_gpu", "reduced", "block_numel"}
 
 LOWER_CASE = "names are in lower case: adam-mini writes them so"
 HEADS = "first moments of queries and keys have the shape of their blocks; the parameter's own is not in the file"
 
 
-def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+def read_adam_mini(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
     """A checkpoint of adam-mini; None if it is not its layout."""
     if not {"name", "beta1", "beta2", "eps"} <= found.keys or not found.kept <= KEYS:
         return None
@@ -31,7 +36,7 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
         found = replace(found, names=dict(zip(found.names, names, strict=True)))
         notes.append(LOWER_CASE)
         about = {"lower_case": True}
-    return checkpoint_of(found, Source("adam-mini", "adam-mini", "Adam_mini", "adammini", about), _say, notes)
+    return checkpoint_of(found, Source(NAME, NAME, "Adam_mini", "adammini", about), _say, notes)
 
 
 def _say(draft: Draft) -> None:
@@ -59,3 +64,14 @@ def _blocks(draft: Draft, first: Stored, means: Stored) -> None:
     else:
         shape = f"vmean has shape {list(means.shape)} where m has {list(first.shape)}"
         raise draft.error(f"{shape}: it must have one number per row, or one")
+
+
+def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
+    """The hyper-parameters in our words, which have both weights of the past as `betas`."""
+    if not {"beta1", "beta2"} <= hyper.keys():
+        return hyper
+    rest = {key: value for key, value in hyper.items() if key not in ("beta1", "beta2")}
+    return rest | {"betas": (hyper["beta1"], hyper["beta2"])}
+
+
+FORMAT = Format(name=NAME, read=read_adam_mini, rules=(libraries.ADAM_MINI,), our_words=words_of_ours)

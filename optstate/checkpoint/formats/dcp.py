@@ -18,12 +18,13 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import dcp_folder
 from optstate.checkpoint.files.dcp_folder import METADATA, Shaped
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
-from optstate.checkpoint.formats import megatron, readers
-from optstate.checkpoint.formats.folder_weights import Weight, completed
-from optstate.checkpoint.formats.state_dict import NotPlainError, plain
+from optstate.checkpoint.formats.registry import read_state_dict
+from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, plain
 from optstate.text import shown
 
-__all__ = ["is_dcp", "of_tensors", "read"]
+__all__ = ["FORMAT", "is_dcp", "read_dcp", "read_tensors"]
 
 SLOTS = frozenset(
     ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "variance")
@@ -44,10 +45,10 @@ def is_dcp(path: str | os.PathLike[str]) -> bool:
     folder = Path(path)
     if not folder.is_dir():
         return False
-    return (folder / METADATA).is_file() or any(folder.glob("*.distcp")) or megatron.is_megatron(folder)
+    return (folder / METADATA).is_file() or any(folder.glob("*.distcp")) or _is_megatron(folder)
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read_dcp(path: str | os.PathLike[str]) -> Checkpoint:
     """The optimizer's state in a folder. Tensors that were sharded are `Pieces`; no statistic is read.
 
     Weights in the folder are no state: they tell the shapes and dtypes of parameters.
@@ -55,12 +56,12 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: if the folder is damaged, or holds the state of no optimizer, or of several.
     """
-    if megatron.is_megatron(path):
-        raise megatron.refused(path)
+    if _is_megatron(path):
+        raise _megatron_error(path)
     return _checkpoint(dcp_folder.read(path))
 
 
-def of_tensors(
+def read_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Stored], files: Sequence[str | os.PathLike[str]]
 ) -> Checkpoint | None:
     """The same of safetensors files, as torch's HuggingFaceStorageWriter makes them; None if no name is of state.
@@ -118,7 +119,7 @@ def _checkpoint(source: _Source) -> Checkpoint:
     about = {"tool": "torch.distributed.checkpoint", "kind": "dcp", "form": form, "prefix": prefix}
     notes += _of_others(key for key in source.keys if key not in source.tensors and not key.startswith(own))
     notes += _of_pieces(state)
-    return completed(readers.read(tree, path), known, about, source.paths, notes)
+    return completed(read_state_dict(tree, path), known, about, source.paths, notes)
 
 
 def _of_others(others: Iterable[str]) -> list[str]:
@@ -138,8 +139,8 @@ def _of_pieces(state: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _prefix_of(source: _Source) -> str:
     """What stands before `state.` and `param_groups.`."""
-    if megatron.has_its_keys(source.keys):
-        raise megatron.refused(source.path)
+    if _has_megatrons_keys(source.keys):
+        raise _megatron_error(source.path)
     prefixes = _prefixes(source.keys)
     if len(prefixes) > 1:
         names = ", ".join(f"'{shown(prefix)}'" for prefix in prefixes)
@@ -271,3 +272,33 @@ def _by_ends(weights: Mapping[str, Shaped | Stored]) -> dict[str, Weight]:
         for first in range(len(parts)):
             found.setdefault(".".join(parts[first:]), set()).add(Weight(tensor.shape, tensor.dtype))
     return {end: alike.pop() for end, alike in found.items() if len(alike) == 1}
+
+
+# --- Megatron-LM's distributed optimizer --------------------------------------------------------------------------
+
+# Flat buffers by data-parallel group, or a tensor per statistic that has all layers of the model in it.
+_MEGATRON_KEY = re.compile(
+    r"distributed\.dp_group_idx_\d|(^|\.)optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param|param)\."
+)
+
+
+def _is_megatron(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a distrib_optim.pt, or a folder mp_rank_* in it does."""
+    folder = Path(path)
+    places = [folder, *folder.glob("mp_rank_*")] if folder.is_dir() else []
+    return any((place / "distrib_optim.pt").is_file() for place in places)
+
+
+def _has_megatrons_keys(keys: Iterable[str]) -> bool:
+    """Whether tensors of torch.distributed.checkpoint are named as Megatron names its own."""
+    return any(_MEGATRON_KEY.search(key) for key in keys)
+
+
+def _megatron_error(path: str | os.PathLike[str]) -> CheckpointError:
+    """Why such a folder is not read."""
+    reason = "state of Megatron-LM's distributed optimizer: which parameter has which part of it, only Megatron knows"
+    hint = "load it with Megatron-LM, and save each parameter's state by its name"
+    return CheckpointError(path, reason, hint, refused=True)
+
+
+FORMAT = Format(name="torch.distributed.checkpoint", is_at=is_dcp, read_at=read_dcp)

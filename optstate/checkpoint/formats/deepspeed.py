@@ -7,8 +7,8 @@ the other; if there is one rank these parts are whole. Names and shapes are in t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,21 @@ from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.pickle_objects import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
-from optstate.checkpoint.formats import readers, tables
-from optstate.checkpoint.formats.deepspeed_model import Model, Shape, model_of
-from optstate.checkpoint.formats.folder_weights import Weight, completed
-from optstate.checkpoint.formats.parameter_reader import FIRST, SECOND
-from optstate.checkpoint.formats.state_dict import state_dict_of
-from optstate.checkpoint.formats.tables import Kept, Layout
+from optstate.checkpoint.formats.registry import read_state_dict
+from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND
+from optstate.checkpoint.formats.shared.tables import Layout, read_table, whole
 from optstate.other_libraries import libraries
 from optstate.text import shown
 
-__all__ = ["is_deepspeed", "read"]
+__all__ = ["FORMAT", "is_deepspeed", "read_deepspeed"]
+
+NAME = "deepspeed"
 
 State = dict[str, dict[str, Any]]
+Shape = tuple[int, ...]
 
 OTHERS = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
 
@@ -41,9 +44,7 @@ FUSED_NOTE = "read as AdamW's: the file does not say whether weight decay is dec
 UNORDERED = "parameters are in the order of the alphabet: *_model_states.pt, which has their own, is missing"
 
 
-FUSED = Layout(
-    "FusedAdam", libraries.FUSED_ADAM, {"exp_avg": Kept(FIRST, "exp_avg"), "exp_avg_sq": Kept(SECOND, "exp_avg_sq")}
-)
+FUSED = Layout("FusedAdam", libraries.FUSED_ADAM, whole({"exp_avg": FIRST, "exp_avg_sq": SECOND}))
 
 
 @dataclass
@@ -58,7 +59,7 @@ class _Found:
     about: Node
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     """The optimizer's state in a checkpoint folder, in the folder of a tag, or beside a file *_optim_states.pt.
 
     The fp32 copies of weights are read as a slot of their own.
@@ -67,20 +68,20 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if it is damaged, of several ranks, or lacks the file with the shapes of parameters.
     """
     files = find(path)
-    model = model_of(files.models)
+    model = read_model(files.models)
     found = _universal(files.folder, model) if files.optimizer is None else _zero(files.optimizer, model)
     others = {key: _unwrapped(found.about.value[key]) for key in OTHERS if key in found.about.value}
     tree, text = {"state": found.state, "param_groups": found.groups, **others}, os.fspath(path)
     members = state_dict_of(tree, text)
     if members is not None and FUSED.fits(members):
-        checkpoint = tables.read(members, FUSED, "deepspeed", "deepspeed", [FUSED_NOTE])
+        checkpoint = read_table(members, FUSED, NAME, [FUSED_NOTE])
     else:
-        checkpoint = readers.read(tree, text)
+        checkpoint = read_state_dict(tree, text)
     _check_masters(text, found.masters)
     names = [param.name for param in checkpoint.document.parameters]
     known = [name for name in names if name in model.weights]
     weights = {name: replace(model.weights[name], master=found.masters.get(name)) for name in known}
-    about = {"tool": "deepspeed", "kind": found.kind}
+    about = {"tool": NAME, "kind": found.kind}
     return completed(checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED])
 
 
@@ -98,7 +99,7 @@ def _unwrapped(value: Any) -> Any:
 # --- the files of one rank ----------------------------------------------------------------------------------------
 
 
-def _zero(path: Path, model: Model) -> _Found:
+def _zero(path: Path, model: ModelFiles) -> _Found:
     own = deepspeed_files.read(path).at("optimizer_state_dict")
     _check_one_part(own)
     stage = _stage_of(own)
@@ -156,7 +157,7 @@ def _check_one_part(own: Node) -> None:
         raise several_ranks(own.path, max(counts))
 
 
-def _groups_of(groups: Node, model: Model) -> list[dict[str, Any]]:
+def _groups_of(groups: Node, model: ModelFiles) -> list[dict[str, Any]]:
     """The groups with names for their flat tensors, each of which is a parameter to the optimizer."""
     found, seen = [], []
     for group in groups.items():
@@ -223,7 +224,7 @@ def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], who
 # --- the universal form -------------------------------------------------------------------------------------------
 
 
-def _universal(folder: Path, model: Model) -> _Found:
+def _universal(folder: Path, model: ModelFiles) -> _Found:
     """A folder for each parameter, a file for each of its statistics."""
     own = deepspeed_files.read(folder / UNIVERSAL / STATE)
     names = sorted(entry.name for entry in (folder / UNIVERSAL).iterdir() if entry.is_dir())
@@ -248,7 +249,7 @@ def _universal(folder: Path, model: Model) -> _Found:
     return _Found("deepspeed-universal", state, _groups_of(groups, model), masters, files, own)
 
 
-def _assume_one_group(groups: Node, names: Iterable[str], model: Model) -> None:
+def _assume_one_group(groups: Node, names: Iterable[str], model: ModelFiles) -> None:
     """Without the model's state a single group is that of all parameters."""
     if len(groups.items()) > 1:
         reason = "there is no *_model_states.pt, which says the groups of parameters"
@@ -257,14 +258,14 @@ def _assume_one_group(groups: Node, names: Iterable[str], model: Model) -> None:
     model.groups = [dict.fromkeys(names, ()), *({} for _ in flats[1:])]
 
 
-def _check_names(path: Path, names: Iterable[str], model: Model) -> None:
+def _check_names(path: Path, names: Iterable[str], model: ModelFiles) -> None:
     known = {name for group in model.groups for name in group}
     odd = next((name for name in names if name not in known), None)
     if odd is not None:
         raise CheckpointError(path.parent, f"has the parameter '{shown(odd)}', which *_model_states.pt does not have")
 
 
-def _of_parameter(path: Path, name: str, model: Model) -> Any:
+def _of_parameter(path: Path, name: str, model: ModelFiles) -> Any:
     """What one file has for a parameter, in its shape: stage 3 writes flat tensors."""
     tree = deepspeed_files.read(path)
     value = tree.value["param"] if isinstance(tree.value, dict) and "param" in tree.value else tree.value
@@ -281,7 +282,7 @@ def _of_parameter(path: Path, name: str, model: Model) -> Any:
     return value
 
 
-def _steps(own: Node, model: Model) -> dict[str, Any]:
+def _steps(own: Node, model: ModelFiles) -> dict[str, Any]:
     """Stage 3 has the steps only with the flat tensors of the first rank."""
     base = own.optional("optimizer_state_dict")
     found: dict[str, Any] = {}
@@ -290,3 +291,47 @@ def _steps(own: Node, model: Model) -> dict[str, Any]:
         if "step" in flat:
             found |= dict.fromkeys(shapes, flat["step"].value)
     return found
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelFiles:
+    """What the files of the model's state say.
+
+    groups: shapes by name, in the order of each flat tensor. weights: shapes and dtypes of all. files: those read.
+    """
+
+    groups: list[dict[str, Shape]] = field(default_factory=list)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+
+def read_model(paths: Sequence[Path]) -> ModelFiles:
+    """Names, shapes and dtypes; of several files each has those of its stage of a pipeline."""
+    model = ModelFiles(files=list(paths))
+    for path in paths:
+        tree = deepspeed_files.read(path)
+        for i, group in enumerate(tree.at("param_shapes").items()):
+            shapes = {str(name): _shape_of(group, name) for name in group.of(dict)}
+            model.groups += [{}] * (i + 1 - len(model.groups))
+            model.groups[i] = {**shapes, **model.groups[i]}
+        module, tied = tree.optional("module"), tree.optional("shared_params")
+        pairs = tied.of(dict).items() if tied is not None else ()
+        for name, shape in ((name, shape) for group in model.groups for name, shape in group.items()):
+            weight = module.of(dict).get(name) if module is not None else None
+            others = tuple(str(other) for other, first in pairs if first == name)
+            if name not in model.weights or isinstance(weight, Stored):
+                model.weights[name] = Weight(shape, weight.dtype if isinstance(weight, Stored) else "", tied=others)
+    return model
+
+
+def _shape_of(group: Node, name: Any) -> Shape:
+    sizes = group.at(name)
+    if not all(type(size) is int and size >= 0 for size in sizes.of(tuple)):
+        raise sizes.wrong("is no shape")
+    return sizes.of(tuple)
+
+
+FORMAT = Format(name=NAME, is_at=is_deepspeed, read_at=read_deepspeed, rules=(libraries.FUSED_ADAM,))

@@ -1,4 +1,4 @@
-"""Files of galore-torch's AdamW and Adafactor, whose statistics are those of projected gradients. Imports no torch."""
+"""State of galore-torch's AdamW and Adafactor, read only: statistics of projected gradients. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.pickle_machine import Object
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats import transformers
-from optstate.checkpoint.formats.parameter_reader import FIRST, SECOND, Draft, Source, checkpoint_of
-from optstate.checkpoint.formats.state_dict import NotPlainError, StateDict, plain
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, StateDict, plain
+from optstate.checkpoint.formats.shared.statistics import ADAFACTOR, FIRST, SECOND
+from optstate.other_libraries import libraries
 
-__all__ = ["read"]
+__all__ = ["FORMAT"]
 
 MOMENTS = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
-UPDATES, SQUARES = (transformers.ADAFACTOR.slots[slot].meaning for slot in ("exp_avg", "exp_avg_sq"))
+UPDATES, SQUARES = ADAFACTOR["exp_avg"], ADAFACTOR["exp_avg_sq"]
 ROW, COL = "exp_avg_sq_row", "exp_avg_sq_col"
 
 NOTE = (
@@ -27,7 +29,7 @@ def _is_projector(value: Any) -> bool:
     return isinstance(value, Object) and value.name.rpartition(".")[2] == "GaLoreProjector"
 
 
-def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+def read_galore(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
     """A checkpoint of GaLoreAdamW or GaLoreAdafactor; None if no parameter has a projector, or it is of another rule.
 
     Adafactor's second moment is in means over the rows and columns of the projected gradient.
@@ -36,7 +38,7 @@ def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
         return None
     if found.kept <= {"step", "projector", *MOMENTS}:
         return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
-    if transformers.ADAFACTOR.rule.fits(found.keys) and found.kept <= {
+    if libraries.GALORE_ADAFACTOR.fits(found.keys) and found.kept <= {
         *("step", "projector", "RMS", "exp_avg", "exp_avg_sq"),
         *(ROW, COL),
     }:
@@ -148,3 +150,8 @@ def _full_shape(draft: Draft, moment: tuple[int, ...], bases: list[Stored]) -> t
             return shapes[0][0], columns
     theirs = " and ".join(str(list(shape)) for shape in shapes) or "none"
     raise draft.error(f"the moments have shape {list(moment)}, which does not fit the projector's basis: {theirs}")
+
+
+FORMAT = Format(
+    name="galore", read=read_galore, names_itself=True, rules=(libraries.GALORE, libraries.GALORE_ADAFACTOR)
+)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.document.document import Document
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import read_whole
 from optstate.checkpoint.files.safetensors_header import Header, read_header
+from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.checkpoint.files.tensor_place import stored_entry
-from optstate.checkpoint.formats.choose_reader import read as read_tree
+from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
+from optstate.checkpoint.formats.registry import find_format, read_state_dict
+from optstate.checkpoint.formats.shared.format import Format, NewFolder
+from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter, numbers
 from optstate.text import shown
 
-__all__ = ["GROUPS", "STATE", "is_lerobot", "read"]
+__all__ = ["FORMAT", "GROUPS", "STATE", "is_lerobot", "read_lerobot"]
+
+NAME = "lerobot"
 
 STATE = "optimizer_state.safetensors"
 GROUPS = "optimizer_param_groups.json"
@@ -38,7 +46,7 @@ def _parts(name: str) -> list[str] | None:
     return parts if fits and len(parts[1]) < 10 else None
 
 
-def read(path: str | os.PathLike[str], optimizer: str | None = None) -> Checkpoint:
+def read_lerobot(path: str | os.PathLike[str], optimizer: str | None = None) -> Checkpoint:
     """A checkpoint of LeRobot's, from its folder `training_state` or the safetensors file in it.
 
     Raises:
@@ -51,21 +59,21 @@ def read(path: str | os.PathLike[str], optimizer: str | None = None) -> Checkpoi
     beside = file.parent / GROUPS
     if not header.tensors and not beside.is_file():
         raise CheckpointError(file, f"it holds no tensors, and no {GROUPS} is beside it")
-    state = _tree(header)
+    state = _tensors_by_id(header)
     groups = _groups(beside) if beside.is_file() else [{"params": sorted(state)}]
-    checkpoint = read_tree({"state": state, "param_groups": groups}, str(file), optimizer)
-    source = {**checkpoint.document.source, "tool": "lerobot", "kind": "lerobot", "layout": checkpoint.kind}
+    checkpoint = read_state_dict({"state": state, "param_groups": groups}, str(file), optimizer)
+    source = {**checkpoint.document.source, "tool": NAME, "kind": NAME, "layout": checkpoint.kind}
     return replace(
         checkpoint,
         path=os.fspath(path),
-        kind="lerobot",
+        kind=NAME,
         document=replace(checkpoint.document, source=source),
         files=(str(file), str(beside)) if beside.is_file() else (str(file),),
         notes=checkpoint.notes if beside.is_file() else (NO_GROUPS, *checkpoint.notes),
     )
 
 
-def _tree(header: Header) -> dict[int, dict[str, Any]]:
+def _tensors_by_id(header: Header) -> dict[int, dict[str, Any]]:
     """The state by id; names with more parts are dicts within."""
     state: dict[int, dict[str, Any]] = {}
     for entry in header.tensors:
@@ -90,3 +98,50 @@ def _groups(path: Path) -> list[Any]:
     except (UnicodeDecodeError, NotJSONError, TypeError) as error:
         raise CheckpointError(path, f"the param groups beside the file cannot be read: {error}") from None
     return groups
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def prepare_for_json(document: Document) -> Document:
+    """The document with plain numbers in its groups, and without names: LeRobot compares its groups with those of an
+    optimizer without names."""
+    groups = tuple(replace(g, hyper={key: numbers(value) for key, value in g.hyper.items()}) for g in document.groups)
+    document = replace(document, groups=groups)
+    if document.source.get("kind") == NAME:
+        return document
+    return replace(document, source={**document.source, "named": False})
+
+
+def write_lerobot(writer: TreeWriter) -> Tree:
+    """The state_dict of the library whose optimizer it is; of torch's, if it was not LeRobot's file."""
+    library = find_format(writer.tool) if writer.same else None
+    if library is None or library.write is None:
+        library = find_format("torch")
+    assert library is not None
+    assert library.write is not None
+    return library.write(writer)
+
+
+def pack_folder(tree: Tree) -> NewFolder:
+    """Every value a tensor `state/<place>/<key>`, steps too; the groups as JSON.
+
+    Raises:
+        LayoutError: for a value that is no tensor.
+    """
+    tensors: dict[str, NewEntry] = {}
+    constants: dict[str, Constant] = {}
+    for place, state in tree["state"].items():
+        for key, value in state.items():
+            name = f"state/{place}/{key}"
+            if isinstance(value, Constant):
+                constants[name] = value
+            elif isinstance(value, NewTensor):
+                tensors[value.key] = NewEntry(name, value.dtype, value.shape)
+            else:
+                raise LayoutError(f"{key}={value!r} is no tensor, and LeRobot keeps nothing else per parameter")
+    text = json.dumps(tree["param_groups"], indent=4, ensure_ascii=False)
+    return NewFolder(STATE, tensors, constants, {GROUPS: text})
+
+
+FORMAT = Format(name=NAME, write=write_lerobot, prepare=prepare_for_json, pack=pack_folder)

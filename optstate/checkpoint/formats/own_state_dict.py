@@ -11,19 +11,12 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import WEIGHT, Document
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.parameter_reader import (
-    BLOCKS,
-    FIRST,
-    SECOND,
-    Draft,
-    Meaning,
-    Source,
-    checkpoint_of,
-    hyper,
-)
-from optstate.checkpoint.formats.state_dict import StateDict
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.parameter_reader import BLOCKS, Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.state_dict import StateDict
+from optstate.checkpoint.formats.shared.statistics import FIRST, LION, SECOND, SGD, SM3, SQUARE, Meaning
 
-__all__ = ["KIND", "read"]
+__all__ = ["FORMAT", "KIND"]
 
 KIND = "optstate-state_dict"
 HEADER = "optstate"
@@ -34,7 +27,7 @@ FIELDS = frozenset(("codes", "absmax", "row", "col", "mean", "compensation", "co
 UNSIGNED = ("exp_avg_sq", "exp_avg_res", "max_exp_avg_sq", "square_avg", "accumulator")
 
 
-def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+def read_own_state_dict(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
     """A checkpoint of what one of our optimizers keeps; None if it is none of ours.
 
     `state_dict()` says which store each statistic is in; torch.distributed.checkpoint drops that, and then the tensors
@@ -92,19 +85,19 @@ def _meanings(found: StateDict) -> dict[str, Meaning]:
     """What the statistics are, by the hyper-parameters that the transforms of our own recipes have."""
     slots = {key.partition(".")[0] for key in found.kept} - {"step", WEIGHT}
     known = {
-        "momentum_buffer": Meaning("update_sum"),
-        "accumulator": Meaning("square_sum", signed=False),
-        **({"exp_avg": Meaning("update", beta=hyper("momentum"))} if "accumulator" in slots else {}),
+        **SGD,
+        "accumulator": SM3["accumulator"],
+        **({"exp_avg": SM3["exp_avg"]} if "accumulator" in slots else {}),
     }
     if slots == {"exp_avg", "exp_avg_sq"} and {"betas", "eps"} <= found.keys and "decay_rate" not in found.keys:
         return {"exp_avg": FIRST, "exp_avg_sq": SECOND}
     if slots == {"exp_avg"} and "betas" in found.keys:
-        return {"exp_avg": Meaning("gradient", beta=hyper("betas", 1))}
+        return LION
     if "decay_rate" in found.keys and "exp_avg_res" not in slots:
         momentum = "beta1" if "beta1" in found.keys else "momentum"
         return {
-            "exp_avg": Meaning("update", beta=hyper(momentum)),
-            "exp_avg_sq": Meaning("square", signed=False),
+            "exp_avg": Meaning("update", beta=(momentum, None)),
+            "exp_avg_sq": SQUARE,
         }
     return known
 
@@ -175,3 +168,6 @@ def _looks_packed(codes: Stored, scales: int) -> bool:
 def _flat(stored: Stored) -> Stored:
     """A tensor as it is in a file of our own."""
     return replace(stored, shape=(stored.elements,)) if stored.stride is None else stored
+
+
+FORMAT = Format(name=KIND, read=read_own_state_dict, names_itself=True)

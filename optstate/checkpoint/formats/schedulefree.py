@@ -1,27 +1,27 @@
-"""Files of schedulefree, whose groups count the steps. Imports no torch."""
+"""State of schedulefree, whose groups count the steps; read only. Imports no torch."""
 
 from __future__ import annotations
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.formats import tables
-from optstate.checkpoint.formats.parameter_reader import SECOND, Meaning
-from optstate.checkpoint.formats.state_dict import StateDict
-from optstate.checkpoint.formats.tables import Kept, Layout
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.state_dict import StateDict
+from optstate.checkpoint.formats.shared.statistics import SECOND, UNKNOWN
+from optstate.checkpoint.formats.shared.tables import Layout, read_tables, whole
 from optstate.other_libraries import libraries
 
-__all__ = ["read"]
+__all__ = ["FORMAT"]
 
-Z = Kept(Meaning(), "z")
-SQUARE = Kept(SECOND, "exp_avg_sq")
-
+NAME = "schedulefree"
 LAYOUTS = (
-    Layout("RAdamScheduleFree", libraries.RADAM_FREE, {"z": Z, "exp_avg_sq": SQUARE}, step="k"),
-    Layout("AdamWScheduleFree", libraries.ADAMW_FREE, {"z": Z, "exp_avg_sq": SQUARE}, step="k"),
-    Layout("SGDScheduleFree", libraries.SGD_FREE, {"z": Z}, step="k"),
+    Layout("RAdamScheduleFree", libraries.RADAM_FREE, whole({"z": UNKNOWN, "exp_avg_sq": SECOND}), step="k"),
+    Layout("AdamWScheduleFree", libraries.ADAMW_FREE, whole({"z": UNKNOWN, "exp_avg_sq": SECOND}), step="k"),
+    Layout("SGDScheduleFree", libraries.SGD_FREE, whole({"z": UNKNOWN}), step="k"),
 )
 
 
-def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+def read_schedulefree(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
     """A checkpoint of schedulefree; None if it is not its layout."""
-    layout = tables.matching(found, LAYOUTS)
-    return None if layout is None else tables.read(found, layout, "schedulefree", "schedulefree")
+    return read_tables(found, LAYOUTS, NAME)
+
+
+FORMAT = Format(name=NAME, read=read_schedulefree, rules=tuple(layout.rule for layout in LAYOUTS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,34 +16,49 @@ from optstate.checkpoint.files.safetensors_set import find
 from optstate.checkpoint.files.safetensors_writer import NewEntry, create, header_size
 from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.checkpoint.files.torch_archive_writer import create_torch
-from optstate.checkpoint.formats import writers
+from optstate.checkpoint.formats.registry import (
+    LayoutError,
+    NewState,
+    choose_format,
+    find_format,
+    writable_formats,
+    write_state,
+)
+from optstate.checkpoint.formats.shared.format import NewFolder
 from optstate.checkpoint.operations.conversion_report import Report
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError
 from optstate.checkpoint.operations.run_conversion import Track, carry_out, write_converted
 from optstate.text import shown
 
-__all__ = ["LAYOUTS", "NATIVE", "check_target", "export", "layout_for", "notes_of"]
+__all__ = ["NATIVE", "check_target", "export", "layout_for", "layouts", "notes_of"]
 
 NATIVE = "optstate"
 LEROBOT_STATE, LEROBOT_GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
-LAYOUTS = (NATIVE, *writers.LAYOUTS)
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
-def layout_for(conversion: Conversion, asked: str | None) -> str:
-    """The layout to write: the one asked for, or the one that a torch file of this state is in.
+def layouts() -> tuple[str, ...]:
+    """Return the names of all layouts that can be written."""
+    return (NATIVE, *writable_formats())
+
+
+def layout_for(conversion: Conversion, target: Path, asked: str | None) -> str:
+    """Choose the layout to write: the one asked for, else by the target's suffix optstate's own or a torch file's.
 
     Raises:
         CheckpointError: if there is no such layout, or none that is obvious.
     """
     path = conversion.checkpoint.path
     if asked is None:
+        if target.suffix not in TORCH_SUFFIXES:
+            return NATIVE
         try:
-            return writers.default_layout(conversion.document)
-        except writers.LayoutError as error:
+            return choose_format(conversion.document)
+        except LayoutError as error:
             raise CheckpointError(path, f"cannot be written as a torch file: {error}", refused=True) from None
-    if asked not in LAYOUTS:
-        raise CheckpointError(path, f"no layout is called {asked!r}", f"one of {', '.join(LAYOUTS)}", refused=True)
+    if asked not in layouts():
+        raise CheckpointError(path, f"no layout is called {asked!r}", f"one of {', '.join(layouts())}", refused=True)
     return asked
 
 
@@ -53,7 +68,7 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
     Raises:
         CheckpointError: refused.
     """
-    if layout == writers.LEROBOT and os.path.lexists(target):
+    if _is_folder(layout) and os.path.lexists(target):
         reason = "exists already, and two files cannot be replaced at once"
         raise CheckpointError(target, reason, "give the name of a new folder", refused=True)
     there = find(target)
@@ -64,6 +79,12 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
         raise CheckpointError(target, "exists already", "choose another name, or --force", refused=True)
     if not os.path.isdir(target.parent):
         raise CheckpointError(target, "its folder does not exist", "make it first")
+
+
+def _is_folder(layout: str) -> bool:
+    """Whether a library's state is several files in a folder."""
+    found = find_format(layout)
+    return found is not None and found.pack is not None
 
 
 def _is_same(source: str, target: str) -> bool:
@@ -85,9 +106,8 @@ def notes_of(conversion: Conversion, layout: str = NATIVE) -> tuple[str, ...]:
     if stray:
         notes.append(f"left out, tensors of no statistic: {', '.join(map(shown, stray[:8]))}, {len(stray)} in all")
     if layout != NATIVE:
-        entries = {entry.name: entry for entry in conversion.entries}
         with _refusing(conversion, layout):
-            notes += writers.notes_of(layout, conversion.document, entries)
+            notes += _new_state(conversion, layout).notes
     return tuple(dict.fromkeys(notes))
 
 
@@ -96,7 +116,7 @@ def _refusing(conversion: Conversion, layout: str) -> Iterator[None]:
     """Turn what a layout cannot hold, and numbers that cannot be converted, into a refusal."""
     try:
         yield
-    except writers.LayoutError as error:
+    except LayoutError as error:
         reason = f"cannot be written as {layout} state: {error}"
         raise CheckpointError(conversion.checkpoint.path, reason, refused=True) from None
     except UnreadableStatisticError as error:
@@ -129,12 +149,11 @@ def export(
 
 
 def _write_layout(conversion: Conversion, target: Path, layout: str, overwrite: bool, track: Track) -> Report:
-    entries = {entry.name: entry for entry in conversion.entries}
-    if layout == writers.LEROBOT:
+    new = _new_state(conversion, layout)
+    if new.folder is not None:
         with ending_in_order():
-            return _write_lerobot(conversion, target, entries, track)
-    tree = writers.tree_of(layout, conversion.document, entries)
-    with create_torch(target, tree, overwrite=overwrite, permissions=conversion.checkpoint.permissions) as file:
+            return _write_folder(conversion, target, new.folder, track)
+    with create_torch(target, new.tree, overwrite=overwrite, permissions=conversion.checkpoint.permissions) as file:
 
         def put(key: str, tensor: Tensor) -> None:
             file.put(key, bytes_of(tensor))
@@ -142,16 +161,20 @@ def _write_layout(conversion: Conversion, target: Path, layout: str, overwrite: 
         return carry_out(conversion, put, track)
 
 
-def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, NewEntry], track: Track) -> Report:
-    """A new folder of LeRobot's two files, which gets its name when both are complete."""
-    made = writers.lerobot_of(conversion.document, entries)
+def _new_state(conversion: Conversion, layout: str) -> NewState:
+    """What the files of a library are to hold."""
+    return write_state(layout, conversion.document, {entry.name: entry for entry in conversion.entries})
+
+
+def _write_folder(conversion: Conversion, target: Path, made: NewFolder, track: Track) -> Report:
+    """Write a new folder, which gets its name when all of its files are complete."""
     constants = [NewEntry(name, constant.dtype, constant.shape) for name, constant in made.constants.items()]
     all_entries = [*made.tensors.values(), *constants]
     folder, kept = target.with_name(f".optstate-{os.urandom(8).hex()}.tmp"), conversion.checkpoint.permissions
     folder.mkdir()
     try:
         room = header_size({}, all_entries)
-        with create(folder / LEROBOT_STATE, all_entries, room=room, permissions=kept) as file:
+        with create(folder / made.file, all_entries, room=room, permissions=kept) as file:
             for name, constant in made.constants.items():
                 file.put(name, constant.data)
 
@@ -160,8 +183,9 @@ def _write_lerobot(conversion: Conversion, target: Path, entries: Mapping[str, N
 
             report = carry_out(conversion, put, track)
             file.finish({})
-        with replacing(folder / LEROBOT_GROUPS, False, kept) as descriptor:
-            write_all(descriptor, memoryview(made.groups.encode()))
+        for name, text in made.texts.items():
+            with replacing(folder / name, False, kept) as descriptor:
+                write_all(descriptor, memoryview(text.encode()))
         os.rename(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import refuse_contradictions
 from optstate.checkpoint.document.document import WEIGHT, Document, Parameter
 from optstate.checkpoint.files.safetensors_writer import NewEntry
-from optstate.checkpoint.formats.meanings import RULES
+from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
 from optstate.checkpoint.operations.transfers import Transfer, copied, recoded, spec_of
 from optstate.stores import Store

@@ -14,7 +14,7 @@ from torch import nn
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter
 from optstate.checkpoint.document.rules import base_recipe, is_own, other_chains, reasons
-from optstate.checkpoint.formats.tree_writer import numbers
+from optstate.checkpoint.formats.shared.tree_writer import numbers
 from optstate.checkpoint.operations.describe_optimizer import described, with_tensors
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.rule_words import arguments_of, hyper_of, same_rule

@@ -9,7 +9,7 @@ import torch
 
 from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.formats.embedded_state import WEIGHTS
+from optstate.checkpoint.formats.shared.embedded_state import WEIGHTS
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.parameter_names import read_names, with_names
 from optstate.memory.model import Model, ParamShape

@@ -22,6 +22,7 @@ from torch import Tensor
 import optstate
 from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.document.document import KEY
+from optstate.checkpoint.document.native_file import native_checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import atomic_write
 from optstate.checkpoint.files.safetensors_check import structural_issues
@@ -29,7 +30,6 @@ from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import create_set, find
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import load
-from optstate.checkpoint.formats.native import native_checkpoint
 from optstate.checkpoint.operations.plan_conversion import in_stores
 from optstate.recipes import AdamW
 from tests.support.models import mlp

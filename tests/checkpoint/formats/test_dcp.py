@@ -85,7 +85,7 @@ def saved(folder: Path, model: nn.Module, optimizer: Any, flat: bool = False, pr
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_statistic_is_what_torch_reads(name: str, tmp_path: Path) -> None:
-    checkpoint, theirs = dcp.read(DATA / name), read_by_torch(DATA / name, tmp_path / "all.pt")
+    checkpoint, theirs = dcp.read_dcp(DATA / name), read_by_torch(DATA / name, tmp_path / "all.pt")
     prefix = str(checkpoint.document.source["prefix"])
     state = {key: value for key, value in theirs.items() if key.startswith(f"{prefix}state.")}
     for param in checkpoint.document.parameters:
@@ -100,7 +100,7 @@ def test_every_statistic_is_what_torch_reads(name: str, tmp_path: Path) -> None:
 
 
 def test_document_of_the_nested_form() -> None:
-    document = dcp.read(DATA / "dcp_adamw").document
+    document = dcp.read_dcp(DATA / "dcp_adamw").document
     first = document.parameters[0]
     assert [group.parameters for group in document.groups] == [
         ("embed.weight", "fc1.weight", "fc2.weight"),
@@ -119,7 +119,7 @@ def test_document_of_the_nested_form() -> None:
 
 
 def test_flattened_form_gives_the_same_but_says_that_groups_were_made() -> None:
-    nested, flat = dcp.read(DATA / "dcp_adamw"), dcp.read(DATA / "dcp_adamw_flat")
+    nested, flat = dcp.read_dcp(DATA / "dcp_adamw"), dcp.read_dcp(DATA / "dcp_adamw_flat")
     assert flat.document.groups == nested.document.groups
     assert flat.document.parameters == nested.document.parameters
     assert [note for note in flat.notes if "made one group" in note]
@@ -127,7 +127,7 @@ def test_flattened_form_gives_the_same_but_says_that_groups_were_made() -> None:
 
 
 def test_sharded_tensors_by_rows_and_by_columns_in_any_prefix() -> None:
-    checkpoint = dcp.read(DATA / "dcp_two_ranks")
+    checkpoint = dcp.read_dcp(DATA / "dcp_two_ranks")
     by_columns, by_rows = checkpoint.tensors["0.weight/exp_avg"], checkpoint.tensors["2.weight/exp_avg"]
     assert isinstance(by_columns, Pieces)
     assert [first for first, _ in by_columns.parts] == [(0, 0), (0, 3)]
@@ -140,7 +140,7 @@ def test_sharded_tensors_by_rows_and_by_columns_in_any_prefix() -> None:
 
 
 def test_own_optimizer_has_its_stores_again() -> None:
-    checkpoint = dcp.read(DATA / "dcp_optstate")
+    checkpoint = dcp.read_dcp(DATA / "dcp_optstate")
     weight, bias = checkpoint.document.parameters[:2]
     assert {slot: (record.store, record.block, record.beta) for slot, record in weight.slots.items()} == {
         "exp_avg": ("Block8()", 256, 0.9),
@@ -153,7 +153,7 @@ def test_own_optimizer_has_its_stores_again() -> None:
 def test_reading_imports_no_torch() -> None:
     code = (
         "import sys; from optstate.checkpoint.formats import dcp, deepspeed; "
-        f"dcp.read({str(DATA / 'dcp_two_ranks')!r}); deepspeed.read({str(DATA / 'deepspeed_zero1')!r}); "
+        f"dcp.read_dcp({str(DATA / 'dcp_two_ranks')!r}); deepspeed.read_deepspeed({str(DATA / 'deepspeed_zero1')!r}); "
         "assert 'torch' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -168,7 +168,7 @@ def test_reading_imports_no_torch() -> None:
 def test_names_that_begin_with_numbers(tmp_path: Path, prefix: str, flat: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     optimizer = stepped(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-    document = dcp.read(saved(tmp_path / "saved", model, optimizer, flat, prefix)).document
+    document = dcp.read_dcp(saved(tmp_path / "saved", model, optimizer, flat, prefix)).document
     assert document.groups[0].parameters == ("0.weight", "0.bias", "1.weight", "1.bias")
     assert len(document.groups) == 1
     assert document.groups[0].hyper["lr"] == 0.1
@@ -178,7 +178,7 @@ def test_named_groups_with_equal_hyper_parameters_stay_two(tmp_path: Path) -> No
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     named = list(model.named_parameters())
     optimizer = stepped(model, torch.optim.AdamW([{"params": named[:1]}, {"params": named[1:]}]))
-    checkpoint = dcp.read(saved(tmp_path / "saved", model, optimizer, flat=True))
+    checkpoint = dcp.read_dcp(saved(tmp_path / "saved", model, optimizer, flat=True))
     assert [len(group.parameters) for group in checkpoint.document.groups] == [1, 3]
     assert not checkpoint.notes
     assert "param_names" not in checkpoint.document.groups[0].hyper
@@ -188,7 +188,7 @@ def test_named_groups_with_equal_hyper_parameters_stay_two(tmp_path: Path) -> No
 def test_learning_rates_that_are_tensors_join_groups_by_their_numbers(tmp_path: Path, flat: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     optimizer = stepped(model, torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25), amsgrad=True))
-    document = dcp.read(saved(tmp_path / "saved", model, optimizer, flat)).document
+    document = dcp.read_dcp(saved(tmp_path / "saved", model, optimizer, flat)).document
     assert [group.hyper["lr"] for group in document.groups] == [TensorValue("float32", (), (0.25,))]
     assert document.parameters[0].slots.keys() == {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
     assert document.recipe == ""
@@ -197,7 +197,7 @@ def test_learning_rates_that_are_tensors_join_groups_by_their_numbers(tmp_path: 
 def test_an_optimizer_without_state_still_has_groups(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = stepped(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    document = dcp.read(saved(tmp_path / "saved", model, optimizer)).document
+    document = dcp.read_dcp(saved(tmp_path / "saved", model, optimizer)).document
     assert [param.has_state for param in document.parameters] == [False, False]
     assert document.recipe == "sgd"
 
@@ -205,7 +205,7 @@ def test_an_optimizer_without_state_still_has_groups(tmp_path: Path) -> None:
 def test_factored_statistics_tell_the_shape_without_weights(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     optimizer = stepped(model, torch.optim.Adafactor(model.parameters()))
-    weight = dcp.read(saved(tmp_path / "saved", model, optimizer, flat=True)).document.parameters[0]
+    weight = dcp.read_dcp(saved(tmp_path / "saved", model, optimizer, flat=True)).document.parameters[0]
     assert (weight.shape, weight.slots["exp_avg_sq"].store, weight.dtype) == ((3, 4), "Factored()", "")
 
 
@@ -215,7 +215,7 @@ def test_weights_with_state_in_their_names_and_other_values(tmp_path: Path) -> N
     stepped(model["state"], optimizer)
     state = get_optimizer_state_dict(model, optimizer)
     folder = save(tmp_path / "saved", {"model": model.bfloat16().state_dict(), "optim": state, "epoch": 3})
-    checkpoint = dcp.read(folder)
+    checkpoint = dcp.read_dcp(folder)
     weight = checkpoint.document.parameters[0]
     assert (weight.name, weight.dtype) == ("state.weight", "bfloat16")
     assert [note for note in checkpoint.notes if "'epoch'" in note or "epoch" in note]
@@ -227,7 +227,7 @@ def test_weights_of_another_shape_than_their_statistics_are_an_error(tmp_path: P
     state = get_optimizer_state_dict(model, optimizer)
     folder = save(tmp_path / "saved", {"model": {"weight": torch.zeros(4, 3)}, "optim": state})
     with pytest.raises(CheckpointError, match=r"'weight': its statistics have shape \[3, 4\], its weight \[4, 3\]"):
-        dcp.read(folder)
+        dcp.read_dcp(folder)
 
 
 def test_transposed_tensors(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_transposed_tensors(tmp_path: Path) -> None:
     optimizer = stepped(model, torch.optim.AdamW(model.parameters()))
     state = get_optimizer_state_dict(model, optimizer)
     moment = state["state"]["weight"]["exp_avg"] = torch.arange(12.0).view(4, 3).t()
-    stored = dcp.read(save(tmp_path / "saved", {"optim": state})).tensors["weight/exp_avg"]
+    stored = dcp.read_dcp(save(tmp_path / "saved", {"optim": state})).tensors["weight/exp_avg"]
     values = torch.frombuffer(
         bytearray(Path(stored.path).read_bytes()[stored.start :][: stored.span]), dtype=torch.float32
     )
@@ -252,13 +252,13 @@ def test_tensors_of_the_hugging_face_writer(tmp_path: Path) -> None:
     dcp_of_torch.save(tensors, storage_writer=dcp_of_torch.HuggingFaceStorageWriter(str(tmp_path)), no_dist=True)
     header = read_header(next(tmp_path.glob("*.safetensors")))
     found = {entry.name: stored_entry(header, entry) for entry in header.tensors}
-    checkpoint = dcp.of_tensors(header.path, found, [header.path])
+    checkpoint = dcp.read_tensors(header.path, found, [header.path])
     assert checkpoint is not None
     assert [note for note in checkpoint.notes if "hyper-parameters are not" in note]
     weight = next(param for param in checkpoint.document.parameters if param.name == "weight")
     assert (weight.step, weight.shape) == (2, (3, 4))
     assert torch.equal(numbers(checkpoint.tensors["weight/exp_avg"]), tensors["state.weight.exp_avg"])
-    assert dcp.of_tensors(header.path, {"fc.weight": found["state.weight.exp_avg"]}, []) is None
+    assert dcp.read_tensors(header.path, {"fc.weight": found["state.weight.exp_avg"]}, []) is None
 
 
 def test_values_in_the_hugging_face_writer_make_a_zip_that_is_named(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_names_and_statistics_are_told_apart_by_the_path_of_the_nested_form(tmp_
     """`a.b.c` is c of a.b here, and b.c of a there; only the path says so."""
     state = {"a": {"b.d": torch.zeros(2)}, "a.b": {"c": torch.ones(2)}}
     tree = {"state": state, "param_groups": [{"lr": 0.1, "params": ["a", "a.b"]}]}
-    tensors = dcp.read(save(tmp_path / "saved", {"optim": tree})).tensors
+    tensors = dcp.read_dcp(save(tmp_path / "saved", {"optim": tree})).tensors
     assert tensors.keys() == {"a/b_d", "a.b/c"}
 
 
@@ -285,7 +285,7 @@ def test_names_and_statistics_are_told_apart_by_known_names_in_the_flattened_for
     """A statistic that nobody knows, with a dot, of a parameter whose name begins as another's."""
     hyper = {"param_groups.a.lr": 0.1, "param_groups.a.b.lr": 0.1}
     state = {"state.a.new": torch.zeros(2), "state.a.b.new": torch.ones(2), "state.a.b.new.part": torch.ones(2)}
-    tensors = dcp.read(save(tmp_path / "saved", state | hyper)).tensors
+    tensors = dcp.read_dcp(save(tmp_path / "saved", state | hyper)).tensors
     assert tensors.keys() == {"a/new", "a.b/new", "a.b/new_part"}
 
 
@@ -296,10 +296,10 @@ def test_several_optimizers_and_none(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     state = get_optimizer_state_dict(model, stepped(model, torch.optim.AdamW(model.parameters())))
     with pytest.raises(CheckpointError, match=r"2 optimizers, under 'disc\.', 'gen\.'") as caught:
-        dcp.read(save(tmp_path / "two", {"gen": state, "disc": state}))
+        dcp.read_dcp(save(tmp_path / "two", {"gen": state, "disc": state}))
     assert caught.value.refused
     with pytest.raises(CheckpointError, match=r"no optimizer state: 2 keys, such as 'model\.weight'"):
-        dcp.read(save(tmp_path / "none", {"model": model.state_dict()}))
+        dcp.read_dcp(save(tmp_path / "none", {"model": model.state_dict()}))
 
 
 def test_megatron_is_named(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_megatron_is_named(tmp_path: Path) -> None:
     for path in (folder, older):
         assert dcp.is_dcp(path)
         with pytest.raises(CheckpointError, match="Megatron-LM's distributed optimizer") as caught:
-            dcp.read(path)
+            dcp.read_dcp(path)
         assert caught.value.refused
 
 
@@ -323,7 +323,7 @@ def test_what_is_such_a_folder(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(b"")
     assert dcp.is_dcp(tmp_path)
     with pytest.raises(CheckpointError, match=r"without \.metadata; it is written last"):
-        dcp.read(tmp_path)
+        dcp.read_dcp(tmp_path)
 
 
 class Evil:
@@ -448,7 +448,7 @@ def test_metadata_that_was_changed_is_one_error(tmp_path: Path, change: Any, cap
     change(metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=WRONG[change]) as caught:
-        dcp.read(folder)
+        dcp.read_dcp(folder)
     assert caught.value.refused == (change in (executed, compressed))
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
@@ -458,7 +458,7 @@ def test_metadata_that_was_changed_is_one_error(tmp_path: Path, change: Any, cap
 def test_metadata_that_is_something_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata: "):
-        dcp.read(tmp_path)
+        dcp.read_dcp(tmp_path)
 
 
 def test_every_file_of_a_rank_is_needed(tmp_path: Path) -> None:
@@ -466,13 +466,13 @@ def test_every_file_of_a_rank_is_needed(tmp_path: Path) -> None:
     shutil.copytree(DATA / "dcp_two_ranks", folder)
     (folder / "__1_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"'__1_0.distcp' is missing: it has \d+ of the 33 items.*all ranks"):
-        dcp.read(folder)
+        dcp.read_dcp(folder)
 
 
 def test_a_file_that_becomes_shorter_is_an_error_when_its_numbers_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     shutil.copytree(DATA / "dcp_two_ranks", folder)
-    pieces = dcp.read(folder).tensors["2.weight/exp_avg"]
+    pieces = dcp.read_dcp(folder).tensors["2.weight/exp_avg"]
     (folder / "__1_0.distcp").write_bytes(b"")
     assert isinstance(pieces, Pieces)
     with pytest.raises(OSError, match="was overwritten while it was read"):
@@ -485,7 +485,7 @@ def test_own_optimizer_flattened_and_alone(tmp_path: Path, flat: bool) -> None:
 
     model = nn.Linear(64, 80)
     optimizer = stepped(model, AdamW8bit(model.named_parameters(), lr=0.1), 64)
-    checkpoint = dcp.read(saved(tmp_path / "saved", model, optimizer, flat, ""))
+    checkpoint = dcp.read_dcp(saved(tmp_path / "saved", model, optimizer, flat, ""))
     weight = checkpoint.document.parameters[0]
     assert (weight.name, weight.slots["exp_avg_sq"].store, weight.slots["exp_avg_sq"].signed) == (
         "weight",

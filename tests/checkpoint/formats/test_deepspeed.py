@@ -107,7 +107,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("kind", ["zero1", "zero2"])
 def test_parameters_are_parts_of_the_flat_tensors(kind: str) -> None:
-    checkpoint = deepspeed.read(DATA / f"deepspeed_{kind}")
+    checkpoint = deepspeed.read_deepspeed(DATA / f"deepspeed_{kind}")
     own, model = loaded(file_of(kind, OPTIMIZER))["optimizer_state_dict"], loaded(file_of(kind, MODEL))
     for g, mapping in enumerate(own["param_slice_mappings"]):
         flats = own["base_optimizer_state"]["state"][g] | {"master": own["single_partition_of_fp32_groups"][g]}
@@ -119,7 +119,7 @@ def test_parameters_are_parts_of_the_flat_tensors(kind: str) -> None:
 
 
 def test_subgroups_of_stage_3_are_one_after_the_other() -> None:
-    checkpoint = deepspeed.read(DATA / "deepspeed_zero3")
+    checkpoint = deepspeed.read_deepspeed(DATA / "deepspeed_zero3")
     own, model = loaded(file_of("zero3", OPTIMIZER))["optimizer_state_dict"], loaded(file_of("zero3", MODEL))
     for i, shapes in enumerate(model["param_shapes"]):
         flats = own["optimizer_state_dict"]["state"][i] | {"master": own["fp32_flat_groups"][i]}
@@ -131,7 +131,7 @@ def test_subgroups_of_stage_3_are_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_parameters_are_what_the_converter_of_deepspeed_makes_of_them(stage: int) -> None:
-    checkpoint = deepspeed.read(DATA / f"deepspeed_zero{stage}")
+    checkpoint = deepspeed.read_deepspeed(DATA / f"deepspeed_zero{stage}")
     folder = DATA / f"deepspeed_universal{stage}" / "global_step3_universal" / "zero"
     for param in checkpoint.document.parameters:
         for slot, file in (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"), ("master", "fp32")):
@@ -142,8 +142,8 @@ def test_parameters_are_what_the_converter_of_deepspeed_makes_of_them(stage: int
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_universal_form_gives_the_same_document_and_numbers(stage: int) -> None:
-    zero = deepspeed.read(DATA / f"deepspeed_zero{stage}")
-    universal = deepspeed.read(DATA / f"deepspeed_universal{stage}")
+    zero = deepspeed.read_deepspeed(DATA / f"deepspeed_zero{stage}")
+    universal = deepspeed.read_deepspeed(DATA / f"deepspeed_universal{stage}")
     assert universal.kind == universal.document.source["kind"] == "deepspeed-universal"
     assert universal.document.groups == zero.document.groups
     assert universal.document.parameters == zero.document.parameters
@@ -155,7 +155,7 @@ def test_the_universal_form_gives_the_same_document_and_numbers(stage: int) -> N
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
 def test_nothing_is_lost_or_read_twice(kind: str) -> None:
     """No byte of the flat tensors belongs to two statistics, or to none."""
-    checkpoint = deepspeed.read(DATA / f"deepspeed_{kind}")
+    checkpoint = deepspeed.read_deepspeed(DATA / f"deepspeed_{kind}")
     own = loaded(file_of(kind, OPTIMIZER))["optimizer_state_dict"]
     base = own["optimizer_state_dict"] if kind == "zero3" else own["base_optimizer_state"]
     flats = [state[slot] for state in base["state"].values() for slot in ("exp_avg", "exp_avg_sq")]
@@ -166,7 +166,7 @@ def test_nothing_is_lost_or_read_twice(kind: str) -> None:
 
 
 def test_document() -> None:
-    checkpoint = deepspeed.read(DATA / "deepspeed_zero2")
+    checkpoint = deepspeed.read_deepspeed(DATA / "deepspeed_zero2")
     document, first = checkpoint.document, checkpoint.document.parameters[0]
     assert [group.parameters for group in document.groups] == [
         ("embed.weight", "fc1.weight", "fc2.weight"),
@@ -188,7 +188,7 @@ def test_folder_tag_and_file_are_the_same() -> None:
     folder = DATA / "deepspeed_zero1"
     paths = [folder, folder / "global_step3", file_of("zero1", OPTIMIZER)]
     assert all(deepspeed.is_deepspeed(path) for path in paths)
-    first, *others = [deepspeed.read(path) for path in paths]
+    first, *others = [deepspeed.read_deepspeed(path) for path in paths]
     assert all((other.document, other.tensors) == (first.document, first.tensors) for other in others)
     assert {Path(file).name for file in first.files} == {OPTIMIZER["zero1"], MODEL["zero1"]}
 
@@ -210,13 +210,13 @@ def test_aligned_parameters_have_gaps_between_them(changed: Callable[..., Path])
         for i, at in enumerate(own["param_slice_mappings"][1].values()):
             at.start = 16 * i
 
-    tensors = deepspeed.read(changed("zero1", align)).tensors
+    tensors = deepspeed.read_deepspeed(changed("zero1", align)).tensors
     assert numbers(tensors["norm.bias/exp_avg"]).tolist() == list(range(32, 42))
     assert numbers(tensors["norm.bias/master"]).tolist() == list(range(32, 42))
 
 
 def test_the_optimizer_for_bfloat16_does_not_say_its_stage(changed: Callable[..., Path]) -> None:
-    checkpoint = deepspeed.read(changed("zero1", lambda own: own.pop("zero_stage")))
+    checkpoint = deepspeed.read_deepspeed(changed("zero1", lambda own: own.pop("zero_stage")))
     assert checkpoint.kind == "deepspeed-zero1"
 
 
@@ -230,7 +230,7 @@ def test_fused_adam_is_read_as_adamw_and_says_so(changed: Callable[..., Path]) -
         for state in base["state"].values():
             state["step"] = 3
 
-    checkpoint = deepspeed.read(changed("zero1", fuse))
+    checkpoint = deepspeed.read_deepspeed(changed("zero1", fuse))
     first = checkpoint.document.parameters[0]
     assert (checkpoint.document.recipe, checkpoint.document.source["optimizer"]) == ("adamw", "FusedAdam")
     assert (first.step, first.slots["exp_avg"].beta) == (3, 0.9)
@@ -238,7 +238,7 @@ def test_fused_adam_is_read_as_adamw_and_says_so(changed: Callable[..., Path]) -
 
 
 def test_parameters_that_were_never_updated(changed: Callable[..., Path]) -> None:
-    checkpoint = deepspeed.read(changed("zero1", lambda own: own["base_optimizer_state"]["state"].pop(1)))
+    checkpoint = deepspeed.read_deepspeed(changed("zero1", lambda own: own["base_optimizer_state"]["state"].pop(1)))
     bias = next(param for param in checkpoint.document.parameters if param.name == "fc1.bias")
     assert (bias.step, list(bias.slots)) == (None, ["master"])
 
@@ -247,7 +247,7 @@ def test_tied_weights_are_named(changed: Callable[..., Path]) -> None:
     def tie(tree: Any) -> None:
         tree["shared_params"] = {"head.weight": "embed.weight"}
 
-    first = deepspeed.read(changed("zero1", tie, MODEL)).document.parameters[0]
+    first = deepspeed.read_deepspeed(changed("zero1", tie, MODEL)).document.parameters[0]
     assert (first.name, first.tied) == ("embed.weight", ("head.weight",))
 
 
@@ -257,7 +257,7 @@ def test_the_universal_form_of_several_tensor_parallel_ranks_has_the_whole_shape
     tree = loaded(folder / "mp_rank_00_model_states.pt")
     tree["param_shapes"][0]["fc1.weight"] = torch.Size([5, 8])
     torch.save(tree, folder / "mp_rank_00_model_states.pt")
-    document = deepspeed.read(folder).document
+    document = deepspeed.read_deepspeed(folder).document
     assert next(param.shape for param in document.parameters if param.name == "fc1.weight") == (10, 8)
 
 
@@ -266,11 +266,11 @@ def test_the_universal_form_without_the_model(tmp_path: Path) -> None:
     shutil.copytree(DATA / "deepspeed_universal1" / "global_step3_universal", folder)
     (folder / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"no \*_model_states\.pt, which says the groups"):
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)
     tree = loaded(folder / "zero" / "optimizer_state.pt")
     tree["param_groups"] = tree["param_groups"][:1]
     torch.save(tree, folder / "zero" / "optimizer_state.pt")
-    checkpoint = deepspeed.read(folder)
+    checkpoint = deepspeed.read_deepspeed(folder)
     assert [param.name for param in checkpoint.document.parameters] == sorted(
         param.name for param in checkpoint.document.parameters
     )
@@ -289,14 +289,14 @@ def test_several_ranks_are_refused_with_their_number(tmp_path: Path, changed: Ca
         shutil.copy(first, first.with_name(first.name.replace("pp_rank_0", f"pp_rank_{rank}")))
     for path in (folder, first):
         with pytest.raises(CheckpointError, match=r"state of 3 ranks.*ds_to_universal") as caught:
-            deepspeed.read(path)
+            deepspeed.read_deepspeed(path)
         assert caught.value.refused
 
 
 @pytest.mark.parametrize(("kind", "count"), [("zero1", [4, 4]), ("zero3", 4)])
 def test_one_file_of_several_ranks_is_refused(changed: Callable[..., Path], kind: str, count: Any) -> None:
     with pytest.raises(CheckpointError, match="state of 4 ranks"):
-        deepspeed.read(changed(kind, lambda own: own.update(partition_count=count)))
+        deepspeed.read_deepspeed(changed(kind, lambda own: own.update(partition_count=count)))
 
 
 def longer_than_its_shape(own: Any) -> None:
@@ -357,7 +357,7 @@ WRONG = {
 @pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
 def test_a_file_that_was_changed_is_one_error(changed: Callable[..., Path], change: Any) -> None:
     with pytest.raises(CheckpointError, match=WRONG[change]) as caught:
-        deepspeed.read(changed("zero1", change))
+        deepspeed.read_deepspeed(changed("zero1", change))
     assert "\n" not in str(caught.value)
 
 
@@ -366,7 +366,7 @@ def test_a_shape_of_another_size_shifts_everything_in_stage_3_and_is_an_error(ch
         tree["param_shapes"][0]["embed.weight"] = torch.Size([11, 8])
 
     with pytest.raises(CheckpointError, match=r"has shape \[176\], not a number for each of the 168 elements"):
-        deepspeed.read(changed("zero3", shrink, MODEL))
+        deepspeed.read_deepspeed(changed("zero3", shrink, MODEL))
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -374,13 +374,13 @@ def test_missing_files(tmp_path: Path) -> None:
     shutil.copytree(DATA / "deepspeed_zero1", folder)
     (folder / "global_step3" / MODEL["zero1"]).unlink()
     with pytest.raises(CheckpointError, match="shapes of parameters"):
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)
     (folder / "global_step3" / OPTIMIZER["zero1"]).rename(tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(CheckpointError, match=r"without \*_optim_states\.pt of ZeRO.*under 'optimizer'"):
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)
     (folder / "latest").write_text("../outside")
     with pytest.raises(CheckpointError, match="latest: names '../outside', which is no folder beside it"):
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)
 
 
 def test_nothing_is_executed(changed: Callable[..., Path], capsys: Any) -> None:
@@ -390,7 +390,7 @@ def test_nothing_is_executed(changed: Callable[..., Path], capsys: Any) -> None:
 
     folder = changed("zero1", lambda own: own.update(extra=Evil()))
     with pytest.raises(CheckpointError, match=r"builtins\.print") as caught:
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)
     assert caught.value.refused
     assert capsys.readouterr().out == ""
 
@@ -400,8 +400,8 @@ def test_a_parameter_that_the_model_lacks(tmp_path: Path) -> None:
     shutil.copytree(DATA / "deepspeed_universal3" / "global_step3_universal", folder)
     shutil.copytree(folder / "zero" / "fc1.bias", folder / "zero" / "other.bias")
     with pytest.raises(CheckpointError, match=r"the parameter 'other\.bias', which \*_model_states\.pt does not have"):
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)
     shutil.rmtree(folder / "zero" / "other.bias")
     torch.save(torch.zeros(11), folder / "zero" / "fc1.bias" / "exp_avg.pt")
     with pytest.raises(CheckpointError, match=r"exp_avg\.pt: it has shape \[11\], the model \[10\]"):
-        deepspeed.read(folder)
+        deepspeed.read_deepspeed(folder)

@@ -32,7 +32,9 @@ from optstate.checkpoint.document.document import (
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.tensor_bytes import bytes_of, load
 from optstate.checkpoint.files.torch_archive_writer import Constant, create_torch
-from optstate.checkpoint.formats.writers import LAYOUTS, LayoutError, default_layout, lerobot_of, notes_of, tree_of
+from optstate.checkpoint.formats.lerobot import GROUPS
+from optstate.checkpoint.formats.registry import LayoutError, choose_format, writable_formats, write_state
+from optstate.checkpoint.formats.shared.format import NewFolder
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.plan_conversion import Conversion, in_stores
 from optstate.checkpoint.operations.plan_recipe import as_recipe
@@ -45,6 +47,20 @@ STEPS = 3
 
 def entries_of(checkpoint: Checkpoint) -> dict[str, NewEntry]:
     return {key: NewEntry(key, stored.dtype, stored.shape) for key, stored in checkpoint.tensors.items()}
+
+
+def tree_of(layout: str, document: Document, entries: Mapping[str, NewEntry]) -> dict[str, Any]:
+    return write_state(layout, document, entries).tree
+
+
+def notes_of(layout: str, document: Document, entries: Mapping[str, NewEntry]) -> tuple[str, ...]:
+    return write_state(layout, document, entries).notes
+
+
+def new_folder(document: Document, entries: Mapping[str, NewEntry]) -> NewFolder:
+    folder = write_state("lerobot", document, entries).folder
+    assert folder is not None
+    return folder
 
 
 def write(layout: str, checkpoint: Checkpoint, path: Path) -> None:
@@ -98,7 +114,7 @@ def test_a_file_is_written_as_it_was(sample: str, by_way_of: str, tmp_path: Path
     checkpoint = open_checkpoint(DATA / sample / "optimizer.pt")
     if by_way_of == "our own file":
         checkpoint = replace(checkpoint, document=from_json(to_json(checkpoint.document)))
-    assert default_layout(checkpoint.document) == checkpoint.kind == SAMPLES[sample]
+    assert choose_format(checkpoint.document) == checkpoint.kind == SAMPLES[sample]
     write(checkpoint.kind, checkpoint, tmp_path / "again.pt")
     trusted = "torchao" not in sample
     if not trusted:
@@ -405,7 +421,7 @@ def test_bitsandbytes_takes_our_codes(name: str, tmp_path: Path) -> None:
 def test_torchao_takes_our_codes(bits: int, tmp_path: Path) -> None:
     torchao = pytest.importorskip("torchao.optim")
     params, optimizer, checkpoint = saved(lambda p: (AdamW8bit if bits == 8 else AdamW4bit)(p, lr=1e-2), tmp_path)
-    assert default_layout(checkpoint.document) == ("bitsandbytes" if bits == 8 else "torchao")
+    assert choose_format(checkpoint.document) == ("bitsandbytes" if bits == 8 else "torchao")
     write("torchao", checkpoint, tmp_path / "theirs.pt")
     groups = copies(params)
     other = (torchao.AdamW8bit if bits == 8 else torchao.AdamW4bit)(groups)
@@ -527,7 +543,7 @@ def test_adamw_becomes_adafactor_without_its_correction(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="--recipe adafactor"):
         tree_of("transformers", checkpoint.document, entries_of(checkpoint))
     relabelled = replace(checkpoint.document, recipe="adafactor")
-    with pytest.raises(LayoutError, match=r"of='square', beta=0.999.*where transformers has of='square', beta=None"):
+    with pytest.raises(LayoutError, match=r"of='gradient', beta=0.9, where transformers has of='update', beta=None"):
         tree_of("transformers", relabelled, entries_of(checkpoint))
     made = carried(as_recipe(checkpoint, "adafactor"), "transformers", tmp_path / "hf.pt")
     raw = members(adamw.param_groups)[0]
@@ -545,9 +561,11 @@ def test_adamw_becomes_adafactor_without_its_correction(tmp_path: Path) -> None:
 def test_lerobots_two_files(source: str) -> None:
     """Both samples are of the same run."""
     checkpoint = open_checkpoint(DATA / source)
-    made = lerobot_of(checkpoint.document, entries_of(checkpoint))
+    made = new_folder(checkpoint.document, entries_of(checkpoint))
     text = (DATA / "lerobot_adamw" / "optimizer_param_groups.json").read_text()
-    assert made.groups == text or (source != "lerobot_adamw" and json.loads(made.groups) == json.loads(text))
+    assert made.texts[GROUPS] == text or (
+        source != "lerobot_adamw" and json.loads(made.texts[GROUPS]) == json.loads(text)
+    )
     theirs = safetensors.torch.load_file(DATA / "lerobot_adamw" / "optimizer_state.safetensors")
     ours = {name: torch.frombuffer(bytearray(c.data), dtype=torch.float32)[0] for name, c in made.constants.items()}
     for key, entry in made.tensors.items():
@@ -558,8 +576,8 @@ def test_lerobots_two_files(source: str) -> None:
 
 def test_lerobot_has_no_names_and_no_numbers(tmp_path: Path) -> None:
     _, _, checkpoint = saved(lambda p: AdamW(p), tmp_path)
-    made = lerobot_of(checkpoint.document, entries_of(checkpoint))
-    groups = json.loads(made.groups)
+    made = new_folder(checkpoint.document, entries_of(checkpoint))
+    groups = json.loads(made.texts[GROUPS])
     assert list(groups[0]) == [*torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict()["param_groups"][0]]
     assert set(made.constants) == {f"state/{i}/step" for i in range(3)}
 
@@ -601,7 +619,11 @@ FACTORED = record("square", None, "Factored()", "row", "col")
 EIGHT = record("gradient", 0.9, "Block8()", "codes", "absmax", **BLOCKS)
 
 REFUSED: dict[str, tuple[str, tuple[Document, dict[str, NewEntry]], str]] = {
-    "no such layout": ("keras", document_with(ADAM), "no file of torch.save has the layout 'keras': one of torch, "),
+    "no such layout": (
+        "keras",
+        document_with(ADAM),
+        "no library whose files can be written is called 'keras': one of bitsandbytes, ",
+    ),
     "codes in torch": (
         "torch",
         document_with({**ADAM, "exp_avg": EIGHT}),
@@ -829,15 +851,15 @@ def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
 )
 def test_the_layout_that_has_recipe_and_stores(make: Any, layout: str, tmp_path: Path) -> None:
     _, _, checkpoint = saved(make, tmp_path)
-    assert default_layout(checkpoint.document) == layout
-    assert layout in LAYOUTS
+    assert choose_format(checkpoint.document) == layout
+    assert layout in writable_formats()
 
 
 def test_a_library_is_left_when_it_lacks_the_stores() -> None:
     checkpoint = open_checkpoint(DATA / "torch_adamw" / "optimizer.pt")
-    assert default_layout(in_stores(checkpoint, "block8", {}).document) == "bitsandbytes"
-    assert default_layout(in_stores(checkpoint, "bf16", {}).document) == "torch"
-    assert default_layout(as_recipe(checkpoint, "lion").document) == "lion-pytorch"
+    assert choose_format(in_stores(checkpoint, "block8", {}).document) == "bitsandbytes"
+    assert choose_format(in_stores(checkpoint, "bf16", {}).document) == "torch"
+    assert choose_format(as_recipe(checkpoint, "lion").document) == "lion-pytorch"
 
 
 @pytest.mark.parametrize(
@@ -851,9 +873,9 @@ def test_a_library_is_left_when_it_lacks_the_stores() -> None:
 def test_no_layout_or_several(recipe: str, store: str, message: str) -> None:
     document, _ = document_with({"exp_avg_sq": record("square", None, store)}, recipe)
     with pytest.raises(LayoutError, match=message):
-        default_layout(document)
+        choose_format(document)
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, optstate.checkpoint.formats.writers; sys.exit('torch' in sys.modules)"
+    code = "import sys, optstate.checkpoint.formats.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,8 +16,8 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate import stores
 from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.document.native_file import document_of
 from optstate.checkpoint.files.safetensors_header import read_header
-from optstate.checkpoint.formats.native import document_of
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.conversion_report import Report, Row
 from optstate.checkpoint.operations.plan_conversion import Conversion, in_stores, unchanged

@@ -1,0 +1,44 @@
+"""What a parameter goes through, as a file says it in words: taken apart into transforms. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = ["ChainWords", "TransformWords", "parse_chain"]
+
+
+@dataclass(frozen=True)
+class TransformWords:
+    """One transform: its name, and the words in brackets that decide its rule, which are switches and functions."""
+
+    name: str
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChainWords:
+    """The transforms of a chain in order; none where the file does not tell them, or gradients stay as they are."""
+
+    transforms: tuple[TransformWords, ...] = ()
+
+    def has(self, name: str, word: str = "") -> bool:
+        """Whether a transform of this name is among them, with this word if one is given."""
+        return any(each.name == name and (not word or word in each.words) for each in self.transforms)
+
+    def ends_with(self, *last: TransformWords) -> bool:
+        """Whether these are the last transforms, word for word."""
+        return self.transforms[-len(last) :] == last
+
+
+@lru_cache(maxsize=1024)
+def parse_chain(text: str) -> ChainWords:
+    """Take apart what `str(chain)` gives: "add_decayed_weights > momentum(nesterov, heavy_ball)"."""
+    if text in ("", "gradient"):
+        return ChainWords()
+    return ChainWords(tuple(map(_parse_transform, text.split(" > "))))
+
+
+def _parse_transform(text: str) -> TransformWords:
+    name, bracket, rest = text.partition("(")
+    return TransformWords(name, tuple(rest.removesuffix(")").split(", ")) if bracket else ())

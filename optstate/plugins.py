@@ -1,0 +1,113 @@
+"""Parts that installed packages add by entry points: recipes, stores, formats. Imports no torch.
+
+A part that cannot be used never stops what works without it: one line says which and why, and it is left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from optstate.text import shown
+
+__all__ = ["PluginError", "PluginWarning", "Plugins"]
+
+T = TypeVar("T")
+
+OURS = "optstate"
+
+
+class PluginWarning(UserWarning):
+    """A part of an installed package is left out, or hidden by another of the same name."""
+
+
+class PluginError(LookupError):
+    """A part that is installed and cannot be used; the message is one line that names it and says why."""
+
+
+@dataclass(frozen=True)
+class Plugins(Generic[T]):
+    """The parts of one kind that installed packages offer by entry points.
+
+    kind: what a part is called in messages, "recipe". group: of the entry points, "optstate.recipes".
+    taken: names in use that no package can offer. problem: says why a loaded object, by its name, is no such part; ""
+    if it is one.
+    """
+
+    kind: str
+    group: str
+    problem: Callable[[str, Any], str]
+    taken: frozenset[str] = frozenset()
+
+    def offered(self) -> dict[str, EntryPoint]:
+        """Return the entry points by name, nothing imported; one package for each name, this one before others."""
+        return _offered(self, tuple(sys.path))
+
+    def names(self) -> list[str]:
+        """Return the names of all parts that can be used, sorted. Imports their packages; warns of the others."""
+        return [name for name in sorted(self.offered()) if self._usable(name)]
+
+    def get(self, name: str) -> T:
+        """Return the part of this name.
+
+        Raises:
+            KeyError: if no package offers one.
+            PluginError: if it cannot be imported, or is not such a part.
+        """
+        loaded = _loaded(self, self.offered()[name])
+        if isinstance(loaded, PluginError):
+            raise loaded
+        return loaded  # type: ignore[no-any-return]
+
+    def _usable(self, name: str) -> bool:
+        return not isinstance(_loaded(self, self.offered()[name]), PluginError)
+
+    def named(self, entry: EntryPoint) -> str:
+        """Return an entry point in words: "recipe 'mine' (theirs:Mine of the package theirs)"."""
+        package = f" of the package {shown(package_of(entry))}" if package_of(entry) else ""
+        return f"{self.kind} {shown(entry.name)!r} ({shown(entry.value)}{package})"
+
+
+def package_of(entry: EntryPoint) -> str:
+    """Return the name of the package that an entry point is of, "" if that is unknown."""
+    return entry.dist.name if entry.dist else ""
+
+
+@lru_cache(maxsize=64)
+def _offered(plugins: Plugins[Any], path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=plugins.group), key=_ours_first):
+        if entry.name in plugins.taken:
+            _warn(f"the {plugins.named(entry)} is hidden by optstate's own of that name")
+        elif found.setdefault(entry.name, entry).value != entry.value:
+            _warn(f"the {plugins.named(entry)} is hidden by the {plugins.named(found[entry.name])}")
+    return found
+
+
+def _ours_first(entry: EntryPoint) -> tuple[bool, str, str]:
+    return package_of(entry) != OURS, package_of(entry), entry.value
+
+
+@lru_cache(maxsize=1024)
+def _loaded(plugins: Plugins[Any], entry: EntryPoint) -> Any:
+    """Load the object of an entry point, or warn and return the error that says why it cannot be used."""
+    try:
+        part = entry.load()
+        problem = plugins.problem(entry.name, part)
+    except (Exception, SystemExit) as error:  # a package may do anything when it is imported
+        problem = f"its import fails: {type(error).__name__}: {' '.join(str(error).split())}"
+    if not problem:
+        return part
+    failure = PluginError(f"the {plugins.named(entry)} is left out: {shown(problem)}")
+    _warn(str(failure))
+    return failure
+
+
+def _warn(message: str) -> None:
+    """Warn in one line: where in this library the warning arose helps nobody."""
+    warnings.warn_explicit(message, PluginWarning, OURS, 1)
