@@ -25,9 +25,10 @@ from optstate_cli import app
 
 from optstate.checkpoint.document.document import MAX_COUNT, DocumentError, from_json
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.dtypes import MOST_DIMENSIONS
 from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_check import structural_issues
-from optstate.checkpoint.files.safetensors_header import MOST_DIMENSIONS, read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.operations.summarize import summarize
 from optstate.memory.sources.config import of_config_file

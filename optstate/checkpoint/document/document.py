@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any, cast
 
 from optstate.checkpoint.document.chain_words import ChainWords, parse_chain
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
+from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.strict_json import NotJSONError, parse
 
 __all__ = [

@@ -14,10 +14,9 @@ from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
+from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS, SAFETENSORS_NAMES
 from optstate.checkpoint.files.pickle_objects import Global, Object, called
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
-from optstate.checkpoint.files.torch_types import DTYPES
 from optstate.text import shown
 
 __all__ = ["METADATA", "Folder", "Shaped", "read"]
@@ -208,7 +207,7 @@ class _Reading:
             if not len(first) == len(sizes) == len(shape):
                 raise self.wrong(f"a part of '{shown(key)}' has another number of dimensions")
             boxes.append((first, sizes))
-        return Shaped(DTYPES.get(dtype.name, dtype.name), shape, tuple(boxes))
+        return Shaped(SAFETENSORS_NAMES.get(dtype.name, dtype.name), shape, tuple(boxes))
 
     def places(self, placed: dict[Any, Any]) -> dict[tuple[str, Shape | None], _Place]:
         found: dict[tuple[str, Shape | None], _Place] = {}

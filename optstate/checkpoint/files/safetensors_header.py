@@ -24,7 +24,7 @@ from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.file_kinds import (
     FOLDER,
     HINTS,
@@ -44,8 +44,6 @@ from optstate.text import has_controls, shown
 __all__ = ["METADATA", "Entry", "Header", "log_header", "read_header", "read_stream", "tensor_place", "value_text"]
 
 
-MAX_COUNT = (1 << 63) - 1  # no framework counts further
-MOST_DIMENSIONS = 1000  # torch counts to 64 in most places, the format has no limit
 ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"
 KNOWN = "header"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, TORCH_NAMES
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 
 __all__ = [
@@ -26,20 +26,10 @@ __all__ = [
     "statistics",
 ]
 
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.float64: "F64",
+DTYPES: dict[torch.dtype, str] = {
+    getattr(torch, torch_name): name
+    for name, torch_name in TORCH_NAMES.items()
+    if name not in ("C64", "U32", "U64", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 }
 """What safetensors calls the dtypes that stores use."""
 

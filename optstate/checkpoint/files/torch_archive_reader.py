@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import pickle_machine
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, STORAGES
 from optstate.checkpoint.files.file_kinds import (
     HINTS,
     PICKLE,
@@ -33,12 +33,10 @@ from optstate.checkpoint.files.file_kinds import (
     source_of,
     special_kind,
 )
-from optstate.checkpoint.files.harmful_names import is_harmful
 from optstate.checkpoint.files.pickle_machine import Global, PickleError, Unread, UnsafeGlobalError
 from optstate.checkpoint.files.pickle_objects import check_tree
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT
 from optstate.checkpoint.files.torch_tensors import REBUILD, Storage
-from optstate.checkpoint.files.torch_types import KNOWN, OTHER_STORAGES, STORAGES
+from optstate.checkpoint.files.torch_types import KNOWN, OTHER_STORAGES, is_harmful
 from optstate.text import shown
 
 __all__ = ["read", "read_at", "read_pickle"]

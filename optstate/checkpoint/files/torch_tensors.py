@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, SAFETENSORS_NAMES
 from optstate.checkpoint.files.numpy_values import scalar
 from optstate.checkpoint.files.pickle_objects import Global, Object, PickleError, Stranger, Unread, called
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.files.torch_types import DTYPES, KNOWN
+from optstate.checkpoint.files.torch_types import KNOWN
 from optstate.text import shown
 
 __all__ = ["REBUILD", "Storage"]
@@ -72,7 +71,7 @@ def _dtype(dtype: Any) -> str | Unread:
     """The safetensors format's name of a dtype of torch."""
     if not isinstance(dtype, Global):
         raise PickleError(f"a malformed file: {called(dtype)} instead of a dtype")
-    return DTYPES.get(dtype.name) or Unread(f"a tensor of {shown(dtype.name)}")
+    return SAFETENSORS_NAMES.get(dtype.name) or Unread(f"a tensor of {shown(dtype.name)}")
 
 
 _BITS = Unread("a tensor stored as its conjugate or negative (resolve_conj and resolve_neg write its numbers out)")

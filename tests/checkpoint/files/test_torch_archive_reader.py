@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files import torch_archive_reader, torch_types
+from optstate.checkpoint.files import dtypes, torch_archive_reader
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.pickle_machine import Global, Stranger, Unread
 from optstate.checkpoint.files.tensor_place import Stored
@@ -178,9 +178,9 @@ def test_every_dtype_with_a_name(dtype: torch.dtype, layout: str, tmp_path: Path
 
 
 def test_the_dtypes_are_those_of_the_format() -> None:
-    assert {str(dtype): name for name, dtype in DTYPES.items()} == torch_types.DTYPES
-    assert set(torch_types.DTYPES.values()) | {"F4", "F6_E2M3", "F6_E3M2"} == set(BITS)
-    for name, ours in torch_types.STORAGES.items():
+    assert {str(dtype): name for name, dtype in DTYPES.items()} == dtypes.SAFETENSORS_NAMES
+    assert set(dtypes.SAFETENSORS_NAMES.values()) | {"F4", "F6_E2M3", "F6_E3M2"} == set(BITS)
+    for name, ours in dtypes.STORAGES.items():
         if name != "UntypedStorage":
             assert getattr(torch, name).dtype == DTYPES[ours]
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
-from optstate.checkpoint.files.harmful_names import is_harmful
 from optstate.checkpoint.files.pickle_objects import Stranger, Unread
+from optstate.checkpoint.files.torch_types import is_harmful
 from optstate.checkpoint.formats.registry import read_torch_file
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.cli.test_hostile import answer, refusal
