@@ -31,8 +31,8 @@ from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.operations.summarize import summarize
+from optstate.memory.errors import SourceError
 from optstate.memory.sources.config import of_config_file
-from optstate.memory.sources.errors import SourceError
 from tests.support.fuzzing import damaged_json, safetensors_of
 
 COMMAND = typer.main.get_command(app)

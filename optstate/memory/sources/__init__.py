@@ -22,11 +22,11 @@ from optstate.checkpoint.files.file_kinds import (
     ZIP,
     identify,
 )
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
 from optstate.memory.sources.builtin import CONFIGS, unknown
 from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
-from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
 
 __all__ = ["SourceError", "find_model", "known_models", "recipe_of"]

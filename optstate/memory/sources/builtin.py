@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from optstate.memory.sources.errors import SourceError
+from optstate.memory.errors import SourceError
 from optstate.text import shown
 
 __all__ = ["CONFIGS", "config_of", "unknown"]

@@ -12,8 +12,8 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.formats.shared.embedded_state import WEIGHTS
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.parameter_names import read_names, with_names
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
 
 __all__ = ["of_checkpoint", "recipe_of"]

@@ -12,10 +12,10 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
 from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.collector import paused
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
 from optstate.memory.sources.builtin import config_of
 from optstate.memory.sources.causal_lm import LABELS, causal_lm, transformers_version
-from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, parameters
 from optstate.text import shown
 

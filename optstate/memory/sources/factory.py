@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from optstate.memory.errors import SourceError, checked_dtype, in_words
 from optstate.memory.model import BuildOptions, Model, ParamShape
 from optstate.memory.sources.causal_lm import SDPA, Batch, prepared, token_batch
-from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, copied, default_dtype, in_fake_mode, parameters_of
 from optstate.text import shown
 

@@ -14,8 +14,8 @@ from optstate.checkpoint.files.dtypes import FLOATS
 from optstate.checkpoint.files.safetensors_header import Entry, Header, read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.formats.lerobot import is_lerobot
+from optstate.memory.errors import SourceError
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.errors import SourceError
 from optstate.text import shown
 
 __all__ = ["INDEX", "of_headers", "weights_at"]

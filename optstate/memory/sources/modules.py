@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from optstate.memory.errors import SourceError, in_words
 from optstate.memory.model import ParamShape
-from optstate.memory.sources.errors import SourceError, in_words
 from optstate.spec import can_be_stepped, is_fake
 from optstate.text import shown
 

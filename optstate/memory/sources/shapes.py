@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from optstate.memory.sources.errors import SourceError
+from optstate.memory.errors import SourceError
 from optstate.text import shown
 
 __all__ = ["ARCHITECTURES", "check_number", "check_sizes", "parameters"]

@@ -22,8 +22,16 @@ from torch.utils.serialization import config
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import TORCH_ZIP, identify
-from optstate.checkpoint.files.torch_archive_writer import Constant, NewTensor, Subclass, create_torch
-from optstate.checkpoint.files.torch_archive_zip import foot, head, place, tail
+from optstate.checkpoint.files.torch_archive_writer import (
+    Constant,
+    NewTensor,
+    Subclass,
+    create_torch,
+    foot,
+    head,
+    place,
+    tail,
+)
 
 NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",

@@ -10,10 +10,10 @@ from typing import Any
 from optstate.checkpoint.document.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.files.numpy_values import element
 from optstate.checkpoint.files.opened_file import FileChangedError
 from optstate.checkpoint.files.pickle_machine import Global, Object, Stranger, Unread
 from optstate.checkpoint.files.tensor_place import Stored, numbers
+from optstate.checkpoint.files.torch_tensors import element
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.other_libraries import stem_of
 from optstate.text import shown
