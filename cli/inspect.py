@@ -111,9 +111,9 @@ def _selected(rows: Sequence[Row], pattern: str | None, sort: Sort | None) -> li
 
 
 def _statistics(row: Row) -> dict[str, Any]:
-    from optstate.checkpoint.files.tensor_bytes import statistics  # imports torch
+    from optstate.checkpoint.files.tensor_bytes import measure_tensor  # imports torch
 
-    return asdict(statistics(row.stored))
+    return asdict(measure_tensor(row.stored))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------

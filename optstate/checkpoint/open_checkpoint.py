@@ -28,10 +28,10 @@ from optstate.checkpoint.files.file_kinds import (
     identify,
     read_whole,
 )
-from optstate.checkpoint.files.opened_file import FileChangedError, Files, reading
+from optstate.checkpoint.files.opened_file import FileChangedError, OpenFiles, reading
 from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
-from optstate.checkpoint.files.safetensors_set import find
+from optstate.checkpoint.files.safetensors_set import find_file_or_index
 from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.text import shown
 
@@ -86,7 +86,9 @@ def refuse_streams(*paths: str | os.PathLike[str]) -> None:
         raise CheckpointError(STREAM, reason, hint, refused=True)
 
 
-def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:
+def _of_one_version(
+    path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: OpenFiles
+) -> Checkpoint:
     """Opened anew while a run replaces the files of a set between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
     for attempt in range(ATTEMPTS):
@@ -112,7 +114,7 @@ def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: st
 
 
 def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None) -> Checkpoint:
-    text = find(path)
+    text = find_file_or_index(path)
     kind = identify(text)
     if kind == FOLDER:
         return _of_folder(Path(text), key, optimizer)

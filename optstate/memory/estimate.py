@@ -19,7 +19,7 @@ from optstate.memory.question import Question, recipe_of
 from optstate.memory.result import Estimate
 from optstate.memory.shard import SHARDS
 from optstate.memory.sources import SourceError, find_model
-from optstate.memory.verdict import gpu as gpu_of
+from optstate.memory.verdict import find_gpu as gpu_of
 from optstate.optimizer.optimizer import Optimizer
 from optstate.weights import Weights
 

@@ -18,7 +18,7 @@ from optstate.memory.result import ASSUMED, EXACT, TRACED, RecipeEstimate
 from optstate.memory.shard import PerRank, per_rank
 from optstate.memory.sources import SourceError
 from optstate.memory.sources.modules import default_dtype
-from optstate.memory.tracing.extrapolate import traced
+from optstate.memory.tracing.extrapolate import trace_model
 from optstate.memory.tracing.trace import UntraceableError
 from optstate.memory.verdict import Gpu
 from optstate.optimizer.optimizer import Optimizer
@@ -119,7 +119,7 @@ class Question:
         if self.model.build is None or self.model.batch is None:
             return case.from_shapes("none, from shapes alone: no activations and no peak", notes)
         try:
-            trace, how = traced(self.model, case.build_undeclared, case.setting, exact=self.exact)
+            trace, how = trace_model(self.model, case.build_undeclared, case.setting, exact=self.exact)
         except UntraceableError as error:
             if isinstance(error.__cause__, SourceError):  # what was asked for cannot be: not the model's operations
                 raise error.__cause__ from None

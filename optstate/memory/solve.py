@@ -13,7 +13,7 @@ from optstate.memory.sources import SourceError
 from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, Gpu
 from optstate.recipes import registry
 
-__all__ = ["QUANTITIES", "Change", "Largest", "largest", "what_would_fit"]
+__all__ = ["QUANTITIES", "Change", "LargestSize", "find_changes", "find_largest"]
 
 QUANTITIES = ("batch", "seq")
 """What can be solved for."""
@@ -44,7 +44,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Largest:
+class LargestSize:
     """The largest size that fits for a recipe: 0 if none does. estimate: with that size. why: nothing larger goes."""
 
     quantity: str
@@ -54,7 +54,7 @@ class Largest:
     why: str = ""
 
 
-def what_would_fit(estimate: Estimate) -> tuple[Change, ...]:
+def find_changes(estimate: Estimate) -> tuple[Change, ...]:
     """Changes under which a recipe fits that does not: of each kind the smallest, each traced.
 
     Of several recipes it is the one with the least peak that is changed; none if one of them fits already.
@@ -75,7 +75,7 @@ def what_would_fit(estimate: Estimate) -> tuple[Change, ...]:
 
 
 def _asked(estimate: Estimate) -> tuple[Question, Gpu]:
-    if estimate.question is None or estimate.gpu is None:
+    if not isinstance(estimate.question, Question) or estimate.gpu is None:
         raise QuestionError("nothing says which memory to fit: give gpu, as 24GiB or RTX4090")
     return estimate.question, estimate.gpu
 
@@ -174,7 +174,7 @@ def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 
-def largest(estimate: Estimate, quantity: str) -> tuple[Largest, ...]:
+def find_largest(estimate: Estimate, quantity: str) -> tuple[LargestSize, ...]:
     """The largest batch or sequence that surely fits the GPU, for each recipe: it fits, and one more does not.
 
     Raises:
@@ -186,7 +186,7 @@ def largest(estimate: Estimate, quantity: str) -> tuple[Largest, ...]:
     return tuple(_largest(question, question.named(one.recipe), quantity) for one in estimate.recipes)
 
 
-def _largest(question: Question, recipe: Recipe, quantity: str) -> Largest:
+def _largest(question: Question, recipe: Recipe, quantity: str) -> LargestSize:
     answers: dict[int, RecipeEstimate] = {}
     why = ""
 
@@ -209,10 +209,10 @@ def _largest(question: Question, recipe: Recipe, quantity: str) -> Largest:
 
     assert question.gpu is not None
     if question.lower_bound(recipe).verdict == NO:
-        return Largest(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
+        return LargestSize(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
     start = question.setting.batch_size if quantity == "batch" else question.setting.seq_len
     value = _last_below(peak, _most_allocated(question.gpu), start)
-    return Largest(quantity, value, recipe.name, answers.get(value), why)
+    return LargestSize(quantity, value, recipe.name, answers.get(value), why)
 
 
 def _with_size(question: Question, quantity: str, size: int) -> Question:

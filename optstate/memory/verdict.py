@@ -9,7 +9,19 @@ from dataclasses import dataclass
 
 from optstate.memory.errors import QuestionError
 
-__all__ = ["CONTEXT", "FITS", "FRAGMENTATION", "NO", "TIGHT", "UNKNOWN", "Gpu", "device", "gpu", "judge", "reserved"]
+__all__ = [
+    "CONTEXT",
+    "FITS",
+    "FRAGMENTATION",
+    "NO",
+    "TIGHT",
+    "UNKNOWN",
+    "Gpu",
+    "device_bytes",
+    "find_gpu",
+    "judge_peak",
+    "reserved_bytes",
+]
 
 GIB = 2**30
 
@@ -59,7 +71,7 @@ class Gpu:
     nbytes: int
 
 
-def gpu(text: str | float) -> Gpu:
+def find_gpu(text: str | float) -> Gpu:
     """The GPU of this name ("RTX 4090", "a100-80"), or any with this much memory ("24GiB", "24GB"; 24 is in GiB).
 
     Raises:
@@ -95,21 +107,21 @@ def _key(name: str) -> str:
     return re.sub(r"^(nvidia|amd|instinct|tesla|geforce|rtx)+", "", re.sub(r"(gib|gb)$", "", plain))
 
 
-def reserved(allocated: int) -> int:
+def reserved_bytes(allocated: int) -> int:
     """Bytes that PyTorch's caching allocator holds when so many are in use: assumed, since it depends on the run."""
     return math.ceil(allocated * FRAGMENTATION)
 
 
-def device(allocated: int) -> tuple[int, int]:
+def device_bytes(allocated: int) -> tuple[int, int]:
     """Bytes that the GPU shows as used, least and most: without fragmentation and with a small context, with both."""
     least, most = CONTEXT
-    return allocated + least, reserved(allocated) + most
+    return allocated + least, reserved_bytes(allocated) + most
 
 
-def judge(allocated: int, memory: int) -> str:
+def judge_peak(allocated: int, memory: int) -> str:
     """Whether a peak fits into `memory` bytes: "fits" if the most it can become does, "no" if not even the least does,
     "tight" if it depends."""
-    least, most = device(allocated)
+    least, most = device_bytes(allocated)
     if most <= memory:
         return FITS
     return TIGHT if least <= memory else NO

@@ -11,7 +11,7 @@ from optstate.checkpoint.files.opened_file import Opened, opened_at
 from optstate.checkpoint.files.safetensors_header import Entry, Header
 from optstate.text import shown
 
-__all__ = ["Pieces", "Stored", "numbers", "stored_entry"]
+__all__ = ["Pieces", "Stored", "locate_entry", "read_numbers"]
 
 MOST_NUMBERS = 1024
 """Elements of a tensor that is read as plain numbers: a step, a learning rate, not a statistic."""
@@ -80,12 +80,12 @@ class Pieces(Stored):
     parts: tuple[tuple[tuple[int, ...], Stored], ...] = ()
 
 
-def stored_entry(header: Header, entry: Entry) -> Stored:
+def locate_entry(header: Header, entry: Entry) -> Stored:
     """The place of a safetensors file's tensor."""
     return Stored(header.path, entry.start, entry.dtype, entry.shape, source=header.source)
 
 
-def numbers(stored: Stored) -> tuple[float | int, ...]:
+def read_numbers(stored: Stored) -> tuple[float | int, ...]:
     """All numbers of a small contiguous tensor, flat.
 
     Raises:

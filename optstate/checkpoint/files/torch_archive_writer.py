@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve, write_at
-from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor, Subclass, dump
+from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor, Subclass, pickle_tree
 from optstate.text import shown
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ __all__ = [
     "Subclass",
     "TorchFile",
     "create_torch",
-    "foot",
-    "head",
-    "place",
-    "tail",
+    "make_directory",
+    "make_foot",
+    "make_head",
+    "place_records",
 ]
 
 _FOLDER = "archive"  # of the records; torch takes the file's name, here the bytes do not depend on it
@@ -55,7 +55,7 @@ def create_torch(
         CheckpointError: the target exists (refused), is no regular file, or cannot be written; the disk is full.
         TypeError, ValueError: a tree that cannot be written, a tensor without its bytes when the body ends.
     """
-    pickled, storages = dump(tree)
+    pickled, storages = pickle_tree(tree)
     with replacing(path, overwrite, permissions) as descriptor:
         file = TorchFile(path, descriptor, pickled, storages)
         yield file
@@ -78,7 +78,7 @@ class TorchFile:
         }
         names = [*known, *(f"data/{number}" for number in range(len(storages))), "version"]
         sizes = [*map(len, known.values()), *(storage.nbytes for storage in storages), len(_VERSION)]
-        self._records = place(zip((f"{_FOLDER}/{name}" for name in names), sizes, strict=True))
+        self._records = place_records(zip((f"{_FOLDER}/{name}" for name in names), sizes, strict=True))
         self._checksums: dict[Record, int] = {}
         self._tensors: dict[str, Record] = {}
         with reported(path):
@@ -113,9 +113,9 @@ class TorchFile:
     def _write(self, record: Record, data: memoryview) -> None:
         checksum = zlib.crc32(data)
         with reported(self._path):
-            write_at(self._descriptor, memoryview(head(record)), record.position)
+            write_at(self._descriptor, memoryview(make_head(record)), record.position)
             write_at(self._descriptor, data, record.start)
-            write_at(self._descriptor, memoryview(foot(record, checksum)), record.start + record.size)
+            write_at(self._descriptor, memoryview(make_foot(record, checksum)), record.start + record.size)
         self._checksums[record] = checksum
 
     def _complete(self) -> None:
@@ -125,7 +125,7 @@ class TorchFile:
         self._write(self._records[-1], memoryview(_VERSION))
         checksums = [self._checksums[record] for record in self._records]
         with reported(self._path):
-            write_at(self._descriptor, memoryview(tail(self._records, checksums)), self._records[-1].stop)
+            write_at(self._descriptor, memoryview(make_directory(self._records, checksums)), self._records[-1].stop)
 
 
 ALIGNMENT = 64
@@ -169,10 +169,10 @@ class Record:
     @property
     def stop(self) -> int:
         """The byte after the foot."""
-        return self.start + self.size + len(foot(self, 0))
+        return self.start + self.size + len(make_foot(self, 0))
 
 
-def place(sizes: Iterable[tuple[str, int]]) -> list[Record]:
+def place_records(sizes: Iterable[tuple[str, int]]) -> list[Record]:
     """The records one after the other, by their names and sizes."""
     records = []
     position = 0
@@ -183,7 +183,7 @@ def place(sizes: Iterable[tuple[str, int]]) -> list[Record]:
     return records
 
 
-def head(record: Record) -> bytes:
+def make_head(record: Record) -> bytes:
     """What stands before the data."""
     name = record.name.encode()
     extra = _zip64(record, 0)  # of a size that is not known yet, as torch has it
@@ -192,7 +192,7 @@ def head(record: Record) -> bytes:
     return _HEAD.pack(b"PK\3\4", 0, _flags(record), 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
 
 
-def foot(record: Record, checksum: int) -> bytes:
+def make_foot(record: Record, checksum: int) -> bytes:
     """What stands after the data, for their CRC-32; nothing after no data."""
     if not record.size:
         return b""
@@ -200,7 +200,7 @@ def foot(record: Record, checksum: int) -> bytes:
     return struct.pack(f"<4sI{numbers}", b"PK\7\b", checksum, record.size, record.size)
 
 
-def tail(records: Sequence[Record], checksums: Sequence[int]) -> bytes:
+def make_directory(records: Sequence[Record], checksums: Sequence[int]) -> bytes:
     """The central directory and the end of the archive, for all of its records and their CRC-32."""
     directory = b"".join(_entry(record, checksum) for record, checksum in zip(records, checksums, strict=True))
     start, size, count = records[-1].stop, len(directory), len(records)

@@ -15,7 +15,7 @@ from typing import Any
 from optstate.checkpoint.files.dtypes import BITS, STORAGE_CLASSES, TORCH_NAMES
 from optstate.text import shown
 
-__all__ = ["Constant", "NewTensor", "Subclass", "dump"]
+__all__ = ["Constant", "NewTensor", "Subclass", "pickle_tree"]
 
 MOST_LEVELS = 100  # of containers in each other: far above any checkpoint, far below Python's limit
 
@@ -68,7 +68,7 @@ class Subclass:
     state: Mapping[str, Any]
 
 
-def dump(tree: Any) -> tuple[bytes, list[NewTensor | Constant]]:
+def pickle_tree(tree: Any) -> tuple[bytes, list[NewTensor | Constant]]:
     """The pickle of a tree, and its storages: the one at index n is the record `data/<n>` of the file.
 
     The tree is made of dicts, lists, tuples, sets, strings, bytes, integers, floats, booleans, None and the classes of

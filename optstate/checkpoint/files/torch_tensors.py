@@ -17,7 +17,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import KNOWN
 from optstate.text import shown
 
-__all__ = ["REBUILD", "Storage", "element", "scalar"]
+__all__ = ["REBUILD", "StoredStorage", "make_scalar", "only_element"]
 
 MOST_DIMENSIONS = 64  # torch's own limit
 
@@ -27,7 +27,7 @@ Read = Stored | Object | Stranger | Unread
 
 
 @dataclass(frozen=True, slots=True)
-class Storage(Stored):
+class StoredStorage(Stored):
     """A storage: a flat tensor, of which the tensors of the file are parts."""
 
     key: str = ""
@@ -39,7 +39,7 @@ def _part(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Unread
         return storage
     if isinstance(dtype, Unread):
         return dtype
-    if not isinstance(storage, Storage):
+    if not isinstance(storage, StoredStorage):
         raise PickleError(f"a malformed file: a tensor of {called(storage)} instead of a storage")
     for counts in ((offset,), size, stride):
         if not isinstance(counts, tuple) or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in counts):
@@ -181,13 +181,13 @@ _FORMS = {
 """NumPy's codes of kind and size, and those of `struct`."""
 
 
-def scalar(dtype: Any, data: Any = b"") -> Any:
+def make_scalar(dtype: Any, data: Any = b"") -> Any:
     """A number of NumPy, as `numpy.float64(0.1)`, by its dtype and bytes; of other dtypes, as dates, a `Stranger`."""
     number = _number(dtype, data)
     return Stranger("numpy.generic", (dtype, data)) if number is None else number
 
 
-def element(value: Any) -> int | float | bool | None:
+def only_element(value: Any) -> int | float | bool | None:
     """The only element of a NumPy array that has one; None for anything else."""
     if not isinstance(value, Object) or value.name not in ARRAYS or not isinstance(value.state, tuple):
         return None
@@ -227,7 +227,7 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.nn.parameter.Parameter": _parameter,
     "torch.Size": _size,
-    "numpy.core.multiarray.scalar": scalar,
-    "numpy._core.multiarray.scalar": scalar,
+    "numpy.core.multiarray.scalar": make_scalar,
+    "numpy._core.multiarray.scalar": make_scalar,
 }
 """What is called in the place of torch's functions and classes, by their names."""

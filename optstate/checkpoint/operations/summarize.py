@@ -21,7 +21,7 @@ from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_header import Header, read_header, read_stream
 from optstate.checkpoint.files.safetensors_index import read_index
-from optstate.checkpoint.files.tensor_place import Stored, stored_entry
+from optstate.checkpoint.files.tensor_place import Stored, locate_entry
 from optstate.checkpoint.open_checkpoint import STREAM, open_checkpoint
 from optstate.collector import paused
 
@@ -277,7 +277,7 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
 def _of_others(path: str, headers: tuple[Header, ...]) -> Summary:
     """Tensors by dtype: what they are is not said."""
     rows = [
-        Row(entry.name, "", "", "", "unknown", stored_entry(header, entry))
+        Row(entry.name, "", "", "", "unknown", locate_entry(header, entry))
         for header in headers
         for entry in header.tensors
     ]

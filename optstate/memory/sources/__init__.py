@@ -25,7 +25,7 @@ from optstate.checkpoint.files.file_kinds import (
 from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
-from optstate.memory.sources.builtin import CONFIGS, unknown
+from optstate.memory.sources.builtin import CONFIGS, unknown_source
 from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
 from optstate.text import shown
 
@@ -80,7 +80,7 @@ def _of_text(text: str, dtype: str, names: str | None) -> Model:
         return _of_path(Path(text), dtype, names)
     model = config.of_name(text, dtype)
     if model is None:
-        raise unknown(text)
+        raise unknown_source(text)
     return model
 
 

@@ -14,9 +14,9 @@ from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.collector import paused
 from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.builtin import config_of
+from optstate.memory.sources.builtin import find_config
 from optstate.memory.sources.causal_lm import LABELS, causal_lm, transformers_version
-from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, parameters
+from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, list_parameters
 from optstate.text import shown
 
 __all__ = ["FILE", "of_config", "of_config_file", "of_name"]
@@ -26,7 +26,7 @@ FILE = "config.json"
 
 def of_name(name: str, dtype: str) -> Model | None:
     """A published model; None if there is none of this name."""
-    config = config_of(name)
+    config = find_config(name)
     return None if config is None else of_config(config, name.lower(), "sizes as published", dtype)
 
 
@@ -56,7 +56,7 @@ def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
     if not isinstance(kind, str) or not kind:
         raise SourceError("no config of a model: it has no model_type")
     _check_all_sizes(config)
-    shapes = parameters(config) if kind in ARCHITECTURES else None
+    shapes = list_parameters(config) if kind in ARCHITECTURES else None
     with paused():  # while transformers is imported
         if transformers_version():
             return causal_lm(config, name, origin, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 from optstate.memory.errors import SourceError
 from optstate.text import shown
 
-__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "parameters"]
+__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "list_parameters"]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Config = Mapping[str, Any]
@@ -70,7 +70,7 @@ def _numbers(value: Any) -> Iterator[int]:
             yield from _numbers(item)
 
 
-def parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
+def list_parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of every parameter, tied ones once, for a config with one of `ARCHITECTURES` as its model_type.
 
     Raises:

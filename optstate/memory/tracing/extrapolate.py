@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from optstate.memory.model import KINDS, Model, Setting, Trace
 from optstate.memory.tracing.position import phase_of
-from optstate.memory.tracing.trace import Seen, largest, observe, trace
+from optstate.memory.tracing.trace import Seen, choose_largest, observe, trace
 from optstate.memory.tracing.tracker import Moment
 from optstate.memory.tracing.updates import Known
 from optstate.optimizer.optimizer import Optimizer
 
-__all__ = ["traced"]
+__all__ = ["trace_model"]
 
 SHALLOW = (3, 4, 5)
 """Numbers of layers that are traced. The first, the last and those between differ, so there are at least three; two
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 Places = Mapping[Place, Moment]
 
 
-def traced(
+def trace_model(
     model: Model,
     recipe: Callable[[Iterable[Any]], Optimizer],
     setting: Setting,
@@ -73,7 +73,7 @@ def traced(
         peak=deep[peak].total,
         at_peak=dict(zip(KINDS, deep[peak].kinds, strict=True)),
         phase=phase_of(peak.name(model.layers)),
-        alive=largest(seen[-1].timeline.alive(deepest[peak].index)),
+        alive=choose_largest(seen[-1].timeline.alive(deepest[peak].index)),
         most=dict(zip(KINDS, most, strict=True)),
         notes=seen[-1].notes,
     )

@@ -32,7 +32,7 @@ from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
 from optstate.optimizer.optimizer import Optimizer
 from optstate.roles import declare_roles
 
-__all__ = ["Seen", "UntraceableError", "largest", "observe", "trace"]
+__all__ = ["Seen", "UntraceableError", "choose_largest", "observe", "trace"]
 
 LARGEST = 10
 """How many of the tensors alive at the peak are told, of each kind."""
@@ -97,13 +97,13 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
         peak=moment.total,
         at_peak=dict(zip(KINDS, moment.kinds, strict=True)),
         phase=phase_of(place),
-        alive=largest(timeline.alive(moment.index)),
+        alive=choose_largest(timeline.alive(moment.index)),
         most=dict(zip(KINDS, most, strict=True)),
         notes=seen.notes,
     )
 
 
-def largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
+def choose_largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
     """The largest tensors of each kind, together in order of size."""
     of_kind: Counter[str] = Counter()
     chosen = []

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optstate.memory.model import KINDS, Alive
 from optstate.memory.tracing.fakes import HOME, refuse_mixture
 
-__all__ = ["Event", "Moment", "Storage", "Timeline", "Tracker"]
+__all__ = ["Event", "Moment", "Timeline", "TrackedStorage", "Tracker"]
 
 
 @dataclass(eq=False, slots=True)
-class Storage:
+class TrackedStorage:
     """Memory that tensors share. what: the operator that made it, or its owner's name. nbytes: rounded up.
 
     place: where the program was when it was made. terms: storages of its size that it is the sum of. over: the one of
@@ -33,14 +33,14 @@ class Storage:
     dtype: str
     nbytes: int
     place: str
-    terms: tuple[Storage, ...] = ()
-    over: Storage | None = None
+    terms: tuple[TrackedStorage, ...] = ()
+    over: TrackedStorage | None = None
 
 
 WRAPPERS = ("torch._compile", "torch._dynamo.eval_frame")
 """Where PyTorch keeps the functions that it puts around a mode's."""
 
-Event = tuple[Storage, bool]
+Event = tuple[TrackedStorage, bool]
 """A storage is made (True), or freed."""
 
 
@@ -66,7 +66,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The place where an operator raised."""
         self.where = where
         self._rounding = rounding
-        self._live: dict[int, tuple[Storage, weakref.ref[torch.UntypedStorage]]] = {}
+        self._live: dict[int, tuple[TrackedStorage, weakref.ref[torch.UntypedStorage]]] = {}
 
     def seed(self, tensor: Tensor, kind: str, what: str) -> None:
         """Count a tensor that is there already."""
@@ -91,7 +91,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage, _ in self._live.values():
             storage.place = ""
 
-    def add_moment(self, storages: Iterable[Storage]) -> None:
+    def add_moment(self, storages: Iterable[TrackedStorage]) -> None:
         """Count storages that were alive together for a moment."""
         storages = list(storages)
         self.events += [(storage, True) for storage in storages]
@@ -133,20 +133,22 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first = args[0]  # of a view, autograd holds what it is a view of
             storage.over = storage.terms[0] if len(storage.terms) == 2 and not first._is_view() else None
 
-    def _terms(self, args: tuple[Any, ...], nbytes: int) -> Iterable[Storage]:
+    def _terms(self, args: tuple[Any, ...], nbytes: int) -> Iterable[TrackedStorage]:
         """What a sum is made of, if they are whole storages of its size."""
         for arg in args:
             found = self._live.get(arg.untyped_storage()._cdata) if isinstance(arg, Tensor) else None
             if found is not None and found[0].nbytes == nbytes:
                 yield found[0]
 
-    def _note(self, tensor: Tensor, kind: str, what: str, place: str) -> Storage | None:
+    def _note(self, tensor: Tensor, kind: str, what: str, place: str) -> TrackedStorage | None:
         memory = tensor.untyped_storage()
         key, nbytes = memory._cdata, memory.nbytes()
         if key in self._live or not nbytes:
             return None
         nbytes = -(-nbytes // self._rounding) * self._rounding
-        storage = Storage(what, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), nbytes, place)
+        storage = TrackedStorage(
+            what, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), nbytes, place
+        )
 
         def freed(_: object) -> None:
             del self._live[key]
@@ -211,7 +213,7 @@ class Timeline:
 
     def alive(self, index: int) -> tuple[Alive, ...]:
         """What was alive after an event, the largest first."""
-        living: dict[int, Storage] = {}
+        living: dict[int, TrackedStorage] = {}
         for storage, made in self._events[: index + 1]:
             if made:
                 living[id(storage)] = storage

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optstate.kernels import Scalar
 from optstate.memory.tracing.position import Position
-from optstate.memory.tracing.tracker import Event, Storage, Tracker
+from optstate.memory.tracing.tracker import Event, TrackedStorage, Tracker
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.parameters import Leaf
 from optstate.optimizer.plan import ParamPlan
@@ -18,7 +18,7 @@ from optstate.optimizer.step_runner import UpdateOne
 
 __all__ = ["Known", "follow_updates"]
 
-Known = dict[Hashable, tuple[Storage, ...]]
+Known = dict[Hashable, tuple[TrackedStorage, ...]]
 """What an update of a class of parameters has alive at its fullest moment."""
 
 
@@ -56,10 +56,10 @@ def _class_of(plan: ParamPlan, param: Tensor, grad: Tensor | None) -> tuple[Any,
     return spec, param.stride(), of_grad, str(plan.chain), stores, str(plan.weights)
 
 
-def _fullest(events: list[Event]) -> tuple[Storage, ...] | None:
+def _fullest(events: list[Event]) -> tuple[TrackedStorage, ...] | None:
     """What of these events was alive at the fullest moment; None if they free others' or leave something behind."""
-    alive: dict[int, Storage] = {}
-    fullest: tuple[Storage, ...] = ()
+    alive: dict[int, TrackedStorage] = {}
+    fullest: tuple[TrackedStorage, ...] = ()
     total = most = 0
     for storage, made in events:
         if made:
