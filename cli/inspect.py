@@ -111,9 +111,9 @@ def _selected(rows: Sequence[TensorRow], pattern: str | None, sort: Sort | None)
 
 
 def _statistics(row: TensorRow) -> dict[str, Any]:
-    from optstate.checkpoint.files.tensor_bytes import statistics  # imports torch
+    from optstate.checkpoint.files.tensor_bytes import measure_tensor  # imports torch
 
-    return asdict(statistics(row.stored))
+    return asdict(measure_tensor(row.stored))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Readers are imported when one is needed: a file of optstate's own does not wait 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -29,9 +28,11 @@ from optstate.checkpoint.files.file_kinds import (
     identify,
     read_whole,
 )
-from optstate.checkpoint.files.opened_file import FileChangedError, Files, reading
-from optstate.checkpoint.files.safetensors_file import read_header, read_index
-from optstate.checkpoint.files.safetensors_set import find
+from optstate.checkpoint.files.opened_file import FileChangedError, OpenFiles, reading
+from optstate.checkpoint.files.safetensors_header import read_header
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.safetensors_set import find_file_or_index
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.text import shown
 
 __all__ = ["STREAM", "open_checkpoint", "refuse_streams"]
@@ -85,8 +86,10 @@ def refuse_streams(*paths: str | os.PathLike[str]) -> None:
         raise CheckpointError(STREAM, reason, hint, refused=True)
 
 
-def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:
-    """Open it, and anew while a run replaces the files of a set between the first and the last of them."""
+def _of_one_version(
+    path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: OpenFiles
+) -> Checkpoint:
+    """Opened anew while a run replaces the files of a set between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -111,7 +114,7 @@ def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: st
 
 
 def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None) -> Checkpoint:
-    text = find(path)
+    text = find_file_or_index(path)
     kind = identify(text)
     if kind == FOLDER:
         return _of_folder(Path(text), key, optimizer)
@@ -232,8 +235,8 @@ def _trainer_note(path: Path, checkpoint: Checkpoint) -> str:
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_SIDE_FILE:
             return ""
-        step = json.loads(read_whole(file, LARGEST_SIDE_FILE).decode()).get("global_step")
-    except (CheckpointError, OSError, ValueError, AttributeError, RecursionError):
+        step = parse(read_whole(file, LARGEST_SIDE_FILE).decode(), pairs=dict).get("global_step")
+    except (CheckpointError, OSError, UnicodeDecodeError, NotJSONError, AttributeError):
         return f"{TRAINER_STATE} beside it cannot be read"
     steps = checkpoint.document.steps
     if type(step) is not int or not steps or step == steps[-1]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from optstate import weights as ways
-from optstate.memory.answer import Estimate
 from optstate.memory.errors import QuestionError
 from optstate.memory.model import Model, Setting
-from optstate.memory.question import Question, find_recipe
+from optstate.memory.question import Question, recipe_of
+from optstate.memory.result import Estimate
 from optstate.memory.shard import SHARDS
-from optstate.memory.sources import ModelSource, SourceError, find_model
-from optstate.memory.verdict import gpu as gpu_of
+from optstate.memory.sources import SourceError, find_model
+from optstate.memory.verdict import find_gpu as gpu_of
 from optstate.optimizer.optimizer import Optimizer
 from optstate.weights import Weights
 
@@ -41,11 +43,12 @@ CLIPS = ("none", "norm")
 
 LENGTH = 2048
 
+Source = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
 RecipeLike = str | Callable[..., Optimizer]
 
 
 def estimate(
-    source: ModelSource,
+    source: Source,
     *,
     recipe: RecipeLike | Sequence[RecipeLike] = "adalomo",
     fused_backward: bool | None = None,
@@ -109,7 +112,7 @@ def estimate(
     for name, count in (counts | ({"seq_len": seq_len} if seq_len is not None else {})).items():
         _at_least_one(name, count)
     several: list[Any] = list(recipe) if isinstance(recipe, list | tuple) else [recipe]
-    recipes = list(dict.fromkeys(map(find_recipe, several)))
+    recipes = list(dict.fromkeys(map(recipe_of, several)))
     if not recipes:
         raise QuestionError("recipe is empty: give at least one name")
     chosen = None if gpu is None else gpu_of(gpu)

@@ -18,7 +18,7 @@ from optstate.memory.result import ASSUMED, EXACT, TRACED, RecipeEstimate
 from optstate.memory.shard import PerRank, per_rank
 from optstate.memory.sources import SourceError
 from optstate.memory.sources.modules import default_dtype
-from optstate.memory.tracing.extrapolate import traced
+from optstate.memory.tracing.extrapolate import trace_model
 from optstate.memory.tracing.trace import UntraceableError
 from optstate.memory.verdict import Gpu
 from optstate.optimizer.optimizer import Optimizer
@@ -27,7 +27,7 @@ from optstate.recipes import registry
 from optstate.roles import declare_roles
 from optstate.weights import Weights
 
-__all__ = ["AskedRecipe", "Question", "find_recipe"]
+__all__ = ["Question", "Recipe", "recipe_of"]
 
 MADE_FOR_FUSED = "made for fused backward"
 """What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
@@ -45,7 +45,7 @@ Build = Callable[..., Optimizer]
 
 
 @dataclass(frozen=True)
-class AskedRecipe:
+class Recipe:
     """A recipe. build: makes its optimizer from parameters. fused: whether it is made for updates in the backward."""
 
     name: str
@@ -53,7 +53,7 @@ class AskedRecipe:
     fused: bool
 
 
-def find_recipe(recipe: str | Build) -> AskedRecipe:
+def recipe_of(recipe: str | Build) -> Recipe:
     """Return the installed recipe of a name, or a callable that makes an optimizer from parameters as a recipe.
 
     Raises:
@@ -73,7 +73,7 @@ def find_recipe(recipe: str | Build) -> AskedRecipe:
     else:
         raise QuestionError(f"recipe={recipe!r} is a {type(recipe).__name__}: give a name, or what makes an optimizer")
     summary = (inspect.getdoc(build) or "").partition("\n\n")[0]
-    return AskedRecipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
+    return Recipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Question:
     exact: bool = False
     world_size: int = 1
     shard: str = "none"
-    recipes: tuple[AskedRecipe, ...] = ()
+    recipes: tuple[Recipe, ...] = ()
     answered: dict[Any, RecipeEstimate] = field(default_factory=dict, repr=False, compare=False)
 
-    def named(self, name: str) -> AskedRecipe:
+    def named(self, name: str) -> Recipe:
         """Return the recipe of this name among those asked about."""
         return next(recipe for recipe in self.recipes if recipe.name == name)
 
-    def answer(self, recipe: AskedRecipe) -> RecipeEstimate:
+    def answer(self, recipe: Recipe) -> RecipeEstimate:
         """Return the estimate of a recipe.
 
         Raises:
@@ -126,14 +126,14 @@ class Question:
         if self.model.build is None or self.model.batch is None:
             return case.from_shapes("none, from shapes alone: no activations and no peak", notes)
         try:
-            trace, how = traced(self.model, case.build_undeclared, case.setting, exact=self.exact)
+            trace, how = trace_model(self.model, case.build_undeclared, case.setting, exact=self.exact)
         except UntraceableError as error:
             if isinstance(error.__cause__, SourceError):  # what was asked for cannot be: not the model's operations
                 raise error.__cause__ from None
             return case.from_shapes(f"none: {error}", notes)
         return case.from_trace(trace, how, notes)
 
-    def lower_bound(self, recipe: AskedRecipe) -> RecipeEstimate:
+    def lower_bound(self, recipe: Recipe) -> RecipeEstimate:
         """Return the estimate from shapes alone: nothing is traced, and there are no notes."""
         return _Case(self, recipe).from_shapes()
 
@@ -143,7 +143,7 @@ class _Case:
     """One recipe under one setting."""
 
     question: Question
-    recipe: AskedRecipe
+    recipe: Recipe
 
     @cached_property
     def setting(self) -> Setting:

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from optstate.memory.answer import Estimate
 from optstate.memory.errors import QuestionError
-from optstate.memory.question import AskedRecipe, Question, find_recipe
-from optstate.memory.result import RecipeEstimate
+from optstate.memory.question import Question, Recipe, recipe_of
+from optstate.memory.result import Estimate, RecipeEstimate
 from optstate.memory.sources import SourceError
 from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, Gpu
 from optstate.recipes import registry
 
-__all__ = ["QUANTITIES", "Change", "LargestFit", "find_largest_fit", "what_would_fit"]
+__all__ = ["QUANTITIES", "Change", "LargestSize", "find_changes", "find_largest"]
 
 QUANTITIES = ("batch", "seq")
 """The sizes that can be solved for."""
@@ -50,7 +49,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class LargestFit:
+class LargestSize:
     """The largest size with which a recipe fits.
 
     Attributes:
@@ -68,7 +67,7 @@ class LargestFit:
     why: str = ""
 
 
-def what_would_fit(estimate: Estimate) -> tuple[Change, ...]:
+def find_changes(estimate: Estimate) -> tuple[Change, ...]:
     """Find changes with which a recipe fits that does not fit as it is: of each kind the smallest, each traced.
 
     Of several recipes the one with the least peak is changed; there are no changes if one of them fits already.
@@ -89,12 +88,12 @@ def what_would_fit(estimate: Estimate) -> tuple[Change, ...]:
 
 
 def _asked(estimate: Estimate) -> tuple[Question, Gpu]:
-    if estimate.question is None or estimate.gpu is None:
+    if not isinstance(estimate.question, Question) or estimate.gpu is None:
         raise QuestionError("nothing says which memory to fit: give gpu, as 24GiB or RTX4090")
     return estimate.question, estimate.gpu
 
 
-def _fits(question: Question, recipe: AskedRecipe) -> RecipeEstimate | None:
+def _fits(question: Question, recipe: Recipe) -> RecipeEstimate | None:
     """Return the estimate if the recipe fits, else None; a trace is made only if the lower bound fits."""
     try:
         if question.lower_bound(recipe).verdict == NO:
@@ -109,7 +108,7 @@ Run = tuple[Question, str, str]
 """A question, what it changes in words, and the options that change it."""
 
 
-def _runs(question: Question, recipe: AskedRecipe) -> list[Run]:
+def _runs(question: Question, recipe: Recipe) -> list[Run]:
     """Return runs of the same recipe that give the same result with less memory, the smallest change first."""
     fused = recipe.fused if question.fused_backward is None else question.fused_backward
     checkpointed = replace(question, setting=replace(question.setting, checkpointing=True))
@@ -125,7 +124,7 @@ def _runs(question: Question, recipe: AskedRecipe) -> list[Run]:
     return runs
 
 
-def _other_run(question: Question, recipe: AskedRecipe) -> Change | None:
+def _other_run(question: Question, recipe: Recipe) -> Change | None:
     for changed, what, options in _runs(question, recipe):
         answer = _fits(changed, recipe)
         if answer is not None:
@@ -133,7 +132,7 @@ def _other_run(question: Question, recipe: AskedRecipe) -> Change | None:
     return None
 
 
-def _smaller_batch(question: Question, recipe: AskedRecipe) -> Change | None:
+def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
     """Find a batch that fits, with nothing else changed, else with all changes of the run together."""
     batch = question.setting.batch_size
     if batch == 1:
@@ -166,7 +165,7 @@ def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
     """
     installed = registry.names()
     asked = replace(question, fused_backward=None)
-    recipes = [find_recipe(name) for name in SMALLER if name in installed and name != now.recipe]
+    recipes = [recipe_of(name) for name in SMALLER if name in installed and name != now.recipe]
     recipes = [recipe for recipe in recipes if asked.lower_bound(recipe).known_bytes < now.known_bytes]
     for helped in (False, True):
         runs = [(recipe, _run_of(asked, recipe, helped)) for recipe in recipes]
@@ -180,7 +179,7 @@ def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
     return None
 
 
-def _run_of(question: Question, recipe: AskedRecipe, helped: bool) -> Run:
+def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
     runs = _runs(question, recipe) if helped else []
     return runs[-1] if runs else (question, "", "")
 
@@ -188,7 +187,7 @@ def _run_of(question: Question, recipe: AskedRecipe, helped: bool) -> Run:
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 
-def find_largest_fit(estimate: Estimate, quantity: str) -> tuple[LargestFit, ...]:
+def find_largest(estimate: Estimate, quantity: str) -> tuple[LargestSize, ...]:
     """Find for each recipe the largest batch or sequence that surely fits the GPU, by tracing this size and the next.
 
     Raises:
@@ -200,7 +199,7 @@ def find_largest_fit(estimate: Estimate, quantity: str) -> tuple[LargestFit, ...
     return tuple(_largest(question, question.named(one.recipe), quantity) for one in estimate.recipes)
 
 
-def _largest(question: Question, recipe: AskedRecipe, quantity: str) -> LargestFit:
+def _largest(question: Question, recipe: Recipe, quantity: str) -> LargestSize:
     answers: dict[int, RecipeEstimate] = {}
     why = ""
 
@@ -223,10 +222,10 @@ def _largest(question: Question, recipe: AskedRecipe, quantity: str) -> LargestF
 
     assert question.gpu is not None
     if question.lower_bound(recipe).verdict == NO:
-        return LargestFit(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
+        return LargestSize(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
     start = question.setting.batch_size if quantity == "batch" else question.setting.seq_len
     value = _last_below(peak, _most_allocated(question.gpu), start)
-    return LargestFit(quantity, value, recipe.name, answers.get(value), why)
+    return LargestSize(quantity, value, recipe.name, answers.get(value), why)
 
 
 def _with_size(question: Question, quantity: str, size: int) -> Question:

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 
 from optstate.memory.errors import QuestionError
 
-__all__ = ["CONTEXT", "FITS", "FRAGMENTATION", "NO", "TIGHT", "UNKNOWN", "Gpu", "device", "gpu", "judge", "reserved"]
+__all__ = [
+    "CONTEXT",
+    "FITS",
+    "FRAGMENTATION",
+    "NO",
+    "TIGHT",
+    "UNKNOWN",
+    "Gpu",
+    "device_bytes",
+    "find_gpu",
+    "judge_peak",
+    "reserved_bytes",
+]
 
 GIB = 2**30
 
@@ -59,7 +71,7 @@ class Gpu:
     nbytes: int
 
 
-def gpu(text: str | float) -> Gpu:
+def find_gpu(text: str | float) -> Gpu:
     """Return the GPU of a name ("RTX 4090", "a100-80"), or a GPU of a size ("24GiB", "24GB"; numbers are in GiB).
 
     Raises:
@@ -95,27 +107,27 @@ def _key(name: str) -> str:
     return re.sub(r"^(nvidia|amd|instinct|tesla|geforce|rtx)+", "", re.sub(r"(gib|gb)$", "", plain))
 
 
-def reserved(allocated: int) -> int:
+def reserved_bytes(allocated: int) -> int:
     """Return the bytes that PyTorch's caching allocator reserves for a peak: assumed, as this depends on the run."""
     return math.ceil(allocated * FRAGMENTATION)
 
 
-def device(allocated: int) -> tuple[int, int]:
+def device_bytes(allocated: int) -> tuple[int, int]:
     """Return the least and the most bytes that the GPU shows as used.
 
     The least is without fragmentation and with a small context, the most with fragmentation and a large context.
     """
     least, most = CONTEXT
-    return allocated + least, reserved(allocated) + most
+    return allocated + least, reserved_bytes(allocated) + most
 
 
-def judge(allocated: int, memory: int) -> str:
+def judge_peak(allocated: int, memory: int) -> str:
     """Judge whether a peak fits into `memory` bytes.
 
     Returns:
         "fits" if the most that the peak can become fits, "no" if not even the least fits, "tight" in between.
     """
-    least, most = device(allocated)
+    least, most = device_bytes(allocated)
     if most <= memory:
         return FITS
     return TIGHT if least <= memory else NO

@@ -17,8 +17,8 @@ import optstate
 from adalomo import AdaLomo, Lomo
 from optstate.memory import peak_extra_bytes
 from optstate.memory.model import KINDS, BuildOptions, Model, Setting, Trace
-from optstate.memory.tracing.extrapolate import traced
-from optstate.memory.tracing.trace import UntraceableError, trace_step
+from optstate.memory.tracing.extrapolate import trace_model
+from optstate.memory.tracing.trace import UntraceableError, trace
 from optstate.recipes import AdamW, registry
 from tests.support.memory_models import MLP, Block, Tokens, llama, model_of, real_peak, token_batch, tokens
 
@@ -29,7 +29,7 @@ INPUTS, HIDDEN, OUTPUTS = 1000, 16, 4
 def mlp(**options: Any) -> Trace:
     """On 8 rows of numbers, exact bytes."""
     model = model_of(lambda _: MLP(INPUTS, HIDDEN, OUTPUTS), lambda count, _: ((torch.zeros(count, INPUTS),), {}))
-    return trace_step(model, options.pop("recipe", Lomo), replace(FP32, **options), device="cpu")
+    return trace(model, options.pop("recipe", Lomo), replace(FP32, **options), device="cpu")
 
 
 # --- closed formulas ------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_clipping_by_norm_keeps_no_gradients_if_the_backward_is_fused() -> None:
 
 def test_storages_are_rounded_up_for_an_accelerator() -> None:
     model = model_of(lambda _: nn.Sequential(nn.Linear(3, 1), Sum()), lambda count, _: ((torch.zeros(count, 3),), {}))
-    seen = trace_step(model, Lomo, FP32)
+    seen = trace(model, Lomo, FP32)
     assert seen.at_peak["weights"] == 2 * 512
     assert seen.peak % 512 == 0
 
@@ -84,8 +84,8 @@ class Sum(nn.Module):
 def test_a_tied_matrix_needs_three_gradients_of_its_size(fused: bool) -> None:
     """The head's waits for the embedding's, and their sum is a third; untied and fused, one is alive at a time."""
     matrix = 4 * 1000 * 16
-    tied = trace_step(tokens(tied=True), Lomo, replace(FP32, fused_backward=fused), device="cpu")
-    untied = trace_step(tokens(), Lomo, replace(FP32, fused_backward=fused), device="cpu")
+    tied = trace(tokens(tied=True), Lomo, replace(FP32, fused_backward=fused), device="cpu")
+    untied = trace(tokens(), Lomo, replace(FP32, fused_backward=fused), device="cpu")
     assert tied.at_peak["weights"] < untied.at_peak["weights"]
     assert 3 * matrix <= tied.most["gradients"] < 3.1 * matrix
     assert untied.most["gradients"] == (matrix if fused else 2 * matrix + 2 * 4 * 17 * 16)
@@ -93,7 +93,7 @@ def test_a_tied_matrix_needs_three_gradients_of_its_size(fused: bool) -> None:
 
 def test_logits_and_losses_are_told_from_activations() -> None:
     """Logits, their log-softmax and its gradient, each rows x vocabulary."""
-    seen = trace_step(tokens(), Lomo, replace(FP32, fused_backward=True), device="cpu")
+    seen = trace(tokens(), Lomo, replace(FP32, fused_backward=True), device="cpu")
     logits = 4 * 8 * 4 * 1000
     assert 2 * logits <= seen.most["logits"] <= 3 * logits + 8
     assert seen.most["activations"] < logits
@@ -118,7 +118,7 @@ GRID = [
 def test_a_llama_needs_what_a_real_step_allocates(name: str, tied: bool, setting: Setting) -> None:
     model, recipe = llama(tied=tied), registry.get(name)
     expected = real_peak(model, recipe, setting)
-    assert trace_step(model, recipe, setting, device="cpu").peak == pytest.approx(expected, rel=0.005)
+    assert trace(model, recipe, setting, device="cpu").peak == pytest.approx(expected, rel=0.005)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -127,7 +127,7 @@ def test_a_llama_needs_what_a_real_step_allocates(name: str, tied: bool, setting
 def test_a_model_without_hidden_buffers_needs_it_to_the_byte(tied: bool, fused: bool, accumulated: int) -> None:
     model = tokens(vocabulary=3000, layers=3, tied=tied)
     setting = replace(FP32, fused_backward=fused, grad_accum=accumulated)
-    assert trace_step(model, Lomo, setting, device="cpu").peak == real_peak(model, Lomo, setting)
+    assert trace(model, Lomo, setting, device="cpu").peak == real_peak(model, Lomo, setting)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -144,7 +144,7 @@ def test_updates_of_large_parameters_need_what_real_ones_do(name: str) -> None:
             return (self.weight * x).sum()
 
     model = model_of(lambda _: One(), lambda *_: ((torch.zeros(()),), {}))
-    seen = trace_step(model, registry.get(name), FP32, device="cpu")
+    seen = trace(model, registry.get(name), FP32, device="cpu")
     param = nn.Parameter(torch.ones(shape))
     optimizer = registry.get(name)([("weight", param)])
     param.grad = torch.ones(shape)
@@ -180,14 +180,14 @@ SCORES = replace(FP32, batch_size=2, seq_len=512)
 @pytest.mark.parametrize("named", [False, True])
 def test_dropout_in_attention_keeps_nothing_on_an_accelerator(named: bool) -> None:
     """Flash and memory-efficient kernels keep output and log-sum-exp, and make the mask again: linear in length."""
-    seen = trace_step(attention(0.1, named), Lomo, SCORES)
-    assert seen == trace_step(attention(0.0), Lomo, SCORES)
+    seen = trace(attention(0.1, named), Lomo, SCORES)
+    assert seen == trace(attention(0.0), Lomo, SCORES)
     assert not seen.notes
     tokens = 2 * 512
     kept = 4 * tokens * (64 + 3 * 64 + 64 + 4)  # inputs, queries with keys and values, outputs, log-sum-exp
     gradients = 4 * tokens * (64 + 3 * 64 + 3 * 64)  # of outputs, of queries, keys and values, and of all in one
     assert kept <= seen.most["activations"] + seen.most["logits"] <= kept + gradients + 4 * 512
-    longer = trace_step(attention(0.1, named), Lomo, replace(SCORES, seq_len=1024))
+    longer = trace(attention(0.1, named), Lomo, replace(SCORES, seq_len=1024))
     weights = seen.at_peak["weights"]
     assert longer.peak - weights == pytest.approx(2 * (seen.peak - weights), rel=0.05)
 
@@ -212,8 +212,8 @@ def test_a_gpt2_needs_what_a_real_step_without_that_dropout_allocates() -> None:
     setting = replace(SMALL, seq_len=256)
     real = {dropout: real_peak(gpt2(dropout), AdamW, setting) for dropout in (0.0, 0.1)}
     assert real[0.1] > 1.3 * real[0.0]
-    assert trace_step(gpt2(0.1), AdamW, setting).peak == pytest.approx(real[0.0], rel=0.005)  # sizes rounded up to 512
-    assert trace_step(gpt2(0.1), AdamW, setting, device="cpu").peak == pytest.approx(real[0.1], rel=0.005)
+    assert trace(gpt2(0.1), AdamW, setting).peak == pytest.approx(real[0.0], rel=0.005)  # sizes rounded up to 512
+    assert trace(gpt2(0.1), AdamW, setting, device="cpu").peak == pytest.approx(real[0.1], rel=0.005)
 
 
 def test_attention_that_pytorch_calls_itself_is_without_dropout_too() -> None:
@@ -229,15 +229,15 @@ def test_attention_that_pytorch_calls_itself_is_without_dropout_too() -> None:
 
         return model_of(build, lambda count, length: ((torch.zeros(count, length, 64),), {}))
 
-    assert trace_step(layer(0.1), Lomo, SCORES) == trace_step(layer(0.0), Lomo, SCORES)
+    assert trace(layer(0.1), Lomo, SCORES) == trace(layer(0.0), Lomo, SCORES)
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
 def test_dropout_in_attention_is_written_out_on_the_cpu_and_real_steps_need_it() -> None:
     model = attention(0.1)
-    seen = trace_step(model, Lomo, SCORES, device="cpu")
+    seen = trace(model, Lomo, SCORES, device="cpu")
     assert seen.peak == pytest.approx(real_peak(model, Lomo, SCORES), rel=0.005)
-    assert seen.peak > 2 * 4 * 512 * 512 * 4 > trace_step(model, Lomo, SCORES).peak
+    assert seen.peak > 2 * 4 * 512 * 512 * 4 > trace(model, Lomo, SCORES).peak
     assert any("written out" in note for note in seen.notes)
 
 
@@ -248,7 +248,7 @@ def test_heads_that_no_fused_kernel_takes_are_told() -> None:
             return F.scaled_dot_product_attention(q, k, v[..., :8], is_causal=True).sum()
 
     model = replace(attention(0.0), build=lambda _: Narrow(0.0))
-    assert any("written out" in note for note in trace_step(model, Lomo, SCORES).notes)
+    assert any("written out" in note for note in trace(model, Lomo, SCORES).notes)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -265,7 +265,7 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
 
     model = model_of(lambda _: Recurrent(), lambda count, length: ((torch.zeros(count, length, 64),), {}))
     setting = replace(FP32, batch_size=16, seq_len=50)
-    seen = trace_step(model, AdamW, setting)
+    seen = trace(model, AdamW, setting)
     with torch.backends.mkldnn.flags(enabled=False):
         assert seen.peak == pytest.approx(real_peak(model, AdamW, setting), rel=0.01)  # sizes rounded up to 512 bytes
     assert any("step by step" in note for note in seen.notes)
@@ -287,8 +287,8 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
 def test_shallow_traces_tell_the_deep_one_to_the_byte(name: str, device: str, setting: Setting) -> None:
     model = llama(layers=12, hidden_size=64, intermediate_size=172, num_attention_heads=4)
     recipe = registry.get(name)
-    short, how = traced(model, recipe, setting, device=device)
-    whole, how_whole = traced(model, recipe, setting, exact=True, device=device)
+    short, how = trace_model(model, recipe, setting, device=device)
+    whole, how_whole = trace_model(model, recipe, setting, exact=True, device=device)
     assert how == "traced with 3, 4 and 5 layers, extrapolated to 12"
     assert how_whole == "traced in full"
     assert (short.peak, short.phase, short.at_peak, short.most) == (whole.peak, whole.phase, whole.at_peak, whole.most)
@@ -300,9 +300,9 @@ def test_shallow_traces_tell_the_deep_one_to_the_byte(name: str, device: str, se
 def test_a_peak_that_moves_with_depth_is_found() -> None:
     """Few layers peak at the loss, many where all their gradients are: the shallow traces never see it."""
     model = tokens(vocabulary=2000, width=32, hidden=128, layers=40)
-    shallow = trace_step(model, Lomo, FP32, layers=5, device="cpu")
-    short, how = traced(model, Lomo, FP32, device="cpu")
-    whole = trace_step(model, Lomo, FP32, device="cpu")
+    shallow = trace(model, Lomo, FP32, layers=5, device="cpu")
+    short, how = trace_model(model, Lomo, FP32, device="cpu")
+    whole = trace(model, Lomo, FP32, device="cpu")
     assert "extrapolated to 40" in how
     assert shallow.phase == "backward:loss"
     assert whole.phase == "backward:embedding"
@@ -318,9 +318,9 @@ def test_layers_that_differ_are_traced_in_full() -> None:
         return made
 
     model = model_of(build, token_batch, layers=12)
-    seen, how = traced(model, Lomo, FP32, device="cpu")
+    seen, how = trace_model(model, Lomo, FP32, device="cpu")
     assert how.startswith("traced in full, because layers add different numbers of bytes at ")
-    assert seen == trace_step(model, Lomo, FP32, device="cpu")
+    assert seen == trace(model, Lomo, FP32, device="cpu")
 
 
 def test_layers_without_a_list_of_their_own_are_traced_in_full() -> None:
@@ -337,11 +337,11 @@ def test_layers_without_a_list_of_their_own_are_traced_in_full() -> None:
             return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
     model = model_of(lambda options: Flat(options.layers or 8), token_batch, layers=8)
-    assert traced(model, Lomo, FP32)[1] == "traced in full, because its layers could not be told apart"
+    assert trace_model(model, Lomo, FP32)[1] == "traced in full, because its layers could not be told apart"
 
 
 def test_a_shallow_model_is_traced_in_full() -> None:
-    assert traced(tokens(layers=5), Lomo, FP32)[1] == "traced in full"
+    assert trace_model(tokens(layers=5), Lomo, FP32)[1] == "traced in full"
 
 
 # --- what is left as it was -------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_a_shallow_model_is_traced_in_full() -> None:
 def test_every_recipe_is_traced(name: str, fused: bool) -> None:
     model = tokens(layers=2, width=64)
     setting = replace(FP32, dtype="bfloat16", fused_backward=fused)
-    seen = trace_step(model, registry.get(name), setting, device="cpu")
+    seen = trace(model, registry.get(name), setting, device="cpu")
     module = Tokens(1000, 64, 2).to(torch.bfloat16)
     assert seen.most["state"] == registry.get(name)(optstate.declare_roles(module)).state_nbytes()
 
@@ -364,7 +364,7 @@ def test_a_live_module_is_traced_and_left_as_it_was() -> None:
     tensors = {name: id(value) for name, value in module.named_parameters(remove_duplicate=False)}
     model = model_of(lambda _: module, token_batch)
     dtype, collects, random = torch.get_default_dtype(), gc.isenabled(), torch.get_rng_state()
-    seen = trace_step(model, AdaLomo, replace(FP32, fused_backward=True), device="cpu")
+    seen = trace(model, AdaLomo, replace(FP32, fused_backward=True), device="cpu")
     assert (torch.get_default_dtype(), gc.isenabled()) == (dtype, collects)
     assert torch.equal(torch.get_rng_state(), random)
     assert {name: id(value) for name, value in module.named_parameters(remove_duplicate=False)} == tensors
@@ -372,7 +372,7 @@ def test_a_live_module_is_traced_and_left_as_it_was() -> None:
     assert [part.training for part in (module, module.embedding, module.head)] == [False, False, True]
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert all(param.grad is None for param in module.parameters())
-    fresh = trace_step(tokens(layers=2, tied=True), AdaLomo, replace(FP32, fused_backward=True), device="cpu")
+    fresh = trace(tokens(layers=2, tied=True), AdaLomo, replace(FP32, fused_backward=True), device="cpu")
     assert seen == fresh
 
 
@@ -383,8 +383,8 @@ def test_factories_may_convert_what_they_build(tied: bool) -> None:
     def build(_: BuildOptions) -> nn.Module:
         return Tokens(tied=tied).to(torch.bfloat16).cuda().train()
 
-    converted = trace_step(replace(tokens(tied=tied), build=build), Lomo, FP32)
-    assert converted == trace_step(tokens(tied=tied), Lomo, replace(FP32, dtype="bfloat16"))
+    converted = trace(replace(tokens(tied=tied), build=build), Lomo, FP32)
+    assert converted == trace(tokens(tied=tied), Lomo, replace(FP32, dtype="bfloat16"))
 
 
 def test_code_that_asks_for_a_gpu_gets_the_stand_in() -> None:
@@ -405,7 +405,7 @@ def test_code_that_asks_for_a_gpu_gets_the_stand_in() -> None:
             return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten().to(device="cuda"))
 
     model = replace(tokens(), build=lambda _: Hard())
-    seen = trace_step(model, Lomo, FP32)
+    seen = trace(model, Lomo, FP32)
     assert seen.peak > 0
     assert {tensor.device.type for tensor in made} == {"cpu"}
     assert all(isinstance(tensor, FakeTensor) for tensor in made)
@@ -472,7 +472,7 @@ def test_what_cannot_be_traced_names_the_operation(kind: type[nn.Module], words:
     model = replace(tokens(), name="my model", build=lambda _: kind())
     dtype, collects = torch.get_default_dtype(), gc.isenabled()
     with pytest.raises(UntraceableError) as caught:
-        traced(model, Lomo, replace(FP32, dtype="bfloat16"))
+        trace_model(model, Lomo, replace(FP32, dtype="bfloat16"))
     message = str(caught.value)
     assert message.startswith("my model cannot be traced: ")
     assert all(word in message for word in words), message
@@ -500,17 +500,17 @@ def test_a_loss_may_be_where_trainers_look_for_it(wrapped: Any) -> None:
         def forward(self, ids: Tensor) -> Any:
             return wrapped(super().forward(ids))
 
-    seen = trace_step(replace(tokens(), build=lambda _: Wrapped()), Lomo, FP32)
-    plain = trace_step(tokens(), Lomo, FP32)
+    seen = trace(replace(tokens(), build=lambda _: Wrapped()), Lomo, FP32)
+    plain = trace(tokens(), Lomo, FP32)
     assert plain.peak <= seen.peak <= plain.peak + 4 * 1024  # what is returned beside it
 
 
 def test_shapes_alone_are_not_enough() -> None:
     with pytest.raises(UntraceableError, match="only the shapes of its parameters are known"):
-        trace_step(replace(tokens(), build=None), Lomo, FP32)
+        trace(replace(tokens(), build=None), Lomo, FP32)
 
 
 def test_a_recipe_that_refuses_speaks_for_itself() -> None:
     with pytest.raises(ValueError, match="learning rate|lr") as caught:
-        trace_step(tokens(), lambda params: Lomo(params, lr=-1.0), FP32)
+        trace(tokens(), lambda params: Lomo(params, lr=-1.0), FP32)
     assert not isinstance(caught.value, UntraceableError)

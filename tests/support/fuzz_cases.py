@@ -38,8 +38,8 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import inconsistencies, refuse_contradictions
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
-from optstate.checkpoint.files.safetensors_file import structural_issues
-from optstate.checkpoint.files.tensor_bytes import statistics
+from optstate.checkpoint.files.safetensors_check import structural_issues
+from optstate.checkpoint.files.tensor_bytes import measure_tensor
 from optstate.checkpoint.files.torch_archive_writer import create_torch
 from optstate.checkpoint.formats.registry import choose_format, writable_formats, write_state
 from optstate.checkpoint.open_checkpoint import open_checkpoint
@@ -140,7 +140,7 @@ def checked(summary: Summary) -> None:
     """What `check` does besides."""
     checkpoint = summary.checkpoint
     for row in summary.rows:
-        statistics(row.stored)
+        measure_tensor(row.stored)
     list(
         find_value_issues([(row.name, row.stored) for row in summary.rows], checkpoint.document if checkpoint else None)
     )
@@ -319,7 +319,7 @@ class Corpus:
         self.content |= {path: path.read_bytes() for folder in self.folders for path in files_in(folder)}
         self.single = [*self.natives, *self.zips, old, strange]
         trees = [path for path in self.content if path.suffix in (".pt", ".bin") and path != strange]
-        self.trees = {path: writable(torch_archive_reader.read(path)) for path in trees}
+        self.trees = {path: writable(torch_archive_reader.read_torch_file(path)) for path in trees}
         self.metadata = {
             path: torch_archive_reader.read_pickle(path) for path in self.content if path.name == ".metadata"
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optstate.checkpoint.document.document import Document
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.tensor_bytes import bytes_of, load, read_into
+from optstate.checkpoint.files.tensor_bytes import bytes_of, load_tensor, read_into
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 from optstate.distributed.agreement import DisagreementError, LostProcessError, ProcessView, fail_together, reason_of
 from optstate.distributed.placement import copy_part, here, index_here, whole
@@ -115,10 +115,10 @@ def read_part_into(own: Tensor, stored: Stored) -> None:
     if not isinstance(stored, Pieces) and stored.stride is None and stored.elements:
         rows, row = index[0], stored.nbytes // own.shape[0]
         shape = (rows.stop - rows.start, *own.shape[1:])
-        part = load(replace(stored, start=stored.start + rows.start * row, shape=shape))
+        part = load_tensor(replace(stored, start=stored.start + rows.start * row, shape=shape))
         here(own).copy_(part[(slice(None), *index[1:])])
     else:
-        copy_part(own, load(stored))
+        copy_part(own, load_tensor(stored))
 
 
 def sample_content(tensors: Mapping[str, Stored]) -> ProcessView:
@@ -139,5 +139,5 @@ def _sample(stored: Stored) -> bytes:
     for first in (0, middle):
         count = min(FEW, stored.elements - first)
         place = replace(stored, start=stored.start + first * size, dtype="U8", shape=(count * size,), stride=None)
-        parts.append(bytes(bytes_of(load(place))))
+        parts.append(bytes(bytes_of(load_tensor(place))))
     return b"".join(parts)

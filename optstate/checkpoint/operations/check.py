@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_file import Issue, structural_issues
+from optstate.checkpoint.files.safetensors_check import second_opinion, structural_issues
 from optstate.checkpoint.open_checkpoint import refuse_streams
 from optstate.checkpoint.operations.summarize import Summary, summarize
 
@@ -68,9 +69,10 @@ def check(
 def _structure(path: str) -> list[Issue]:
     """Find what is wrong or odd in the structure of a safetensors file or sharded set; nothing in other files."""
     try:
-        return structural_issues(path)
+        issues = structural_issues(path)
     except CheckpointError:
         return []
+    return issues + second_opinion(path, issues)
 
 
 def _values(summary: Summary, track: Callable[[Sequence[Any]], Iterable[Any]]) -> list[Issue]:

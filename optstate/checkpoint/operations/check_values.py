@@ -10,8 +10,8 @@ import torch
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import has_axes, store_name
 from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
-from optstate.checkpoint.files.safetensors_file import Issue
-from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load, statistics
+from optstate.checkpoint.files.issues import Issue
+from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load_tensor, measure_tensor
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, is_plugged, store_of_words
 from optstate.text import shown
@@ -40,7 +40,7 @@ def find_value_issues(tensors: Iterable[tuple[str, Stored]], document: Document 
         if len(together) > 1 and all_sound([stored for _, stored in together]):
             continue
         for name, stored in together:
-            found = statistics(stored)
+            found = measure_tensor(stored)
             judged = name in unsigned if unsigned is not None else _counts_or_squares(name)
             for what in _number_problems(stored, found, judged):
                 yield Issue("error", shown(name), what)
@@ -133,7 +133,7 @@ def _different_means(param: Parameter, slot: SlotRecord, tensors: Mapping[str, S
         return ""
     if not row.elements or not col.elements:
         return ""
-    of_rows, of_cols = (load(stored).double().view(batch, -1).mean(-1) for stored in (row, col))
+    of_rows, of_cols = (load_tensor(stored).double().view(batch, -1).mean(-1) for stored in (row, col))
     distance = (of_rows - of_cols).abs() / torch.maximum(of_rows.abs(), of_cols.abs()).clamp(min=1e-300)
     worst = int(distance.nan_to_num(0.0).argmax())
     if distance[worst] <= MEANS_DIFFER or not distance[worst].isfinite():

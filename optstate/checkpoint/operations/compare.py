@@ -16,7 +16,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import refuse_contradictions
 from optstate.checkpoint.document.document import SlotRecord
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.tensor_bytes import DTYPES, PIECE, bits, load
+from optstate.checkpoint.files.tensor_bytes import DTYPES, PIECE, as_bits, load_tensor
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.open_checkpoint import open_checkpoint, refuse_streams
 from optstate.checkpoint.operations.compare_documents import Finding, Pair, find_disagreements, match_parameters
@@ -311,7 +311,9 @@ class _Comparison:
         if not self._same_layout(left, right):
             return False
         mine, theirs = self.a.checkpoint.fields_of(left), self.b.checkpoint.fields_of(right)
-        return all(torch.equal(load(bits(mine[field])), load(bits(theirs[field]))) for field in mine)
+        return all(
+            torch.equal(load_tensor(as_bits(mine[field])), load_tensor(as_bits(theirs[field]))) for field in mine
+        )
 
     def _same_layout(self, left: SlotRecord, right: SlotRecord) -> bool:
         """Whether equal bytes are equal numbers."""

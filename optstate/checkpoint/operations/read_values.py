@@ -11,7 +11,7 @@ from torch import Tensor
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
-from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load
+from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load_tensor
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.operations.plan_conversion import make_spec
 from optstate.kernels import Codebook
@@ -47,7 +47,7 @@ class Values:
 
     def fields(self, slot: SlotRecord) -> dict[str, Tensor]:
         """The stored tensors of a statistic, by field name, as they are."""
-        return {name: load(stored) for name, stored in self.checkpoint.fields_of(slot).items()}
+        return {name: load_tensor(stored) for name, stored in self.checkpoint.fields_of(slot).items()}
 
     def announce(self, param: Parameter) -> None:
         """Let the system fetch a parameter's tensors, which are needed next."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from optstate.checkpoint.document.document import KEY, Document, Parameter, find_version, to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, write_all
-from optstate.checkpoint.files.safetensors_set import create_set, find
+from optstate.checkpoint.files.safetensors_set import create_set, find_file_or_index
 from optstate.checkpoint.files.safetensors_writer import NewEntry, create, header_size
 from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.checkpoint.files.torch_archive_writer import create_torch
@@ -100,7 +100,7 @@ def check_target(conversion: Conversion, target: Path, layout: str, *, overwrite
     if _is_of_folders(layout) and os.path.lexists(target):
         reason = "exists already, and two files cannot be replaced at once"
         raise CheckpointError(target, reason, "give the name of a new folder", refused=True)
-    there = find(target)
+    there = find_file_or_index(target)
     for source in conversion.checkpoint.files:
         if _is_same(source, there):
             raise CheckpointError(target, "is the source itself", "choose another name", refused=True)

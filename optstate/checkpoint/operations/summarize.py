@@ -16,17 +16,12 @@ from optstate.checkpoint.document.prices import bytes_by_recipe
 from optstate.checkpoint.document.rules import rule_issues
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
+from optstate.checkpoint.files.file_kinds import SAFETENSORS, identify
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_file import (
-    SAFETENSORS,
-    Header,
-    Issue,
-    identify,
-    read_header,
-    read_index,
-    read_stream,
-)
-from optstate.checkpoint.files.tensor_place import Stored, stored_entry
+from optstate.checkpoint.files.safetensors_header import Header, read_header, read_stream
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.tensor_place import Stored, locate_entry
 from optstate.checkpoint.open_checkpoint import STREAM, open_checkpoint
 from optstate.collector import paused
 
@@ -293,7 +288,7 @@ def _slots(rows: Iterable[TensorRow], covered: dict[tuple[str, str], int]) -> tu
 def _of_others(path: str, headers: tuple[Header, ...]) -> Summary:
     """Tensors by dtype: what they are is not said."""
     rows = [
-        TensorRow(entry.name, "", "", "", "unknown", stored_entry(header, entry))
+        TensorRow(entry.name, "", "", "", "unknown", locate_entry(header, entry))
         for header in headers
         for entry in header.tensors
     ]

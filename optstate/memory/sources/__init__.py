@@ -22,18 +22,18 @@ from optstate.checkpoint.files.file_kinds import (
     ZIP,
     identify,
 )
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
-from optstate.memory.sources.builtin import CONFIGS, unknown
-from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of_checkpoint
-from optstate.memory.sources.errors import SourceError, checked_dtype
+from optstate.memory.sources.builtin import CONFIGS, unknown_source
+from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
 from optstate.text import shown
 
-__all__ = ["ModelSource", "SourceError", "find_model", "known_models", "recipe_of_checkpoint"]
+__all__ = ["SourceError", "find_model", "known_models", "recipe_of"]
 
 READABLE = (FOLDER, JSON, PICKLE, SAFETENSORS, TORCH_OLD, TORCH_ZIP, ZIP)
 
-ModelSource = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
+Source = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
 
 
 def known_models() -> list[str]:
@@ -41,7 +41,7 @@ def known_models() -> list[str]:
     return list(CONFIGS)
 
 
-def find_model(source: ModelSource, *, inputs: Any = None, dtype: str = "bfloat16", names: str | None = None) -> Model:
+def find_model(source: Source, *, inputs: Any = None, dtype: str = "bfloat16", names: str | None = None) -> Model:
     """Return the model that a source leads to; nothing is allocated, nothing is downloaded.
 
     Args:
@@ -80,7 +80,7 @@ def _of_text(text: str, dtype: str, names: str | None) -> Model:
         return _of_path(Path(text), dtype, names)
     model = config.of_name(text, dtype)
     if model is None:
-        raise unknown(text)
+        raise unknown_source(text)
     return model
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from optstate.memory.sources.errors import SourceError
-from optstate.memory.sources.shapes import Config
+from optstate.memory.errors import SourceError
 from optstate.text import shown
 
-__all__ = ["CONFIGS", "config_of", "unknown"]
+__all__ = ["CONFIGS", "find_config", "unknown_source"]
+
+Config = Mapping[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, positions: int) -> dict[str, Any]:
@@ -89,7 +90,7 @@ CONFIGS: Mapping[str, Config] = MappingProxyType(
 """Configs as published, by names in lower case, without the values that change no size (rotations, epsilons)."""
 
 
-def config_of(name: str) -> dict[str, Any] | None:
+def find_config(name: str) -> dict[str, Any] | None:
     """Return the config of a published model, upper and lower case alike; None if there is none of this name."""
     config = CONFIGS.get(name.lower())
     return None if config is None else dict(config)
@@ -103,7 +104,7 @@ def _near(name: str) -> str:
     return f"names known here: {', '.join(['llama-7b', 'llama-3.1-8b', 'mistral-7b', 'qwen2.5-7b', 'gpt2'])} ..."
 
 
-def unknown(source: str) -> SourceError:
+def unknown_source(source: str) -> SourceError:
     """Return the error for a source that is neither a name nor a path."""
     reason = f"no file, folder or published model '{shown(source)}'"
     hub = " (nothing is downloaded: give the folder or its config.json)" if source.count("/") == 1 else ""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from optstate.memory.errors import SourceError, checked_dtype, in_words
 from optstate.memory.model import BuildOptions, Model, ParamShape
-from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, families, parameters_of, probe
 from optstate.text import shown
 

@@ -12,14 +12,14 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.formats.shared.embedded_state import WEIGHTS
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.parameter_names import give_names, read_names
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
 
-__all__ = ["of_checkpoint", "recipe_of_checkpoint"]
+__all__ = ["of_checkpoint", "recipe_of"]
 
 
-def recipe_of_checkpoint(path: str | os.PathLike[str]) -> str:
+def recipe_of(path: str | os.PathLike[str]) -> str:
     """Return the recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if the file does not tell.
 
     Raises:

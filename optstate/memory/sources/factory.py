@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from optstate.memory.errors import SourceError, checked_dtype, in_words
 from optstate.memory.model import BuildOptions, Model, ParamShape
 from optstate.memory.sources.causal_lm import SDPA, Batch, prepared, token_batch
-from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
-from optstate.memory.sources.modules import buffer_bytes, copy_module, default_dtype, in_fake_mode, parameters_of
+from optstate.memory.sources.modules import buffer_bytes, copied, default_dtype, in_fake_mode, parameters_of
 from optstate.text import shown
 
 __all__ = ["Inputs", "batch_of", "is_name", "of_callable", "of_module", "of_named"]
@@ -61,7 +61,7 @@ def of_callable(factory: Callable[[], Any], inputs: Any, dtype: str, name: str =
         first = _on_meta(factory, name)
 
     def build(options: BuildOptions) -> nn.Module:
-        made = copy_module(_on_meta(factory, name)) if in_fake_mode() else _made(factory, name)
+        made = copied(_on_meta(factory, name)) if in_fake_mode() else _made(factory, name)
         return _optioned(made, options)
 
     return _model(first, name, f"{name}, a {type(first).__name__}, torch {torch.__version__}", batch, build, dtype)
@@ -78,7 +78,7 @@ def of_module(module: nn.Module, inputs: Any, dtype: str, name: str = "") -> Mod
     name = name or type(module).__name__
 
     def build(options: BuildOptions) -> nn.Module:
-        return _optioned(copy_module(module), options)
+        return _optioned(copied(module), options)
 
     origin = f"a {type(module).__name__} in memory, torch {torch.__version__}"
     return _model(module, name, origin, batch_of(inputs), build, dtype)

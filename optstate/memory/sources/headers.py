@@ -10,10 +10,12 @@ import torch
 
 from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import Entry, Header, read_header, read_index
+from optstate.checkpoint.files.dtypes import FLOATS
+from optstate.checkpoint.files.safetensors_header import Entry, Header, read_header
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.formats.lerobot import is_lerobot
+from optstate.memory.errors import SourceError
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.errors import SourceError
 from optstate.text import shown
 
 __all__ = ["INDEX", "of_headers", "weights_at"]
@@ -21,7 +23,7 @@ __all__ = ["INDEX", "of_headers", "weights_at"]
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {name: torch_name for torch_name, name in FLOATS.items()}
 
 BUFFER = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|masked_bias|position_ids|token_type_ids)$"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from optstate.memory.errors import SourceError, in_words
 from optstate.memory.model import ParamShape
-from optstate.memory.sources.errors import SourceError, in_words
 from optstate.spec import can_be_stepped, is_fake
 from optstate.text import shown
 
-__all__ = ["buffer_bytes", "copy_module", "default_dtype", "families", "in_fake_mode", "parameters_of", "probe"]
+__all__ = ["buffer_bytes", "copied", "default_dtype", "families", "in_fake_mode", "parameters_of", "probe"]
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -94,7 +94,7 @@ def in_fake_mode() -> bool:
     return is_fake(torch.empty(0))
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copied(module: nn.Module) -> nn.Module:
     """Copy a module; under FakeTensorMode with new tensors of the same shapes, strides and dtypes on the CPU.
 
     Tied parameters stay tied. Hooks on modules are copied; under FakeTensorMode gradients and hooks on parameters are

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from optstate.memory.sources.errors import SourceError
+from optstate.memory.errors import SourceError
 from optstate.text import shown
 
-__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "parameters"]
+__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "list_parameters"]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Config = Mapping[str, Any]
@@ -72,7 +72,7 @@ def _numbers(value: Any) -> Iterator[int]:
             yield from _numbers(item)
 
 
-def parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
+def list_parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """Return name and shape of every parameter, tied ones once, of a model whose model_type is in `ARCHITECTURES`.
 
     Raises:

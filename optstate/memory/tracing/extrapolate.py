@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from optstate.memory.model import KINDS, Model, Setting, Trace
 from optstate.memory.tracing.position import phase_of
-from optstate.memory.tracing.trace import Seen, largest_tensors, observe, trace_step
+from optstate.memory.tracing.trace import Seen, choose_largest, observe, trace
 from optstate.memory.tracing.tracker import Moment
 from optstate.memory.tracing.updates import Known
 from optstate.optimizer.optimizer import Optimizer
 
-__all__ = ["traced"]
+__all__ = ["trace_model"]
 
 SHALLOW = (3, 4, 5)
 """Numbers of layers that are traced. The first, the last and those between differ, so there are at least three; two
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 Places = Mapping[Place, Moment]
 
 
-def traced(
+def trace_model(
     model: Model,
     recipe: Callable[[Iterable[Any]], Optimizer],
     setting: Setting,
@@ -60,15 +60,15 @@ def traced(
         The trace, and in words how it was made.
 
     Raises:
-        UntraceableError: as `trace_step`.
+        UntraceableError: as `trace`.
     """
     if exact or model.layers is None or model.layers <= SHALLOW[-1]:
-        return trace_step(model, recipe, setting, device=device), "traced in full"
+        return trace(model, recipe, setting, device=device), "traced in full"
     known: Known = {}
     seen = [observe(model, recipe, setting, layers=count, device=device, known=known) for count in SHALLOW]
     reason = _irregular(seen)
     if reason:
-        return trace_step(model, recipe, setting, device=device), f"traced in full, because {reason}"
+        return trace(model, recipe, setting, device=device), f"traced in full, because {reason}"
     shallow, deeper, deepest = (_places(one, count) for one, count in zip(seen, SHALLOW, strict=True))
     more = model.layers - SHALLOW[0]
     deep = {place: _along(shallow[place], deeper[place], more) for place in shallow}
@@ -78,7 +78,7 @@ def traced(
         peak=deep[peak].total,
         at_peak=dict(zip(KINDS, deep[peak].kinds, strict=True)),
         phase=phase_of(peak.name(model.layers)),
-        alive=largest_tensors(seen[-1].timeline.alive(deepest[peak].index)),
+        alive=choose_largest(seen[-1].timeline.alive(deepest[peak].index)),
         most=dict(zip(KINDS, most, strict=True)),
         notes=seen[-1].notes,
     )

@@ -32,7 +32,7 @@ from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
 from optstate.optimizer.optimizer import Optimizer
 from optstate.roles import declare_roles
 
-__all__ = ["Seen", "UntraceableError", "largest_tensors", "observe", "trace_step"]
+__all__ = ["Seen", "UntraceableError", "choose_largest", "observe", "trace"]
 
 LARGEST = 10
 """The number of tensors alive at the peak that a trace lists, of each kind."""
@@ -43,7 +43,7 @@ CLIP = 1.0
 WRITTEN_OUT = "_safe_softmax"
 """An operator that only `scaled_dot_product_attention` calls, where it has no fused kernel."""
 
-BuildRecipe = Callable[[Iterable[Any]], Optimizer]
+Recipe = Callable[[Iterable[Any]], Optimizer]
 
 
 class UntraceableError(ValueError):
@@ -69,9 +69,7 @@ class Seen:
     notes: tuple[str, ...] = ()
 
 
-def trace_step(
-    model: Model, recipe: BuildRecipe, setting: Setting, *, layers: int | None = None, device: str = "cuda"
-) -> Trace:
+def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None = None, device: str = "cuda") -> Trace:
     """Run a training step on fake tensors, not the first one, and return the memory it needs; nothing is allocated.
 
     The step is::
@@ -107,13 +105,13 @@ def trace_step(
         peak=moment.total,
         at_peak=dict(zip(KINDS, moment.kinds, strict=True)),
         phase=phase_of(place),
-        alive=largest_tensors(timeline.alive(moment.index)),
+        alive=choose_largest(timeline.alive(moment.index)),
         most=dict(zip(KINDS, most, strict=True)),
         notes=seen.notes,
     )
 
 
-def largest_tensors(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
+def choose_largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
     """Return the largest tensors of each kind, together in order of size."""
     of_kind: Counter[str] = Counter()
     chosen = []
@@ -126,16 +124,16 @@ def largest_tensors(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
 
 def observe(
     model: Model,
-    recipe: BuildRecipe,
+    recipe: Recipe,
     setting: Setting,
     *,
     layers: int | None = None,
     device: str = "cuda",
     known: Known | None = None,
 ) -> Seen:
-    """Run a training step on fake tensors as `trace_step` does, and return the memory at every place of the step.
+    """Run a training step on fake tensors as `trace` does, and return the memory at every place of the step.
 
-    Arguments are those of `trace_step`, and `known`: updates that need not be made again, to which new ones are added.
+    Arguments are those of `trace`, and `known`: updates that need not be made again, to which new ones are added.
     """
     if model.build is None or model.batch is None:
         raise UntraceableError(f"{model.name}: only the shapes of its parameters are known, not what it computes")
@@ -158,12 +156,12 @@ def observe(
 
 
 class _Step:
-    """The body of the loop that `trace_step` documents."""
+    """The body of the loop that `trace` documents."""
 
     def __init__(
         self,
         module: nn.Module,
-        recipe: BuildRecipe,
+        recipe: Recipe,
         setting: Setting,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],

@@ -30,7 +30,7 @@ from optstate.checkpoint.document.document import (
     to_json,
 )
 from optstate.checkpoint.files.safetensors_writer import NewEntry
-from optstate.checkpoint.files.tensor_bytes import bytes_of, load
+from optstate.checkpoint.files.tensor_bytes import bytes_of, load_tensor
 from optstate.checkpoint.files.torch_archive_writer import Constant, create_torch
 from optstate.checkpoint.formats.lerobot import GROUPS
 from optstate.checkpoint.formats.registry import LayoutError, choose_format, writable_formats, write_state
@@ -67,7 +67,7 @@ def write(layout: str, checkpoint: Checkpoint, path: Path) -> None:
     tree = tree_of(layout, checkpoint.document, entries_of(checkpoint))
     with create_torch(path, tree) as file:
         for key, stored in checkpoint.tensors.items():
-            file.put(key, bytes_of(load(stored)))
+            file.put(key, bytes_of(load_tensor(stored)))
 
 
 def assert_equal(ours: Any, theirs: Any, place: str = "") -> None:
@@ -570,7 +570,7 @@ def test_lerobots_two_files(source: str) -> None:
     ours = {name: torch.frombuffer(bytearray(c.data), dtype=torch.float32)[0] for name, c in made.constants.items()}
     for key, entry in made.tensors.items():
         assert (entry.dtype, entry.shape) == ("F32", tuple(theirs[entry.name].shape))
-        ours[entry.name] = load(checkpoint.tensors[key])
+        ours[entry.name] = load_tensor(checkpoint.tensors[key])
     assert_equal(ours, theirs)
 
 

@@ -17,7 +17,7 @@ from adalomo import Adafactor, AdaLomo
 from optstate import stores
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.native_file import document_of
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.conversion_report import ConversionReport, ConversionRow
 from optstate.checkpoint.operations.plan_conversion import Conversion, plan_copy, plan_stores
