@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import refuse_contradictions
 from optstate.checkpoint.document.document import WEIGHT, Document, Parameter, SlotRecord, tensor_key
@@ -15,7 +13,7 @@ from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.tensor_bytes import DTYPES
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.statistics import RULES
-from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
+from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, make_spec
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores import MEANINGS, Full, Store
 from optstate.stores.registry import parse_store
@@ -25,7 +23,6 @@ __all__ = [
     "Transfer",
     "copy_statistic",
     "describe_slot",
-    "make_spec",
     "parse_slot_target",
     "plan_copy",
     "plan_stores",
@@ -144,13 +141,13 @@ class Conversion:
 
 
 def plan_copy(checkpoint: Checkpoint) -> Conversion:
-    """Every statistic as it is: for another container."""
+    """Plan to copy every statistic as it is: for another container, or into an optimizer that keeps it so."""
     transfers = {param.name: _copies(checkpoint, param) for param in checkpoint.document.parameters}
     return Conversion(checkpoint, checkpoint.document, transfers)
 
 
 def plan_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[str, str]) -> Conversion:
-    """The same recipe with statistics in other stores.
+    """Plan the same recipe with statistics in other stores.
 
     Args:
         checkpoint: the source.
@@ -185,7 +182,7 @@ def plan_stores(checkpoint: Checkpoint, default: str | None, by_slot: Mapping[st
 
 
 def parse_slot_target(words: str) -> Store | None:
-    """The store that words name, None for "drop".
+    """Return the store that words name, None for "drop".
 
     Raises:
         ValueError: if they name none.
@@ -209,7 +206,7 @@ def _copies(checkpoint: Checkpoint, param: Parameter) -> tuple[Transfer, ...]:
 
 
 def _books(checkpoint: Checkpoint, transfers: Mapping[str, tuple[Transfer, ...]]) -> dict[str, tuple[float, ...]]:
-    """The values of all codes in the new file."""
+    """Return the values of all codes in the new file."""
     books, theirs = {}, checkpoint.document.codebooks
     for made in transfers.values():
         for transfer in made:
@@ -222,20 +219,6 @@ def _books(checkpoint: Checkpoint, transfers: Mapping[str, tuple[Transfer, ...]]
 
 
 # --- one statistic ------------------------------------------------------------------------------------------------
-
-
-def make_spec(param: Parameter, role: str = "", head_size: int | None = None) -> ParamSpec:
-    """Return a parameter as stores see it; fp32 where its dtype is unknown.
-
-    Raises:
-        ValueError: if its shape is unknown.
-    """
-    if param.shape is None:
-        raise ValueError(f"the shape of {param.name!r} is not in the file: give --names with shapes, or a model")
-    dtype = getattr(torch, param.dtype, None) if param.dtype else torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{param.name!r} has dtype {param.dtype!r}, which is none of torch's for parameters")
-    return ParamSpec(name=param.name, shape=param.shape, dtype=dtype, role=role, head_size=head_size)
 
 
 def copy_statistic(param: Parameter, name: str, stored: Mapping[str, Stored], as_param: str = "") -> Transfer:

@@ -19,13 +19,8 @@ from optstate.checkpoint.formats.shared.adafactor import find_arguments
 from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import numbers
 from optstate.checkpoint.operations.describe_optimizer import describe_optimizer, restore_tensors
-from optstate.checkpoint.operations.plan_conversion import (
-    Conversion,
-    Transfer,
-    copy_statistic,
-    make_spec,
-    take_over_statistic,
-)
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer, copy_statistic, take_over_statistic
+from optstate.checkpoint.operations.read_values import make_spec
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.param_groups import check_values
 from optstate.optimizer.plan import ParamPlan
@@ -56,7 +51,7 @@ COUNTED_FROM = 1
 
 
 def plan_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {}) -> Conversion:
-    """What a checkpoint becomes when its run goes on with another recipe.
+    """Plan what a checkpoint becomes when its run goes on with another recipe.
 
     Statistics are matched by what they are averages of, and corrected for beginning at zero as each recipe does it;
     steps stay. Hyper-parameters stay where both recipes go through the same chain, as one and the same recipe does
@@ -102,7 +97,7 @@ def plan_onto(
     notes: tuple[str, ...] = (),
     changes: tuple[str, ...] = (),
 ) -> Conversion:
-    """A conversion onto the plans of an optimizer, whose parameters `document` describes in the same order.
+    """Plan a conversion onto the plans of an optimizer, whose parameters `document` describes in the same order.
 
     changes: what a step will do otherwise, see `Conversion`.
 
@@ -155,7 +150,7 @@ def _on_meta(param: Parameter) -> nn.Parameter:
 
 
 def parse_settings(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
-    """The settings as a recipe's arguments.
+    """Return the settings as a recipe's arguments.
 
     Raises:
         UnknownRecipeError: if no recipe has this name.
@@ -173,7 +168,7 @@ def _parameters(name: str) -> list[str]:
 
 
 def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], given: Mapping[str, Any]) -> Optimizer:
-    """The recipe's optimizer for parameters of these shapes, in the source's groups."""
+    """Build the recipe's optimizer for parameters of these shapes, in the source's groups."""
     document, groups, first = checkpoint.document, [], 0
     for group in document.groups:
         members: Sequence[Any] = params[first : first + len(group.parameters)]
@@ -194,7 +189,7 @@ def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], gi
 
 
 def _own_arguments(name: str, document: Document) -> dict[str, Any]:
-    """What the file's own rule is, as arguments of a recipe that has it."""
+    """Return what the file's own rule is, as arguments of a recipe that has it."""
     first = next(iter(document.parameters), None)
     if first is None:
         return {}
@@ -258,7 +253,7 @@ def _listed(hyper: Mapping[str, Any]) -> str:
 
 
 def _left_out(document: Document) -> list[str]:
-    """What the file has besides statistics and hyper-parameters, which no new recipe takes over."""
+    """List what the file has besides statistics and hyper-parameters, which no new recipe takes over."""
     kept = dict.fromkeys(key for param in document.parameters for key in param.extra)
     found = [", ".join(names) for names in (kept, document.extra) if names]
     if document.clip_grad_norm is not None:
@@ -285,7 +280,7 @@ def follows(param: Parameter, document: Document, chain: str) -> bool:
 
 
 def describe_rule_change(param: Parameter, document: Document, chain: str) -> list[str]:
-    """What a parameter's step will do otherwise in this chain, which it did not go through, clause by clause."""
+    """Describe what a parameter's step will do otherwise in a chain that it did not go through, clause by clause."""
     found = [] if param.chain else reasons(document, param.group)
     if not found:
         try:
@@ -298,8 +293,11 @@ def describe_rule_change(param: Parameter, document: Document, chain: str) -> li
 
 
 def find_chain(param: Parameter, document: Document, group: Group) -> str:
-    """The chain that a parameter went through; of other tools' files that of the recipe they are said to be, "" where
-    they do not tell it or it is none that the recipe makes."""
+    """Find the chain that a parameter went through, in words.
+
+    Of other tools' files it is that of the recipe they are said to be; "" where they do not tell it, or it is none that
+    the recipe makes.
+    """
     try:
         return _chain_of(param, document, group)
     except (ValueError, TypeError):
@@ -307,7 +305,7 @@ def find_chain(param: Parameter, document: Document, group: Group) -> str:
 
 
 def _chain_of(param: Parameter, document: Document, group: Group) -> str:
-    """The same; raises ValueError or TypeError where the recipe does not take the group's values."""
+    """Find the same chain; raise ValueError or TypeError where the recipe does not take the group's values."""
     recipe = base_recipe(document)
     if param.chain or recipe not in registry.names():
         return param.chain
@@ -324,7 +322,7 @@ def is_same_rule(recipe: str, other: str) -> bool:
 
 
 def translate_hyper(document: Document, group: Group) -> dict[str, Any]:
-    """The hyper-parameters of a group under the keys and with the values that groups of the document's recipe have.
+    """Return a group's hyper-parameters with the keys and values that groups of the document's recipe have.
 
     What our recipe does not have stays as it is. lr of a relative step is 1, a factor.
     """
@@ -337,7 +335,7 @@ def translate_hyper(document: Document, group: Group) -> dict[str, Any]:
 
 
 def list_arguments(document: Document, group: Group, chain: str) -> dict[str, Any]:
-    """What the document's recipe is built with, for its parameters to go through the chain that those of a group did.
+    """List what the document's recipe is built with for parameters to go through the chain that a group's did.
 
     chain: in words, "" where the file does not tell it. Hyper-parameters that the recipe does not have are there, too.
     """

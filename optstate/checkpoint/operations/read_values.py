@@ -13,15 +13,14 @@ from optstate.checkpoint.document.contradictions import store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load_tensor
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.operations.plan_conversion import make_spec
 from optstate.kernels import Codebook
-from optstate.spec import FieldSpec
+from optstate.spec import FieldSpec, ParamSpec
 from optstate.store_layouts import layouts_of
 from optstate.stores import Fields, Shape, Store
 from optstate.stores.blockwise import Blockwise
 from optstate.stores.registry import parse_store
 
-__all__ = ["UnreadableStatisticError", "Values", "is_plugged", "store_of_words"]
+__all__ = ["UnreadableStatisticError", "Values", "is_plugged", "make_spec", "store_of_words"]
 
 
 Reader = Callable[[Fields, Shape], Tensor]
@@ -46,7 +45,7 @@ class Values:
         self._books = {key: Codebook(values, name=key.partition(":")[0]) for key, values in books}
 
     def fields(self, slot: SlotRecord) -> dict[str, Tensor]:
-        """The stored tensors of a statistic, by field name, as they are."""
+        """Load the stored tensors of a statistic, by field name, as they are."""
         return {name: load_tensor(stored) for name, stored in self.checkpoint.fields_of(slot).items()}
 
     def announce(self, param: Parameter) -> None:
@@ -71,7 +70,7 @@ class Values:
         self._reader(param, name)
 
     def _reader(self, param: Parameter, name: str) -> Reader:
-        """What makes a statistic's numbers of its stored tensors."""
+        """Find what makes a statistic's numbers of its stored tensors."""
         slot, what = param.slots[name], f"{name} of {param.name!r}"
         kind, stored = store_name(slot.store), self.checkpoint.fields_of(slot)
         if param.shape is None:
@@ -109,7 +108,7 @@ def _by_map(book: Codebook, store: Blockwise, fields: Fields, shape: Shape) -> T
 
 
 def _as_it_is(fields: Fields, shape: Shape) -> Tensor:
-    """A number per element."""
+    """Read a number per element."""
     return fields[""] if fields[""].dtype == torch.float64 else fields[""].float()
 
 
@@ -147,7 +146,7 @@ def store_of_words(words: str) -> Store:
 
 
 def _store_of(param: Parameter, slot: SlotRecord, stored: Mapping[str, Stored], what: str) -> Store:
-    """The store that reads a statistic, whose tensors are what the store keeps."""
+    """Find the store that reads a statistic, whose tensors are what the store keeps."""
     try:
         store = store_of_words(slot.store)
     except ValueError as error:
@@ -188,3 +187,17 @@ def _times_scales(flat: Tensor, scales: Tensor, block: int) -> Tensor:
     if whole * block < flat.numel():
         flat[whole * block :].mul_(scales.view(-1)[-1])
     return flat
+
+
+def make_spec(param: Parameter, role: str = "", head_size: int | None = None) -> ParamSpec:
+    """Return a parameter as stores see it; fp32 where its dtype is unknown.
+
+    Raises:
+        ValueError: if its shape is unknown.
+    """
+    if param.shape is None:
+        raise ValueError(f"the shape of {param.name!r} is not in the file: give --names with shapes, or a model")
+    dtype = getattr(torch, param.dtype, None) if param.dtype else torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{param.name!r} has dtype {param.dtype!r}, which is none of torch's for parameters")
+    return ParamSpec(name=param.name, shape=param.shape, dtype=dtype, role=role, head_size=head_size)

@@ -172,7 +172,7 @@ def summarize(
 
 
 def summarize_stream(file: BinaryIO) -> Summary:
-    """The same of a safetensors file that comes through a pipe: read up to the end of its header."""
+    """Sum up a safetensors file that comes through a pipe: read it up to the end of its header."""
     header = read_stream(STREAM, file)
     if KEY in header.metadata:
         return make_summary(native_of(STREAM, (header,)))
@@ -180,7 +180,7 @@ def summarize_stream(file: BinaryIO) -> Summary:
 
 
 def _headers(path: str | os.PathLike[str]) -> tuple[Header, ...]:
-    """The headers of a safetensors file or a sharded set; none for anything else."""
+    """Read the headers of a safetensors file or a sharded set; none for anything else."""
     try:
         if os.path.isdir(path) or os.fspath(path).endswith(".json"):
             return tuple(read_index(path).shards.values())
@@ -227,7 +227,7 @@ def make_summary(checkpoint: Checkpoint) -> Summary:
 
 
 def _optimizer(checkpoint: Checkpoint) -> str:
-    """What another tool's file is taken for."""
+    """Say what another tool's file is taken for."""
     name = str(checkpoint.document.source.get("optimizer", ""))
     return "" if checkpoint.kind == OPTSTATE or name == UNKNOWN else name
 
@@ -238,7 +238,7 @@ def _elements(parameters: Sequence[Parameter]) -> int | None:
 
 
 def _rows(checkpoint: Checkpoint) -> list[TensorRow]:
-    """The document's tensors in its order, then those that it does not name."""
+    """List the document's tensors in its order, then those that it does not name."""
     rows = [
         TensorRow(key, param.name, name, part, slot.store, checkpoint.tensors[key])
         for param in checkpoint.document.parameters
