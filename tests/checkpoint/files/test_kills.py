@@ -41,7 +41,7 @@ import torch, typer.main
 import optstate
 from optstate.checkpoint import open_checkpoint
 from optstate.checkpoint.live import save
-from optstate.checkpoint.operations import export
+from optstate.checkpoint.operations import run_conversion
 from optstate.recipes import AdamW
 from optstate_cli import app
 
