@@ -20,19 +20,19 @@ __all__ = [
     "PARAMETER",
     "FieldLayout",
     "Layouts",
-    "axis_maxima",
+    "axis_maxima_layouts",
     "axis_names",
     "blocks",
-    "factored",
-    "full",
+    "factored_layouts",
+    "full_layouts",
     "group_means",
     "is_small",
-    "kahan",
+    "kahan_layouts",
     "kept_bytes",
     "layouts_of",
     "packed_blocks",
     "rank_one_codes",
-    "split",
+    "split_layouts",
 ]
 
 Shape = tuple[int, ...]
@@ -71,12 +71,12 @@ Layouts = dict[str, FieldLayout]
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 
-def full(shape: Shape, dtype: str | None = None, stochastic: bool | None = None) -> Layouts:
+def full_layouts(shape: Shape, dtype: str | None = None, stochastic: bool | None = None) -> Layouts:
     """Return the layout of one number per element."""
     return {"": _alike(shape, dtype or ACCUMULATOR)}
 
 
-def factored(shape: Shape) -> Layouts:
+def factored_layouts(shape: Shape) -> Layouts:
     """Return the layout of the row and column means of the last two dimensions.
 
     Raises:
@@ -108,7 +108,7 @@ def axis_names(ndim: int) -> list[str]:
     return [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
 
 
-def axis_maxima(shape: Shape, dtype: str = ACCUMULATOR) -> Layouts:
+def axis_maxima_layouts(shape: Shape, dtype: str = ACCUMULATOR) -> Layouts:
     """Return the layout of one number per index of every dimension.
 
     Raises:
@@ -134,7 +134,7 @@ def packed_blocks(shape: Shape, block: int = 128, rank1: bool = False, signed: b
 
 def rank_one_codes(shape: Shape) -> Layouts:
     """Return the layout of two codes a byte and one fp32 maximum per index of every dimension."""
-    return {"codes": _per_byte(shape), **axis_maxima(shape, "float32")}
+    return {"codes": _per_byte(shape), **axis_maxima_layouts(shape, "float32")}
 
 
 def _alike(shape: Shape, dtype: str) -> FieldLayout:
@@ -152,12 +152,12 @@ def _per_byte(shape: Shape) -> FieldLayout:
 # --- what is kept for writing weights -----------------------------------------------------------------------------
 
 
-def kahan(shape: Shape) -> Layouts:
+def kahan_layouts(shape: Shape) -> Layouts:
     """Return the layout of what `weights.Kahan` keeps: a number of the parameter's dtype per element."""
     return {"compensation": _alike(shape, PARAMETER)}
 
 
-def split(shape: Shape, bits: int) -> Layouts:
+def split_layouts(shape: Shape, bits: int) -> Layouts:
     """Return the layout of what `weights.Split` keeps: 8 or 16 more bits per element."""
     return {"correction": _alike(shape, f"int{bits}")}
 
@@ -170,15 +170,15 @@ def _float8(shape: Shape, block: int = 256, signed: bool = True) -> Layouts:
 
 
 _LAYOUTS: dict[str, Callable[..., Layouts]] = {
-    "axismax": axis_maxima,
+    "axismax": axis_maxima_layouts,
     "block4": packed_blocks,
     "block8": blocks,
-    "factored": factored,
+    "factored_layouts": factored_layouts,
     "float8": _float8,
-    "full": full,
+    "full_layouts": full_layouts,
     "grouped": group_means,
-    "kahan": kahan,
-    "split": split,
+    "kahan_layouts": kahan_layouts,
+    "split_layouts": split_layouts,
 }
 
 _CODED = ("block4", "block8", "float8")
@@ -219,7 +219,7 @@ def kept_bytes(words: str, shape: Shape) -> int:
     """
     name = words.partition("(")[0].lower()
     in_full = is_small(shape) if name in _CODED else len(shape) < 2
-    found = full(shape) if in_full and name != "full" else layouts_of(words, shape)
+    found = full_layouts(shape) if in_full and name != "full_layouts" else layouts_of(words, shape)
     return sum(field.nbytes for field in (found or {}).values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from optstate.integrations import engines, trainers
 from optstate.optimizer import stale_weights
 from optstate.optimizer.broken_step import STEP
 from optstate.optimizer.norm_clip import NormClip, has_reentrant_checkpoint
+from optstate.optimizer.parameter_hooks import ParameterHooks
 from optstate.optimizer.parameters import Leaf, batches
 from optstate.optimizer.step_runner import StepRunner
 
@@ -31,8 +31,11 @@ class _Mode(Enum):
 
 
 class GradientHooks:
-    """Updates parameters inside the backward pass. Held by the runner of the optimizer's steps, and holds that weakly:
-    an optimizer that is deleted is gone at once, and its hooks with it."""
+    """The hooks that update parameters inside the backward pass.
+
+    The runner of the optimizer's steps holds the hooks, which hold the runner weakly: an optimizer that is deleted is
+    gone at once, and its hooks with it.
+    """
 
     def __init__(
         self, runner: StepRunner, clip_grad_norm: float | None, make_handle: Callable[[Any, GradientHooks], Any]
@@ -41,11 +44,9 @@ class GradientHooks:
         self._make_handle = make_handle
         self._handle: weakref.ref[Any] | None = None
         self._clip = NormClip(clip_grad_norm)
-        self._handles: dict[Tensor, RemovableHandle] = {}
-        self._unhooked: list[Tensor] = []  # as they were frozen when they were last looked at
+        self._hooks = ParameterHooks(self)
         self._mode = _Mode.UPDATE
         self._updated: list[Tensor] = []
-        self._kept: set[Tensor] = set()
         self._engine_checked = False
         self._waiting: list[Tensor] = []
         self._buffer = 0
@@ -86,64 +87,24 @@ class GradientHooks:
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hook every parameter that trains and has no hook of this optimizer: after unfreezing, for example."""
+        """Attach hooks to every parameter that trains and has none of this optimizer, as after unfreezing."""
         self._require_active("attach")
         self.runner.follow()
-        self._hook([p for p in self.runner.params() if p.requires_grad and not self._is_hooked(p)])
-
-    def _attach_new(self) -> None:
-        """Hook parameters that began to train after fusing. Lost hooks are not healed: `close_step` reports them."""
-        for param in self._unhooked:
-            if param.requires_grad:
-                self._hook([p for p in self._unhooked if p.requires_grad])
-                return
+        self._hooks.attach(self.runner)
 
     def follow(self, replaced: Mapping[Tensor, Tensor], gone: Iterable[Tensor]) -> None:
-        """Hook parameters that were put in the place of others, and let those go: they may be whole where these are
-        sharded. Let parameters go that are in no group any more."""
-        for param in (*replaced, *gone):
-            handle = self._handles.pop(param, None)
-            if handle is not None:
-                handle.remove()
-            self._kept.discard(param)
-        self._hook([param for param in replaced.values() if param.requires_grad])
+        """Move hooks to parameters that were put in the place of others, which may be whole where these are sharded.
+
+        Parameters that are in no group any more are let go.
+        """
+        self._hooks.release((*replaced, *gone))
+        self._hooks.add(self.runner, [param for param in replaced.values() if param.requires_grad])
         if replaced:
             self.look_again()
 
-    def _hook(self, missing: list[Tensor]) -> None:
-        if missing:
-            engines.refuse_live_objects(missing)
-            self._replace_older(missing)
-            engines.refuse_parameters((self.runner.name(param), param) for param in missing)
-        for param in missing:
-            handle = param.register_post_accumulate_grad_hook(_Hook(self))  # type: ignore[no-untyped-call]
-            weakref.finalize(self, handle.remove).atexit = False  # an optimizer that is gone leaves nothing behind
-            self._handles[param] = handle
-            if param.grad is not None:
-                self._kept.add(param)
-        self._unhooked = [param for param in self.runner.params() if param not in self._handles]
-
-    def _replace_older(self, params: list[Tensor]) -> None:
-        """Take the hooks over from optimizers that were fused earlier: a second fit, or a notebook cell run again."""
-        hooks = (hook for p in params for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values())
-        found = {hook.hooks(): None for hook in hooks if isinstance(hook, _Hook)}
-        for older in found:
-            if older is None or older is self or older._runner() is None:
-                continue
-            which = f"{type(older.optimizer).__name__} over {len(older.runner.params())} parameters"
-            older.runner.replaced_by = weakref.ref(self)
-            older.remove()
-            warnings.warn(
-                f"an older {which} was fused over parameters of this {type(self.optimizer).__name__}: only this one "
-                "updates from now on. Call fused.remove() on the older one, or delete it, before you fuse a new one",
-                stacklevel=5,
-            )
-
     def remove(self) -> None:
         """Detach: backward passes leave gradients again and `step()` updates. State stays."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        self._hooks.release(list(self._hooks.hooked))
         if self.active:
             self.runner.hooks = None
         self._reset()
@@ -152,7 +113,7 @@ class GradientHooks:
         """Forget the step in progress: what was updated and measured since the last `step()`."""
         self._show_weights()
         self._updated.clear()
-        self._kept.clear()
+        self._hooks.kept.clear()
         self._waiting.clear()
         self._clip.reset()
         self._mode = _Mode.UPDATE
@@ -166,10 +127,6 @@ class GradientHooks:
         if not self.active:
             raise RuntimeError(f"{action}() needs an active fused backward: this one was removed, fuse again")
 
-    def _is_hooked(self, param: Tensor) -> bool:
-        handle = self._handles.get(param)
-        return handle is not None and _is_alive(handle, param)
-
     # --- what a gradient triggers -----------------------------------------------------------------------------------
 
     def on_gradient(self, runner: StepRunner, param: Tensor) -> None:
@@ -177,7 +134,7 @@ class GradientHooks:
         if param.grad is None:
             return
         if self._mode is _Mode.ACCUMULATE:
-            self._kept.add(param)
+            self._hooks.kept.add(param)
             return
         try:
             if self._mode is _Mode.MEASURE:
@@ -233,7 +190,7 @@ class GradientHooks:
         """Remember that a parameter was updated, and hide its new values from the rest of the pass."""
         self._updated.append(param)
         if torch._C._current_graph_task_id() >= 0:
-            stale_weights.hide(param, leaf.plan.spec.name)
+            stale_weights.hide_weight(param, leaf.plan.spec.name)
 
     def _wait_for_group(self, leaf: Leaf, param: Tensor) -> None:
         """Update split parameters together once the gradients of all in their group are there.
@@ -271,16 +228,16 @@ class GradientHooks:
     def _begin_pass(self, runner: StepRunner, number: int) -> None:
         """Before the first update of a pass: leave a mark that only the end of this backward pass takes away."""
         if not self._engine_checked:
-            engines.refuse_live_objects(self._handles)
+            engines.refuse_live_objects(self._hooks.hooked)
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
         runner.require_ready()
-        self._attach_new()
+        self._hooks.attach_unfrozen(runner)
         runner.consistency.begin(number)
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))
 
     def _end_pass(self, number: int) -> None:
-        """Called by autograd at the end of a backward pass that ended well."""
+        """Note that a backward pass ended well; called by autograd."""
         if self._waiting:
             try:
                 self._update_waiting()
@@ -295,7 +252,7 @@ class GradientHooks:
         self.runner.consistency.end(number)
 
     def _watch_pass_around(self, node: Any) -> None:
-        """This pass ran inside another, as those of reentrant checkpoints do, which can still fail: mark that one.
+        """Mark the outer pass, which can still fail, if this pass ran inside another, as in reentrant checkpoints.
 
         node: what the other pass is computing, whose inputs it visits next.
         """
@@ -325,7 +282,7 @@ class GradientHooks:
 
     def _show_weights(self) -> None:
         for param in self._updated:
-            stale_weights.show(param)
+            stale_weights.show_weight(param)
 
     # --- clipping and accumulation ----------------------------------------------------------------------------------
 
@@ -343,7 +300,7 @@ class GradientHooks:
                 "grad_norm() cannot see gradients behind checkpoint(..., use_reentrant=True): use use_reentrant=False"
             )
         runner.follow()
-        self._attach_new()
+        self._hooks.attach_unfrozen(runner)
         self._reset()
         self._mode = _Mode.MEASURE
         try:
@@ -358,8 +315,9 @@ class GradientHooks:
         self._require_active("accumulate")
         if self._updated:
             raise RuntimeError("accumulate() after a backward that updated: accumulate first, update last")
-        self.runner.follow()
-        self._attach_new()
+        runner = self.runner
+        runner.follow()
+        self._hooks.attach_unfrozen(runner)
         outer, self._mode = self._mode, _Mode.ACCUMULATE
         try:
             yield
@@ -378,16 +336,8 @@ class GradientHooks:
             RuntimeError: if hooks were lost, or no gradient arrived since the last step.
         """
         runner = self.runner
-        held, lost = [], []
-        for param in runner.params():
-            if param.grad is not None:
-                held.append(param)
-        for param, handle in self._handles.items():
-            if param.requires_grad and not _is_alive(handle, param):
-                lost.append(param)
-        for param in held:
-            if self._is_hooked(param) and param not in self._kept:  # a swapped tensor keeps a dead hook
-                lost.append(param)
+        held = [param for param in runner.params() if param.grad is not None]
+        lost = self._hooks.lost(held)
         if lost:
             raise RuntimeError(
                 f"{runner.name(lost[0])!r} and {len(lost) - 1} more lost their backward hooks, so nothing updates "
@@ -403,7 +353,7 @@ class GradientHooks:
         if held:
             self._step_held(runner, held)
         self._reset()
-        self._attach_new()
+        self._hooks.attach_unfrozen(runner)
 
     def _step_held(self, runner: StepRunner, held: list[Tensor]) -> None:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
@@ -418,19 +368,6 @@ class GradientHooks:
             raise
 
 
-class _Hook:
-    """A gradient hook that does not keep the optimizer alive."""
-
-    def __init__(self, hooks: GradientHooks) -> None:
-        self.hooks = weakref.ref(hooks)
-
-    def __call__(self, param: Tensor) -> None:
-        hooks = self.hooks()
-        runner = hooks._runner() if hooks is not None else None
-        if hooks is not None and runner is not None:
-            hooks.on_gradient(runner, param)
-
-
 def _weakly(function: Callable[..., None], hooks: GradientHooks, *args: Any) -> Callable[..., None]:
     """Return `function(hooks, *args, ...)` as long as these are alive. The call returns None, as autograd demands."""
     reference = weakref.ref(hooks)
@@ -441,9 +378,3 @@ def _weakly(function: Callable[..., None], hooks: GradientHooks, *args: Any) -> 
             function(alive, *args, *more)
 
     return call
-
-
-def _is_alive(handle: RemovableHandle, param: Tensor) -> bool:
-    """Whether the hook of a handle is still among those of the parameter."""
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None)
-    return hooks is not None and handle.id in hooks

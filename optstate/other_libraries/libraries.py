@@ -277,7 +277,7 @@ FUSED_ADAM = OtherRule(
 
 
 def stem_of(optimizer: str) -> str:
-    """An optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
+    """Return an optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
     stem = optimizer.lower().replace("_", "").replace("-", "").removeprefix("paged")
     for bits in ("8bit", "4bit", "32bit", "fp8"):
         stem = stem.removesuffix(bits)
@@ -295,7 +295,7 @@ _BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.kind, stem_of(rule.optimi
 
 
 def rule_named(kind: str, optimizer: str) -> OtherRule | None:
-    """The rule of a library's class; None if it is not in the table.
+    """Return the rule of a library's class; None if the class is not in the table.
 
     kind: which library, as `Document.source` has it. optimizer: in any spelling, with or without bits, as
     "AdamW8bit".
@@ -308,7 +308,7 @@ def rule_named(kind: str, optimizer: str) -> OtherRule | None:
 
 
 def _problem(name: str, declared: Any) -> str:
-    """Why an object cannot be a format, "" if it can."""
+    """Return in words why an object cannot be a format; "" if it can."""
     if getattr(declared, "name", None) != name:
         return f"it is a {type(declared).__name__} without the name {name!r}"
     rules = getattr(declared, "rules", None)
@@ -323,8 +323,9 @@ FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem)
 
 
 def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
-    """The rule that param groups are of by their keys alone, among those whose state looks like Adam's: of the rest
-    their statistics tell. None if the keys are nobody's.
+    """Return the rule that param groups follow by their keys alone; None if the keys are nobody's.
+
+    Only rules whose state looks like Adam's are told apart by keys; other rules are told by their statistics.
     """
     keys = [set(group) for group in groups]
     common = set.intersection(*keys) if keys else set()

@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import is_dataclass
 from typing import Any
 
-from optstate import text as describe
 from optstate.plugins import PluginError, Plugins
 from optstate.stores.axes import AxisMax
 from optstate.stores.base import Store
@@ -22,8 +21,9 @@ from optstate.stores.block_codes import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
+from optstate.text import parse_item, parsed_call
 
-__all__ = ["from_words", "known_also", "names"]
+__all__ = ["known_also", "parse_store", "store_names"]
 
 OWN: dict[str, type[Store]] = {
     kind.__name__.lower(): kind for kind in (AxisMax, Block4, Block8, Factored, Float8, Full, Grouped)
@@ -64,12 +64,12 @@ def known_also(kind: type[Store]) -> Iterator[None]:
         _ALSO.reset(token)
 
 
-def names() -> list[str]:
+def store_names() -> list[str]:
     """Return the names of all stores that files may name, sorted: class names in lower case."""
     return sorted({*_ALSO.get(), *PLUGINS.names()})
 
 
-def from_words(text: str) -> Store:
+def parse_store(text: str) -> Store:
     """Return the store that `text` names: "Block8(block=64)" as it is printed, "block8", "factored", "fp32", "bf16".
 
     Only stores of this library and of entry points are built, with constants, and nothing else is called.
@@ -82,7 +82,7 @@ def from_words(text: str) -> Store:
         return short
     kinds = dict(_ALSO.get())
     try:
-        name = describe.parsed_call(text)[0]
+        name = parsed_call(text)[0]
         if name not in kinds and name in PLUGINS.offered():
             kinds[name] = PLUGINS.get(name)
     except PluginError as error:
@@ -90,7 +90,7 @@ def from_words(text: str) -> Store:
     except ValueError:
         pass  # said below, with what there is
     try:
-        return describe.from_words(text, kinds)
+        return parse_item(text, kinds)
     except ValueError:
         raise
     except Exception as error:  # the class of another package may raise anything

@@ -22,7 +22,7 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.document.native_file import document_of
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.recipes import SGD, AdamW, AdamW8bit, Lion, SGDM8bit
 from optstate.weights import Kahan
 from tests.checkpoint.formats.test_writers import assert_equal

@@ -12,7 +12,8 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.files.safetensors_file import CONTROLS, Issue
+from optstate.checkpoint.files.issues import Issue
+from optstate.checkpoint.files.safetensors_check import CONTROLS
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.store_layouts import ACCUMULATOR, PARAMETER, layouts_of
 from optstate.text import has_controls, shown
@@ -31,7 +32,7 @@ def store_name(store: str) -> str:
 
 def has_axes(slot: SlotRecord) -> bool:
     """Whether codes are scaled by maxima along every dimension instead of blocks."""
-    return store_name(slot.store) == "Block4" and "rank1=True" in slot.store
+    return {"codes", "row", "col"} <= slot.fields.keys()
 
 
 def inconsistencies(checkpoint: Checkpoint) -> list[Issue]:

@@ -12,7 +12,8 @@ from numbers import Integral, Real
 from typing import Any, cast
 
 from optstate.checkpoint.document.chain_words import ChainWords, parse_chain
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
+from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,10 +25,10 @@ __all__ = [
     "Parameter",
     "SlotRecord",
     "TensorValue",
+    "find_version",
     "from_json",
     "tensor_key",
     "to_json",
-    "version_of_optstate",
 ]
 
 KEY = "optstate"
@@ -176,7 +177,7 @@ def tensor_key(parameter: str, slot: str, name: str = "") -> str:
     return f"{parameter}/{slot}.{name}" if name else f"{parameter}/{slot}"
 
 
-def version_of_optstate() -> str:
+def find_version() -> str:
     """Return the installed version, "unknown" where the package is run from a folder."""
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that a look into a file does not need
 
@@ -366,11 +367,9 @@ class _Node:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise DocumentError(f"it is not JSON: {error.msg} at character {error.pos}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise error if isinstance(error, DocumentError) else DocumentError(f"it is not readable: {error}") from None
+        return parse(text, _without_repeats)
+    except NotJSONError as error:
+        raise DocumentError(f"it is not JSON: {error}") from None
 
 
 def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -380,10 +379,6 @@ def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise DocumentError(f"the key {key!r} comes twice in one object")
         found[key] = value
     return found
-
-
-def _no_constant(name: str) -> Any:
-    raise DocumentError(f"it is not JSON: {name} is no number there")
 
 
 def _group_of(node: _Node) -> Group:

@@ -9,9 +9,10 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.document.document import KEY, Document, DocumentError, from_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import FOLDER, JSON, identify
-from optstate.checkpoint.files.safetensors_file import Header, read_header, read_index
-from optstate.checkpoint.files.safetensors_set import find
-from optstate.checkpoint.files.tensor_place import stored_entry
+from optstate.checkpoint.files.safetensors_header import Header, read_header
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.safetensors_set import find_file_or_index
+from optstate.checkpoint.files.tensor_place import locate_entry
 from optstate.text import shown
 
 __all__ = ["document_of", "native_checkpoint", "native_of"]
@@ -27,7 +28,7 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if something is unreadable or invalid, there is not exactly one optstate document, or a tensor
             is missing that it names.
     """
-    found = find(path)
+    found = find_file_or_index(path)
     if identify(found) in (FOLDER, JSON):
         index = read_index(found)
         checkpoint = native_of(index.path, tuple(index.shards.values()))
@@ -51,7 +52,7 @@ def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
     Raises:
         CheckpointError: if there is not exactly one optstate document, or it cannot be read.
     """
-    stored = {entry.name: stored_entry(header, entry) for header in headers for entry in header.tensors}
+    stored = {entry.name: locate_entry(header, entry) for header in headers for entry in header.tensors}
     files = tuple(header.path for header in headers)
     document = _only_document(path, headers)
     named = {key: stored[key] for param in document.parameters for key in param.keys if key in stored}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from optstate.checkpoint.document.document import Document, Group, TensorValue
-from optstate.checkpoint.files.safetensors_file import Issue
+from optstate.checkpoint.files.issues import Issue
 from optstate.other_libraries import Departure, OtherRule, departures, followed, rule_named, strays
 from optstate.text import shown
 

@@ -14,13 +14,12 @@ from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
+from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS, SAFETENSORS_NAMES
 from optstate.checkpoint.files.pickle_objects import Global, Object, called
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
-from optstate.checkpoint.files.torch_types import DTYPES
 from optstate.text import shown
 
-__all__ = ["METADATA", "Folder", "Shaped", "read"]
+__all__ = ["METADATA", "DcpFolder", "Shaped", "read_dcp_folder"]
 
 METADATA = ".metadata"
 
@@ -51,7 +50,7 @@ class _Place:
 
 
 @dataclass
-class Folder:
+class DcpFolder:
     """One folder. keys: of everything, in order; tensors: those of tensors. nested: the path of a key before it was
     joined. files: those that were read.
     """
@@ -100,7 +99,7 @@ class Folder:
             reason = f"'{shown(place.file)}' is missing: it has {count} of the {len(self.places)} items in {METADATA}"
             raise CheckpointError(self.path, reason, "copy the whole folder, the files of all ranks")
         self.files.add(place.file)
-        return torch_archive_reader.read_at(path, place.start, place.length)
+        return torch_archive_reader.read_torch_part(path, place.start, place.length)
 
     def _check_filled(self, key: str, shaped: Shaped) -> None:
         """Every element is in one box, and in one only."""
@@ -138,7 +137,7 @@ def _overlap(boxes: list[Box]) -> bool:
 # --- the pickle ---------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str]) -> Folder:
+def read_dcp_folder(path: str | os.PathLike[str]) -> DcpFolder:
     """What `.metadata` of a folder says; none of the other files is opened.
 
     Raises:
@@ -176,7 +175,7 @@ class _Reading:
             return tuple(value)
         raise self.wrong(f"{what} is {called(value)}, no list of counts")
 
-    def folder(self, path: Path, parts: dict[str, Any]) -> Folder:
+    def folder(self, path: Path, parts: dict[str, Any]) -> DcpFolder:
         described, placed = parts.get("state_dict_metadata"), parts.get("storage_data")
         if not isinstance(described, dict) or not isinstance(placed, dict):
             raise self.wrong("it does not say what there is, and where")
@@ -192,7 +191,7 @@ class _Reading:
             if not isinstance(value, Object) or not value.name.endswith(".BytesStorageMetadata")
         }
         known = {key: paths[key] for key in described if isinstance(paths.get(key), tuple)}
-        return Folder(path, tuple(described), tensors, known, self.places(placed))
+        return DcpFolder(path, tuple(described), tensors, known, self.places(placed))
 
     def tensor(self, key: str, parts: dict[str, Any]) -> Shaped:
         properties, chunks = parts.get("properties"), parts.get("chunks")
@@ -208,7 +207,7 @@ class _Reading:
             if not len(first) == len(sizes) == len(shape):
                 raise self.wrong(f"a part of '{shown(key)}' has another number of dimensions")
             boxes.append((first, sizes))
-        return Shaped(DTYPES.get(dtype.name, dtype.name), shape, tuple(boxes))
+        return Shaped(SAFETENSORS_NAMES.get(dtype.name, dtype.name), shape, tuple(boxes))
 
     def places(self, placed: dict[Any, Any]) -> dict[tuple[str, Shape | None], _Place]:
         found: dict[tuple[str, Shape | None], _Place] = {}

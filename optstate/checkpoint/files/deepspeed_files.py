@@ -15,7 +15,16 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.text import shown
 
-__all__ = ["STATE", "UNIVERSAL", "Files", "Node", "find", "is_deepspeed", "read", "several_ranks"]
+__all__ = [
+    "STATE",
+    "UNIVERSAL",
+    "DeepSpeedFiles",
+    "Node",
+    "find_files",
+    "is_deepspeed",
+    "read_values",
+    "refusal_of_ranks",
+]
 
 UNIVERSAL = "zero"
 """The folder of a universal checkpoint that has a folder for each parameter."""
@@ -32,7 +41,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Files:
+class DeepSpeedFiles:
     """The files of one checkpoint. optimizer: None in the universal form. models: of the first data-parallel rank."""
 
     folder: Path
@@ -93,7 +102,7 @@ def is_deepspeed(path: str | os.PathLike[str]) -> bool:
     return _is_universal(folder) or any(folder.glob("*_optim_states.pt")) or any(folder.glob("*_model_states.pt"))
 
 
-def find(path: str | os.PathLike[str]) -> Files:
+def find_files(path: str | os.PathLike[str]) -> DeepSpeedFiles:
     """The files of a checkpoint; none is opened.
 
     Raises:
@@ -103,17 +112,17 @@ def find(path: str | os.PathLike[str]) -> Files:
     folder = _tagged(place) if identify(place) == FOLDER else place.parent
     models = tuple(sorted(file for file in folder.iterdir() if _MODEL.fullmatch(file.name)))
     if _is_universal(folder):
-        return Files(folder, None, models)
+        return DeepSpeedFiles(folder, None, models)
     found = sorted(file for file in folder.iterdir() if _OPTIMIZER.fullmatch(file.name))
     if not found:
         hint = "without ZeRO it is in *_model_states.pt under 'optimizer': give that file"
         raise CheckpointError(path, "a DeepSpeed checkpoint without *_optim_states.pt of ZeRO", hint)
     if len(found) > 1:
-        raise several_ranks(path, len(found))
-    return Files(folder, found[0], models)
+        raise refusal_of_ranks(path, len(found))
+    return DeepSpeedFiles(folder, found[0], models)
 
 
-def several_ranks(path: str | os.PathLike[str], count: int) -> CheckpointError:
+def refusal_of_ranks(path: str | os.PathLike[str], count: int) -> CheckpointError:
     """Why the state of many ranks is not read."""
     reason = f"state of {count} ranks: each has its part of every flat tensor"
     hint = (
@@ -123,9 +132,9 @@ def several_ranks(path: str | os.PathLike[str], count: int) -> CheckpointError:
     return CheckpointError(path, reason, hint, refused=True)
 
 
-def read(path: Path) -> Node:
+def read_values(path: Path) -> Node:
     """The values in one file."""
-    return Node(path, torch_archive_reader.read(path))
+    return Node(path, torch_archive_reader.read_torch_file(path))
 
 
 def _is_universal(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from weakref import ref
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MOST_OPEN", "FileChangedError", "Files", "Opened", "View", "opened_at", "reading"]
+__all__ = ["MOST_OPEN", "FileChangedError", "OpenFiles", "Opened", "View", "opened_at", "reading"]
 
 MOST_OPEN = 128
 """Descriptors that are kept: of more files the ones used last. The others are opened again and compared."""
@@ -203,7 +203,7 @@ class View(io.RawIOBase):
         return bytes(memoryview(data)[: self.readinto(data)])
 
 
-class Files:
+class OpenFiles:
     """The files of one reading: a path leads to the same version of a file, whoever asks."""
 
     def __init__(self) -> None:
@@ -232,17 +232,17 @@ class Files:
         self._opened = {}
 
 
-_READING: ContextVar[Files | None] = ContextVar("reading", default=None)
+_READING: ContextVar[OpenFiles | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading() -> Iterator[Files]:
+def reading() -> Iterator[OpenFiles]:
     """Within it, files are opened once and taken apart once. One within another is part of it."""
     files = _READING.get()
     if files is not None:
         yield files
         return
-    files = Files()
+    files = OpenFiles()
     token = _READING.set(files)
     try:
         yield files

@@ -31,7 +31,7 @@ from optstate.checkpoint.files.pickle_objects import (
 )
 from optstate.text import shown
 
-__all__ = ["Global", "Object", "PickleError", "Stranger", "Unread", "UnsafeGlobalError", "load"]
+__all__ = ["Global", "Object", "PickleError", "Stranger", "Unread", "UnsafeGlobalError", "load_pickle"]
 
 MOST_BYTES = 1 << 27
 """Bytes of one pickle. That of an optimizer with 100,000 tensors has 20 MB."""
@@ -49,7 +49,7 @@ class UnsafeGlobalError(PickleError):
         self.name = name
 
 
-def load(
+def load_pickle(
     data: bytes | BinaryIO,
     *,
     known: Collection[str],

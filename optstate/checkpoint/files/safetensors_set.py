@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, reported, write_all
+from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
 from optstate.checkpoint.files.safetensors_writer import NewEntry, SafetensorsFile, create, header_size, layout
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.text import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["SafetensorsSet", "create_set", "find", "index_of"]
+__all__ = ["SafetensorsSet", "create_set", "find_file_or_index", "index_path"]
 
 SUFFIX = ".safetensors"
 INDEX = ".index.json"
@@ -33,14 +35,14 @@ INDEX = ".index.json"
 Path = str | os.PathLike[str]
 
 
-def index_of(path: Path) -> str:
+def index_path(path: Path) -> str:
     """The index of a set that is written as `path`."""
     return os.fspath(path) + INDEX
 
 
-def find(path: Path) -> str:
+def find_file_or_index(path: Path) -> str:
     """What was written as `path`: the file itself, or the index where there is no such file but a set."""
-    index = index_of(path)
+    index = index_path(path)
     return index if not os.path.exists(path) and os.path.exists(index) else os.fspath(path)
 
 
@@ -127,7 +129,7 @@ def _one_file(
     with create(path, entries, room=room, overwrite=overwrite, permissions=permissions) as file:
         _set_permissions(path, file.descriptor, permissions)
         yield file
-    index = index_of(path)
+    index = index_path(path)
     if overwrite and os.path.lexists(index):
         old = _named_by(index) or set()
         _remove(index)  # first: it must not name files that are not there
@@ -154,7 +156,7 @@ def _several(
                     )
                 made[shard] = os.fstat(files[-1].descriptor)
             yield SafetensorsSet(files, groups)
-        old = _named_by(index_of(path)) or set()
+        old = _named_by(index_path(path)) or set()
         _write_index(path, dict(zip(shards, groups, strict=True)), permissions, overwrite)
         if overwrite:
             _remove(os.fspath(path))
@@ -197,9 +199,9 @@ def _write_index(
         "weight_map": {entry.name: shard for shard, group in shards.items() for entry in group},
     }
     text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
-    with replacing(index_of(path), overwrite) as descriptor:
+    with replacing(index_path(path), overwrite) as descriptor:
         _set_permissions(path, descriptor, permissions)
-        with reported(index_of(path)):
+        with reported(index_path(path)):
             write_all(descriptor, memoryview(text.encode()))
 
 
@@ -220,7 +222,7 @@ def _advised(files: int) -> Iterator[None]:
 
 def _check_targets(path: Path, overwrite: bool) -> None:
     """Refuse what may not be replaced: a file or a set, whichever of the two will be written."""
-    index = index_of(path)
+    index = index_path(path)
     if os.fspath(path).endswith(INDEX):
         hint = f"give the name without {INDEX}"
         raise CheckpointError(path, "the name of an index, which is written where one is needed", hint, refused=True)
@@ -242,9 +244,8 @@ def _named_by(index: str) -> set[str] | None:
     if not os.path.isfile(index):
         return None
     try:
-        with open(index, "rb") as file:
-            names = json.load(file)["weight_map"].values()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        names = parse(read_whole(index, MAX_HEADER).decode(), pairs=dict)["weight_map"].values()
+    except (CheckpointError, UnicodeDecodeError, NotJSONError, TypeError, KeyError, AttributeError):
         return None
     return {name for name in names if isinstance(name, str)}
 
@@ -308,7 +309,7 @@ def _beside(path: Path, name: str) -> str:
 
 def _permissions(path: Path) -> int | None:
     """Those of what is superseded: a set is as private as the file was, and the other way round."""
-    for target in os.fspath(path), index_of(path):
+    for target in os.fspath(path), index_path(path):
         with suppress(OSError):
             return stat.S_IMODE(os.stat(target).st_mode) & 0o777
     return None

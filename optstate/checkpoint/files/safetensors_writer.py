@@ -17,7 +17,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve, write_all, write_at
-from optstate.checkpoint.files.safetensors_file import BITS, MAX_HEADER, METADATA
+from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.file_kinds import MAX_HEADER
+from optstate.checkpoint.files.safetensors_header import METADATA
 from optstate.text import shown
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.files.safetensors_file import BITS
+from optstate.checkpoint.files.dtypes import BITS, TORCH_NAMES
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 
 __all__ = [
@@ -18,28 +18,18 @@ __all__ = [
     "Statistics",
     "all_sound",
     "announce",
-    "bits",
+    "as_bits",
     "bytes_of",
-    "load",
-    "pieces",
+    "iterate_pieces",
+    "load_tensor",
+    "measure_tensor",
     "read_into",
-    "statistics",
 ]
 
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.float64: "F64",
+DTYPES: dict[torch.dtype, str] = {
+    getattr(torch, torch_name): name
+    for name, torch_name in TORCH_NAMES.items()
+    if name not in ("C64", "U32", "U64", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 }
 """What safetensors calls the dtypes that stores use."""
 
@@ -67,7 +57,7 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def load(stored: Stored) -> Tensor:
+def load_tensor(stored: Stored) -> Tensor:
     """A tensor of a file, contiguous and the caller's own.
 
     Raises:
@@ -99,14 +89,14 @@ def announce(stored: Stored) -> None:
         stored.opened.announce(stored.start, stored.span)
 
 
-def bits(stored: Stored) -> Stored:
+def as_bits(stored: Stored) -> Stored:
     """The same place as whole numbers of as many bits, which can be compared whatever they stand for."""
     width = BITS[stored.dtype]
     if width < 8:
         return replace(stored, dtype="U8", shape=(stored.nbytes,))
     dtype = {8: "U8", 16: "I16", 32: "I32", 64: "I64"}[width]
     if isinstance(stored, Pieces):
-        return replace(stored, dtype=dtype, parts=tuple((first, bits(part)) for first, part in stored.parts))
+        return replace(stored, dtype=dtype, parts=tuple((first, as_bits(part)) for first, part in stored.parts))
     return replace(stored, dtype=dtype)
 
 
@@ -121,7 +111,7 @@ def read_into(own: Tensor, stored: Stored) -> None:
     if plain and own.device.type == "cpu" and own.is_contiguous():
         _fill(own, stored)
     else:
-        own.copy_(load(stored).view(own.shape))
+        own.copy_(load_tensor(stored).view(own.shape))
 
 
 def _fill(target: Tensor, stored: Stored) -> None:
@@ -143,14 +133,14 @@ class Statistics:
     infinite: int
 
 
-def pieces(stored: Stored) -> Iterator[Tensor]:
+def iterate_pieces(stored: Stored) -> Iterator[Tensor]:
     """A tensor's numbers as flat fp64 tensors of a few MiB, in the order of the file: its own if it is contiguous.
 
     Nothing for a dtype that torch does not have.
     """
     if isinstance(stored, Pieces):
         for _, part in stored.parts:
-            yield from pieces(part)
+            yield from iterate_pieces(part)
     elif stored.dtype in _TORCH:
         flat = stored if stored.stride is not None else replace(stored, shape=(stored.elements,), stride=(1,))
         for part in _parts(flat):
@@ -185,10 +175,10 @@ def all_sound(tensors: Sequence[Stored]) -> bool:
     return bool(((flat := flat.float() if dtype.itemsize < 4 else flat) >= 0).logical_and_(flat < torch.inf).all())
 
 
-def statistics(stored: Stored) -> Statistics:
+def measure_tensor(stored: Stored) -> Statistics:
     """Statistics of one tensor, read piece by piece."""
     least, most, total, counts = torch.inf, -torch.inf, 0.0, dict.fromkeys(("zeros", "negative", "nan", "infinite"), 0)
-    for piece in pieces(stored):
+    for piece in iterate_pieces(stored):
         finite = piece[piece.isfinite()]
         if finite.numel():
             least, most = min(least, finite.min().item()), max(most, finite.max().item())

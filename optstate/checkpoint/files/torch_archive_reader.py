@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import pickle_machine
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, STORAGES
 from optstate.checkpoint.files.file_kinds import (
     HINTS,
     PICKLE,
@@ -33,15 +33,13 @@ from optstate.checkpoint.files.file_kinds import (
     source_of,
     special_kind,
 )
-from optstate.checkpoint.files.harmful_names import is_harmful
 from optstate.checkpoint.files.pickle_machine import Global, PickleError, Unread, UnsafeGlobalError
 from optstate.checkpoint.files.pickle_objects import check_tree
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT
-from optstate.checkpoint.files.torch_tensors import REBUILD, Storage
-from optstate.checkpoint.files.torch_types import KNOWN, OTHER_STORAGES, STORAGES
+from optstate.checkpoint.files.torch_tensors import REBUILD, StoredStorage
+from optstate.checkpoint.files.torch_types import KNOWN, OTHER_STORAGES, is_harmful
 from optstate.text import shown
 
-__all__ = ["read", "read_at", "read_pickle"]
+__all__ = ["read_pickle", "read_torch_file", "read_torch_part"]
 
 MOST_DIRECTORY = 1 << 25
 """Bytes of a zip archive's directory; a storage takes a hundred."""
@@ -58,7 +56,7 @@ Names = dict[str, None]
 """Names in the order in which they came."""
 
 
-def read(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
+def read_torch_file(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
     """What torch.save was given, as plain data.
 
     Dicts of any kind are dicts, tensors and parameters `Stored`, torch.Size a tuple, NumPy's numbers numbers; dtypes
@@ -82,7 +80,7 @@ def read(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
     raise CheckpointError(path, f"{_named(path, kind)}, not one written by torch.save", HINTS.get(kind, ""))
 
 
-def read_at(path: str | os.PathLike[str], start: int, length: int) -> Any:
+def read_torch_part(path: str | os.PathLike[str], start: int, length: int) -> Any:
     """The same for a zip of torch.save that takes `length` bytes of a file from `start` on."""
     if (kind := special_kind(path)) is not None:
         raise CheckpointError(path, f"{kind}, not one written by torch.save")
@@ -136,7 +134,7 @@ def _checked(tree: Any) -> Any:
 
 def _load(data: bytes | BinaryIO) -> Any:
     """A pickle without tensors and strangers."""
-    return pickle_machine.load(data, known=KNOWN, rebuild=REBUILD)
+    return pickle_machine.load_pickle(data, known=KNOWN, rebuild=REBUILD)
 
 
 def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], strangers: Names) -> Any:
@@ -149,7 +147,7 @@ def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], stran
             strangers[name] = None
         return True
 
-    return pickle_machine.load(data, known=KNOWN, rebuild=REBUILD, persistent=persistent, strange=strange)
+    return pickle_machine.load_pickle(data, known=KNOWN, rebuild=REBUILD, persistent=persistent, strange=strange)
 
 
 class _Reference(NamedTuple):
@@ -236,7 +234,7 @@ class _Archive:
         self._start = start
         self._stop = start + length
         self._records = self._directory(_Part(file, start, length))
-        self._storages: dict[str, Storage] = {}
+        self._storages: dict[str, StoredStorage] = {}
 
     def tree(self) -> Any:
         """What was saved."""
@@ -289,7 +287,7 @@ class _Archive:
         self._file.seek(start)
         return read_bytes(self._path, self._file, size)
 
-    def _storage(self, saved: Any) -> Storage | Unread | Global:
+    def _storage(self, saved: Any) -> StoredStorage | Unread | Global:
         if (kind := _module_class(saved)) is not None:
             return kind
         reference = _reference(saved, 5)
@@ -298,7 +296,7 @@ class _Archive:
             raise PickleError(f"a malformed file: storage '{shown(reference.key)}' is of two dtypes or sizes")
         return reference.unread or storage
 
-    def _found(self, reference: _Reference) -> Storage:
+    def _found(self, reference: _Reference) -> StoredStorage:
         place = f"storage '{shown(reference.key)}'"
         record = f"data/{reference.key}"
         if record not in self._records:
@@ -307,7 +305,7 @@ class _Archive:
         if size < reference.nbytes:
             raise CheckpointError(self._path, f"{place} has {size} bytes, its tensors need {reference.nbytes}")
         shape = (reference.elements,)
-        storage = Storage(
+        storage = StoredStorage(
             os.fspath(self._path), start, reference.dtype, shape, source=source_of(self._file), key=reference.key
         )
         self._storages[reference.key] = storage
@@ -349,7 +347,7 @@ def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
 
 def _collected(
     path: str | os.PathLike[str], saved: Any, references: dict[str, _Reference]
-) -> Storage | Unread | Global:
+) -> StoredStorage | Unread | Global:
     """A storage in a place that is not known yet; `references` takes note of it."""
     if (kind := _module_class(saved)) is not None:
         return kind
@@ -357,11 +355,11 @@ def _collected(
     first = references.setdefault(reference.key, reference)
     if (first.dtype, first.elements) != (reference.dtype, reference.elements):
         raise PickleError(f"a malformed file: storage '{shown(reference.key)}' is of two dtypes or sizes")
-    storage = Storage(os.fspath(path), 0, reference.dtype, (reference.elements,), key=reference.key)
+    storage = StoredStorage(os.fspath(path), 0, reference.dtype, (reference.elements,), key=reference.key)
     return _viewed(storage, reference)
 
 
-def _viewed(storage: Storage, reference: _Reference) -> Storage | Unread:
+def _viewed(storage: StoredStorage, reference: _Reference) -> StoredStorage | Unread:
     """The part of a storage that files before torch 0.4 could refer to as if it were one."""
     if reference.unread is not None:
         return reference.unread
@@ -376,7 +374,7 @@ def _viewed(storage: Storage, reference: _Reference) -> Storage | Unread:
 
 def _older_storages(
     path: str | os.PathLike[str], file: BinaryIO, references: dict[str, _Reference]
-) -> dict[str, Storage]:
+) -> dict[str, StoredStorage]:
     """The storages with their places, by key."""
     keys = _load(file)
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(references):
@@ -392,5 +390,7 @@ def _older_storages(
         if elements != reference.elements:
             what = f"storage '{shown(key)}' has {elements} elements, its tensors say {reference.elements}"
             raise CheckpointError(path, f"a malformed file: {what}")
-        storages[key] = Storage(os.fspath(path), start, reference.dtype, (elements,), source=source_of(file), key=key)
+        storages[key] = StoredStorage(
+            os.fspath(path), start, reference.dtype, (elements,), source=source_of(file), key=key
+        )
     return storages

@@ -58,7 +58,7 @@ def read_dcp(path: str | os.PathLike[str]) -> Checkpoint:
     """
     if _is_megatron(path):
         raise _megatron_error(path)
-    return _checkpoint(dcp_folder.read(path))
+    return _checkpoint(dcp_folder.read_dcp_folder(path))
 
 
 def read_tensors(

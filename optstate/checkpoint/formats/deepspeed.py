@@ -16,7 +16,7 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import deepspeed_files
-from optstate.checkpoint.files.deepspeed_files import STATE, UNIVERSAL, Node, find, is_deepspeed, several_ranks
+from optstate.checkpoint.files.deepspeed_files import STATE, UNIVERSAL, Node, find_files, is_deepspeed, refusal_of_ranks
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.pickle_objects import Object
 from optstate.checkpoint.files.tensor_place import Stored
@@ -67,7 +67,7 @@ def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: if it is damaged, of several ranks, or lacks the file with the shapes of parameters.
     """
-    files = find(path)
+    files = find_files(path)
     model = read_model(files.models)
     found = _universal(files.folder, model) if files.optimizer is None else _zero(files.optimizer, model)
     others = {key: _unwrapped(found.about.value[key]) for key in OTHERS if key in found.about.value}
@@ -100,7 +100,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _zero(path: Path, model: ModelFiles) -> _Found:
-    own = deepspeed_files.read(path).at("optimizer_state_dict")
+    own = deepspeed_files.read_values(path).at("optimizer_state_dict")
     _check_one_part(own)
     stage = _stage_of(own)
     base = own.at("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
@@ -154,7 +154,7 @@ def _check_one_part(own: Node) -> None:
     if not all(type(count) is int for count in counts):
         raise found.wrong("is no number of ranks")
     if max(counts, default=1) > 1:
-        raise several_ranks(own.path, max(counts))
+        raise refusal_of_ranks(own.path, max(counts))
 
 
 def _groups_of(groups: Node, model: ModelFiles) -> list[dict[str, Any]]:
@@ -226,7 +226,7 @@ def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], who
 
 def _universal(folder: Path, model: ModelFiles) -> _Found:
     """A folder for each parameter, a file for each of its statistics."""
-    own = deepspeed_files.read(folder / UNIVERSAL / STATE)
+    own = deepspeed_files.read_values(folder / UNIVERSAL / STATE)
     names = sorted(entry.name for entry in (folder / UNIVERSAL).iterdir() if entry.is_dir())
     groups = own.at("param_groups")
     if not model.files:
@@ -267,7 +267,7 @@ def _check_names(path: Path, names: Iterable[str], model: ModelFiles) -> None:
 
 def _of_parameter(path: Path, name: str, model: ModelFiles) -> Any:
     """What one file has for a parameter, in its shape: stage 3 writes flat tensors."""
-    tree = deepspeed_files.read(path)
+    tree = deepspeed_files.read_values(path)
     value = tree.value["param"] if isinstance(tree.value, dict) and "param" in tree.value else tree.value
     if not isinstance(value, Stored) or path.stem == "step":
         return value
@@ -312,7 +312,7 @@ def read_model(paths: Sequence[Path]) -> ModelFiles:
     """Names, shapes and dtypes; of several files each has those of its stage of a pipeline."""
     model = ModelFiles(files=list(paths))
     for path in paths:
-        tree = deepspeed_files.read(path)
+        tree = deepspeed_files.read_values(path)
         for i, group in enumerate(tree.at("param_shapes").items()):
             shapes = {str(name): _shape_of(group, name) for name in group.of(dict)}
             model.groups += [{}] * (i + 1 - len(model.groups))

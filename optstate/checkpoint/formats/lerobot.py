@@ -12,9 +12,10 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Document
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import read_whole
-from optstate.checkpoint.files.safetensors_file import Header, read_header
+from optstate.checkpoint.files.safetensors_header import Header, read_header
 from optstate.checkpoint.files.safetensors_writer import NewEntry
-from optstate.checkpoint.files.tensor_place import stored_entry
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
+from optstate.checkpoint.files.tensor_place import locate_entry
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
 from optstate.checkpoint.formats.registry import find_format, read_state_dict
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
@@ -85,16 +86,16 @@ def _tensors_by_id(header: Header) -> dict[int, dict[str, Any]]:
                 raise CheckpointError(header.path, f"'{shown(entry.name)}' lies within another tensor")
         if parts[-1] in into:
             raise CheckpointError(header.path, f"'{shown(entry.name)}' is there twice")
-        into[parts[-1]] = stored_entry(header, entry)
+        into[parts[-1]] = locate_entry(header, entry)
     return dict(sorted(state.items()))
 
 
 def _groups(path: Path) -> list[Any]:
     try:
-        groups = json.loads(read_whole(path, LARGEST_SIDE_FILE).decode())
+        groups = parse(read_whole(path, LARGEST_SIDE_FILE).decode(), pairs=dict)
         if not isinstance(groups, list):
             raise TypeError("it is no list")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (UnicodeDecodeError, NotJSONError, TypeError) as error:
         raise CheckpointError(path, f"the param groups beside the file cannot be read: {error}") from None
     return groups
 

@@ -95,7 +95,7 @@ def read_torch_file(path: str | os.PathLike[str], key: str | None = None, optimi
     text = os.fspath(path)
     strangers: dict[str, None] = {}
     notes: list[str] = []
-    tree = torch_archive_reader.read(path, strangers)
+    tree = torch_archive_reader.read_torch_file(path, strangers)
     state = chosen(tree, text, key, notes)
     if strangers:  # it may have been in one of them, into which nobody has looked
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group, Parameter, SlotRecord
+from optstate.checkpoint.files.dtypes import FLOATS
 from optstate.checkpoint.files.pickle_machine import Global, Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_pickle_writer import NewTensor, Subclass
@@ -19,7 +20,6 @@ from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, c
 from optstate.checkpoint.formats.shared.state_dict import StateDict, tell_adam_from_adamw
 from optstate.checkpoint.formats.shared.statistics import ADAM, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import (
-    FLOATS,
     LayoutError,
     Tree,
     TreeWriter,

@@ -10,10 +10,10 @@ from typing import Any
 from optstate.checkpoint.document.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.files.numpy_values import element
 from optstate.checkpoint.files.opened_file import FileChangedError
 from optstate.checkpoint.files.pickle_machine import Global, Object, Stranger, Unread
-from optstate.checkpoint.files.tensor_place import Stored, numbers
+from optstate.checkpoint.files.tensor_place import Stored, read_numbers
+from optstate.checkpoint.files.torch_tensors import only_element
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.other_libraries import stem_of
 from optstate.text import shown
@@ -195,7 +195,7 @@ def small_numbers(stored: Stored) -> tuple[float | int, ...]:
         NotPlainError: for a large one, one that is not contiguous, of another dtype, or not all in the file.
     """
     try:
-        return numbers(stored)
+        return read_numbers(stored)
     except FileChangedError:
         raise
     except (ValueError, OSError) as error:
@@ -222,7 +222,7 @@ def plain(value: Any, depth: int = 0) -> Any:
         return {key: plain(item, depth + 1) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if (number := element(value)) is not None:
+    if (number := only_element(value)) is not None:
         return number
     raise NotPlainError(f"it is {type_name(value)}")
 
@@ -250,7 +250,7 @@ def number_of(value: Any) -> float | None:
     if isinstance(value, TensorValue) and len(value.values) == 1:
         (value,) = value.values
     if isinstance(value, Object):
-        value = element(value)
+        value = only_element(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

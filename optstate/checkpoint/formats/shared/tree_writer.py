@@ -10,6 +10,7 @@ from typing import Any
 
 from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter, SlotRecord, TensorValue
 from optstate.checkpoint.document.rules import library_of
+from optstate.checkpoint.files.dtypes import FORMS, SAFETENSORS_NAMES, TORCH_NAMES
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
 from optstate.checkpoint.formats.shared.statistics import RECIPE_OF_RULE, RULES, Meaning
@@ -17,7 +18,6 @@ from optstate.text import shown
 
 __all__ = [
     "FACTORED",
-    "FLOATS",
     "NO_NUMBER",
     "LayoutError",
     "Tree",
@@ -33,23 +33,6 @@ __all__ = [
 
 Tree = dict[str, Any]
 """A tree that `create_torch` writes."""
-
-FLOATS = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
-"""The dtypes that parameters can have: torch's names and the safetensors format's."""
-
-_PACKED = {
-    "bool": ("BOOL", "?"),
-    "uint8": ("U8", "B"),
-    "int8": ("I8", "b"),
-    "int16": ("I16", "h"),
-    "float16": ("F16", "e"),
-    "bfloat16": ("BF16", "f"),
-    "int32": ("I32", "i"),
-    "float32": ("F32", "f"),
-    "float64": ("F64", "d"),
-    "int64": ("I64", "q"),
-}
-_NAMES = {name: torch_name for torch_name, (name, _) in _PACKED.items()}
 
 FACTORED = "Factored()"
 
@@ -315,9 +298,9 @@ def is_full(record: SlotRecord) -> bool:
 
 def scalar(dtype: str, value: float) -> Constant:
     """A tensor without dimensions; `dtype` is the safetensors format's name."""
-    if dtype not in _NAMES:
+    if dtype not in FORMS and dtype != "BF16":
         raise LayoutError(f"a step of dtype {dtype!r} cannot be written")
-    return constant(TensorValue(_NAMES[dtype], (), (value,)))
+    return constant(TensorValue(TORCH_NAMES[dtype], (), (value,)))
 
 
 def constant(value: TensorValue) -> Constant:
@@ -326,10 +309,11 @@ def constant(value: TensorValue) -> Constant:
     Raises:
         LayoutError: for a dtype that cannot be written, or numbers that it cannot hold.
     """
-    if value.dtype not in _PACKED:
+    name = SAFETENSORS_NAMES.get(f"torch.{value.dtype}", "")
+    code = "f" if name == "BF16" else FORMS.get(name)
+    if code is None:
         raise LayoutError(f"a tensor of {value.dtype} among the hyper-parameters cannot be written")
-    name, code = _PACKED[value.dtype]
-    numbers = [int(v) if code in "BbhiqQ" else v for v in value.values]
+    numbers = [int(v) if code in "BbhHiIqQ" else v for v in value.values]
     try:
         data = struct.pack(f"<{len(numbers)}{code}", *numbers)
     except (struct.error, OverflowError):
