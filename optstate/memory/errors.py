@@ -31,13 +31,13 @@ class SourceError(ValueError):
 
 
 def in_words(error: BaseException) -> str:
-    """Type and message of an error on one line, its middle left out if it is long."""
+    """Return type and message of an error on one line, its middle left out if it is long."""
     text = " ".join(str(error).split())
     return shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def checked_dtype(name: str) -> torch.dtype:
-    """The dtype of weights that torch calls so; raises SourceError for another."""
+    """Return the dtype of weights that torch calls so; raise SourceError for another."""
     if name not in DTYPES:
         raise SourceError(f"dtype={name!r} is none for weights: {', '.join(DTYPES)}", usage=True)
     dtype: torch.dtype = getattr(torch, name)

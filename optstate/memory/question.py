@@ -54,7 +54,7 @@ class Recipe:
 
 
 def recipe_of(recipe: str | Build) -> Recipe:
-    """The installed recipe of a name, or any callable that makes an optimizer of parameters.
+    """Return the installed recipe of a name, or one of any callable that makes an optimizer of parameters.
 
     Raises:
         QuestionError: if no recipe has this name, naming the nearest; if it is neither.
@@ -101,7 +101,7 @@ class Question:
         return next(recipe for recipe in self.recipes if recipe.name == name)
 
     def answer(self, recipe: Recipe) -> RecipeEstimate:
-        """The estimate of a recipe.
+        """Return the estimate of a recipe.
 
         Raises:
             QuestionError: if the recipe cannot be built so.
@@ -127,7 +127,7 @@ class Question:
         return case.from_trace(trace, how, notes)
 
     def lower_bound(self, recipe: Recipe) -> RecipeEstimate:
-        """What shapes alone tell: nothing is traced, nothing noted."""
+        """Return the estimate from shapes alone, without a trace and without notes."""
         return _Case(self, recipe).from_shapes()
 
 
@@ -158,7 +158,7 @@ class _Case:
         return self.recipe.build if weights == "auto" else partial(self.recipe.build, weights=weights)
 
     def build_undeclared(self, groups: Iterable[dict[str, Any]]) -> Optimizer:
-        """The recipe for `model.named_parameters()`, from groups that declare roles."""
+        """Return the recipe for `model.named_parameters()`, from groups that declare roles."""
         return self.build([named for group in groups for named in group["params"]])
 
     @cached_property
@@ -233,8 +233,9 @@ class _Case:
         )
 
     def _divided(self, trace: Trace) -> tuple[dict[str, int], str]:
-        """The peak on one of several devices, and where it is: a bound put together from what one device was seen to
-        need, since nothing was traced on several.
+        """Bound the peak on one of several devices, and say where it is.
+
+        The bound is put together from what one device was seen to need, since nothing was traced on several.
 
         At the start of the backward pass all activations are alive; at the end of its layers all their gradients are,
         and the activations of one layer; then, under fsdp, the root's gradients are scattered; then comes the update.
@@ -267,7 +268,7 @@ class _Case:
         return max((param.nbytes for param in self.question.model.parameters if param.trainable), default=0)
 
     def notes(self) -> Iterable[str]:
-        """What a reader of the figures should know."""
+        """Yield what a reader of the figures should know."""
         if self.setting.fused_backward and self.setting.grad_accum > 1:
             yield "gradients of several micro-batches are kept until the last: fusing saves no gradients"
         if self.setting.fused_backward and self.setting.clip == "norm":
@@ -282,7 +283,7 @@ class _Case:
         yield from self.rank.notes
 
     def _declared(self) -> Iterable[str]:
-        """What a recipe that asks for roles keeps where they are declared."""
+        """Yield how much a recipe that asks for roles keeps where they are declared."""
         build = self.question.model.build
         if build is None:
             return

@@ -160,7 +160,7 @@ class Estimate:
         return format_estimate(self)
 
     def __getitem__(self, recipe: str) -> RecipeEstimate:
-        """The estimate of a recipe by its name."""
+        """Return the estimate of a recipe by its name."""
         for one in self.recipes:
             if one.recipe == recipe:
                 return one
@@ -168,8 +168,10 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether one of the recipes fits the GPU for sure: not if verdicts are "tight" or "unknown". True without
-        a GPU, where nothing was to fit."""
+        """Whether one of the recipes fits the GPU for sure: not if verdicts are "tight" or "unknown".
+
+        True without a GPU, where nothing was to fit.
+        """
         return self.gpu is None or any(one.verdict == verdict.FITS for one in self.recipes)
 
     def to_json(self) -> dict[str, Any]:
@@ -215,7 +217,7 @@ COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#ccb974", "#937860")
 
 
 def format_gib(nbytes: int | None) -> str:
-    """A number of GiB, without the unit; "-" for what is not known."""
+    """Return a number of GiB, without the unit; "-" for what is not known."""
     if nbytes is None:
         return "-"
     size = nbytes / GIB
@@ -225,7 +227,7 @@ def format_gib(nbytes: int | None) -> str:
 
 
 def setting_tree(estimate: Estimate) -> dict[str, Any]:
-    """The run as plain data; sizes are None where inputs have their own."""
+    """Return the run as plain data; sizes are None where inputs have their own."""
     setting = estimate.setting
     return {
         "dtype": setting.dtype,
@@ -242,7 +244,7 @@ def setting_tree(estimate: Estimate) -> dict[str, Any]:
 
 
 def describe_setting(estimate: Estimate) -> str:
-    """The run in words."""
+    """Return the run in words."""
     setting = estimate.setting
     words = [setting.dtype]
     if any(one.peak_bytes is not None for one in estimate.recipes):
@@ -263,7 +265,7 @@ def describe_setting(estimate: Estimate) -> str:
 
 
 def list_facts(estimate: Estimate) -> list[tuple[str, str]]:
-    """What was estimated, as names and values."""
+    """List what was estimated, as names and values."""
     tensors = f" in {estimate.tensors} tensors"
     found = [
         ("model", f"{estimate.source}: {estimate.parameters:,} parameters{tensors}"),
@@ -280,7 +282,7 @@ Line = tuple[str, str, Callable[["RecipeEstimate"], str]]
 
 
 def make_lines(estimate: Estimate) -> list[Line]:
-    """The lines of the table, in GiB."""
+    """Return the lines of the table, in GiB."""
 
     def part(kind: str) -> Callable[[RecipeEstimate], str]:
         return lambda one: format_gib(one.at_peak.get(kind, 0) if one.peak_bytes is not None else None)
@@ -309,7 +311,7 @@ def make_lines(estimate: Estimate) -> list[Line]:
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """The table for a person, at most 100 columns wide if names are not too long."""
+    """Format the table for a person, at most 100 columns wide if names are not too long."""
     head = [wrap(f"{name:6s} {value}", 7) for name, value in list_facts(estimate)]
     blocks = [
         _block(estimate, estimate.recipes[start : start + WIDEST]) for start in range(0, len(estimate.recipes), WIDEST)
@@ -319,7 +321,7 @@ def format_estimate(estimate: Estimate) -> str:
 
 
 def wrap(line: str, indent: int = 2) -> str:
-    """The line, broken where it is too long."""
+    """Break a line where it is too long."""
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
@@ -352,7 +354,7 @@ def _below(estimate: Estimate) -> Iterator[str]:
 
 
 def group_recipes(pairs: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """The recipes that have something in common, by what it is, in order."""
+    """Group recipes by what they have in common, in order."""
     found: dict[str, list[str]] = {}
     for what, recipe in pairs:
         found.setdefault(what, []).append(recipe)

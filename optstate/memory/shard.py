@@ -80,7 +80,7 @@ class PerRank:
 
 
 def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size: int, shard: str) -> PerRank:
-    """What rank 0 of `world_size` holds, see the module's text.
+    """Return what rank 0 of `world_size` holds, see the module's text.
 
     plan: of an optimizer for the whole model, or that optimizer. setting: of it, whether the backward pass is fused.
 
@@ -110,7 +110,7 @@ def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size:
 
 
 def local_shape(shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """What rank 0 has of a parameter: the first `ceil(m / W)` rows; a scalar is everywhere."""
+    """Return what rank 0 has of a parameter: the first `ceil(m / W)` rows; a scalar is everywhere."""
     return (-(-shape[0] // world_size), *shape[1:]) if shape else ()
 
 
@@ -120,7 +120,7 @@ def _weight_bytes(param: ParamShape, world_size: int) -> int:
 
 
 def region_of_first(shape: tuple[int, ...], world_size: int) -> Region | None:
-    """The part of a parameter that rank 0 has; None for all of it."""
+    """Return the part of a parameter that rank 0 has; None for all of it."""
     if world_size == 1 or not shape:
         return None
     others = len(shape) - 1
@@ -128,7 +128,7 @@ def region_of_first(shape: tuple[int, ...], world_size: int) -> Region | None:
 
 
 def _planned_in_parts(plan: Plan, world_size: int) -> Iterator[ParamPlan]:
-    """The plan of each parameter that trains, as rank 0 has it. Parameters that are alike are planned once."""
+    """Yield the plan of each parameter that trains, as rank 0 has it; parameters that are alike are planned once."""
     alike: dict[tuple[ParamSpec, Chain, Weights], ParamPlan] = {}
     for param in plan:
         if not param.trainable:
@@ -174,7 +174,7 @@ def _whole_parameters(model: Model, world_size: int) -> dict[str, int]:
 
 
 def _layers(parameters: tuple[ParamShape, ...]) -> list[list[ParamShape]]:
-    """The longest numbered list of modules, at least two: what is sharded layer by layer."""
+    """Return the longest numbered list of modules, at least two: what is sharded layer by layer."""
     longest = max(families(parameters).values(), key=len, default=[])
     return longest if len(longest) > 1 else []
 

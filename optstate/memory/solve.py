@@ -33,8 +33,10 @@ BY_SECANT = 12
 
 @dataclass(frozen=True)
 class Change:
-    """A change that makes a run fit. kind: "run", "batch" or "recipe", by what is another. what: then, in words.
-    options: of the command line that make the change. estimate: with it.
+    """A change that makes a run fit.
+
+    kind: "run", "batch" or "recipe", by what is another. what: then, in words. options: of the command line that make
+    the change. estimate: with it.
     """
 
     kind: str
@@ -55,7 +57,7 @@ class LargestSize:
 
 
 def find_changes(estimate: Estimate) -> tuple[Change, ...]:
-    """Changes under which a recipe fits that does not: of each kind the smallest, each traced.
+    """Find changes under which a recipe fits that does not: of each kind the smallest, each traced.
 
     Of several recipes it is the one with the least peak that is changed; none if one of them fits already.
 
@@ -81,7 +83,7 @@ def _asked(estimate: Estimate) -> tuple[Question, Gpu]:
 
 
 def _fits(question: Question, recipe: Recipe) -> RecipeEstimate | None:
-    """The estimate if it fits; nothing is traced that cannot by its weights, gradients and state alone."""
+    """Return the estimate if the run fits; what cannot by weights, gradients and state alone is not traced."""
     try:
         if question.lower_bound(recipe).verdict == NO:
             return None
@@ -96,7 +98,7 @@ Run = tuple[Question, str, str]
 
 
 def _runs(question: Question, recipe: Recipe) -> list[Run]:
-    """The same recipe run otherwise, to the same end: the smallest change first, all of them together last."""
+    """List other ways to run the recipe, to the same end: the smallest change first, all together last."""
     fused = recipe.fused if question.fused_backward is None else question.fused_backward
     checkpointed = replace(question, setting=replace(question.setting, checkpointing=True))
     runs = []
@@ -120,7 +122,7 @@ def _other_run(question: Question, recipe: Recipe) -> Change | None:
 
 
 def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
-    """A batch that fits, with nothing else changed, else with all else that helps."""
+    """Find a batch that fits, with nothing else changed, else with all else that helps."""
     batch = question.setting.batch_size
     if batch == 1:
         return None
@@ -137,7 +139,7 @@ def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
 
 
 def _on_the_line(one: RecipeEstimate, whole: RecipeEstimate, batch: int, question: Question) -> int:
-    """The batch that fits if peaks grow evenly from a batch of one."""
+    """Return the batch that fits if peaks grow evenly from a batch of one."""
     assert one.peak_bytes is not None
     assert whole.peak_bytes is not None
     assert question.gpu is not None
@@ -146,7 +148,7 @@ def _on_the_line(one: RecipeEstimate, whole: RecipeEstimate, batch: int, questio
 
 
 def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
-    """A recipe with less state, run as it is made to be; else with all else that helps.
+    """Find a recipe with less state, run as it is made to be; else with all else that helps.
 
     If the one with the least does not fit, no other is tried.
     """
@@ -175,7 +177,7 @@ def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
 
 
 def find_largest(estimate: Estimate, quantity: str) -> tuple[LargestSize, ...]:
-    """The largest batch or sequence that surely fits the GPU, for each recipe: it fits, and one more does not.
+    """Find the largest batch or sequence that surely fits the GPU, for each recipe: one more does not.
 
     Raises:
         QuestionError: without a GPU, for another quantity, or for a model that cannot be traced.
@@ -222,12 +224,12 @@ def _with_size(question: Question, quantity: str, size: int) -> Question:
 
 
 def _most_allocated(gpu: Gpu) -> int:
-    """The largest peak that fits for sure."""
+    """Return the largest peak that fits for sure."""
     return math.floor((gpu.nbytes - CONTEXT[1]) / FRAGMENTATION)
 
 
 def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> int:
-    """The largest size from 1 whose peak is at most `limit`, 0 if there is none; peaks grow with sizes.
+    """Find the largest size from 1 whose peak is at most `limit`, 0 if there is none; peaks grow with sizes.
 
     peak: None for sizes that cannot be.
     """
@@ -248,7 +250,7 @@ def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> in
 
 
 def _next(known: dict[int, int], limit: int, fits: int, fails: int) -> int:
-    """The next size to try, strictly between the largest known to fit and the smallest known not to.
+    """Choose the next size to try, strictly between the largest known to fit and the smallest known not to.
 
     It is where a straight line through two known ones meets the limit. Peaks are the most of several straight lines in
     the size, so that a line through one that fits and one that does not leads too low if anything.

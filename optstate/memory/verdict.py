@@ -72,7 +72,7 @@ class Gpu:
 
 
 def find_gpu(text: str | float) -> Gpu:
-    """The GPU of this name ("RTX 4090", "a100-80"), or any with this much memory ("24GiB", "24GB"; 24 is in GiB).
+    """Find the GPU of a name ("RTX 4090", "a100-80"), or any of a size ("24GiB", "24GB"; 24 is in GiB).
 
     Raises:
         QuestionError: if it is neither, naming the nearest.
@@ -102,7 +102,7 @@ def _of_size(name: str, nbytes: float) -> Gpu:
 
 
 def _key(name: str) -> str:
-    """A name as it is compared: what people write around the model's number left out."""
+    """Return a name as it is compared: what people write around the model's number left out."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia|amd|instinct|tesla|geforce|rtx)+", "", re.sub(r"(gib|gb)$", "", plain))
 
@@ -119,8 +119,10 @@ def device_bytes(allocated: int) -> tuple[int, int]:
 
 
 def judge_peak(allocated: int, memory: int) -> str:
-    """Whether a peak fits into `memory` bytes: "fits" if the most it can become does, "no" if not even the least does,
-    "tight" if it depends."""
+    """Return whether a peak fits into `memory` bytes.
+
+    "fits" if the most that the peak can become does, "no" if not even the least does, "tight" if it depends.
+    """
     least, most = device_bytes(allocated)
     if most <= memory:
         return FITS

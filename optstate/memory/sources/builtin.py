@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, positions: int) -> dict[str, Any]:
-    """What the config.json of a model of Llama's kind says about sizes. keys: heads of keys and values."""
+    """Return what the config.json of a model of Llama's kind says about sizes. keys: heads of keys and values."""
     return {
         "model_type": "llama",
         "vocab_size": vocab,
@@ -91,13 +91,13 @@ CONFIGS: Mapping[str, Config] = MappingProxyType(
 
 
 def find_config(name: str) -> dict[str, Any] | None:
-    """The config of a published model, upper and lower case alike; None if there is none of this name."""
+    """Return the config of a published model, upper and lower case alike; None if there is none of this name."""
     config = CONFIGS.get(name.lower())
     return None if config is None else dict(config)
 
 
 def _near(name: str) -> str:
-    """A hint: the names that are most like this one, an owner as on the Hub left out; some names if none is."""
+    """Return a hint: the names most like this one, an owner as on the Hub left out; some names if none is."""
     matches = difflib.get_close_matches(name.lower().rpartition("/")[2], CONFIGS, n=3, cutoff=0.6)
     if matches:
         return "did you mean " + " or ".join(repr(match) for match in matches) + "?"
@@ -105,7 +105,7 @@ def _near(name: str) -> str:
 
 
 def unknown_source(source: str) -> SourceError:
-    """The error for what is neither a name nor a path."""
+    """Return the error for a source that is neither a name nor a path."""
     reason = f"no file, folder or published model '{shown(source)}'"
     hub = " (nothing is downloaded: give the folder or its config.json)" if source.count("/") == 1 else ""
     return SourceError(f"{reason}{hub}; {_near(source)}", usage=True)

@@ -20,7 +20,7 @@ __all__ = ["of_checkpoint", "recipe_of"]
 
 
 def recipe_of(path: str | os.PathLike[str]) -> str:
-    """The recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if it does not tell.
+    """Return the recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if it does not tell.
 
     Raises:
         SourceError: if the path is not a checkpoint of an optimizer.
@@ -29,7 +29,7 @@ def recipe_of(path: str | os.PathLike[str]) -> str:
 
 
 def of_checkpoint(path: Path, dtype: str, names: str | None = None) -> Model:
-    """The model whose optimizer this was. dtype: of weights where the file does not tell. names: see `read_names`.
+    """Describe the model whose optimizer this was. dtype: where the file does not tell it. names: see `read_names`.
 
     Raises:
         SourceError: if it cannot be read, or says nothing of the shape of a parameter.

@@ -41,8 +41,9 @@ ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vecto
 
 
 def weights_at(path: Path) -> list[Header]:
-    """The headers of a file, of a sharded set by its index, or of a folder with one of these; none if there is only
-    the state of an optimizer, or no safetensors file at all.
+    """Read the headers of a file, of a sharded set by its index, or of a folder with one of these.
+
+    None are returned if there is only the state of an optimizer, or no safetensors file at all.
 
     Raises:
         SourceError: if a file cannot be read, or the folder holds several models.
@@ -60,20 +61,20 @@ def weights_at(path: Path) -> list[Header]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The indices in a folder, or else its safetensors files."""
+    """Return the indices in a folder, or else its safetensors files."""
     names = sorted(part.name for part in path.iterdir())
     indices = [name for name in names if name.endswith(INDEX)]
     return [path / name for name in indices or [name for name in names if name.endswith(SUFFIX)]]
 
 
 def _weights(path: Path) -> list[Header]:
-    """The headers of a file or set that is not the state of an optimizer, ours or LeRobot's."""
+    """Read the headers of a file or set that is not the state of an optimizer, ours or LeRobot's."""
     headers = list(read_index(path).shards.values()) if path.name.endswith(INDEX) else [read_header(path)]
     return [] if any(KEY in header.metadata or is_lerobot(header) for header in headers) else headers
 
 
 def of_headers(path: Path, headers: Iterable[Header], dtype: str) -> Model:
-    """The model that these files hold the weights of: dtypes are the file's.
+    """Describe the model that these files hold the weights of: dtypes are the file's.
 
     dtype: the one asked for; a note says where the file's is another.
 

@@ -37,7 +37,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def probe(build: Callable[[], M], dtype: torch.dtype) -> M:
-    """The module on fake tensors, in a mode of its own: to be looked at, not to be run."""
+    """Build the module on fake tensors, in a mode of its own: to be looked at, not to be run."""
     with FakeTensorMode(), default_dtype(dtype):
         return build()
 
@@ -74,7 +74,7 @@ NUMBERED = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
 def families(parameters: Sequence[ParamShape]) -> dict[str, list[list[ParamShape]]]:
-    """The parameters of every numbered list of modules, by its name: "model.layers" -> those of layer 0, 1 ...
+    """Return the parameters of every numbered list of modules, by its name: "model.layers" -> those of layer 0, 1 ...
 
     The outermost numbers count: experts within layers are no list of their own.
     """
@@ -95,7 +95,7 @@ def in_fake_mode() -> bool:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy; under FakeTensorMode one with new tensors of the same shapes, strides and dtypes on the CPU.
+    """Copy a module; under FakeTensorMode with new tensors of the same shapes, strides and dtypes on the CPU.
 
     Tied parameters stay tied. Hooks on modules are copied; under FakeTensorMode gradients and hooks on parameters are
     not.

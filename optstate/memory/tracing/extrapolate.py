@@ -31,7 +31,7 @@ class Place(NamedTuple):
     after: str = ""
 
     def name(self, layers: int) -> str:
-        """The name in a model of so many layers."""
+        """Return the name in a model of so many layers."""
         return self.before if self.layer is None else f"{self.before}{self.layer % layers}{self.after}"
 
 
@@ -100,7 +100,7 @@ def _irregular(seen: list[Seen]) -> str:
 
 
 def _along(one: Moment, next_one: Moment, steps: int) -> Moment:
-    """The moment that is `steps` steps away from `one`, on a line through it and the next one."""
+    """Return the moment that is `steps` steps away from `one`, on a line through `one` and the next moment."""
 
     def line(a: int, b: int) -> int:
         return a + steps * (b - a)
@@ -118,7 +118,7 @@ def _numbers(moment: Moment) -> tuple[int, ...]:
 
 
 def _places(seen: Seen, layers: int, near: int = 2) -> dict[Place, Moment]:
-    """The fullest moments of a trace, of layers those of the first few and of the last two."""
+    """Return the fullest moments of a trace, of layers those of the first few and of the last two."""
     found: dict[Place, Moment] = {}
     for name, moment in seen.timeline.moments.items():
         place = _place(name, seen.stacks)

@@ -79,7 +79,9 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
     `fused.grad_norm(loss)` before the backward pass, or with several batches leaves all of them to `optimizer.step()`.
 
     Args:
+        model: what is trained; its `build` and `batch` are called.
         recipe: gets the groups of `optstate.declare_roles(module)` and gives the optimizer, `setting.weights` included.
+        setting: how the step is run.
         layers: build only so many of the identical layers.
         device: the type of the device it is for: "cpu" counts exact bytes, others round up to 512; updates go through
             a parameter in parts as large as they are there, and attention keeps what its kernels keep there.
@@ -104,7 +106,7 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
 
 
 def choose_largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
-    """The largest tensors of each kind, together in order of size."""
+    """Choose the largest tensors of each kind, together in order of size."""
     of_kind: Counter[str] = Counter()
     chosen = []
     for item in alive:
@@ -183,7 +185,7 @@ class _Step:
         hook(lambda grad: self.tracker.belongs(grad, "gradients", name))
 
     def warm_up(self) -> None:
-        """What is there from the first step on: what models make in their first pass. State is there already."""
+        """Make what is there from the first step on, as models do in their first pass. State is there already."""
         self._loss()
         for state in self.optimizer.state.values():
             state["step"] += 1
@@ -203,7 +205,7 @@ class _Step:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, loss: Tensor, clips: bool, waits: bool) -> None:
-        """waits: a fused backward is to add its gradients up for a later one, or for `step()`."""
+        """Run the backward pass. waits: a fused one adds its gradients up for a later one, or for `step()`."""
         if self.fused is not None and clips and not waits:
             with self.position.during("backward"):
                 self.fused.grad_norm(loss)
@@ -260,7 +262,7 @@ def _naming_errors(model: Model, tracker: Tracker | None = None) -> Iterator[Non
 
 
 def _in(tracker: Tracker | None) -> str:
-    """The place of an error, or the operator before it."""
+    """Return the place of an error, or the operator before it."""
     if tracker is None:
         return " in its construction"
     if tracker.failed_in:
@@ -270,7 +272,7 @@ def _in(tracker: Tracker | None) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The collector would free cycles at moments of its own. Random numbers and warnings are left as they are."""
+    """Keep the collector from freeing cycles at moments of its own, and random numbers and warnings as they are."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -292,7 +294,7 @@ def _notes(module: nn.Module, tracker: Tracker) -> Iterator[str]:
 
 
 def _stacks(module: nn.Module, layers: int | None) -> tuple[str, ...]:
-    """The lists of as many modules of one class as there are layers."""
+    """Return the lists of as many modules of one class as there are layers."""
     lists = ((name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential))
     return tuple(name for name, part in lists if len(part) == layers and len({type(layer) for layer in part}) == 1)
 

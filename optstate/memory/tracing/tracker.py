@@ -73,7 +73,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(tensor, kind, what, "")
 
     def belongs(self, tensor: Tensor, kind: str, what: str) -> None:
-        """A tensor turned out to be somebody's: correct what is known of its storage, and of what it is a sum of."""
+        """Correct whose a tensor's storage is, once that turns out, and the storages that it is a sum of."""
         found = self._live.get(tensor.untyped_storage()._cdata)
         if found is None:
             self.seed(tensor, kind, what)
@@ -134,7 +134,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage.over = storage.terms[0] if len(storage.terms) == 2 and not first._is_view() else None
 
     def _terms(self, args: tuple[Any, ...], nbytes: int) -> Iterable[TrackedStorage]:
-        """What a sum is made of, if they are whole storages of its size."""
+        """Yield the terms of a sum that are whole storages of its size."""
         for arg in args:
             found = self._live.get(arg.untyped_storage()._cdata) if isinstance(arg, Tensor) else None
             if found is not None and found[0].nbytes == nbytes:
@@ -212,7 +212,7 @@ class Timeline:
         return {place: Moment(total, kinds, tuple(most[place]), i) for place, (total, kinds, i) in fullest.items()}
 
     def alive(self, index: int) -> tuple[Alive, ...]:
-        """What was alive after an event, the largest first."""
+        """Return what was alive after an event, the largest first."""
         living: dict[int, TrackedStorage] = {}
         for storage, made in self._events[: index + 1]:
             if made:
