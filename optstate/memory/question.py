@@ -50,7 +50,7 @@ class Recipe:
 
 
 def recipe_of(recipe: str | Build) -> Recipe:
-    """Return the installed recipe of a name, or a callable that makes an optimizer from parameters as a recipe.
+    """Return the installed recipe of a name, or one of any callable that makes an optimizer of parameters.
 
     Raises:
         QuestionError: if no recipe has this name, naming the nearest, or if `recipe` is neither name nor callable.
@@ -136,7 +136,7 @@ class Question:
         return case.from_trace(trace, how, notes)
 
     def lower_bound(self, recipe: Recipe) -> RecipeEstimate:
-        """Return the estimate from shapes alone: nothing is traced, and there are no notes."""
+        """Return the estimate from shapes alone, without a trace and without notes."""
         return _Case(self, recipe).from_shapes()
 
 
@@ -167,7 +167,7 @@ class _Case:
         return self.recipe.build if weights == "auto" else partial(self.recipe.build, weights=weights)
 
     def build_undeclared(self, groups: Iterable[dict[str, Any]]) -> Optimizer:
-        """Build the optimizer as from `model.named_parameters()`, leaving the roles that the groups declare out."""
+        """Return the recipe for `model.named_parameters()`, from groups that declare roles."""
         return self.build([named for group in groups for named in group["params"]])
 
     @cached_property
@@ -242,9 +242,9 @@ class _Case:
         )
 
     def _divided(self, trace: Trace) -> tuple[dict[str, int], str]:
-        """Return a bound on the peak of one of several devices by kind, and the phase of the peak.
+        """Bound the peak on one of several devices, and say where it is.
 
-        Nothing is traced on several devices; the bound is put together from the trace on one.
+        The bound is put together from what one device was seen to need, since nothing was traced on several.
 
         At the start of the backward pass all activations are alive; at the end of its layers all their gradients are,
         and the activations of one layer; then, under fsdp, the root's gradients are scattered; then comes the update.
@@ -277,7 +277,7 @@ class _Case:
         return max((param.nbytes for param in self.question.model.parameters if param.trainable), default=0)
 
     def notes(self) -> Iterable[str]:
-        """Yield what a reader of the figures should know, in words."""
+        """Yield what a reader of the figures should know."""
         if self.setting.fused_backward and self.setting.grad_accum > 1:
             yield "gradients of several micro-batches are kept until the last: fusing saves no gradients"
         if self.setting.fused_backward and self.setting.clip == "norm":
@@ -292,7 +292,7 @@ class _Case:
         yield from self.rank.notes
 
     def _declared(self) -> Iterable[str]:
-        """Yield a note if a recipe that asks for roles keeps less, or more, where the roles are declared."""
+        """Yield how much a recipe that asks for roles keeps where they are declared."""
         build = self.question.model.build
         if build is None:
             return
