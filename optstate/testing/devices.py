@@ -138,7 +138,7 @@ class CutParameter:
     def _total(
         self, part: DevicePart, request: Any, pending: list[tuple[DevicePart, Any]], path: tuple[int, ...]
     ) -> Any:
-        """Return what a device gets: its request added up over the devices that differ from it in the dimensions asked."""
+        """Return what a device asks for, added up over the devices that differ in the dimensions asked."""
         if isinstance(request, tuple) and not isinstance(request, Partial | Largest):
             return tuple(self._total(part, item, pending, (*path, i)) for i, item in enumerate(request))
         ndim = len(self.shape)

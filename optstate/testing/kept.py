@@ -152,7 +152,7 @@ def _sizes_of(case: Setting) -> None:
 
 
 def numbers_come_back(store: Store) -> None:
-    """Check that what is read has the parameter's shape, is zero at the start, and is near a constant that was stored."""
+    """Check that what is read has the right shape, is zero at the start, and is near a constant that was stored."""
     for case in settings(store):
         with case.place():
             _numbers_of(case)
@@ -170,7 +170,7 @@ def _numbers_of(case: Setting) -> None:
 
 
 def slices_are_kept_alone(store: Store) -> None:
-    """Check that slices are kept as the whole is there, or, if not elementwise, that a store's factors give its values."""
+    """Check that slices are kept as the whole is there; or, in other stores, that the factors give the values."""
     for case in settings(store):
         with case.place():
             _slices_of(case)

@@ -75,9 +75,9 @@ def _structure(path: str) -> list[Issue]:
 
 def _values(summary: Summary, track: Callable[[Sequence[Any]], Iterable[Any]]) -> list[Issue]:
     """Find what is wrong with the numbers: reads all data, and imports torch."""
-    from optstate.checkpoint.operations.check_values import uneven_means, value_issues
+    from optstate.checkpoint.operations.check_values import plugged_store_issues, uneven_means, value_issues
 
     checkpoint = summary.checkpoint
     tensors = track([(row.name, row.stored) for row in summary.rows])
     issues = list(value_issues(tensors, checkpoint.document if checkpoint is not None else None))
-    return issues if checkpoint is None else [*issues, *uneven_means(checkpoint)]
+    return issues if checkpoint is None else [*issues, *plugged_store_issues(checkpoint), *uneven_means(checkpoint)]
