@@ -8,9 +8,7 @@ A package adds stores by entry points of the group `optstate.stores`, named as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -44,29 +42,20 @@ def _problem(name: str, kind: Any) -> str:
 
 PLUGINS: Plugins[type[Store]] = Plugins("store", "optstate.stores", _problem, frozenset(OWN) | frozenset(SHORT))
 
-_ALSO: ContextVar[Mapping[str, type[Store]]] = ContextVar("_ALSO", default=OWN)
 
-
-@contextmanager
-def known_also(kind: type[Store]) -> Iterator[None]:
-    """Let files name a store that is not installed, inside the block: for tests of one.
+def known_also(kind: type[Store]) -> AbstractContextManager[None]:
+    """Return a context in which files may name a store that is not installed: for tests of one.
 
     Raises:
-        ValueError: if it is none that could be installed.
+        ValueError: when entered, if it is none that could be installed.
     """
-    problem = _problem(kind.__name__.lower(), kind)
-    if problem:
-        raise ValueError(f"{kind!r}: {problem}")
-    token = _ALSO.set({**_ALSO.get(), kind.__name__.lower(): kind})
-    try:
-        yield
-    finally:
-        _ALSO.reset(token)
+    name = kind.__name__.lower()
+    return nullcontext() if OWN.get(name) is kind else PLUGINS.holding(name, kind)
 
 
 def store_names() -> list[str]:
     """Return the names of all stores that files may name, sorted: class names in lower case."""
-    return sorted({*_ALSO.get(), *PLUGINS.names()})
+    return sorted({*OWN, *PLUGINS.names()})
 
 
 def parse_store(text: str) -> Store:
@@ -80,10 +69,10 @@ def parse_store(text: str) -> Store:
     short = SHORT.get(text.strip().lower())
     if short is not None:
         return short
-    kinds = dict(_ALSO.get())
+    kinds = dict(OWN)
     try:
         name = parsed_call(text)[0]
-        if name not in kinds and name in PLUGINS.offered():
+        if name not in kinds and name in PLUGINS:
             kinds[name] = PLUGINS.get(name)
     except PluginError as error:
         raise ValueError(str(error)) from None

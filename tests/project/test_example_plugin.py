@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,8 +148,6 @@ def test_without_the_package_the_file_is_inspected_and_not_judged(saved: Path, t
     small = tmp_path / "small.safetensors"
     command(0, "convert", saved, small, "--slot", "exp_avg=int16", "--allow-lossy")
     with pytest.MonkeyPatch.context() as patch:
-        import sys
-
         patch.setattr(sys, "path", [path for path in sys.path if "site" not in Path(path).name or "packages" in path])
         assert json.loads(command(0, "inspect", small, "--json"))["issues"] == []
         issues = json.loads(command(0, "check", small, "--json"))["issues"]
@@ -163,3 +164,84 @@ def test_it_goes_into_chains_like_any_other() -> None:
     with pytest.raises(ValueError, match="second moments"):
         updates.scale_by_rms(parse_store("int16"))
     assert stores.Full() != parse_store("int16")
+
+
+# --- the format ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_file(tmp_path: Path) -> Path:
+    """A file of the trainer, written by hand: Adam's averages of two parameters after five steps."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((60, 90), (90,))
+    state = {
+        i: {"step": 5, "m": torch.randn(shape, generator=generator), "v": torch.rand(shape, generator=generator)}
+        for i, shape in enumerate(shapes)
+    }
+    hyper = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "tiny_version": 1}
+    group = {**hyper, "params": [0, 1], "param_names": ["a.weight", "a.bias"]}
+    path = tmp_path / "tiny.pt"
+    torch.save({"state": state, "param_groups": [group]}, path)
+    return path
+
+
+def test_the_format_keeps_the_laws() -> None:
+    from fixed_point.trainer_files import FORMAT
+
+    testing.check_format(FORMAT)
+
+
+def test_commands_take_a_file_of_the_trainer_both_ways(trainer_file: Path, tmp_path: Path) -> None:
+    own, back = tmp_path / "own.safetensors", tmp_path / "back.pt"
+    seen = json.loads(command(0, "inspect", trainer_file, "--json"))
+    assert seen["kind"] == "tinytrainer"
+    assert (seen["step"], [slot["slot"] for slot in seen["slots"]]) == (5, ["exp_avg", "exp_avg_sq"])
+    assert json.loads(command(0, "check", trainer_file, "--json"))["issues"] == []
+    command(0, "convert", trainer_file, own)
+    assert json.loads(command(0, "diff", trainer_file, own, "--json"))["equal"]
+    command(0, "convert", own, back, "--format", "tinytrainer")
+    assert back.read_bytes() != b""
+    theirs, made = (torch.load(path, weights_only=True) for path in (trainer_file, back))
+    assert made["param_groups"] == theirs["param_groups"]
+    for i, kept in theirs["state"].items():
+        assert made["state"][i].keys() == kept.keys()
+        assert made["state"][i]["step"] == kept["step"]
+        assert all(torch.equal(made["state"][i][key], kept[key]) for key in ("m", "v"))
+    command(0, "convert", trainer_file, tmp_path / "s.safetensors", "--slot", "exp_avg=int16", "--allow-lossy")
+
+
+def test_a_run_goes_on_from_a_file_of_the_trainer(trainer_file: Path) -> None:
+    params = [("a.weight", nn.Parameter(torch.ones(60, 90))), ("a.bias", nn.Parameter(torch.ones(90)))]
+    optimizer = AdamW(params, lr=1.0)
+    optstate.load(optimizer, trainer_file)
+    theirs = torch.load(trainer_file, weights_only=True)["state"]
+    for i, (_, param) in enumerate(params):
+        state = optimizer.state[param]
+        assert state["step"] == 5
+        assert torch.equal(state["exp_avg"], theirs[i]["m"])
+        assert torch.equal(state["exp_avg_sq"], theirs[i]["v"])
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_inspect_finds_the_format_without_torch(trainer_file: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        declared = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]["entry-points"]
+        install(patch, tmp_path / "packages", "fixed_point", declared)
+    code = (
+        "import sys\n"
+        "from optstate import checkpoint\n"
+        "print(checkpoint.summarize(sys.argv[1]).checkpoint.kind, 'torch' in sys.modules)"
+    )
+    path = os.pathsep.join([str(tmp_path / "packages"), str(FOLDER), *sys.path])
+    command_line = [sys.executable, "-c", code, str(trainer_file)]
+    done = subprocess.run(command_line, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.stdout.split() == ["tinytrainer", "False"], done.stderr
+
+
+def test_without_the_package_the_file_is_not_taken_for_another_librarys(trainer_file: Path) -> None:
+    assert json.loads(command(0, "inspect", trainer_file, "--json"))["kind"] == "tinytrainer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [path for path in sys.path if "site" not in Path(path).name or "packages" in path])
+        seen = json.loads(command(0, "inspect", trainer_file, "--json"))
+    assert seen["recipe"] is None
+    assert seen["kind"] != "tinytrainer"

@@ -16,7 +16,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, is_plugged, store_of_words
 from optstate.text import shown
 
-__all__ = ["find_uneven_means", "find_value_issues", "plugged_store_issues"]
+__all__ = ["find_plugged_store_issues", "find_uneven_means", "find_value_issues"]
 
 MAGNITUDES, BASIS = {"absmax", "scale"}, "basis"
 NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "row_var", "col_var", "variance", "step")
@@ -76,7 +76,7 @@ def find_uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
                     yield Issue("error", shown(f"{param.name}/{name}"), what)
 
 
-def plugged_store_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
+def find_plugged_store_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
     """Yield what is wrong with the tensors of stores that other packages offer, which only their classes can judge."""
     values = Values(checkpoint)
     for param in checkpoint.document.parameters:

@@ -1,0 +1,50 @@
+"""What a package needs to add another library's checkpoints, for every command to take them.
+
+Declare one `Format` and offer it by an entry point of the group `optstate.formats`, under the format's name. Libraries
+that keep one tensor per statistic need a table, a `Layout`, and no code to read or write: `read_tables` and
+`write_tables` do both. `optstate.testing.check_format` says what is wrong; `examples/plugin` is a whole package.
+Imports no torch: neither should the module that declares a format, or `optstate inspect` waits for torch.
+"""
+
+from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.formats.shared.format import Format
+from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED
+from optstate.checkpoint.formats.shared.state_dict import StateDict
+from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND, SQUARE, UNKNOWN, Meaning
+from optstate.checkpoint.formats.shared.tables import (
+    Kept,
+    Layout,
+    by_key,
+    factored,
+    read_tables,
+    whole,
+    write_tables,
+)
+from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
+from optstate.other_libraries import OtherRule, Switch
+
+__all__ = [
+    "FIRST",
+    "NEEDED",
+    "SECOND",
+    "SQUARE",
+    "UNKNOWN",
+    "Checkpoint",
+    "CheckpointError",
+    "Format",
+    "Kept",
+    "Layout",
+    "LayoutError",
+    "Meaning",
+    "OtherRule",
+    "StateDict",
+    "Switch",
+    "Tree",
+    "TreeWriter",
+    "by_key",
+    "factored",
+    "read_tables",
+    "whole",
+    "write_tables",
+]
