@@ -23,11 +23,12 @@ import pytest
 import typer.main
 from optstate_cli import app
 
-from optstate.checkpoint.document.document import MAX_COUNT, DocumentError, from_json
+from optstate.checkpoint.document.document import DocumentError
+from optstate.checkpoint.document.document_json import from_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_file import read_header, read_index, structural_issues
-from optstate.checkpoint.files.safetensors_header import _USUAL, MOST_DIMENSIONS
+from optstate.checkpoint.files.safetensors_header import _USUAL, MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.operations.summarize import summarize
 from optstate.memory.sources.config import of_config_file
 from optstate.memory.sources.errors import SourceError

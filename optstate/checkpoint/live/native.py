@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from optstate import naming
 from optstate.checkpoint.document.canonical_names import with_canonical_names, with_groups_of
 from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
-from optstate.checkpoint.document.document import (
-    KEY,
-    WEIGHT,
-    Document,
-    Parameter,
-    SlotRecord,
-    tensor_key,
-    to_json,
-)
+from optstate.checkpoint.document.document import KEY, WEIGHT, Document, Parameter, SlotRecord, tensor_key
+from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate.checkpoint.document.document import KEY, Document, Parameter, to_json
+from optstate.checkpoint.document.document import KEY, Document, Parameter
+from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import header_size
 from optstate.checkpoint.files.tensor_bytes import bytes_of

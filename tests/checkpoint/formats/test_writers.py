@@ -20,15 +20,8 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate import stores
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.document import (
-    Document,
-    Group,
-    Parameter,
-    SlotRecord,
-    TensorValue,
-    from_json,
-    to_json,
-)
+from optstate.checkpoint.document.document import Document, Group, Parameter, SlotRecord, TensorValue
+from optstate.checkpoint.document.document_json import from_json, to_json
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.tensor_bytes import bytes_of, load
 from optstate.checkpoint.files.torch_archive_writer import Constant, create_torch
