@@ -23,7 +23,7 @@ class Adafactor(optstate.Optimizer):
     Args:
         params: as `optstate.Optimizer` takes them; names are recommended.
         lr: step size; None for the relative step. The param groups then hold lr = 1, a factor on rho(t).
-        eps: added to squared gradients; least parameter RMS.
+        eps: two numbers: added to squared gradients, and the least parameter RMS.
         clip_threshold: bound on the RMS of an update.
         decay_rate: exponent of the averaging weight `t ** decay_rate`.
         beta1: keep a first moment, the average of finished updates; None for none.
@@ -41,7 +41,8 @@ class Adafactor(optstate.Optimizer):
         fused_backward: update inside `loss.backward()` at once; see `optstate.fuse_backward`.
 
     Raises:
-        ValueError: for flags that contradict each other.
+        TypeError: if `decay_rate` is no number.
+        ValueError: for flags that contradict each other, or numbers out of range.
     """
 
     def __init__(
@@ -98,17 +99,17 @@ class Adafactor(optstate.Optimizer):
 
 
 def relative_step_size(step: int, lr: float) -> float:
-    """`min(1e-2, 1 / sqrt(t))` (Adafactor, section 8)."""
+    """Return the relative step size `min(1e-2, 1 / sqrt(t))` (Adafactor, section 8) at step t = 1, 2, ..."""
     return float(min(1e-2, step**-0.5))
 
 
 def warm_relative_step(step: int, lr: float) -> float:
-    """`min(1e-6 t, 1 / sqrt(t))`: the relative step with a linear start."""
+    """Return the relative step size with a linear start, `min(1e-6 t, 1 / sqrt(t))`, at step t = 1, 2, ..."""
     return float(min(1e-6 * step, step**-0.5))
 
 
 def cap_by_inverse_root(step: int, lr: float | torch.Tensor) -> float | torch.Tensor:
-    """The factor that turns lr into `min(lr, 1 / sqrt(t))`."""
+    """Return the factor that turns lr into `min(lr, 1 / sqrt(t))`, a 0-d tensor if lr is one."""
     if isinstance(lr, torch.Tensor):
         return torch.clamp(step**-0.5 / lr, max=1.0)
     return min(1.0, step**-0.5 / lr) if lr > 0 else 1.0

@@ -31,10 +31,14 @@ class AdaLomo(optstate.Optimizer):
         weight_decay: decoupled, multiplied by `a`, on every parameter of its group.
         clip_threshold: bound on the RMS of an update; None for none.
         decay_rate: exponent of the averaging weight, -0.8 as in Adafactor.
-        eps: added to squared gradients; least parameter RMS.
+        eps: two numbers: added to squared gradients, and the least parameter RMS.
         clip_grad_value: clamp gradient elements to this magnitude first; None for no clamp.
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.
         fused_backward: update inside `loss.backward()` at once; see `optstate.fuse_backward`.
+
+    Raises:
+        TypeError: if `decay_rate` is no number.
+        ValueError: for numbers out of range.
     """
 
     def __init__(

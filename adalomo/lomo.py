@@ -15,7 +15,7 @@ __all__ = ["Lomo"]
 class Lomo(optstate.Optimizer):
     """Gradient descent without state, `p <- p (1 - lr weight_decay) - lr g`; made for fused backward.
 
-    Clipping by the global norm, which the paper recommends, is `fuse_backward(opt, clip_grad_norm=1.0)`.
+    To clip by the global norm, as the paper recommends, call `fuse_backward(opt, clip_grad_norm=1.0)`.
 
     Args:
         params: as `optstate.Optimizer` takes them; names are recommended.

@@ -1,4 +1,4 @@
-"""That what is compared for speed computes the same: total updates of several steps, and how bf16 is rounded."""
+"""Check that optimizers compared for speed compute the same: updates of several steps, and how bf16 is rounded."""
 
 from __future__ import annotations
 
@@ -52,12 +52,15 @@ PAIRS = (
 )
 
 MAY_NOT_UPDATE = {(peers.SGD_FUSED, "bf16")}
-"""torch 2.13's fused SGD computes bf16 and fp16 updates on a CPU and does not store them, but for the last few elements
-of a tensor. That is said in the report instead of stopping; its time is no yardstick then."""
+"""Optimizers that may leave parameters as they are, which the report says instead of stopping.
+
+torch 2.13's fused SGD computes bf16 and fp16 updates on a CPU and does not store them, but for the last few elements of
+a tensor; its time is no yardstick then.
+"""
 
 
 def compare_updates() -> list[dict[str, Any]]:
-    """One row per pair, dtype and part: `relative_l2`, `bound`, `unchanged` (fraction of elements), `verdict`."""
+    """Return one row per pair, dtype and part; `unchanged` is the fraction of elements that no step moved."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
         start = [p.detach().clone() for p in module_of(SETS[0].shapes(), dtype).parameters()]
@@ -80,7 +83,7 @@ def compare_updates() -> list[dict[str, Any]]:
 def judge(
     pair: Pair, dtype_name: str, ours: list[Tensor], theirs: list[Tensor], start: list[Tensor], bound: float
 ) -> dict[str, Any]:
-    """How far apart two ends are, and whether that is within the bound."""
+    """Return how far apart the parameters of two optimizers end, and whether the distance is within the bound."""
     distance, unchanged = relative_l2(ours, theirs, start), fraction_equal(ours, start)
     verdict = "agree" if distance <= bound else "DIFFER"
     if unchanged > 0.999 and (pair.name, dtype_name) in MAY_NOT_UPDATE:
@@ -89,7 +92,7 @@ def judge(
 
 
 def after_steps(name: str, dtype: torch.dtype, lr: float, steps: int = STEPS) -> list[Tensor]:
-    """The 25M set after `steps` steps of the named optimizer; weights and gradients are the same for all."""
+    """Return the 25M set after `steps` steps of the named optimizer; weights and gradients are the same for all."""
     module = module_of(SETS[0].shapes(), dtype)
     build = exact_adalomo if name == EXACT_ADALOMO else peers.by_name([name], dtype)[0].build
     runner = build(module, lr)
@@ -100,7 +103,7 @@ def after_steps(name: str, dtype: torch.dtype, lr: float, steps: int = STEPS) ->
 
 
 def exact_adalomo(module: nn.Module, lr: float) -> peers.Runner:
-    """AdaLomo written down in fp64, each step rounded once to the parameters' dtype."""
+    """Build AdaLomo as written down in fp64, each step rounded once to the parameters' dtype."""
     params = list(module.parameters())
     means = {p: [torch.zeros(shape, dtype=torch.float64) for shape in mean_shapes(p)] for p in params}
     steps = count(1)
@@ -121,35 +124,38 @@ def exact_adalomo(module: nn.Module, lr: float) -> peers.Runner:
 
 
 def mean_shapes(param: Tensor) -> list[tuple[int, ...]]:
-    """Of the second moment's statistics: row and column means of a matrix, a vector as it is."""
+    """Return the shapes of the second moment's statistics: row and column means of a matrix, a vector as it is."""
     return [(param.shape[0], 1), (1, param.shape[1])] if param.ndim > 1 else [tuple(param.shape)]
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root of the mean square."""
+    """Return the root of the mean square."""
     return x.square().mean().sqrt()
 
 
 def without_update(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Names and dtypes of the optimizers that were found to change no parameter."""
+    """Return names and dtypes of the optimizers that were found to change no parameter."""
     return list(dict.fromkeys((row["name"], row["dtype"]) for row in rows if row["verdict"] == "no update"))
 
 
 def relative_l2(values: Sequence[Tensor], reference: Sequence[Tensor], start: Sequence[Tensor]) -> float:
-    """`|values - reference| / |reference - start|`."""
+    """Return `|values - reference| / |reference - start|`."""
     off = sum((a.double() - b.double()).square().sum() for a, b in zip(values, reference, strict=True))
     moved = sum((b.double() - s.double()).square().sum() for b, s in zip(reference, start, strict=True))
     return float((off / moved).sqrt())
 
 
 def fraction_equal(values: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Fraction of elements that are equal."""
+    """Return the fraction of elements that are equal."""
     equal = sum(int((a == b).sum()) for a, b in zip(values, others, strict=True))
     return equal / sum(a.numel() for a in values)
 
 
 def compare_rounding() -> list[dict[str, Any]]:
-    """Gradient descent in bf16, one step: fractions of elements that are not `p - lr g` rounded once, or unmoved."""
+    """Return for one bf16 step of gradient descent the share of elements that differ from `p - lr g` rounded once.
+
+    `unchanged` is the share of elements that the step does not move.
+    """
     dtype = torch.bfloat16
     module = module_of(SETS[0].shapes(), dtype)
     start = [p.detach() for p in module.parameters()]

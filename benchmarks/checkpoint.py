@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def gigabytes(given: str) -> float:
-    """Bytes of "0.25" or "0.25GB"."""
+    """Parse a size such as "0.25" or "0.25GB" into bytes."""
     size = float(given.upper().removesuffix("GB")) * 1e9
     if size <= 0:
         raise ValueError(given)
@@ -83,7 +83,7 @@ def gigabytes(given: str) -> float:
 
 
 def measure(results: dict[str, Any], folder: Path, nbytes: float, rounds: int) -> None:
-    """Everything, one after the other; a state is let go before the next one is made."""
+    """Measure everything, one after the other; a state is let go before the next one is made."""
     optimizer = io.adamw_of(io.llama_of(nbytes))
     size = optimizer.state_nbytes()
     results |= {"bytes": size, "tensors": len(io.tensors_of(optimizer))}
@@ -106,7 +106,7 @@ def measure(results: dict[str, Any], folder: Path, nbytes: float, rounds: int) -
 
 
 def rows_of(seconds: io.Seconds, size: int, ours: str) -> Rows:
-    """One row per way; `ours_per_this` is what the goals are about."""
+    """Return one row per way; the goals are about `ours_per_this`."""
     return [
         {
             "name": name,
@@ -133,7 +133,7 @@ def converting_rows(seconds: io.Seconds, size: int) -> Rows:
 
 
 def peak_rows(what: str, path: Path, folder: Path, largest: int) -> Rows:
-    """One row per conversion; none where the system does not tell a peak."""
+    """Return one row per conversion; none where the system does not tell a peak."""
     if not can_measure_peak():
         return []
     limit = 3 * largest + PEAK_BEYOND
@@ -210,7 +210,7 @@ def loading_goals(rows: Rows) -> list[Goal]:
 
 
 def converting_goals(rows: Rows) -> list[Goal]:
-    """At least half the speed of a cold read: at most twice its time."""
+    """Return the goal of at least half the speed of a cold read: at most twice its time."""
     found = {row["name"]: row["per_cold_read"] for row in rows}
     return [Goal(f"{name}, cold / cold read, seconds", 1 / found[f"{name}, cold"], 2.0) for name in CONVERSIONS]
 

@@ -18,9 +18,7 @@ from checkpoint_io import PIECE, Seconds, adamw_of, drop_from_cache
 from timing import Action, interleaved
 
 import optstate
-from optstate.checkpoint.document.native_file import native_checkpoint
-from optstate.checkpoint.operations.plan_conversion import in_stores
-from optstate.checkpoint.operations.run_conversion import write_converted
+from optstate import checkpoint
 
 READ = "plain read"
 CONVERSIONS: dict[str, dict[str, str]] = {
@@ -33,11 +31,11 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 def convert(source: Path, target: Path, slots: Mapping[str, str]) -> None:
-    write_converted(in_stores(native_checkpoint(source), None, slots), target, overwrite=True)
+    checkpoint.convert(source, target, slots=slots, allow_lossy=True, overwrite=True)
 
 
 def measure_converting(source: Path, folder: Path, rounds: int) -> Seconds:
-    """Wall-clock seconds of reading and of each conversion, each from a cold page cache and from a warm one.
+    """Measure wall-clock seconds of reading and of each conversion, each from a cold page cache and from a warm one.
 
     A conversion opens the source, writes a new file to the disk (fsync) and measures what is lost.
     """
@@ -70,12 +68,12 @@ def read(path: Path, buffer: bytearray) -> None:
 
 
 def can_measure_peak() -> bool:
-    """Whether the system tells a process's peak of memory and lets it be reset: Linux."""
+    """Return whether the system tells a process's peak of memory and lets it be reset: Linux does."""
     return CLEAR.exists() and "VmHWM:" in STATUS.read_text()
 
 
 def peak_of_converting(source: Path, folder: Path, slots: Mapping[str, str]) -> int:
-    """Bytes by which a process's memory rises while it converts; it has imported everything and converted before."""
+    """Measure by how many bytes a process's memory rises in a conversion that is not the process's first."""
     target = folder / "converted.safetensors"
     command = [sys.executable, __file__, str(source), str(target), json.dumps(slots), str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -26,13 +26,13 @@ THEIR_LOAD, THEIR_LOAD_COPIED = "safetensors load_file", "safetensors load_file 
 PIECE = 8 << 20
 SLOTS = ("exp_avg", "exp_avg_sq")
 WIDTHS = ((4096, 13e9), (1536, 1.6e9), (768, 0.8e9), (384, 0.0))
-"""The width of a model whose fp32 AdamW state has at least so many bytes."""
+"""The width of a model by the least number of bytes of its fp32 AdamW state."""
 
 Seconds = dict[str, list[float]]
 
 
 def llama_of(nbytes: float) -> dict[str, tuple[int, ...]]:
-    """Shapes of a LLaMA-like model for which AdamW keeps about this many bytes in fp32."""
+    """Return the shapes of a LLaMA-like model for which AdamW keeps about `nbytes` bytes in fp32."""
     width = next(width for width, least in WIDTHS if nbytes >= least)
     hidden = -(-8 * width // 3 // 256) * 256
     per_layer = 4 * width * width + 3 * width * hidden + 2 * width
@@ -41,12 +41,12 @@ def llama_of(nbytes: float) -> dict[str, tuple[int, ...]]:
 
 
 def one_matrix_of(nbytes: float) -> dict[str, tuple[int, ...]]:
-    """A single parameter for which AdamW keeps about this many bytes in fp32."""
+    """Return the shape of a single parameter for which AdamW keeps about `nbytes` bytes in fp32."""
     return {"matrix": (max(1, round(nbytes / 8 / 4096)), 4096)}
 
 
 def adamw_of(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> AdamW:
-    """AdamW with moments of likely size; its parameters are one number each, repeated without memory."""
+    """Build an AdamW with moments of likely size, over parameters that are one number each, repeated without memory."""
     params = [(name, nn.Parameter(torch.zeros(1).expand(shape))) for name, shape in shapes.items()]
     optimizer = AdamW(params)
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def adamw_of(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> AdamW:
 
 
 def tensors_of(optimizer: AdamW) -> dict[str, Tensor]:
-    """The moments by their names in the file, in its order."""
+    """Return the moments by their names in the file, in its order."""
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     tensors = {f"{n}/{slot}": optimizer.state[p][slot] for n, p in zip(names, params, strict=True) for slot in SLOTS}
@@ -77,7 +77,7 @@ def drop_from_cache(path: Path) -> None:
 
 
 def measure_saving(optimizer: AdamW, folder: Path, rounds: int) -> Seconds:
-    """Wall-clock seconds of every way to write the state; all write a new file, whose predecessor was removed."""
+    """Measure wall-clock seconds of every way to write the state, each into a file that does not exist yet."""
     tensors = tensors_of(optimizer)
     ours, plain, theirs = folder / "opt.safetensors", folder / "plain", folder / "theirs.safetensors"
     optstate.save(optimizer, ours)
@@ -123,7 +123,7 @@ def synchronize(path: Path) -> None:
 
 
 def measure_loading(optimizer: AdamW, path: Path, rounds: int, cold: bool) -> Seconds:
-    """Wall-clock seconds of every way to bring a saved file into the state, from a cold page cache or a warm one."""
+    """Measure wall-clock seconds of every way to load a saved file, from a cold page cache or a warm one."""
     tensors = tensors_of(optimizer)
     start = read_header(path).data_start
     ways = {

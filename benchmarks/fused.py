@@ -24,7 +24,7 @@ KEPT = "forward + backward, gradients kept"
 FUSED = ("optstate AdaLomo, fused", "optstate AdaLomo, fused, stochastic")
 
 Finish = Callable[[Tensor], object]
-"""From the loss to the end of the step."""
+"""A function that takes a loss to the end of the step."""
 
 
 def measure_training(dtype_name: str, rounds: int) -> list[dict[str, Any]]:
@@ -60,13 +60,13 @@ def measure_training(dtype_name: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def training_step(model: GPT, tokens: Tensor, build: Callable[[GPT], Finish]) -> Action:
-    """A step that starts without gradients."""
+    """Return the action of a training step that starts without gradients."""
     finish = build(model)
     return Action(lambda: model.zero_grad(set_to_none=True), lambda: finish(model(tokens)))
 
 
 def ways() -> dict[str, Callable[[GPT], Finish]]:
-    """The ways to train that are compared."""
+    """Return the ways to train that are compared."""
     plain, stochastic = optstate.weights.Plain(), optstate.weights.StochasticRounding()
     return {
         KEPT: lambda model: lambda loss: loss.backward(),
@@ -81,13 +81,13 @@ def ways() -> dict[str, Callable[[GPT], Finish]]:
 
 
 def with_torch(model: GPT) -> Finish:
-    """torch's fused AdamW after the backward pass."""
+    """Step with torch's fused AdamW after the backward pass."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     return lambda loss: (loss.backward(), optimizer.step())
 
 
 def with_ours(recipe: Callable[..., optstate.Optimizer], **options: Any) -> Callable[[GPT], Finish]:
-    """A recipe of ours; fused, `step()` only closes the step."""
+    """Step with a recipe of ours; if fused, `step()` only closes the step."""
 
     def build(model: GPT) -> Finish:
         optimizer = recipe(model.named_parameters(), lr=LR, **options)
@@ -97,7 +97,7 @@ def with_ours(recipe: Callable[..., optstate.Optimizer], **options: Any) -> Call
 
 
 def with_lomo_optim(optimizer_class: Callable[..., Any], **options: Any) -> Callable[[GPT], Finish]:
-    """lomo-optim updates in the backward pass that it calls itself."""
+    """Step with an optimizer of lomo-optim, which updates in a backward pass that it calls itself."""
 
     def build(model: GPT) -> Finish:
         with cuda_is_identity():

@@ -33,12 +33,12 @@ class Block(nn.Module):
         return x + self.down(functional.silu(self.gate(y)) * self.up(y))
 
     def _split(self, x: Tensor) -> Tensor:
-        """`[batch, length, width]` to `[batch, heads, length, width / heads]`."""
+        """Reshape `[batch, length, width]` to `[batch, heads, length, width / heads]`."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GPT(nn.Module):
-    """Returns the mean cross-entropy of predicting each token from those before it."""
+    """A model whose output is the mean cross-entropy of predicting each token from those before it."""
 
     def __init__(
         self, vocabulary: int = 8000, width: int = 384, hidden: int = 1024, layers: int = 7, heads: int = 6
@@ -63,7 +63,7 @@ class GPT(nn.Module):
 
 
 def rotary_angles(length: int, size: int) -> Tensor:
-    """`[length, size / 2]` angles of the rotary position embedding."""
+    """Return the angles `[length, size / 2]` of the rotary position embedding."""
     frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
     return torch.outer(torch.arange(length).float(), frequencies)
 

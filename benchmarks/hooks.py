@@ -60,7 +60,7 @@ def measure_hooks(layers: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def backward_of(module: nn.Module, backward: Callable[[Tensor], object]) -> Action:
-    """`backward` on a fresh sum of all parameters, whose gradients are then all one."""
+    """Call `backward` on a fresh sum of all parameters, whose gradients are then all one."""
     losses: list[Tensor] = []
 
     def prepare() -> None:

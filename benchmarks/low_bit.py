@@ -50,7 +50,7 @@ class Kept:
     dtype: torch.dtype = torch.float32
     at_most: float | None = None
     beyond: str = ""
-    """A recipe whose bytes are taken off first."""
+    """The name of a recipe whose bytes are taken off first."""
 
 
 KEPT = [
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def measure_bytes() -> Rows:
-    """Bytes of the state tensors of one matrix after a step, per element of the matrix."""
+    """Return the bytes of the state tensors of one matrix after a step, per element of the matrix."""
     rows = []
     for kept in KEPT:
         param = nn.Parameter(torch.full(MATRIX, 0.01, dtype=kept.dtype))
@@ -113,7 +113,7 @@ def measure_bytes() -> Rows:
 
 
 def contestants(dtype: torch.dtype) -> list[peers.Contestant]:
-    """Every compressed recipe, plainly written, beside the same rule elsewhere."""
+    """Return every compressed recipe, its weights written plainly, beside the same rule elsewhere."""
     plain = weights.Plain()
     everyone = [
         peers.Contestant(OUR_ADAMW8BIT, peers.ours(recipes.AdamW8bit, weights=plain)),
@@ -141,7 +141,7 @@ def float8_adamw(params: Iterable[Any], lr: float, **options: Any) -> optstate.O
 
 
 def measure_updates(dtype_name: str, rounds: int) -> Rows:
-    """Time of one step and its scratch, one row per contestant, on the smaller parameter set."""
+    """Measure time and scratch of one step, one row per contestant, on the smaller parameter set."""
     dtype = DTYPES[dtype_name]
     module = module_of(SETS[0].shapes(), dtype)
     grads = gradients_of(module)
@@ -188,7 +188,7 @@ def print_updates(console: Console, dtype_name: str, rows: Rows) -> None:
 
 
 def byte_goals(rows: Rows) -> list[Goal]:
-    """Bytes per parameter, of ways to write weights those beyond the same recipe without."""
+    """Return the goals for bytes per parameter; a way to write weights counts what it adds to the same recipe."""
     found = {row["name"]: row["per_parameter"] for row in rows}
     goals = []
     for kept in KEPT:
@@ -199,7 +199,7 @@ def byte_goals(rows: Rows) -> list[Goal]:
 
 
 def update_goals(rows: Rows) -> list[Goal]:
-    """8-bit AdamW against bitsandbytes', and the scratch of everything that is block by block."""
+    """Return the goals for 8-bit AdamW against bitsandbytes', and for scratch of everything that is block by block."""
     goals = []
     for row in rows:
         case = f"{row['set']} {row['dtype']}"

@@ -72,7 +72,10 @@ def main() -> int:
 
 
 def against_the_allocator(name: str, way: dict[str, Any]) -> dict[str, Any]:
-    """`error`: of the peak. `error_beyond`: of what a step adds to weights and state. Signed, of the real figure."""
+    """Compare a traced step with a real one, in signed fractions of the real figure.
+
+    `error` is that of the peak, `error_beyond` that of what a step adds to weights and state.
+    """
     setting, tied = setting_of(way)
     model, recipe = llama(SMALL, 4, tied), registry.get(name)
     found = trace(model, recipe, setting, device="cpu")
@@ -88,7 +91,7 @@ def against_the_allocator(name: str, way: dict[str, Any]) -> dict[str, Any]:
 
 
 def against_the_whole(name: str, way: dict[str, Any]) -> dict[str, Any]:
-    """Traces with few layers, and with all 12, as for an accelerator. `difference`: of the peaks, in bytes."""
+    """Compare a trace with few layers and one with all 12, as for an accelerator; `difference` of peaks in bytes."""
     setting, tied = setting_of(way)
     model, recipe = llama(SMALL, DEEP, tied), registry.get(name)
     start = time.perf_counter()
@@ -111,7 +114,7 @@ def against_the_whole(name: str, way: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_of(way: dict[str, Any]) -> tuple[Setting, bool]:
-    """The setting, and whether the head is tied."""
+    """Return the setting of a way to train, and whether its model ties the head."""
     options = {key: value for key, value in way.items() if key != "tied"}
     return Setting(dtype="float32", batch_size=2, seq_len=128, **options), way.get("tied", False)
 

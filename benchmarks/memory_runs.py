@@ -27,7 +27,7 @@ LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_head
 
 
 def llama(sizes: dict[str, int], layers: int, tied: bool = False) -> Model:
-    """The model that transformers builds, without its cache."""
+    """Return the model that transformers builds, without its cache."""
     logging.getLogger("torchao").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,7 +57,7 @@ def llama(sizes: dict[str, int], layers: int, tied: bool = False) -> Model:
 
 
 def real_bytes(model: Model, recipe: Callable[..., optstate.Optimizer], setting: Setting) -> tuple[int, int]:
-    """Bytes alive before a warm step on the CPU, and the most that the step adds."""
+    """Measure the bytes alive before a warm step on the CPU, and the most that the step adds."""
     assert model.build is not None
     assert model.batch is not None
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def real_bytes(model: Model, recipe: Callable[..., optstate.Optimizer], setting:
 
 
 def train(module: nn.Module, inputs: dict[str, Tensor], optimizer: optstate.Optimizer, setting: Setting) -> None:
-    """One step as a user writes it."""
+    """Take one step as a user writes it."""
     count, clips, fused = setting.grad_accum, setting.clip == "norm", optimizer.fused
     for number in range(count):
         loss = module(**inputs).loss / count if count > 1 else module(**inputs).loss
@@ -95,7 +95,7 @@ def train(module: nn.Module, inputs: dict[str, Tensor], optimizer: optstate.Opti
 
 
 def large_run() -> dict[str, Any]:
-    """LLaMA-7B's estimate as a user asks for it: the command's wall-clock time from its start on, and its memory."""
+    """Measure the wall-clock time and the memory of the command that estimates LLaMA-7B, from its start on."""
     command = [str(Path(sys.executable).with_name("optstate")), "estimate", "llama-7b", "--checkpointing", "--json"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)

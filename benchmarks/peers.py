@@ -27,7 +27,7 @@ OUR_LOMO = "optstate Lomo"
 
 @dataclass
 class Runner:
-    """An optimizer on one module. `load` hands it gradients and is not timed; `step` updates the parameters."""
+    """An optimizer on one module: `load`, which is not timed, hands over gradients; `step` updates the parameters."""
 
     module: nn.Module
     step: Callable[[], object]
@@ -57,7 +57,7 @@ class Contestant:
 
 
 def contestants(dtype: torch.dtype) -> list[Contestant]:
-    """All that take part in this dtype, recipes of one family next to each other."""
+    """Return all optimizers that take part in this dtype, recipes of one family next to each other."""
     plain = optstate.weights.Plain()
     everyone = [
         Contestant(OUR_ADALOMO, ours(adalomo.AdaLomo, weights=plain), LOMO_ADALOMO),
@@ -77,13 +77,13 @@ def contestants(dtype: torch.dtype) -> list[Contestant]:
 
 
 def by_name(names: Sequence[str], dtype: torch.dtype) -> list[Contestant]:
-    """The contestants of these names, in this order."""
+    """Return the contestants of these names, in this order."""
     found = {c.name: c for c in contestants(dtype)}
     return [found[name] for name in names]
 
 
 def ours(recipe: Callable[..., optstate.Optimizer], **options: Any) -> Callable[[nn.Module, float], Runner]:
-    """A recipe of optstate, stepped by `step()`."""
+    """Build a recipe of optstate, stepped by `step()`."""
 
     def build(module: nn.Module, lr: float) -> Runner:
         optimizer = recipe(module.named_parameters(), lr=lr, **options)
@@ -93,7 +93,7 @@ def ours(recipe: Callable[..., optstate.Optimizer], **options: Any) -> Callable[
 
 
 def torchs(optimizer_class: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Runner]:
-    """An optimizer of torch.optim."""
+    """Build an optimizer of torch.optim."""
 
     def build(module: nn.Module, lr: float) -> Runner:
         optimizer = optimizer_class(module.parameters(), lr=lr, **options)
@@ -103,7 +103,7 @@ def torchs(optimizer_class: Callable[..., torch.optim.Optimizer], **options: Any
 
 
 def lomo_optim_adalomo(module: nn.Module, lr: float) -> Runner:
-    """lomo-optim's AdaLomo. Without loss scaling, which would cost it one more pass over the gradient."""
+    """Build lomo-optim's AdaLomo without loss scaling, which would cost one more pass over the gradient."""
     with cuda_is_identity():
         optimizer = lomo_optim.AdaLomo(module, lr=lr, loss_scale=0)
 
@@ -116,7 +116,7 @@ def lomo_optim_adalomo(module: nn.Module, lr: float) -> Runner:
 
 
 def lomo_optim_lomo(module: nn.Module, lr: float) -> Runner:
-    """lomo-optim's Lomo."""
+    """Build lomo-optim's Lomo."""
     optimizer = lomo_optim.Lomo(module, lr=lr)
 
     def step() -> None:
@@ -127,7 +127,7 @@ def lomo_optim_lomo(module: nn.Module, lr: float) -> Runner:
 
 
 def pytorch_optimizer_adalomo(module: nn.Module, lr: float) -> Runner:
-    """pytorch_optimizer's AdaLOMO, without loss scaling."""
+    """Build pytorch_optimizer's AdaLOMO, without loss scaling."""
     optimizer = pytorch_optimizer.AdaLOMO(module, lr=lr, loss_scale=0)
 
     def step() -> None:
@@ -140,7 +140,7 @@ def pytorch_optimizer_adalomo(module: nn.Module, lr: float) -> Runner:
 
 @contextmanager
 def cuda_is_identity() -> Iterator[None]:
-    """lomo-optim's AdaLomo moves its state to a GPU unconditionally; here there need not be one."""
+    """Let `.cuda()` do nothing: lomo-optim's AdaLomo moves its state to a GPU even if there is none."""
     original = torch.Tensor.cuda
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     try:

@@ -34,16 +34,16 @@ from rich.console import Console
 STEPS, SEEDS = 300, 3
 QUICK_STEPS, QUICK_SEEDS = 10, 1
 SELECTION_SEED = 1000
-"""Of the runs that choose learning rates; the others have 0, 1, 2 ..."""
+"""The seed of the runs that choose learning rates; the others have 0, 1, 2 ..."""
 
 PROBE_LR = 1e-6
-"""While memory is measured: nothing diverges with it."""
+"""The learning rate while memory is measured, with which nothing diverges."""
 
 FINISHED = Path(__file__).resolve().parents[1] / "runs" / "quality" / "runs.jsonl"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line on stderr, with exit code 2."""
+    """A parser that reports a wrong argument in one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -109,14 +109,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """An argument that must be a whole number above zero."""
+    """Parse an argument that must be a whole number above zero."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above zero")
     return int(text)
 
 
 class Benchmark:
-    """The rows of one call and what has become of them: first memory, then learning rates, then the losses."""
+    """The rows of one call and their results: first memory, then learning rates, then the losses."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -182,11 +182,11 @@ class Benchmark:
         return [] if lr is None else [self._job(row, lr, seed) for seed in range(self.options.seeds)]
 
     def learning_rate(self, row: Row) -> float | None:
-        """The row's own, or its recipe's; None if that could not be chosen."""
+        """Return a row's own learning rate, or its recipe's; None if the recipe's could not be chosen."""
         return row.lr if row.lr is not None else self.learning_rates()[row.recipe]["chosen"]
 
     def learning_rates(self) -> dict[str, dict[str, Any]]:
-        """Per recipe the row that searched, the losses on the selection text by learning rate, and the best."""
+        """Return for each recipe the row that searched, its losses on the selection text, and the best rate."""
         found = {}
         for recipe in self.recipes:
             jobs = [job for job in self._search(recipe) if job in self.finished]
@@ -197,7 +197,7 @@ class Benchmark:
         return found
 
     def results(self) -> list[RowResult]:
-        """What is known of each row."""
+        """Return what is known of each row."""
         results = []
         for number, row in enumerate(self.rows, 1):
             runs = [self.finished[job] for job in self._runs(row) if job in self.finished]
@@ -209,13 +209,13 @@ class Benchmark:
         return results
 
     def origin(self) -> str:
-        """How many runs are behind the table, and how many of them earlier calls did."""
+        """Return, in words, how many runs are behind the table, and how many of them earlier calls did."""
         seconds = time.perf_counter() - self.begun
         earlier = f", {self.kept} of them done by earlier calls (--fresh does all again)" if self.kept else ""
         return f"{self.done} runs{earlier}, {seconds / 60:.0f} min"
 
     def description(self) -> dict[str, Any]:
-        """What was run, for the header and for JSON."""
+        """Return what was run, for the header and for JSON."""
         texts = parts()
         return {
             "quick": self.options.quick,

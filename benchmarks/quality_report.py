@@ -29,7 +29,7 @@ betas 0.9, 0.95 and weight decay 0.01, all others their recipe's defaults. paper
 for trained models, fixed."""
 
 Numbers = tuple[float, float | None]
-"""Mean and standard deviation; none of one value."""
+"""Mean and standard deviation; the deviation of a single value is None."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class RowResult:
 
     @property
     def losses(self) -> list[float] | None:
-        """One per seed; None if the row failed, or not all runs reached the end."""
+        """The losses, one per seed; None if the row failed, or not all runs reached the end."""
         values = [run["loss"] for run in self.runs]
         return None if self.failure or not values or None in values else values
 
     @property
     def trouble(self) -> str | None:
-        """Why there are no losses, in a word or two, and None if there are."""
+        """The reason why there are no losses, in a word or two; None if there are losses."""
         if self.failure:
             return "not run"
         return "diverged" if self.losses is None else None
@@ -69,12 +69,12 @@ class RowResult:
 
 @cache
 def model_size() -> int:
-    """Parameters of the demo's model."""
+    """Return the number of parameters of the demo's model."""
     return sum(p.numel() for p in GPT().parameters())
 
 
 def header(about: dict[str, Any]) -> str:
-    """The machine, the model and the training, then the text."""
+    """Describe the machine, the model and the training, then the text."""
     length = GPT().config.context
     tokens, jobs = about["steps"] * BATCH * length, about["jobs"]
     machine = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
@@ -125,7 +125,7 @@ def print_report(
 
 
 def ratio(result: RowResult, by_name: dict[str, RowResult]) -> Numbers | None:
-    """Of the losses to the reference's, seed by seed; None without reference or without losses."""
+    """Return the ratio of a row's losses to its reference's, seed by seed; None without either."""
     reference = by_name[result.row.reference].losses if result.row.reference else None
     if result.losses is None or reference is None:
         return None
@@ -133,7 +133,7 @@ def ratio(result: RowResult, by_name: dict[str, RowResult]) -> Numbers | None:
 
 
 def judge(result: RowResult, by_name: dict[str, RowResult]) -> dict[str, str] | None:
-    """MET or MISSED, OPEN where a number that is needed is missing; None for a row without a goal."""
+    """Return MET or MISSED, OPEN where a number that is needed is missing; None for a row without a goal."""
     row, found = result.row, ratio(result, by_name)
     if row.at_most is None and row.above is None:
         return None
@@ -164,7 +164,7 @@ def _ratio(found: Numbers) -> str:
 
 
 def _table(*headers: str) -> Table:
-    """Plain columns, the first one text: the same on a screen and in a file."""
+    """Print plain columns, the first one text: the same on a screen and in a file."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(headers):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)

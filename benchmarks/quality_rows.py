@@ -1,4 +1,4 @@
-"""What the quality benchmark compares: one row per recipe, store and way to write weights."""
+"""The rows of the quality benchmark: one per recipe, store and way to write weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Row:
     params: Callable[[nn.Module], Iterable[Any]] = nn.Module.named_parameters
 
     def optimizer(self, model: nn.Module, lr: float) -> optstate.Optimizer:
-        """The row's optimizer over the model's parameters."""
+        """Build the row's optimizer over the model's parameters."""
         optimizer = self.build(self.params(model), lr)
         if self.fused:
             optstate.fuse_backward(optimizer)
@@ -68,7 +68,7 @@ PAPER_LR = 1e-3
 """AdaLomo's paper has 5e-4 to 1e-3, for trained models. This one starts from nothing and would take much more."""
 
 ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.01}
-"""Of every row with Adam's moments: the betas customary for language models, torch's weight decay."""
+"""Options of every row with Adam's moments: the betas customary for language models, torch's weight decay."""
 
 BF16 = "bfloat16"
 
@@ -191,22 +191,22 @@ _BY_NAME = {row.name: row for row in ROWS}
 
 
 def row_of(name: str) -> Row:
-    """The row of this name."""
+    """Return the row of this name."""
     return _BY_NAME[name]
 
 
 def searching_row(recipe: str) -> Row:
-    """The row that chooses a recipe's learning rate: its first."""
+    """Return the row that chooses a recipe's learning rate: its first."""
     return next(row for row in ROWS if row.recipe == recipe)
 
 
 def grid(recipe: str) -> list[float]:
-    """The learning rates a recipe chooses from."""
+    """Return the learning rates that a recipe chooses from."""
     return [LEARNING_RATES[recipe] * factor for factor in (0.5, 1.0, 2.0)]
 
 
 def match(patterns: Iterable[str]) -> list[Row]:
-    """The rows whose name fits one of the shell patterns, in any case, in the table's order.
+    """Return the rows whose name fits one of the shell patterns, in any case, in the table's order.
 
     Raises:
         LookupError: with the first pattern that fits none.
@@ -221,7 +221,7 @@ def match(patterns: Iterable[str]) -> list[Row]:
 
 
 def needed(chosen: Iterable[Row]) -> list[Row]:
-    """The chosen rows and all that they are compared with, directly or not, in the table's order."""
+    """Return the chosen rows and all that they are compared with, directly or not, in the table's order."""
     names: set[str] = set()
     for row in chosen:
         names.add(row.name)

@@ -58,20 +58,20 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        """For the demo's `Run`."""
+        """The settings of the demo's `Run`."""
         row = row_of(self.row)
         return Settings(row.recipe, self.lr, row.fused, self.steps, self.batch, row.dtype, self.seed)
 
 
 @cache
 def parts() -> dict[str, Corpus]:
-    """The demo's text, with the same training part, by what is reported: the selection or the validation loss."""
+    """Return the demo's text twice, with the selection text and with the validation text to report the loss on."""
     selection, validation = read_corpus(None, GPT().config.context).set_aside()
     return {"selection": selection, "validation": validation}
 
 
 def optimizer_of(row: Row) -> Callable[[GPT, Settings], optstate.Optimizer]:
-    """The row as the demo's `Run` takes it."""
+    """Return a function that builds the row's optimizer, as the demo's `Run` takes one."""
     return lambda model, settings: row.optimizer(model, settings.lr)
 
 
@@ -94,7 +94,7 @@ def train(job: Job) -> Result:
 
 
 def measure(job: Job) -> Result:
-    """Bytes of a run like this one.
+    """Measure the bytes of a run like this one.
 
     Returns:
         state_bytes: of the optimizer's tensors; peak_bytes: the most that is allocated from the start of the backward
@@ -133,7 +133,7 @@ class Finished:
 
 
 def _parse(line: str) -> tuple[Job, Result] | None:
-    """A line's run and its result; None for half a line, or one of a version with other fields."""
+    """Parse a line into a run and its result; None for half a line, or a line of a version with other fields."""
     try:
         entry = json.loads(line)
         return Job(**entry["job"]), entry["result"]
@@ -142,7 +142,7 @@ def _parse(line: str) -> tuple[Job, Result] | None:
 
 
 def workers(count: int) -> ProcessPoolExecutor:
-    """Processes of one thread each: runs then neither slow each other down nor depend on how many there are."""
+    """Start processes of one thread each: runs then neither slow each other down nor depend on their number."""
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_start)
 
 
@@ -153,7 +153,7 @@ def _start() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work forever."""
+    """End with the parent process: a worker whose parent was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -163,7 +163,7 @@ def _end_with_parent() -> None:
 def perform(
     pool: ProcessPoolExecutor, work: Callable[[Job], Result], jobs: Iterable[Job]
 ) -> Iterator[tuple[Job, Result | Exception]]:
-    """Each job with its result, or what it raised, as they finish."""
+    """Yield each job with its result, or the exception that it raised, as the jobs finish."""
     futures = {pool.submit(work, job): job for job in jobs}
     for future in as_completed(futures):
         try:

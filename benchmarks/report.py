@@ -27,9 +27,14 @@ def parse_arguments(
     rounds: int,
     add: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """The options of a benchmark in rounds: `quick`, `rounds` and `json`.
+    """Parse the options of a benchmark in rounds: `quick`, `rounds` and `json`.
 
-    quick: what `--quick` does, for the help; it also sets the rounds to `quick_rounds`. add: adds further options.
+    Args:
+        description: of the benchmark, for the help.
+        quick: what `--quick` does, for the help.
+        quick_rounds: number of rounds with `--quick`, unless `--rounds` is given.
+        rounds: number of rounds without.
+        add: adds further options to the parser.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help=quick)
@@ -70,7 +75,7 @@ class Goal:
 
 
 def print_table(console: Console, title: str, caption: str, columns: Iterable[Column], rows: Iterable[Row]) -> None:
-    """One line per row; the first column is text, the others are numbers. Rows of ours stand out."""
+    """Print one line per row; the first column is text, the others are numbers. Rows of ours stand out."""
     columns = list(columns)
     table = Table()
     for i, (header, _) in enumerate(columns):
@@ -84,7 +89,7 @@ def print_table(console: Console, title: str, caption: str, columns: Iterable[Co
 
 
 def print_goals(console: Console, goals: Iterable[Goal]) -> None:
-    """One line per goal."""
+    """Print one line per goal."""
     console.print("[bold]Goals[/bold]")
     for goal in goals:
         verdict = "[green]MET   [/green]" if goal.met else "[red]MISSED[/red]"
@@ -94,17 +99,17 @@ def print_goals(console: Console, goals: Iterable[Goal]) -> None:
 
 
 def number(key: str, form: str = ".2f", scale: float = 1.0) -> Callable[[Row], str]:
-    """Shows `row[key] * scale`; a dash for None."""
+    """Return a column's function that shows `row[key] * scale`, or a dash for None."""
     return lambda row: "-" if row[key] is None else format(row[key] * scale, form)
 
 
 def text(key: str) -> Callable[[Row], str]:
-    """Shows `row[key]` as it is."""
+    """Return a column's function that shows `row[key]` as it is."""
     return lambda row: str(row[key])
 
 
 def environment() -> dict[str, Any]:
-    """Date, processor, threads and versions."""
+    """Return date, processor, threads and versions."""
     packages = ("lomo-optim", "pytorch_optimizer")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -118,7 +123,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
+    """Return the processor's model name where the system tells it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -64,8 +64,11 @@ def main() -> int:
 
 
 def count(name: str, world: int, recipes: tuple[str, ...]) -> dict[str, Any]:
-    """For one model and number of devices: what sharding means for a device, what each recipe does, and the memory
-    that counting took."""
+    """Count for one model and number of devices what sharding and each recipe mean for a device.
+
+    Returns:
+        The counts of sharding, one row per recipe, and the memory that counting took.
+    """
     torch.set_num_threads(1)
     model, rows = find_model(MODELS[name]), []
     with one_of(world) as mesh:
@@ -78,9 +81,10 @@ def count(name: str, world: int, recipes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def sharding_of(model: Model, sharded: Sharded) -> dict[str, Any]:
-    """Bytes on rank 0, what FSDP2 sends from it in a step, and how much of it is there because rows do not divide.
+    """Return the bytes on rank 0, what FSDP2 sends from there in a step, and how much of both is padding.
 
-    whole: weights that are gathered at the fullest moment. idle: devices without a row of the smallest parameter.
+    `whole` counts the weights that are gathered at the fullest moment, `idle` the devices without a row of the smallest
+    parameter.
     """
     even = sum(param.nbytes for param in model.parameters)
     return {
@@ -97,13 +101,13 @@ def sharding_of(model: Model, sharded: Sharded) -> dict[str, Any]:
 
 
 def shares_of(row: dict[str, Any]) -> dict[str, Any]:
-    """repeated: of what a device keeps, weights, fused gradients and state, the state that all devices keep alike."""
+    """Return two ratios: state that all devices keep alike to all that a device keeps, and our traffic to FSDP2's."""
     kept = row["weights"] + row["fused_gradients"] + row["state"]
     return {"repeated": row["state_whole"] / kept, "traffic": row["fused_sent"] / row["fsdp_sent"]}
 
 
 def error_of_estimate(model: Model, row: dict[str, Any]) -> float:
-    """The largest relative difference of what an estimate with `--shard fsdp` says of weights, gradients and state."""
+    """Return the largest relative error of an estimate with `--shard fsdp`, of weights, gradients and state."""
     worst = 0.0
     for fused in (False, True):
         plan = registry.get(row["name"])(on_meta(model)).plan()
@@ -118,7 +122,7 @@ def error_of_estimate(model: Model, row: dict[str, Any]) -> float:
 
 
 def on_meta(model: Model) -> list[tuple[str, torch.nn.Parameter]]:
-    """The model's parameters without memory, whole."""
+    """Return the model's parameters whole, without memory."""
     dtypes = {param.name: getattr(torch, param.dtype) for param in model.parameters}
     return [
         (param.name, torch.nn.Parameter(torch.empty(param.shape, dtype=dtypes[param.name], device="meta")))

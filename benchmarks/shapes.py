@@ -28,7 +28,7 @@ SETS = (ParameterSet("25M", 384, 1024, 7), ParameterSet("110M", 768, 2048, 12))
 
 
 def llama_shapes(width: int, hidden: int, layers: int, head: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes: embedding, per layer 7 matrices and 2 norms, final norm, and the output head if asked for."""
+    """Return names and shapes: embedding, per layer 7 matrices and 2 norms, final norm, and the head if asked for."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, width)}
     for i in range(layers):
         layer = f"model.layers.{i}"
@@ -46,12 +46,12 @@ def llama_shapes(width: int, hidden: int, layers: int, head: bool = False) -> di
 
 
 def one_element_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The names of a LLaMA-like model with a head, `9 layers + 3` of them, each parameter with one element."""
+    """Return the `9 layers + 3` names of a LLaMA-like model with a head, each with the shape of one element."""
     return dict.fromkeys(llama_shapes(1, 1, layers, head=True), (1,))
 
 
 def module_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """Modules nested as the dotted names say, holding matrices of N(0, 0.02^2) and vectors of ones."""
+    """Build modules nested as the dotted names say, holding matrices of N(0, 0.02^2) and vectors of ones."""
     generator = torch.Generator().manual_seed(seed)
     root = nn.Module()
     for name, shape in shapes.items():
@@ -67,6 +67,6 @@ def module_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: i
 
 
 def gradients_of(module: nn.Module, seed: int = 1) -> list[Tensor]:
-    """One gradient of N(0, 0.01^2) per parameter, in the parameter's dtype."""
+    """Draw one gradient of N(0, 0.01^2) per parameter, in the parameter's dtype."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(p.shape, generator=generator).mul_(0.01).to(p.dtype) for p in module.parameters()]

@@ -38,7 +38,7 @@ Sent = list[tuple[Any, int]]
 
 @contextmanager
 def one_of(world: int) -> Iterator[Any]:
-    """Inside, this is rank 0 of so many processes that do not exist, and tensors have no values."""
+    """Make this process rank 0 of `world` processes that do not exist, and tensors without values."""
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
@@ -58,7 +58,7 @@ class Sharded:
 
     @classmethod
     def of(cls, model: Model, mesh: Any) -> Sharded:
-        """All layers, of which the first is built and sharded."""
+        """Shard a model of which only the first layer is built; the other layers share its shards."""
         assert model.build is not None
         with default_dtype(torch.bfloat16):
             module = model.build(BuildOptions(layers=1))
@@ -76,12 +76,12 @@ class Sharded:
 
     @property
     def weights(self) -> int:
-        """Bytes of weights here."""
+        """Bytes of weights on rank 0."""
         return nbytes(self.params.values())
 
     @property
     def group_bytes(self) -> list[int]:
-        """Bytes of each group here."""
+        """Bytes of each group on rank 0."""
         return [nbytes(self.params[name] for name in group) for group in self.groups]
 
     @property
@@ -100,19 +100,19 @@ class Sharded:
 
     @property
     def collectives(self) -> int:
-        """How many of them."""
+        """Number of collective operations of FSDP2 in a step."""
         return 2 + 3 * (len(self.groups) - 1)
 
 
 def layer_of(name: str) -> int | None:
-    """The number of a parameter's layer; None for the root's."""
+    """Return the number of a parameter's layer; None for the root's."""
     return int(name.removeprefix(LAYER).partition(".")[0]) if name.startswith(LAYER) else None
 
 
 def simulate(sharded: Sharded, recipe: Callable[..., optstate.Optimizer]) -> dict[str, Any]:
-    """Bytes on rank 0, and the all-reduces of a step and of a fused one: how many, and bytes sent in rings.
+    """Count the bytes on rank 0, and the all-reduces of a step and of a fused one with their bytes sent in rings.
 
-    state_whole: of state that every device has all of.
+    `state_whole` counts the state that every device has all of.
     """
     optimizer = recipe(sharded.params.items())
     state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
@@ -144,7 +144,7 @@ def simulate(sharded: Sharded, recipe: Callable[..., optstate.Optimizer]) -> dic
 
 
 def give_gradients(sharded: Sharded, group: Iterable[str]) -> None:
-    """Gradients as FSDP2 leaves them after it scattered those of a group: views of one buffer."""
+    """Give a group its gradients as FSDP2 leaves them after scattering them: views of one buffer."""
     params: list[Any] = [sharded.params[name] for name in group]
     shapes = [(-(-param.shape[0] // sharded.world), *param.shape[1:]) for param in params]
     buffer = torch.empty(sum(torch.Size(shape).numel() for shape in shapes), dtype=params[0].dtype)
@@ -159,7 +159,7 @@ def give_gradients(sharded: Sharded, group: Iterable[str]) -> None:
 
 
 def fused_step(sharded: Sharded, optimizer: optstate.Optimizer) -> int:
-    """A backward pass in which the groups' gradients arrive, the last layer's first.
+    """Run a backward pass in which the groups' gradients arrive, the last layer's first.
 
     Returns the most bytes of gradients that were alive at once.
     """
@@ -187,7 +187,7 @@ def fused_step(sharded: Sharded, optimizer: optstate.Optimizer) -> int:
 
 @contextmanager
 def all_reduces() -> Iterator[Sent]:
-    """Inside, every all-reduce is noted."""
+    """Note the operation and the bytes of every all-reduce."""
     sent: Sent = []
     original = dist.all_reduce
 
@@ -207,10 +207,12 @@ def bytes_of(sent: Sent) -> int:
 
 
 def step_alike_once(optimizer: optstate.Optimizer, sent: Sent) -> None:
-    """From now on of parameters that are alike one is stepped, by itself, and what it asks for counts for the others: a
-    batch has one all-reduce a round for each operation, of what all of its parameters ask for in that round."""
+    """Step only one of the parameters that are alike from now on, and count its requests for the others.
+
+    A batch has one all-reduce a round for each operation, of what all of its parameters ask for in that round.
+    """
     original = optimizer._step_together
-    plans = {p: optimizer._leaf(p).plan for group in optimizer.param_groups for p in group["params"]}
+    plans = {p: optimizer.runner.leaf(p).plan for group in optimizer.param_groups for p in group["params"]}
     known: dict[Any, Sent] = {}
 
     def asked_alone(param: Tensor, *args: Any) -> Sent:
@@ -233,7 +235,7 @@ def step_alike_once(optimizer: optstate.Optimizer, sent: Sent) -> None:
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the memory behind what of the tensors is here; of memory that several share, once."""
+    """Return the bytes of memory behind the local parts of tensors, counting shared memory once."""
     storages = {
         local.untyped_storage()._cdata: local.untyped_storage() for local in (here(t.detach()) for t in tensors)
     }

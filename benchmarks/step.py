@@ -27,7 +27,7 @@ from update import measure_update
 
 SCRATCH_LIMIT = 8e6
 HOOK_LIMITS = {291: 10.0, 723: 25.0}
-"""Milliseconds per step, by number of parameters."""
+"""Goals in milliseconds per step, by number of parameters."""
 
 Rows = list[dict[str, Any]]
 
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def check_agreement(rows: Rows) -> bool:
-    """Whether all pairs agree; otherwise names the ones that do not, on stderr."""
+    """Return whether all pairs agree, and print the names of those that do not on stderr."""
     different = [row for row in rows if row["verdict"] == "DIFFER"]
     for row in different:
         print(
@@ -78,7 +78,7 @@ def check_agreement(rows: Rows) -> bool:
 
 
 def measure_updates(console: Console, rounds: int, sets: Any) -> Rows:
-    """Time and scratch of every set and dtype; prints each set's two tables."""
+    """Measure time and scratch of every set and dtype, and print each set's two tables."""
     rows: Rows = []
     for parameters in sets:
         for dtype_name in DTYPES:
@@ -128,7 +128,7 @@ def print_update_times(console: Console, name: str, rows: Rows) -> None:
 
 
 def print_scratch(console: Console, rows: Rows) -> None:
-    """One row per optimizer, one column per set and dtype, in MB."""
+    """Print scratch in MB: one row per optimizer, one column per set and dtype."""
     cells = {(row["set"], row["dtype"], row["name"]): row["scratch_bytes"] / 1e6 for row in rows}
     cases = list(dict.fromkeys(case[:2] for case in cells))
     names = list(dict.fromkeys(row["name"] for row in rows if row["dtype"] == "bf16"))
@@ -167,7 +167,7 @@ def print_training(console: Console, rows: Rows) -> None:
 
 
 def update_goals(rows: Rows, remark: str) -> list[Goal]:
-    """Time against lomo-optim and torch's SGD, on which `remark` is a remark."""
+    """Return the goals for time against lomo-optim and torch's SGD, on which `remark` is a remark."""
     goals = []
     limits = {"fp32": 0.70, "bf16": 0.60}
     for row in rows:
@@ -185,7 +185,7 @@ def update_goals(rows: Rows, remark: str) -> list[Goal]:
 
 
 def scratch_goals(rows: Rows) -> list[Goal]:
-    """Scratch of every recipe of ours."""
+    """Return the goals for scratch, one per recipe of ours."""
     ours = [row for row in rows if row["ours"]]
     names = [f"scratch of {row['name']}, {row['set']} {row['dtype']}" for row in ours]
     limit = SCRATCH_LIMIT / 1e6
@@ -193,7 +193,7 @@ def scratch_goals(rows: Rows) -> list[Goal]:
 
 
 def hook_goals(rows: Rows) -> list[Goal]:
-    """Overhead per step of ours."""
+    """Return the goals for our overhead per step."""
     return [
         Goal(f"hook overhead, {row['parameters']} parameters", row["overhead_ms"], HOOK_LIMITS[row["parameters"]], "ms")
         for row in rows
@@ -202,7 +202,7 @@ def hook_goals(rows: Rows) -> list[Goal]:
 
 
 def peak_goals(rows: Rows) -> list[Goal]:
-    """Peak of the fused backward below that with gradients kept."""
+    """Return the goals for the peak of the fused backward, which is below that with gradients kept."""
     peaks = {row["name"]: row["peak_bytes"] / 1e6 for row in rows if row["dtype"] == "bf16"}
     limit = peaks[fused.KEPT]
     return [Goal(f"peak of {name}, bf16 GPT", peaks[name], limit, "MB", strict=True) for name in fused.FUSED]

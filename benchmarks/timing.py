@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Action:
-    """What is timed, and what comes before it untimed."""
+    """A function that is timed, and one that is called before it untimed."""
 
     prepare: Callable[[], object]
     run: Callable[[], object]
@@ -24,7 +24,7 @@ class Action:
 def interleaved(
     actions: Mapping[str, Action], rounds: int, warmups: int = 1, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each round: of CPU time, unless `clock` is another.
+    """Measure the seconds of each action in each round: CPU time, unless `clock` is another clock.
 
     Rounds go A B C A B C, so that a machine that turns slower for a while slows all actions alike. The warm-up
     rounds are left out. The garbage collector rests meanwhile.
@@ -47,10 +47,10 @@ def interleaved(
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
-    """Median over the rounds of the time of `name` divided by the time of `base` in the same round."""
+    """Return the median over the rounds of the time of `name` divided by that of `base` in the same round."""
     return median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
 def spread(values: list[float]) -> float:
-    """Largest minus smallest, as a fraction of the median."""
+    """Return the largest minus the smallest, as a fraction of the median."""
     return (max(values) - min(values)) / median(values)

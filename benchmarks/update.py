@@ -14,7 +14,7 @@ from torch import Tensor
 from optstate.memory import peak_extra_bytes
 
 LR = 1e-6
-"""So small that all contestants can share one set of weights over many steps."""
+"""A learning rate so small that all contestants can share one set of weights over many steps."""
 
 
 def measure_update(parameters: ParameterSet, dtype_name: str, rounds: int) -> list[dict[str, Any]]:
@@ -55,12 +55,12 @@ def measure_update(parameters: ParameterSet, dtype_name: str, rounds: int) -> li
 
 
 def loader(runner: peers.Runner, grads: list[Tensor]) -> Any:
-    """Hands the gradients to one runner."""
+    """Return a function that hands the gradients to one runner."""
     return lambda: runner.load(grads)
 
 
 @torch.no_grad()
 def scratch_of(runner: peers.Runner, grads: list[Tensor]) -> int:
-    """Bytes of temporaries of one step; the state exists already."""
+    """Measure the bytes of temporaries of one step whose state exists already."""
     runner.load(grads)
     return peak_extra_bytes(runner.step)

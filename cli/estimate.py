@@ -15,7 +15,8 @@ import typer
 
 from optstate.text import shown
 
-from .output import FINDINGS, JSON, UNREADABLE, failing, print_json, print_lines, print_table
+from .options import JSON
+from .output import FINDINGS, UNREADABLE, USAGE, columns_of_tuples, failing, print_json, print_lines, print_table, stop
 
 if TYPE_CHECKING:
     from optstate.memory.result import Estimate, RecipeEstimate
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT = "adalomo"
 """The recipe where none is asked for and the source names none."""
-
-USAGE = 2
 
 MODEL_HELP = (
     "A published model (llama-7b, qwen2-7b, gpt2 ...), a config.json or a folder with one, a safetensors file or "
@@ -174,25 +173,20 @@ def _answering(source: str) -> Iterator[None]:
     except QuestionError as error:
         if debug:
             raise
-        _stop(str(error), USAGE)
+        stop(str(error), USAGE)
     except ValueError as error:
         from optstate.memory.sources import SourceError
 
         if debug or not isinstance(error, SourceError):
             raise
         text, name = str(error), shown(source)
-        _stop(text if text.startswith(name) else f"{name}: {text}", USAGE if error.usage else UNREADABLE)
+        stop(text if text.startswith(name) else f"{name}: {text}", USAGE if error.usage else UNREADABLE)
     finally:
         logging.disable(before)
 
 
-def _stop(message: str, code: int) -> None:
-    typer.echo(f"optstate: {message}", err=True)
-    raise typer.Exit(code) from None
-
-
 def _check(solve: str | None, gpu: str | None) -> None:
-    """What costs seconds to find out otherwise."""
+    """Refuse --solve and --gpu at once that would be refused seconds later."""
     from optstate.memory.errors import QuestionError
     from optstate.memory.solve import QUANTITIES
     from optstate.memory.verdict import gpu as gpu_of
@@ -205,7 +199,7 @@ def _check(solve: str | None, gpu: str | None) -> None:
 
 
 def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
-    """The recipes asked for."""
+    """Return the recipes asked for."""
     names = [name for text in (*(named or ()), compared or "") for name in text.split(",")]
     chosen = [name.strip() for name in names if name.strip()]
     if not chosen and (named or compared is not None):
@@ -216,7 +210,7 @@ def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
 
 
 def _recipe_of(source: str) -> tuple[list[str], str]:
-    """The recipe whose state a checkpoint holds, else the default; and what is to be said about that."""
+    """Find the recipe whose state a checkpoint holds, else take the default; return what is to be said of that, too."""
     from optstate.memory.sources import SourceError, recipe_of
 
     if not os.path.lexists(source) or os.path.lexists(os.path.join(source, "config.json")):
@@ -234,9 +228,9 @@ def _plot(found: Estimate, path: str) -> None:
     try:
         found.plot(path)
     except ModuleNotFoundError:
-        _stop("--plot needs matplotlib: pip install matplotlib", USAGE)
+        stop("--plot needs matplotlib: pip install matplotlib", USAGE)
     except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no kind of picture
-        _stop(f"--plot {shown(path)}: {error}", USAGE)
+        stop(f"--plot {shown(path)}: {error}", USAGE)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -286,9 +280,8 @@ def _print(found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[C
     if explain:
         for one in found.recipes:
             typer.echo(f"\nalive at the peak of {one.recipe}")
-            print_table(
-                ("GIB", "KIND", "SHAPE", "DTYPE", "WHAT"), [(gib(nbytes), *row) for nbytes, *row in _alive(one)]
-            )
+            columns = columns_of_tuples("GIB", "KIND", "SHAPE", "DTYPE", "WHAT")
+            print_table(columns, [(gib(nbytes), *row) for nbytes, *row in _alive(one)])
     for size in sizes or ():
         typer.echo(filled(_size_words(size)))
     for change in changes or ():
@@ -315,11 +308,12 @@ def _print_columns(
         lines.append(("would fit", _nothing_fits(found)))
     print_lines(lines)
     typer.echo()
-    print_table(("RECIPE", "WHAT", "VALUE", "GIB", "BASIS"), [row for one in found.recipes for row in _rows(one)])
+    columns = columns_of_tuples("RECIPE", "WHAT", "VALUE", "GIB", "BASIS")
+    print_table(columns, [row for one in found.recipes for row in _rows(one)])
     if explain:
         typer.echo()
-        columns = ("RECIPE", "BYTES", "KIND", "SHAPE", "DTYPE", "TENSOR")
-        print_table(columns, [(one.recipe, *map(str, row)) for one in found.recipes for row in _alive(one)])
+        columns = columns_of_tuples("RECIPE", "BYTES", "KIND", "SHAPE", "DTYPE", "TENSOR")
+        print_table(columns, [(one.recipe, *row) for one in found.recipes for row in _alive(one)])
 
 
 def _rows(one: RecipeEstimate) -> Iterator[tuple[str, ...]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import partial
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +18,21 @@ import typer
 from optstate.checkpoint.document.checkpoint import OPTSTATE
 from optstate.checkpoint.document.document import TensorValue
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.operations.summarize import STREAM, GroupSummary, Row, Summary, summarize, summarize_stream
+from optstate.checkpoint.open_checkpoint import STREAM
+from optstate.checkpoint.operations.summarize import GroupSummary, Row, Summary, summarize, summarize_stream
 from optstate.text import shown
 
-from .findings import structure_of
-from .opening import KEY, NAMES, OPTIMIZER
-from .output import JSON, bytes_text, failing, print_json, print_lines, print_table, progress
+from .options import JSON, KEY, NAMES, OPTIMIZER
+from .output import (
+    Columns,
+    bytes_text,
+    columns_of_tuples,
+    failing,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+)
 
 SCHEMA = "optstate.inspect/1"
 
@@ -58,8 +69,9 @@ def inspect(
     optimizer: OPTIMIZER = None,
     as_json: JSON = False,
 ) -> None:
-    """Show what a checkpoint of optimizer state holds: recipe, step, groups, what every statistic costs, and what other
-    recipes would keep.
+    """Show what a checkpoint of optimizer state holds.
+
+    That is: recipe, step, groups, what every statistic costs, and what other recipes would keep.
 
     The groups and statistics shown are always those of the whole file; --filter and --sort are about the list.
     """
@@ -70,7 +82,7 @@ def inspect(
             summary = summarize(path, key=key, names=names, optimizer=optimizer)
         listed = tensors or stats or pattern is not None or sort is not None
         rows = _selected(summary.rows, pattern, sort) if listed else []
-        numbers = [_statistics(row) for row in progress(rows, len(rows), "tensors")] if stats else None
+        numbers = [_statistics(row) for row in progress(rows, "tensors")] if stats else None
         if as_json:
             print_json(_tree(summary, rows if listed else None, numbers))
         else:
@@ -108,7 +120,7 @@ def _statistics(row: Row) -> dict[str, Any]:
 
 
 def _tree(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any]] | None) -> dict[str, Any]:
-    issues = [asdict(issue) for issue in structure_of(summary)]
+    issues = [asdict(issue) for issue in summary.issues]
     tree: dict[str, Any] = {
         "schema": SCHEMA,
         "path": summary.path,
@@ -174,7 +186,7 @@ def _row_tree(row: Row) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:
-    """A hyper-parameter as plain JSON: lists for tuples, numbers for tensors, text for what is not finite."""
+    """Return a hyper-parameter as plain JSON: lists for tuples, numbers for tensors, text for what is not finite."""
     if isinstance(value, TensorValue):
         return _json_value(value.values[0] if value.shape == () else list(value.values))
     if isinstance(value, dict):
@@ -191,35 +203,73 @@ def _print(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any
     print_lines(_facts(summary))
     if summary.groups:
         typer.echo()
-        columns = ("GROUP", "PARAMETERS", "ELEMENTS", "ROLE", "HYPER-PARAMETERS")
-        print_table(columns, [_group_cells(i, group) for i, group in enumerate(summary.groups)])
+        print_table(GROUPS, list(enumerate(summary.groups)))
     if summary.slots:
         typer.echo()
-        headings = ("SLOT", "STORE", "DTYPE", "TENSORS", "ELEMENTS", "BYTES", "B/PARAM")
         known = summary.elements is not None
-        cells = [
-            (
-                slot.slot or "-",
-                slot.store,
-                slot.dtype,
-                str(slot.tensors),
-                str(slot.elements),
-                str(slot.nbytes),
-                _ratio(slot.nbytes, slot.elements if known else 0),
-            )
-            for slot in summary.slots
-        ]
-        print_table(headings, cells)
+        per_element = {"B/PARAM": lambda slot: _ratio(slot.nbytes, slot.elements if known else 0)}
+        print_table({**SLOTS, **per_element}, summary.slots)
     if summary.prices:
         typer.echo()
-        print_table(("RECIPE", "BYTES", "B/PARAM", "SHARE OF FP32 ADAMW"), _price_cells(summary))
+        print_table(columns_of_tuples("RECIPE", "BYTES", "B/PARAM", "SHARE OF FP32 ADAMW"), _price_cells(summary))
     if rows is not None:
         typer.echo()
-        _print_rows(rows, numbers)
+        if numbers is None:
+            print_table(TENSORS, rows)
+        else:
+            columns = {name: partial(_of_pair, 0, show) for name, show in TENSORS.items()}
+            columns |= {name: partial(_of_pair, 1, show) for name, show in NUMBERS.items()}
+            print_table(columns, list(zip(rows, numbers, strict=True)))
+
+
+def _of_pair(side: int, show: Callable[[Any], Any], pair: tuple[Row, dict[str, Any]]) -> Any:
+    """Show a tensor, or the statistics of its numbers."""
+    return show(pair[side])
+
+
+GROUPS: Columns = {
+    "GROUP": lambda row: row[0],
+    "PARAMETERS": lambda row: row[1].parameters,
+    "ELEMENTS": lambda row: row[1].elements,
+    "ROLE": lambda row: _role(row[1]) or None,
+    "HYPER-PARAMETERS": lambda row: " ".join(f"{k}={_value_text(v)}" for k, v in sorted(row[1].hyper.items())) or None,
+}
+SLOTS: Columns = {
+    "SLOT": lambda slot: slot.slot or None,
+    "STORE": attrgetter("store"),
+    "DTYPE": attrgetter("dtype"),
+    "TENSORS": attrgetter("tensors"),
+    "ELEMENTS": attrgetter("elements"),
+    "BYTES": attrgetter("nbytes"),
+}
+TENSORS: Columns = {
+    "NAME": lambda row: row.parameter or row.name,
+    "SLOT": lambda row: (f"{row.slot}.{row.field}" if row.field else row.slot) or None,
+    "STORE": attrgetter("store"),
+    "SHAPE": lambda row: "x".join(map(str, row.stored.shape)) or "scalar",
+    "DTYPE": attrgetter("dtype"),
+    "BYTES": lambda row: row.stored.nbytes,
+}
+NUMBERS: Columns = {
+    "MIN": lambda found: _six_digits(found["minimum"]),
+    "MAX": lambda found: _six_digits(found["maximum"]),
+    "MEAN": lambda found: _six_digits(found["mean"]),
+    "ZEROS": itemgetter("zeros"),
+    "NAN": itemgetter("nan"),
+    "INF": itemgetter("infinite"),
+}
+
+
+def _six_digits(value: float | None) -> str | None:
+    return None if value is None else f"{value:.6g}"
+
+
+def _role(group: GroupSummary) -> str:
+    return group.role + (f" (heads of {group.head_size} rows)" if group.head_size else "")
 
 
 def _price_cells(summary: Summary) -> list[tuple[str, ...]]:
-    """What the same parameters would cost under other recipes."""
+    """Return what the same parameters would cost under other recipes."""
     whole = summary.adamw_bytes or 0
     return [
         (name, str(nbytes), _ratio(nbytes, summary.elements), f"{100 * nbytes / whole:.1f} %" if whole else "-")
@@ -252,39 +302,14 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         share = f"{100 * summary.nbytes / summary.adamw_bytes:.1f} %"
         facts.append(("fp32 AdamW", f"{summary.adamw_bytes} bytes: this is {share} of it"))
     facts += [("note", note) for note in summary.notes]
-    facts += [(issue.severity, f"{issue.where}: {issue.what}") for issue in structure_of(summary)]
+    facts += [(issue.severity, f"{issue.where}: {issue.what}") for issue in summary.issues]
     return facts
-
-
-def _group_cells(index: int, group: GroupSummary) -> tuple[str, ...]:
-    role = group.role + (f" (heads of {group.head_size} rows)" if group.head_size else "")
-    hyper = " ".join(f"{key}={_value_text(value)}" for key, value in sorted(group.hyper.items()))
-    elements = str(group.elements) if group.elements is not None else "-"
-    return (str(index), str(group.parameters), elements, role or "-", hyper or "-")
 
 
 def _value_text(value: Any) -> str:
     if isinstance(value, TensorValue):
         return f"tensor({', '.join(map(str, value.values))})"
     return shown(repr(value))
-
-
-def _print_rows(rows: list[Row], numbers: list[dict[str, Any]] | None) -> None:
-    columns = ["NAME", "SLOT", "STORE", "SHAPE", "DTYPE", "BYTES"]
-    cells = [_row_cells(row) for row in rows]
-    if numbers is not None:
-        columns += ["MIN", "MAX", "MEAN", "ZEROS", "NAN", "INF"]
-        for cell, found in zip(cells, numbers, strict=True):
-            values = [found[key] for key in ("minimum", "maximum", "mean")]
-            cell += ["-" if value is None else f"{value:.6g}" for value in values]
-            cell += [str(found[key]) for key in ("zeros", "nan", "infinite")]
-    print_table(columns, cells)
-
-
-def _row_cells(row: Row) -> list[str]:
-    shape = "x".join(map(str, row.stored.shape)) or "scalar"
-    slot = (f"{row.slot}.{row.field}" if row.field else row.slot) or "-"
-    return [row.parameter or row.name, slot, row.store, shape, row.dtype, str(row.stored.nbytes)]
 
 
 def _ratio(nbytes: int, elements: int | None) -> str:

@@ -16,7 +16,8 @@ from .convert import convert
 from .diff import diff
 from .estimate import estimate
 from .inspect import inspect
-from .output import JSON, print_json, print_table
+from .options import JSON
+from .output import columns_of_tuples, print_json, print_table
 
 HELP = (
     "Optimizer state: what training needs in memory, what a checkpoint holds, whether it is sound, how two differ, and "
@@ -67,7 +68,8 @@ def recipes(as_json: JSON = False) -> None:
     if as_json:
         print_json({"schema": "optstate.recipes/1", "recipes": rows})
     elif sys.stdout.isatty():
-        print_table(("recipe", "class", "what it does"), [(r["name"], r["class"], r["summary"]) for r in rows])
+        cells = [(row["name"], row["class"], row["summary"]) for row in rows]
+        print_table(columns_of_tuples("recipe", "class", "what it does"), cells)
     else:
         for row in rows:  # without a heading
             typer.echo(f"{row['name']}\t{row['class']}\t{row['summary']}")

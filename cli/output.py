@@ -1,30 +1,41 @@
-"""What every command shares: tables and JSON on stdout, errors on stderr, exit codes."""
+"""What every command shares: tables and JSON on stdout, errors and progress on stderr, exit codes."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import typer
 
-from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint import CheckpointError, UsageError
 from optstate.text import escaped
 
-__all__ = ["FINDINGS", "JSON", "bytes_text", "failing", "print_json", "print_lines", "print_table", "progress"]
+__all__ = [
+    "FINDINGS",
+    "Columns",
+    "bytes_text",
+    "columns_of_tuples",
+    "failing",
+    "finite",
+    "print_json",
+    "print_lines",
+    "print_table",
+    "progress",
+    "stop",
+]
 
 T = TypeVar("T")
 
-FINDINGS, UNREADABLE, REFUSED, INTERRUPTED = 1, 3, 4, 130
-"""Exit codes; 2, a wrong use of the command, is typer's."""
-
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
+FINDINGS, USAGE, UNREADABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+"""Exit codes; 2, a wrong use of the command, is typer's, too."""
 
 PATIENCE = 1.0
 """Seconds before a progress bar appears."""
@@ -38,39 +49,52 @@ def failing() -> Iterator[None]:
     except CheckpointError as error:
         if os.environ.get("OPTSTATE_DEBUG") == "1":
             raise
-        _stop(str(error), REFUSED if error.refused else UNREADABLE)
+        stop(str(error), REFUSED if error.refused else UNREADABLE)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
     except BrokenPipeError:
         # `optstate inspect ... | head`: Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except OSError as error:
-        _stop(escaped(str(error)), UNREADABLE)
+        stop(escaped(str(error)), UNREADABLE)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _stop(message: str, code: int) -> None:
+def stop(message: str, code: int) -> None:
+    """End the command with one line on stderr and an exit code."""
     typer.echo(f"optstate: {message}", err=True)
     raise typer.Exit(code) from None
 
 
 def print_json(tree: Mapping[str, Any]) -> None:
-    """One object on one line; ASCII, so that no name in a file reaches the terminal as it is."""
+    """Print one object on one line; ASCII, so that no name in a file reaches the terminal as it is."""
     typer.echo(json.dumps(tree, allow_nan=False))
 
 
 def print_lines(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one pair a line."""
+    """Print names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs) if sys.stdout.isatty() else 0
     for name, value in pairs:
         typer.echo(f"{name.ljust(width)}  {escaped(value)}" if width else f"{name}\t{escaped(value)}")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for a person on a terminal, else tab-separated columns under their names. Text from files is escaped."""
-    cells: Sequence[Sequence[str]] = [[escaped(cell) for cell in row] for row in rows]
+Columns = Mapping[str, Callable[[Any], Any]]
+"""The columns of a table: heading -> what it shows of a row. A number is shortened, None is "-"."""
+
+
+def columns_of_tuples(*headings: str) -> Columns:
+    """Return the columns of a table whose rows are tuples of what is shown."""
+    return {heading: itemgetter(place) for place, heading in enumerate(headings)}
+
+
+def print_table(columns: Columns, rows: Sequence[Any]) -> None:
+    """Print a table for a person on a terminal, else tab-separated columns under their headings; escape all text."""
+    headings: Sequence[str] = tuple(columns)
+    cells: Sequence[Sequence[str]] = [[_cell(show(row)) for show in columns.values()] for row in rows]
     if not sys.stdout.isatty():
-        for line in (columns, *cells):
+        for line in (headings, *cells):
             typer.echo("\t".join(line))
         return
     from rich import box
@@ -79,15 +103,22 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.text import Text
 
     console = Console()
-    columns, cells = _fitting(columns, cells, console.width)
-    numbers = [all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(columns))]
-    gap = 1 if _width(columns, cells) <= console.width else 0
+    headings, cells = _fitting(headings, cells, console.width)
+    numbers = [all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headings))]
+    gap = 1 if _width(headings, cells) <= console.width else 0
     table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
-    for column, right in zip(columns, numbers, strict=True):
+    for column, right in zip(headings, numbers, strict=True):
         table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))  # Text: no markup in names
     console.print(table)
+
+
+def _cell(value: Any) -> str:
+    """Return the text of one cell."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else escaped(str(value))
 
 
 NUMBER = re.compile(r"-?[\dx.]*(e[-+]\d+)?( %| B| [KMG]iB)?|-?inf|nan")
@@ -106,7 +137,7 @@ SHORT = {
 def _fitting(
     columns: Sequence[str], cells: Sequence[Sequence[str]], width: int
 ) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """A table in fewer words, and without columns that say nothing, if it is wider than the terminal."""
+    """Return a table in fewer words, and without columns that say nothing, if it is wider than the terminal."""
     if _width(columns, cells) > width:
         columns = [SHORT.get(column, column) for column in columns]
         cells = [[SHORT.get(cell, cell.removesuffix("()")) for cell in row] for row in cells]
@@ -122,15 +153,20 @@ def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
 
 
 def bytes_text(count: int) -> str:
-    """A size for people: "1.50 MiB"."""
+    """Return a size for people: "1.50 MiB"."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
 
 
-def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, with a bar on stderr if that is a terminal and they take long."""
+def finite(value: float | None) -> float | str | None:
+    """Return a number as JSON has it, which has no infinity: the text "inf" there."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield the items, with a bar on stderr if that is a terminal and they take long."""
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield from items
         return
@@ -138,7 +174,7 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     try:
         for done, item in enumerate(items):
             if bar is None and time.monotonic() - start > PATIENCE:
-                bar = _Bar(total, what)
+                bar = _Bar(len(items), what)
             if bar is not None:
                 bar.show(done)
             yield item

@@ -52,7 +52,7 @@ recipe = optstate.route(
 
 
 def is_relative(name: str, param: torch.Tensor) -> bool:
-    """Whether the parameter goes through `for_matrices`, whose learning rate is relative."""
+    """Return whether the parameter goes through `for_matrices`, whose learning rate is relative."""
     return param.ndim >= 2 and not name.startswith(("embedding.", "position."))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["Corpus", "UsageError", "read_corpus"]
 
 CAP_BYTES = 4 * 2**20
-"""Reading stops here: far more than the examples train on, and read in a moment."""
+"""Bytes after which reading stops: far more than the examples train on, and read in a moment."""
 
 VALIDATION_SHARE = 0.05
 
@@ -27,7 +27,7 @@ LEFT_OUT = {
 
 
 class UsageError(Exception):
-    """Something the user gave cannot be used; the message is one line."""
+    """Raised for an argument that cannot be used, with a message of one line."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Corpus:
     fingerprint: str
 
     def set_aside(self) -> tuple[Corpus, Corpus]:
-        """The same text in three parts instead of two, to choose hyper-parameters on text that nothing else sees.
+        """Divide the text in three parts instead of two, to choose hyper-parameters on text that nothing else sees.
 
         Returns:
             Two corpora with one training text, which is this one's without its end. The first has that end, as many
@@ -59,12 +59,12 @@ class Corpus:
         return Corpus(train, valid, self.source, digest.hexdigest())
 
     def description(self) -> dict[str, str | int]:
-        """For a report."""
+        """Return where the text comes from, its hash and the bytes of its parts, for a report."""
         sizes = {"training_bytes": len(self.train), "validation_bytes": len(self.valid)}
         return {"corpus": self.source, "corpus_sha256": self.fingerprint, **sizes}
 
     def batch(self, step: int, size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets `[size, length]` of one step, from random places of the training text.
+        """Return inputs and targets `[size, length]` of one step, from random places of the training text.
 
         A generator of its own, seeded by run and step, draws them: a resumed run sees what the uninterrupted one
         would have seen, and no other random number in the program matters.
@@ -74,7 +74,7 @@ class Corpus:
         return _windows(self.train, starts, length)
 
     def validation(self, count: int, length: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets `[count, length]`, evenly spread over the validation text, always the same."""
+        """Return inputs and targets `[count, length]`, evenly spread over the validation text, always the same."""
         return _windows(self.valid, torch.linspace(0, len(self.valid) - length - 1, count).long(), length)
 
 

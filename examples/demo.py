@@ -105,12 +105,12 @@ def resume(checkpoint: Path, corpus: Corpus, settings: Settings, console: Consol
 
 
 def largest_difference(resumed: list[float], uninterrupted: list[float]) -> float:
-    """Between the losses of the same steps."""
+    """Return the largest difference between the losses of the same steps of two runs."""
     return max(abs(a - b) for a, b in zip(resumed, uninterrupted, strict=True))
 
 
 def plot(numbers: list[dict[str, Any]], resumed: list[float], middle: int, path: Path) -> None:
-    """The loss curves, and the resumed one on top of the second half of the last."""
+    """Draw the loss curve of each run, and that of the resumed run on top of the last one's second half."""
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     for run in numbers:
         steps, colour = range(1, len(run["losses"]) + 1), COLOURS[run["recipe"]]
@@ -130,7 +130,7 @@ def plot(numbers: list[dict[str, Any]], resumed: list[float], middle: int, path:
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Mean over twenty-one steps around each, fewer at the ends."""
+    """Average each loss with those of the ten steps before and after, fewer at the ends."""
     return [fmean(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))]
 
 

@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes `[batch, length]` in, logits `[batch, length, vocabulary]` of the next byte out."""
+    """A byte-level language model: from bytes `[batch, length]` to logits `[batch, length, vocabulary]` of the next."""
 
     def __init__(self, config: GPTConfig = GPTConfig()) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """GPT-2's: normal with deviation 0.02, less where layers add up on the residual stream."""
+        """Initialise as GPT-2 does: normal with deviation 0.02, less where layers add up on the residual stream."""
         residual = 0.02 / math.sqrt(2 * self.config.layers)
         for name, param in self.named_parameters():
             if param.ndim == 2:
@@ -86,5 +86,5 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte, fp32 whatever the model's dtype; 0-d."""
+        """Return the mean cross-entropy in nats per byte, 0-d, fp32 whatever the model's dtype."""
         return F.cross_entropy(self(inputs).float().flatten(0, 1), targets.flatten())

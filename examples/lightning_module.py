@@ -17,7 +17,7 @@ from adalomo import AdaLomo
 
 
 class LanguageModel(lightning.LightningModule):
-    """Automatic optimization; the manual way works as well."""
+    """A module trained by Lightning's automatic optimization; the manual way works as well."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One training run of the small language model, and what can be measured of it."""
+"""One training run of the small language model: settings, steps, checkpoints, and a measurement of its memory."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lomo": {"lr": 0.1},
     **dict.fromkeys(("sgd", "sgdm8bit"), SGD),
 }
-"""What each recipe is called with; one that is not listed runs with its own defaults.
+"""Keyword arguments of each recipe; a recipe that is not listed runs with its own defaults.
 
 The learning rates come from a small search with this model, seed 0, by validation loss. After 800 steps adalomo with
 0.03, 0.05, 0.08 had 2.045, 1.971, 2.053, and adamw with 0.001, 0.002, 0.004 had 1.980, 1.940, 1.956. After 200 steps
 lomo with 0.1, 0.3 had 2.60, 3.13 (1.0 diverged), sgd with 0.03, 0.1, 0.3 had 2.82, 2.84, 3.12, and lion with 0.0003,
-0.001, 0.002 had 2.62, 2.98, 2.79. adafactor with a learning rate is adalomo's rule. What compresses another's state
-takes that one's rate. The betas are those customary for
-language models, not searched.
+0.001, 0.002 had 2.62, 2.98, 2.79. adafactor with a learning rate is adalomo's rule. A recipe that compresses another's
+state takes the other's rate. The betas are those customary for language models, not searched.
 """
 
 FUSED_BY_DEFAULT = {"adalomo", "lomo"}
@@ -51,12 +50,12 @@ VALIDATION_WINDOWS = 128
 WARMUP_SHARE = 0.1
 FINAL_LR_SHARE = 0.1
 PROBE = (1, 8)
-"""Sequences and bytes of the batch that memory is measured with: activations then weigh next to nothing."""
+"""Sequences, and bytes in each, of the batch that memory is measured with: its activations take next to nothing."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines a run. `lr=None` takes the recipe's from `OPTIONS`, `fused_backward=None` its habit."""
+    """The settings that define a run; None for `lr` or `fused_backward` is what suits the recipe."""
 
     recipe: str = "adalomo"
     lr: float | None = None
@@ -73,18 +72,22 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """For tables and progress bars."""
+        """The name of the run in tables and progress bars."""
         return f"{self.recipe}, {'fused' if self.fused else 'stepped'}"
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments of the recipe."""
+    """Return the keyword arguments of a run's recipe."""
     options = dict(OPTIONS.get(settings.recipe, {}))
     return options if settings.lr is None else {**options, "lr": settings.lr}
 
 
 def build_optimizer(model: GPT, settings: Settings) -> optstate.Optimizer:
-    """The recipe over the model's parameters, fused if asked for."""
+    """Build the recipe's optimizer over the model's parameters, fused into the backward pass if the settings say so.
+
+    Raises:
+        UsageError: if the recipe is unknown or refuses its arguments.
+    """
     try:
         optimizer = optstate.recipes.get(settings.recipe)(model.named_parameters(), **options_of(settings))
     except (LookupError, TypeError, ValueError) as error:
@@ -95,11 +98,11 @@ def build_optimizer(model: GPT, settings: Settings) -> optstate.Optimizer:
 
 
 Build = Callable[[GPT, Settings], optstate.Optimizer]
-"""Makes the optimizer of a run."""
+"""A function that makes the optimizer of a run."""
 
 
 def lr_factor(steps: int) -> Callable[[int], float]:
-    """Linear warmup, then a cosine down to a tenth."""
+    """Return a factor on the learning rate by step: linear warmup, then a cosine down to a tenth."""
     warmup = max(1, round(steps * WARMUP_SHARE))
 
     def factor(step: int) -> float:
@@ -134,7 +137,7 @@ class Run:
         return self.model.config.context
 
     def update(self, inputs: Tensor, targets: Tensor) -> float:
-        """One step on one batch: the same four lines, stepped or fused."""
+        """Train on one batch and return its loss; these four lines are the same stepped and fused."""
         loss = self.model.loss(inputs, targets)
         loss.backward()
         self.optimizer.step()
@@ -152,7 +155,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self, windows: int = VALIDATION_WINDOWS) -> float:
-        """Validation loss in nats per byte, over so many windows of the validation text."""
+        """Return the loss in nats per byte over `windows` windows of the validation text."""
         inputs, targets = self.corpus.validation(windows, self.context)
         parts = zip(inputs.split(16), targets.split(16), strict=True)
         return sum(self.model.loss(x, y).item() * len(x) for x, y in parts) / len(inputs)
@@ -165,7 +168,7 @@ class Run:
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to continue in this run, in plain numbers and strings."""
+        """Return the settings that a checkpoint must share with this run to continue in it, as numbers and strings."""
         known = asdict(self.settings)
         kept = {key: known[key] for key in ("recipe", "batch", "dtype", "seed")}
         return {**kept, "lr": options_of(self.settings).get("lr"), "corpus": self.corpus.fingerprint[:12]}
@@ -239,7 +242,7 @@ def train(
 
 @contextmanager
 def _display(run: Run, label: str, console: Console) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, about ten plain lines elsewhere."""
+    """Show a progress bar on a terminal, about ten plain lines elsewhere."""
     total = run.settings.steps
     if not console.is_terminal:
         every = max(1, total // 10)
@@ -265,7 +268,7 @@ def _line(run: Run, label: str) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one training step besides weights and activations.
+    """The bytes that one training step takes besides weights and activations.
 
     state: tensors of the optimizer.
     gradients: most gradient bytes alive at one moment.
@@ -314,7 +317,7 @@ def _quiet_profiler() -> Iterator[None]:
 
 
 def _peak_gradient_bytes(run: Run, probe: tuple[Tensor, Tensor]) -> int:
-    """Ask, whenever a gradient reaches a parameter, how many bytes of gradients are alive: that one and those kept."""
+    """Return the most bytes of gradients alive at once, counted whenever a gradient reaches a parameter."""
     params = list(run.model.parameters())
     seen = []
 

@@ -26,7 +26,7 @@ ROWS = {
 
 
 def summary(run: Run, memory: Memory, before: float) -> dict[str, Any]:
-    """What was trained, how, and what came out; validates once more."""
+    """Return what was trained, how, and what came out, after one more validation."""
     settings = run.settings
     return {
         **asdict(settings),
@@ -43,7 +43,7 @@ def summary(run: Run, memory: Memory, before: float) -> dict[str, Any]:
 
 
 def table(title: str, *summaries: dict[str, Any]) -> Table:
-    """One row per measure, one column per run."""
+    """Lay out runs side by side: one row per measure, one column per run."""
     result = Table(title=title, caption=CAPTION, title_justify="left", caption_justify="left")
     result.add_column("")
     for each in summaries:
@@ -55,10 +55,10 @@ def table(title: str, *summaries: dict[str, Any]) -> Table:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes in KiB or MiB."""
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def duration(seconds: float | None) -> str:
-    """A time in milliseconds."""
+    """Format a time in milliseconds."""
     return "no step taken" if seconds is None else f"{seconds * 1e3:.0f} ms"

@@ -30,14 +30,14 @@ __all__ = ["OneLineParser", "main", "positive"]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line on stderr, with exit code 2."""
+    """A parser that reports a wrong argument in one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def positive(text: str) -> int:
-    """An argument that must be a whole number above zero."""
+    """Parse an argument that must be a whole number above zero."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above zero")
     return int(text)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = Settings()
     known = ", ".join(OPTIONS)
@@ -86,14 +86,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Find out before training, not after it, that a result cannot be written."""
+    """Check before training, not after it, that the results can be written.
+
+    Raises:
+        UsageError: if the folder of a result does not exist, or the path is a folder.
+    """
     for path in (args.json, args.save):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UsageError(f"cannot write {path}: it must be a file in an existing folder")
 
 
 def train_and_measure(args: argparse.Namespace, console: Console) -> tuple[Run, dict[str, Any]]:
-    """The run the arguments ask for, and its numbers."""
+    """Train the run that the arguments ask for, and return it with its numbers."""
     corpus = read_corpus(args.corpus, GPTConfig().context)
     settings = Settings(
         recipe=args.recipe,

@@ -46,13 +46,13 @@ def main() -> None:
 
 
 def prompts_and_completions(count: int) -> Dataset:
-    """What SFTTrainer learns from: it counts the loss of completions only."""
+    """Return `count` prompts with their completions; SFTTrainer counts the loss of the completions only."""
     texts = [bytes(window["input_ids"].tolist()).decode(errors="ignore") for window in windows(count)]
     return Dataset.from_dict({"prompt": [text[:16] for text in texts], "completion": [text[16:] for text in texts]})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte. Byte 0, which no text has, ends and pads."""
+    """Build a tokenizer with a token per byte; byte 0, which no text has, ends and pads."""
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,5 +1,9 @@
-"""Composable optimizer state for PyTorch: choose how statistics are kept, what a gradient goes through, how weights
-are written, and whether the update happens inside the backward pass."""
+"""Composable optimizer state for PyTorch.
+
+Four independent choices make an optimizer: how its running statistics are kept (`stores`), what a gradient goes through
+on its way to a step (`updates`), how parameters are written (`weights`), and whether a step happens inside the backward
+pass (`fuse_backward`). A combination with a name is a recipe (`recipes`).
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -7,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from optstate import recipes, stores, updates, weights
     from optstate.checkpoint.errors import CheckpointError
-    from optstate.checkpoint.live.native import load, save
+    from optstate.checkpoint.live.load import load
+    from optstate.checkpoint.live.save import save
     from optstate.memory.estimate import estimate
     from optstate.optimizer.broken_step import InconsistentStateError
     from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
@@ -54,9 +59,9 @@ _HOMES = {
     "fuse_backward": "optstate.optimizer.fused_backward",
     "is_matrix": "optstate.spec",
     "is_vector": "optstate.spec",
-    "load": "optstate.checkpoint.live.native",
+    "load": "optstate.checkpoint.live.load",
     "route": "optstate.updates",
-    "save": "optstate.checkpoint.live.native",
+    "save": "optstate.checkpoint.live.save",
 }
 _MODULES = ("recipes", "stores", "updates", "weights")
 

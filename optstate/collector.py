@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage, kept from searching what is not garbage."""
+"""Pause Python's collector of cyclic garbage while large libraries are imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["paused"]
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Inside, garbage that refers to itself is not looked for; afterwards what was made inside counts as old.
+    """Pause the collector of cyclic garbage, and count the objects made meanwhile as old afterwards.
 
     For imports: torch and transformers make half a million objects, all of them to stay, and the collector goes through
-    these again and again while they come, which takes a third of the time. What is old is gone through only with
-    everything else, not at once. A collector that is off already stays off.
+    these again and again while they come, which takes a third of the time. Old objects are gone through only together
+    with all others. A collector that is off already stays off.
     """
     if not gc.isenabled():
         yield

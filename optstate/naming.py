@@ -1,4 +1,4 @@
-"""The names that parameters are known by: without what wrappers put into them. Imports no torch.
+"""Canonical parameter names: the names without the prefixes that wrappers add. Imports no torch.
 
 Compiling a model, wrapping it for several devices, checkpointing its activations or giving it adapters puts words into
 the names of its parameters. A name decides how a weight is rounded, and which statistic is whose: it must be the same
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-__all__ = ["Names", "by_place", "canonical_names", "same_names"]
+__all__ = ["CanonicalNames", "by_place", "canonical_names", "same_names"]
 
 WRAPPERS = frozenset(
     (
@@ -22,7 +22,7 @@ WRAPPERS = frozenset(
         "_module",  # Opacus
     )
 )
-"""Words that only wrappers use, wherever they stand."""
+"""Attributes under which wrappers hold the wrapped module; no model uses these words, so they are always dropped."""
 
 MODULE = "module"  # DataParallel, DistributedDataParallel, DeepSpeed, Megatron, AveragedModel
 ADAPTED = ("base_layer", "original_module")  # PEFT: what stands beside an adapter
@@ -32,12 +32,17 @@ DEFAULT = "default"  # PEFT's name of an adapter that was given none, and which 
 
 
 def canonical_names(given: Sequence[str], taken: Collection[str] = ()) -> list[str]:
-    """The names of one optimizer's parameters without what wrappers put into them.
+    """Return the names of one optimizer's parameters without the words that wrappers put into them.
 
     Words that models use, too, such as `module`, stay where parameters could not be told apart without them. Equal
     names stay equal.
 
-    given: the names of all parameters that are added at once. taken: canonical names of those that are there.
+    Args:
+        given: the names of all parameters that are added at once.
+        taken: canonical names of the parameters that the optimizer has already.
+
+    Returns:
+        One canonical name per given name, in order.
     """
     unwrapped = [_without_wrappers(name) for name in given]
     while unwrapped and all(name.startswith(f"{MODULE}.") for name in unwrapped):
@@ -51,20 +56,21 @@ def canonical_names(given: Sequence[str], taken: Collection[str] = ()) -> list[s
 
 
 def same_names(a: Sequence[str], b: Sequence[str]) -> list[bool]:
-    """Which of two lists' names, pair by pair, are those of the same parameter."""
+    """Return for each pair of names in two lists of equal length whether both name the same parameter."""
     pairs = zip(a, b, canonical_names(a), canonical_names(b), strict=True)
     return [one == other or short == short_other for one, other, short, short_other in pairs]
 
 
 def by_place(place: int) -> str:
-    """What stands for the name of a parameter without one."""
+    """Return the name of a parameter that was given without a name, by its place in the optimizer from 0 on."""
     return f"param_{place}"
 
 
-class Names:
-    """The canonical names of one optimizer's parameters, and the names that they were made of.
+class CanonicalNames:
+    """The canonical names of one optimizer's parameters, and the given names that they come from.
 
-    expected: given names of all parameters that are about to be added, so that they are looked at together.
+    Args:
+        expected: given names of all parameters that are about to be added, so that all are seen together.
     """
 
     def __init__(self, expected: Sequence[str] = ()) -> None:
@@ -79,33 +85,33 @@ class Names:
         return name in self._given
 
     def canonical(self, given: Sequence[str]) -> list[str]:
-        """The canonical names of parameters that are to be added."""
+        """Return the canonical names of parameters that are about to be added, one per given name."""
         new = [name for name in given if name not in self._known]
         found = dict(zip(new, canonical_names(new, self._given.keys()), strict=True)) if new else {}
         return [found[name] if name in found else self._known[name] for name in given]
 
     def use(self, given: Sequence[str], names: Sequence[str]) -> None:
-        """From now on these canonical names belong to parameters."""
+        """Note that these canonical names, made of these given names, now belong to parameters."""
         self._known.update(zip(given, names, strict=True))
         self._given.update(zip(names, given, strict=True))
 
     def free(self, name: str) -> None:
-        """From now on this canonical name belongs to no parameter."""
+        """Note that this canonical name no longer belongs to a parameter."""
         self._given.pop(name, None)
 
     def given(self, name: str) -> str:
-        """What a canonical name was made of; itself if that is not known."""
+        """Return the given name that a canonical name comes from, or the canonical name itself if unknown."""
         return self._given.get(name, name)
 
 
 def _without_wrappers(name: str) -> str:
-    """Without words that only wrappers use. The last word is the parameter's own."""
+    """Return a name without the words that only wrappers use; its last word, the parameter's own, stays."""
     *path, own = name.split(".")
     return ".".join([*(word for word in path if word not in WRAPPERS), own])
 
 
 def _bare(name: str) -> str:
-    """Without words that wrappers and adapters use, and models may use, too."""
+    """Return a name without the words that wrappers and adapters use but models may use, too."""
     words = name.split(".")
     kept: list[str] = []
     for place, word in enumerate(words):

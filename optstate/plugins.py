@@ -95,7 +95,7 @@ def _ours_first(entry: EntryPoint) -> tuple[bool, str, str]:
 
 @lru_cache(maxsize=1024)
 def _loaded(plugins: Plugins[Any], entry: EntryPoint) -> Any:
-    """The object of an entry point, or the error that says why there is none, of which a warning was given."""
+    """Load the object of an entry point, or warn and return the error that says why it cannot be used."""
     try:
         part = entry.load()
         problem = plugins.problem(entry.name, part)

@@ -1,4 +1,4 @@
-"""What each parameter of a model is, read off the modules that hold it."""
+"""Declare the role of each parameter of a model (embedding, head, norm ...) from the modules that hold it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LINEAR_MAPS = (nn.Linear, nn.Bilinear, _ConvNd)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 Declaration = tuple[str, int | None]
-"""Role and head size."""
+"""A role, and the rows of one attention head if the role is "query_key"."""
 
 
 def declare_roles(model: nn.Module) -> list[dict[str, Any]]:
-    """Param groups that say what each parameter is, for any optimizer of this library.
+    """Return param groups that declare the role of each parameter of a model, for any optimizer of this library.
 
-    Every parameter of `model.named_parameters()` is in exactly one group, frozen ones included. A group is
+    Every parameter of `model.named_parameters()` gets a role, frozen parameters included. A group is
     `{"params": [(name, param), ...], "role": role}`, with `"head_size"` where there is one; add hyper-parameters to it
     as to any group. Groups come in the order below, parameters in the model's order.
 
@@ -70,6 +70,12 @@ def declare_roles(model: nn.Module) -> list[dict[str, Any]]:
     be outputs: GPT-2's `Conv1D` stores `[inputs, outputs]`. And so is a query without its key, as in multi-head latent
     attention, where `head_dim` may mean another size.
 
+    Args:
+        model: any module, wrapped or not.
+
+    Returns:
+        The groups, none of them empty, with every parameter in exactly one.
+
     Raises:
         TypeError: if `model` is no module.
         ValueError: if a module declares heads that do not divide the rows of its query or key weight.
@@ -91,7 +97,7 @@ def declare_roles(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _declarations(model: nn.Module) -> Iterator[tuple[Tensor, Declaration]]:
-    """Every role that a module gives a parameter; a parameter may come several times."""
+    """Yield every role that a module gives one of its parameters; a tied parameter may come several times."""
     for linear in _output_projections(model):
         yield from ((weight, ("head", None)) for weight in _own(linear, "weight"))
     for path, module in model.named_modules():
@@ -104,13 +110,13 @@ def _declarations(model: nn.Module) -> Iterator[tuple[Tensor, Declaration]]:
 
 
 def _own(module: nn.Module, *names: str) -> list[nn.Parameter]:
-    """The module's own parameters of these names. A parametrized weight is computed, not a parameter: left out."""
+    """Return the module's own parameters of these names, without parametrized weights, which are computed."""
     own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     return [own[name] for name in names if name in own]
 
 
 def _output_projections(model: nn.Module) -> list[nn.Linear]:
-    """The layers whose weights are heads."""
+    """Return the output projections of a model: the layers whose weights get the role "head"."""
     modules: list[Any] = list(model.modules())
     answers = [module.get_output_embeddings() for module in modules if _offers_output_embeddings(module)]
     root = model
@@ -147,7 +153,11 @@ def _biases(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _queries_and_keys(path: str, module: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """The query and key weights of an attention module that declares its heads, each with the rows of one head."""
+    """Yield the query and key weights of an attention module that declares its heads, with the rows of one head.
+
+    Raises:
+        ValueError: if the declared heads do not divide the rows of a weight.
+    """
     for labels, weights in _query_key_pairs(module):
         # Packed quantised weights have another shape than the matrix they stand for, and do not train.
         if len(weights) < 2 or not all(weight.is_floating_point() for weight in weights):
@@ -167,7 +177,7 @@ def _queries_and_keys(path: str, module: nn.Module) -> Iterator[tuple[Tensor, in
 
 
 def _query_key_pairs(module: nn.Module) -> Iterator[tuple[tuple[str, str], list[nn.Parameter]]]:
-    """Names and weights of a query and its key; fewer than two weights where they are not parameters."""
+    """Yield the names and the weights of a query and its key; a weight that is no parameter is left out."""
     if isinstance(module, nn.MultiheadAttention):
         labels = ("q_proj_weight", "k_proj_weight")
         yield labels, _own(module, *labels)
@@ -182,7 +192,7 @@ def _query_key_pairs(module: nn.Module) -> Iterator[tuple[tuple[str, str], list[
 
 
 def _declared(module: nn.Module, attributes: tuple[str, ...]) -> tuple[str, int]:
-    """The first of these attributes that is a positive integer, and its value; 0 if there is none."""
+    """Return the name and the value of the first of these attributes that is a positive integer, else "" and 0."""
     for attribute in attributes:
         value = getattr(module, attribute, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

@@ -1,13 +1,16 @@
-"""What the rest of the library needs to know about a parameter and about the tensors kept for it."""
+"""Specifications: what the library knows of a parameter (`ParamSpec`) and of a tensor kept for it (`FieldSpec`)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from optstate.store_layouts import ACCUMULATOR, PARAMETER, Layouts
 
 __all__ = [
     "ROLES",
@@ -23,28 +26,36 @@ __all__ = [
 
 
 ROLES = ("embedding", "head", "query_key", "norm", "bias", "matrix", "vector")
-"""The roles a recipe of this library may ask for. A parameter with several (tied weights) gets the first of them."""
+"""All roles. A parameter with several roles, as tied weights have, gets the one that comes first here."""
 
 
 STEPPED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def can_be_stepped(dtype: torch.dtype) -> bool:
-    """Whether weights of this dtype can be updated: integers, packed codes and numbers of 8 bits and less cannot."""
+    """Return whether weights of this dtype can be updated: fp64, fp32, bf16 and fp16, not integers or 8-bit floats."""
     return dtype in STEPPED
 
 
+@cache
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype statistics and update arithmetic use: fp32, or fp64 for fp64 parameters."""
+    """Return the dtype of statistics and update arithmetic: fp32, or fp64 for fp64 parameters."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Region:
-    """The box of a parameter that this device holds, where the parameter is split over several.
+    """The box of a parameter that one device holds, where the parameter is split over several devices.
 
-    whole: shape of the parameter. offset, shape: of the box. parts: into how many parts each dimension is cut, 1 where
-    it is not. Parts have the same size where that divides the dimension; else the last ones are smaller or empty.
+    The parts of a dimension have the same size where their number divides the dimension; else the last parts are
+    smaller or empty.
+
+    Attributes:
+        whole: shape of the parameter.
+        offset: index in the parameter of the box's first element, one number per dimension.
+        shape: sizes of the box.
+        parts: into how many parts each dimension is cut, 1 where it is not.
     """
 
     whole: tuple[int, ...]
@@ -54,34 +65,39 @@ class Region:
 
     @property
     def numel(self) -> int:
-        """Number of elements here."""
+        """Number of elements of the box."""
         return math.prod(self.shape)
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """What cuts the box out of the whole parameter."""
+        """The slices that cut the box out of the whole parameter."""
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
     @property
     def start(self) -> int | None:
-        """Where the box begins in the flattened parameter, if it is one run of consecutive elements of it."""
+        """Flat index in the parameter of the box's first element; None if the box is no run of consecutive elements."""
         if any(n > 1 for n in self.parts[1:]):
             return None
         return self.offset[0] * math.prod(self.whole[1:])
 
     def is_even(self, dim: int) -> bool:
-        """Whether all parts of a dimension have the same size."""
+        """Return whether all parts of dimension `dim` have the same size."""
         return self.whole[dim] % self.parts[dim] == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """One parameter as every decision sees it: by its global shape, never by its local shard.
+    """The specification of one parameter: every decision is made by the global shape, never by the local shard.
 
-    `role` is declared by the caller (a param group's `role` entry), never read from the name;
-    without a declaration it is "matrix" from two dimensions on and "vector" below.
-    `region` is the part of it on this device; None if that is all of it.
-    `name` is without what wrappers put into it, such as `module.`; `given` is the name with that, "" if it is the same.
+    Attributes:
+        name: canonical name, without the words that wrappers put into names, such as `module.`.
+        shape: global shape.
+        dtype: of the parameter.
+        role: one of `ROLES`, declared by the caller (a param group's `role` entry) and never read from the name;
+            undeclared parameters are "matrix" from two dimensions on and "vector" below.
+        head_size: rows of one attention head; None unless the role is "query_key".
+        region: the part of the parameter on this device; None if all of it is here.
+        given: the name as the caller gave it; "" if the same as `name`.
     """
 
     name: str
@@ -96,7 +112,7 @@ class ParamSpec:
         if not self.role:
             object.__setattr__(self, "role", "matrix" if len(self.shape) >= 2 else "vector")
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements over all shards."""
         return math.prod(self.shape)
@@ -106,23 +122,23 @@ class ParamSpec:
         """Number of dimensions."""
         return len(self.shape)
 
-    @property
+    @cached_property
     def accumulator(self) -> torch.dtype:
         """The dtype of this parameter's full-precision statistics."""
         return accumulator_dtype(self.dtype)
 
-    @property
+    @cached_property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of what is on this device."""
+        """Shape of the part on this device."""
         return self.shape if self.region is None else self.region.shape
 
-    @property
+    @cached_property
     def local_numel(self) -> int:
         """Number of elements on this device."""
         return math.prod(self.local_shape)
 
     def splits_at(self, per: int) -> bool:
-        """Whether every device has a run of the flattened parameter, all of one length, a multiple of `per`.
+        """Return whether each device has a run of the flattened parameter, all of one length, a multiple of `per`.
 
         A flat field with an entry per `per` elements then divides among the devices as the parameter does.
         """
@@ -130,31 +146,37 @@ class ParamSpec:
         return region is None or (region.start is not None and region.is_even(0) and region.numel % per == 0)
 
     def has_rows_of(self, per: int) -> bool:
-        """Whether the last dimension, and what every device has of it, is a multiple of `per`: runs of so many elements
-        of the flattened parameter are then whole on a device, and those of a row make up a row of a field."""
+        """Return whether the last dimension, and every device's share of it, is a multiple of `per`.
+
+        Each run of `per` elements of the flattened parameter is then on one device, and a field with an entry per run
+        has as many rows as the parameter.
+        """
         if self.region is None or not self.shape:
             return self.region is None
         size, parts = self.shape[-1], self.region.parts[-1]
         return size % per == 0 and -(-size // parts) % per == 0
 
     def keeps_together(self, per: int) -> bool:
-        """Whether each run of `per` elements of the flattened parameter, counted from its start, is on one device."""
+        """Return whether each run of `per` elements of the flattened parameter, counted from 0, is on one device."""
         return self.splits_at(per) or self.has_rows_of(per)
 
     def is_sharded(self, dim: int) -> bool:
-        """Whether dimension `dim` (negative counts from the end) is split over devices."""
+        """Return whether dimension `dim` (negative counts from the end) is split over devices."""
         return self.region is not None and self.region.parts[dim] > 1
 
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One stored tensor: its global shape in a file, its dtype, and the parameter dimension behind each of its own.
+    """The specification of a field, one stored tensor of a statistic.
 
-    `dims[i]` is the parameter dimension that dimension `i` of the field runs along, so a field is sharded
-    exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
-    `per` is how many consecutive elements of the flattened parameter share one entry of the flattened field, where
-    the field belongs to them alone: 1 for a number per element, 256 for the maxima of blocks of 256. Such a field is
-    flat in a file; see `layout` for memory.
+    Attributes:
+        shape: global shape of the tensor in a file.
+        dtype: of the tensor.
+        dims: `dims[i]` is the parameter dimension that dimension `i` of the tensor runs along, so a field is sharded
+            exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
+        per: number of consecutive elements of the flattened parameter that share one entry of the flattened field: 1
+            for a number per element, 256 for the maxima of blocks of 256. A field with `per` above 1 is flat in a file
+            and has the shape that `layout` returns in memory.
     """
 
     shape: tuple[int, ...]
@@ -163,11 +185,11 @@ class FieldSpec:
     per: int = 1
 
     def layout(self, spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Its shape in memory, whatever devices there are, and the parameter dimension behind each of its own, along
-        which it is split as far as the parameter is.
+        """Return the global shape of the field in memory, and the parameter dimension behind each of its dimensions.
 
-        A field with an entry per so many elements has the parameter's rows, where these are made up of so many each;
-        else it is flat. Every device has all of it where the parameter is split within them.
+        The field is split along these dimensions as far as the parameter is. With `per` above 1 the field has the
+        parameter's rows where `per` divides the last dimension, else it is flat; where the parameter is split within
+        a run of `per` elements, there are no dimensions, and every device holds all of the field.
         """
         if self.per == 1:
             return self.shape, self.dims
@@ -177,7 +199,7 @@ class FieldSpec:
         return self.shape, (0,) if spec.splits_at(self.per) else ()
 
     def largest_part(self, spec: ParamSpec) -> int:
-        """Elements of the tensor on the device that has most of it: the first."""
+        """Return the number of elements on the device that holds most of the field, which is the first device."""
         shape, dims = self.layout(spec)
         if spec.region is not None and dims:
             shape = tuple(-(-size // spec.region.parts[dim]) for size, dim in zip(shape, dims, strict=True))
@@ -188,17 +210,26 @@ class FieldSpec:
         """Bytes of the tensor over all shards."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @classmethod
+    def of(cls, spec: ParamSpec, layouts: Layouts) -> dict[str, FieldSpec]:
+        """Return the fields of a parameter that have these layouts, by name."""
+        own = {ACCUMULATOR: spec.accumulator, PARAMETER: spec.dtype}
+        return {
+            name: cls(layout.shape, own.get(layout.dtype) or getattr(torch, layout.dtype), layout.dims, layout.per)
+            for name, layout in layouts.items()
+        }
+
 
 def is_matrix(spec: ParamSpec) -> bool:
-    """Route predicate: parameters with two or more dimensions."""
+    """Select parameters with two or more dimensions; a rule for `optstate.route`."""
     return spec.ndim >= 2
 
 
 def is_vector(spec: ParamSpec) -> bool:
-    """Route predicate: parameters with at most one dimension (norms, biases, scalars)."""
+    """Select parameters with at most one dimension (norms, biases, scalars); a rule for `optstate.route`."""
     return spec.ndim <= 1
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has sizes and no values: under FakeTensorMode, or on the meta device."""
+    """Return whether a tensor has sizes but no values: a tensor of FakeTensorMode, or on the meta device."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta

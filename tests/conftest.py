@@ -1,13 +1,36 @@
 """What every test run needs."""
 
+import gc
+import os
 import signal
 
+import pytest
 from hypothesis import settings
 
-# A run in the background of a shell ignores Ctrl-C, and hands that on to the processes that tests interrupt.
+# Tests share the cores with each other: several threads each would only wait. Children inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A run in the background of a shell ignores Ctrl-C, or the end of its terminal, and hands that on to the processes that
+# tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The suite gives the same answer twice; `pytest --hypothesis-profile=explore` looks for what nobody has seen.
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("same")
+
+LONGEST = ("ranks", "slow", "peer")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let the workers of xdist begin with what takes longest, so that none ends long after the others."""
+    if hasattr(config, "workerinput"):
+        items.sort(
+            key=lambda item: next((i for i, mark in enumerate(LONGEST) if item.get_closest_marker(mark)), len(LONGEST))
+        )
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every search for garbage, and for engines among live objects, what was there before the tests."""
+    gc.freeze()

@@ -1,4 +1,4 @@
-"""The one error of checkpoint files, and how text from a file is shown to a person."""
+"""The errors of checkpoint files: a file or an operation on it, and a question that makes no sense of any file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 
 from optstate.text import LONGEST_HINT, LONGEST_REASON, limited, shown
 
-__all__ = ["CheckpointError"]
+__all__ = ["CheckpointError", "UsageError"]
+
+
+class UsageError(ValueError):
+    """A wrong use that no checkpoint makes right: options that exclude each other, words that name nothing (exit code
+    2 of the command line)."""
 
 
 class CheckpointError(Exception):

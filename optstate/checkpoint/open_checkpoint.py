@@ -34,7 +34,10 @@ from optstate.checkpoint.files.safetensors_file import read_header, read_index
 from optstate.checkpoint.files.safetensors_set import find
 from optstate.text import shown
 
-__all__ = ["open_checkpoint"]
+__all__ = ["STREAM", "open_checkpoint", "refuse_streams"]
+
+STREAM = "-"
+"""The path of what comes through a pipe."""
 
 INDEX = ".safetensors.index.json"
 LEROBOT_FOLDER = "training_state"
@@ -72,6 +75,14 @@ def open_checkpoint(
     from optstate.checkpoint.parameter_names import read_names, with_names
 
     return with_names(checkpoint, read_names(names))
+
+
+def refuse_streams(*paths: str | os.PathLike[str]) -> None:
+    """Refuse `-`, which stands for a pipe elsewhere: tensors are read where they lie, and written in any order."""
+    if any(os.fspath(path) == STREAM for path in paths):
+        reason = "a checkpoint is read from a file and written into a file, not through a pipe"
+        hint = "give the name of a file; `optstate inspect -` shows the header of what comes through a pipe"
+        raise CheckpointError(STREAM, reason, hint, refused=True)
 
 
 def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:

@@ -53,7 +53,7 @@ class Names:
 
 
 def read_names(source: str | os.PathLike[str]) -> Names:
-    """The names that a file lists or a factory's model has.
+    """Read the names that a file lists or a factory's model has.
 
     source: a text file, one name a line, in the order of the optimizer's parameters, with an empty line between its
         param groups; a JSON file with a list of names, a list of lists (one per param group) or an object of names and
@@ -87,7 +87,7 @@ def read_names(source: str | os.PathLike[str]) -> Names:
 
 
 def _checked(names: Names) -> Names:
-    """The same, if every name is there once."""
+    """Return the names, if every one is there once."""
     seen: set[str] = set()
     for named in names.named:
         if named.name in seen:
@@ -99,7 +99,7 @@ def _checked(names: Names) -> Names:
 
 
 def _of_text(path: str, text: str) -> Names:
-    """A name a line, and what stands between empty lines."""
+    """Read a name a line, and what stands between empty lines."""
     lines = [line.strip() for line in text.splitlines()]
     paragraphs = tuple(len(list(some)) for filled, some in groupby(lines, bool) if filled)
     return Names(path, tuple(Named(line) for line in lines if line), paragraphs=paragraphs)
@@ -109,7 +109,7 @@ def _of_text(path: str, text: str) -> Names:
 
 
 def _of_json(path: str, text: str) -> Names:
-    """A list of names, a list of lists of names, or an object with a shape or null for each name."""
+    """Read a list of names, a list of lists of names, or an object with a shape or null for each name."""
     try:
         tree = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
@@ -142,7 +142,7 @@ def _shape_of(path: str, name: str, shape: Any) -> tuple[int, ...] | None:
 
 
 def _of_factory(source: str) -> Names:
-    """What `package.module:factory` returns, called on the meta device, where parameters have no memory."""
+    """Call `package.module:factory` on the meta device, where parameters have no memory, and name what it returns."""
     import torch
 
     try:
@@ -159,7 +159,7 @@ def _of_factory(source: str) -> Names:
 
 
 def _factory(source: str) -> Any:
-    """The object that a name leads to; modules in the working directory are found as `python -m` finds them."""
+    """Find the object that a name leads to; modules in the working directory are found as `python -m` finds them."""
     module, _, attributes = source.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -208,7 +208,7 @@ def _members(source: str, pairs: Iterable[Any]) -> Iterator[Named]:
 
 
 def with_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
-    """The checkpoint with names for its numbered parameters, and with shapes and dtypes that it lacked.
+    """Return the checkpoint with names for its numbered parameters, and with shapes and dtypes that it lacked.
 
     Parameters that have names keep them; the given ones must be the same.
 
@@ -303,7 +303,7 @@ def _same_sizes(names: Names, checkpoint: Checkpoint) -> None:
 
 
 def _by_own_name(checkpoint: Checkpoint, names: Names) -> dict[str, Named]:
-    """What is given for each of the checkpoint's own names, which must be the same."""
+    """Find what is given for each of the checkpoint's own names, which must be the same."""
     lower = bool(checkpoint.document.source.get("lower_case"))
     own = [param.name for param in checkpoint.document.parameters]
     known = dict(zip(canonical_names(own), own, strict=True))

@@ -1,1 +1,1 @@
-"""Parameters and state that are split among devices: where parts lie, how sums are made, what must be alike."""
+"""Several devices: where the parts of parameters and state lie, how sums go over them, and what must be the same."""

@@ -1,5 +1,7 @@
-"""What all processes do together: collectives whose failure is told from other errors, failing everywhere or nowhere,
-and agreeing on a step."""
+"""Agreement between processes: they fail together or not at all, and step the same parameters.
+
+A collective that fails raises LostProcessError, so that callers can tell a lost process from any other error.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +27,31 @@ __all__ = [
 ]
 
 Groups = tuple[Any, ...]
-"""Process groups, one for each dimension of a mesh: what goes over one after another reaches every process."""
-
+"""Process groups, one per dimension of a mesh: collectives over one after another reach every process of the mesh."""
 
 View = dict[str, str]
-"""What must be the same on all processes: in words what it is, and what it is here."""
+"""Things that must be the same on all processes: a description of each, and its value on this process."""
 
 LONGEST_WORDS = 200
 
 
 class LostProcessError(RuntimeError):
-    """A collective failed, most often as another process is gone or late. `__cause__` is what the backend said."""
+    """Raised where a collective failed, mostly as a process is gone or late; `__cause__` is the backend's error."""
 
 
 class DisagreementError(RuntimeError):
-    """Something failed on another process, or is not the same there. All processes raise it or the failure itself."""
+    """Raised on all processes where one of them failed, or where something is not the same on all of them.
+
+    The process that failed raises its own error instead.
+    """
 
 
 @contextmanager
 def collective(otherwise: str = "") -> Iterator[None]:
-    """Turn what a backend raises for a collective into a LostProcessError.
+    """Turn an error that a backend raises for a collective into a LostProcessError.
 
-    otherwise: what else may have happened than that a process is gone or late, in words.
+    Args:
+        otherwise: another possible reason than that a process is gone or late, in words for the message.
     """
     try:
         yield
@@ -59,13 +64,13 @@ def collective(otherwise: str = "") -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says without the stack that some append to it."""
+    """Return the first line of an error's message, shortened; some backends append a stack."""
     line = str(error).strip().partition("\n")[0].strip()
     return line if len(line) <= LONGEST_WORDS else f"{line[:LONGEST_WORDS]}..."
 
 
 def from_all(mine: Any, groups: Groups) -> dict[int, Any]:
-    """An object of every process of the groups by its rank. The host waits for it."""
+    """Gather one object from every process of the groups, by rank; the host waits for the others."""
     found = {dist.get_rank(): mine}
     for group in groups:
         parts: list[Any] = [None] * dist.get_world_size(group)
@@ -75,7 +80,7 @@ def from_all(mine: Any, groups: Groups) -> dict[int, Any]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, or else what it is."""
+    """Return the message of an error, or the name of its class if it has none."""
     return str(error) or type(error).__name__
 
 
@@ -83,12 +88,15 @@ def reason_of(error: BaseException) -> str:
 def together(
     doing: str, views: Iterable[Groups], say: Callable[[BaseException], str] = reason_of
 ) -> Iterator[dict[Groups, View]]:
-    """Every process must run the body; where it raises on one, it raises on all, so that none goes on or waits.
+    """Run the body on every process; if the body raises on one process, raise on all, so that none goes on or waits.
 
-    doing: what, as "save()": the others may be at something else. views: the groups of processes that share something,
-    one after another in the same order on all of their processes; none where nothing is shared. The body gets a `View`
-    for each, and notes in it what must be the same on all of the group's processes. say: what others are told of a
-    failure here.
+    The body gets a `View` for each of `views`, and notes in it what must be the same on all of these processes.
+
+    Args:
+        doing: the call, such as "save()", to notice processes that are at another call.
+        views: the groups of processes that share something, in the same order on all of their processes; none where
+            nothing is shared.
+        say: turns a failure of this process into the words that the others are told.
 
     Raises:
         DisagreementError: if the body raised on another process only, or the processes noted different things.
@@ -113,10 +121,14 @@ def together(
 
 
 def difference(views: Mapping[Groups, View], failure: str = "") -> str:
-    """In words, what failed on a process or is not the same on all of them; "" if nothing. The host waits for them.
+    """Return in words what failed on a process, or is not the same on all of them; "" if nothing. The host waits.
 
-    A digest goes to the others, and all of it only where digests differ. What one group finds is told to the others
-    that have a process in common with it.
+    A digest of each view goes to the others, and the whole view only where digests differ. A group's finding is told to
+    the other groups that have a process in common with it.
+
+    Args:
+        views: what must be the same, by the groups of processes that share it.
+        failure: what failed on this process, in words; "" if nothing did.
 
     Raises:
         LostProcessError: if another process does not answer.
@@ -144,7 +156,7 @@ def difference(views: Mapping[Groups, View], failure: str = "") -> str:
 
 
 def _first_difference(views: Mapping[int, View]) -> str:
-    """The first thing that is not the same everywhere, in words; `views` of each process, by rank."""
+    """Return in words the first thing that is not the same on all processes, of whose views there is one per rank."""
     for what in dict.fromkeys(what for view in views.values() for what in view):
         having: dict[str, list[int]] = {}
         for rank, view in views.items():
@@ -157,12 +169,12 @@ def _first_difference(views: Mapping[int, View]) -> str:
 
 
 class Agreement:
-    """Sees to it that all processes step the same parameters together: else sums over them would mix up parameters, or
-    wait for ever.
+    """The check that all processes step the same parameters together.
 
-    A process asks the others when the parameters that it is about to step are a new set: at the first step, and rarely
-    afterwards. A set that all have stepped before costs nothing. If it is new on some processes only, these ask while
-    the others add up already, and the backend's timeout ends it.
+    Without the check, sums would mix up parameters or wait for ever. A process asks the others when the parameters that
+    it is about to step are a new set: at the first step, and rarely afterwards. A set that all have stepped before
+    costs nothing. If the set is new on some processes only, these ask while the others add up already, and the
+    backend's timeout ends the wait.
     """
 
     def __init__(self) -> None:
@@ -170,9 +182,10 @@ class Agreement:
         self._last: dict[Groups, tuple[str, ...]] = {}
 
     def difference(self, chosen: Mapping[Groups, Sequence[str]]) -> str:
-        """In words, how the parameters that this process is about to step differ from other processes'; "" if not.
+        """Return in words how the parameters about to be stepped differ from other processes'; "" if they do not.
 
-        chosen: their names, for the groups of processes that have the other parts of them.
+        Args:
+            chosen: names of the parameters, by the groups of processes that hold the other parts of them.
 
         Raises:
             LostProcessError: if another process does not answer.
@@ -197,7 +210,7 @@ class Agreement:
         return found
 
     def _changed(self, groups: Groups, names: Sequence[str]) -> str:
-        """What a process that does not answer may have missed."""
+        """Return in words what a process that does not answer may have missed since the last step."""
         before = self._last.get(groups)
         if before is None:
             return ""
@@ -207,12 +220,12 @@ class Agreement:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first name and the number of the others."""
+    """Return the first name and the number of the others, in words."""
     return f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _difference(names: Mapping[int, Sequence[str]]) -> str:
-    """Which parameters some processes have and others have not; `names` of each process, by rank."""
+    """Return in words which parameters some processes step and others do not; `names` holds each rank's."""
     having: dict[str, list[int]] = {}
     for rank, each in names.items():
         for name in each:

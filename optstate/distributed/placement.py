@@ -1,4 +1,4 @@
-"""How a parameter lies on several devices (a DTensor), and how its state lies beside it."""
+"""Placements: how a parameter that is a DTensor lies on several devices, and how its state lies beside it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Placement", "copy_part", "here", "index_here", "is_distributed", "pl
 
 
 def is_distributed(tensor: object) -> bool:
-    """Whether a tensor is a DTensor. Their module is not imported for this: it costs half a second."""
+    """Return whether a tensor is a DTensor, without the half a second that importing their module takes."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def here(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this device: the tensor itself if it is not distributed."""
+    """Return the part of a tensor on this device: the tensor itself if it is not distributed."""
     if not is_distributed(tensor):
         return tensor
     local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -33,12 +33,15 @@ def here(tensor: Tensor) -> Tensor:
 
 
 def placement_of(param: Tensor) -> Placement | None:
-    """The placement of a DTensor; None for any other tensor."""
+    """Return the placement of a DTensor; None for any other tensor."""
     return Placement(param) if is_distributed(param) else None
 
 
 class Placement:
-    """How one parameter is split (FSDP2, tensor parallelism) and replicated (HSDP) over a mesh of devices.
+    """The way in which one parameter is split (FSDP2, tensor parallelism) and replicated (HSDP) over a mesh of devices.
+
+    Args:
+        param: a DTensor.
 
     Raises:
         ValueError: for a parameter that holds partial sums, or one that is split unevenly along one dimension twice.
@@ -70,18 +73,24 @@ class Placement:
 
     @cached_property
     def everyone(self) -> tuple[Any, ...]:
-        """The process groups, one for each dimension of the mesh, of all that have a part or a copy of it."""
+        """The process groups, one per dimension of the mesh, of all processes with a part or copy of the parameter."""
         return tuple(self.mesh.get_group(d) for d in range(self.mesh.ndim))
 
     def groups(self, dims: Sequence[int] | None = None) -> tuple[Any, ...]:
-        """The process groups over which sums along these dimensions (None: all) must be taken, one after another."""
+        """Return the process groups over which sums must go, one after another.
+
+        Args:
+            dims: the dimensions of the parameter along which the sum is taken; None for all.
+        """
         chosen = range(len(self.shape)) if dims is None else dims
         return tuple(self.mesh.get_group(d) for d in sorted({d for dim in chosen for d in self.split[dim]}))
 
     @property
     def slots_in_buffer(self) -> int:
-        """How many elements FSDP2 sets aside for this device's part of the gradient in the buffer of its group: parts
-        are padded along the dimension that FSDP2 splits, which it does over the first dimensions of the mesh."""
+        """Number of elements that FSDP2 sets aside for this device's part of the gradient in its group's buffer.
+
+        FSDP2 pads the parts along the dimension that it splits, over the first dimensions of the mesh.
+        """
         sizes = list(self.shape if self.region is None else self.region.shape)
         first = next((i for i, place in enumerate(self.placements) if getattr(place, "dim", None) is not None), None)
         if self.region is not None and first is not None and self.mesh.size(first) > 1:
@@ -90,7 +99,7 @@ class Placement:
         return math.prod(sizes)
 
     def zeros(self, field: FieldSpec, spec: ParamSpec) -> Tensor:
-        """A field of the parameter's state, of zeros: a DTensor of the field's shape in memory."""
+        """Return a field of the parameter's state, of zeros: a DTensor of the field's shape in memory."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -103,8 +112,10 @@ class Placement:
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=size, stride=stride)
 
     def along(self, dims: Sequence[int]) -> tuple[Any, ...]:
-        """How a tensor lies whose dimensions run along these of the parameter: split where the parameter is split along
-        one of them, else replicated."""
+        """Return the placements of a tensor whose dimensions run along these dimensions of the parameter.
+
+        The tensor is split where the parameter is split along one of `dims`, and replicated elsewhere.
+        """
         from torch.distributed.tensor import Replicate, Shard
 
         found: list[Any] = []
@@ -119,7 +130,7 @@ class Placement:
         return tuple(found)
 
     def gradient(self, grad: Any) -> Tensor:
-        """This device's part of a gradient, partial sums added up.
+        """Return this device's part of a gradient, with partial sums added up.
 
         Raises:
             TypeError: if the gradient is not distributed.
@@ -134,7 +145,9 @@ class Placement:
 
 
 def copy_part(own: Tensor, theirs: Tensor) -> None:
-    """`own.copy_(theirs)`, whichever of the two is distributed and however; one may be flat and the other in rows.
+    """Copy one tensor into another, `own.copy_(theirs)`, whichever of the two is distributed, and however.
+
+    One of the two may be flat and the other in rows.
 
     Raises:
         LostProcessError: if parts must come from another process, and it does not take part.
@@ -153,7 +166,7 @@ def copy_part(own: Tensor, theirs: Tensor) -> None:
 
 
 def index_here(tensor: Tensor) -> tuple[slice, ...]:
-    """What cuts this device's part out of the whole tensor."""
+    """Return the slices that cut this device's part out of the whole tensor."""
     if not is_distributed(tensor):
         return ()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -164,7 +177,7 @@ def index_here(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every device: they must call this together if it is distributed.
+    """Return all of a tensor on every device, which must all call this together if the tensor is distributed.
 
     Raises:
         LostProcessError: if another process does not take part.
@@ -177,8 +190,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _as_bytes(tensor: Tensor) -> Any:
-    """A distributed tensor's bytes, as a last dimension more, distributed alike. Backends move bytes of any dtype; gloo
-    has no int16 and no 8-bit floats of its own."""
+    """Return a distributed tensor's bytes, as a last dimension more, distributed in the same way.
+
+    Every backend moves bytes, while gloo has no int16 and no 8-bit floats.
+    """
     from torch.distributed.tensor import DTensor
 
     distributed: Any = tensor
@@ -190,5 +205,5 @@ def _as_bytes(tensor: Tensor) -> Any:
 
 
 def _from_bytes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a tensor of bytes stands for."""
+    """Return the tensor whose bytes `_as_bytes` gave."""
     return tensor.contiguous().view(dtype).squeeze(-1)

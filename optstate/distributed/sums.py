@@ -1,4 +1,4 @@
-"""Sums and largest values across shards: driving one-parameter steps that ask for them."""
+"""Sums and largest values over devices: drive the steps of parameters and answer their requests together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ T = TypeVar("T")
 
 
 def lock_step(runs: Sequence[Requests[T]], reduce: Callable[[list[Any]], list[Any]]) -> list[T]:
-    """Drive several steps together, one call of `reduce` per round.
+    """Drive several steps together, with one call of `reduce` per round.
 
-    reduce: takes the pending request of every run that still has one, in order, and returns their totals. It is
-        where the shards of a group of parameters meet in one all-reduce.
+    Args:
+        runs: the steps.
+        reduce: takes the pending request of every step that still has one, in order, and returns their totals; here
+            the shards of a group of parameters meet in one all-reduce.
+
+    Returns:
+        What each step returned.
     """
     results: dict[int, T] = {}
     replies: list[Any] = [None] * len(runs)
@@ -42,18 +47,21 @@ def lock_step(runs: Sequence[Requests[T]], reduce: Callable[[list[Any]], list[An
 
 
 class Pending(NamedTuple):
-    """A request that waits for its totals, and how the parameter it is about is split."""
+    """A request that waits for its totals, with the placement of its parameter."""
 
     placement: Placement
     request: Any
 
 
 def run_together(steps: Sequence[tuple[Placement, Requests[Any]]], before: Callable[[], None] = lambda: None) -> None:
-    """Drive the steps of several parameters, each split among devices, with one all-reduce a round for all that share
-    their devices, or two where largest values are asked for. Every device must call this with the same parameters in
-    the same order.
+    """Drive the steps of several parameters, each split among devices.
 
-    before: called before each round, when all that it sends is ready.
+    Each round takes one all-reduce for all parameters that share their devices, or two where largest values are asked
+    for. Every device must call this with the same parameters in the same order.
+
+    Args:
+        steps: the placement and the step of each parameter.
+        before: called before each round, when everything that the round sends is ready.
     """
 
     def reduce(pending: Sequence[Pending]) -> list[Any]:
@@ -64,7 +72,7 @@ def run_together(steps: Sequence[tuple[Placement, Requests[Any]]], before: Calla
 
 
 def add_up(pending: Sequence[Pending]) -> list[Any]:
-    """The replies to all requests, each over the devices it is about.
+    """Return the replies to all requests, each summed over the devices of its parameter.
 
     Raises:
         LostProcessError: if another process does not take part.
@@ -72,7 +80,7 @@ def add_up(pending: Sequence[Pending]) -> list[Any]:
     parts: dict[Any, list[Tensor]] = {}
 
     def note(placement: Placement, item: Any) -> Callable[[], Any]:
-        """Put every local value into the all-reduce it belongs to; returns what reads the totals afterwards."""
+        """Put every local value into its all-reduce, and return a function that reads the totals afterwards."""
         if isinstance(item, tuple) and not isinstance(item, Partial | Largest):
             readers = [note(placement, each) for each in item]
             return lambda: tuple(read() for read in readers)
@@ -99,7 +107,7 @@ def add_up(pending: Sequence[Pending]) -> list[Any]:
 
 
 def _marked(placement: Placement, requests: Requests[T]) -> Requests[T]:
-    """The same computation, each of its requests with the placement."""
+    """Run a computation, with the placement added to each of its requests."""
     reply = None
     while True:
         try:

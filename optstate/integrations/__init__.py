@@ -1,1 +1,1 @@
-"""Other people's engines and trainers: which of them the library works under, and which would be wrong."""
+"""Other people's engines and trainers: recognise those under which an update would be wrong, and refuse them."""

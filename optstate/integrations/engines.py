@@ -1,4 +1,4 @@
-"""Recognising the training engines under which an update would be wrong, and refusing them."""
+"""Recognise the training engines under which an update would be wrong, and refuse them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ __all__ = ["distributed_leaves", "refuse_flat_parameter", "refuse_live_objects",
 
 
 def refuse_flat_parameter(name: str, param: Tensor, in_parts: bool) -> None:
-    """Raise TypeError for a flat parameter of FSDP1 whose recipe needs to know the parameters in it.
+    """Raise TypeError for a flat parameter of FSDP1 whose recipe needs the shapes of the parameters in it.
 
-    in_parts: whether the recipe treats each element, or block of them, by itself.
+    Args:
+        name: of the parameter.
+        param: the parameter.
+        in_parts: whether the recipe treats each element, or block of elements, by itself.
     """
     if not in_parts and is_flat(param):
         raise TypeError(
@@ -29,7 +32,7 @@ def refuse_flat_parameter(name: str, param: Tensor, in_parts: bool) -> None:
 
 
 def is_flat(param: Tensor) -> bool:
-    """Whether FSDP1 made this parameter, or made it a piece of one."""
+    """Return whether a parameter is a flat one that FSDP1 made, or a piece of one."""
     return type(param).__name__ == "FlatParameter" or bool(getattr(param, "_fsdp_flattened", False))
 
 
@@ -56,8 +59,11 @@ def refuse_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def distributed_leaves() -> list[Tensor]:
-    """Every distributed tensor that is alive and can get a gradient. FSDP2 gives gradients to parameters that are in no
-    graph, so these cannot be found in another way; the search takes some tens of milliseconds."""
+    """Return every distributed tensor that is alive and can get a gradient.
+
+    FSDP2 gives gradients to parameters that are in no graph, so that these cannot be found in another way. The search
+    takes some tens of milliseconds.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     leaves = instances_of(module.DTensor) if module is not None else []
     return [leaf for leaf in leaves if leaf.is_leaf and leaf.requires_grad]
@@ -89,6 +95,6 @@ def refuse_live_objects(params: Iterable[Tensor]) -> None:
 
 
 def _wraps(wrapper: Any, params: set[Tensor]) -> bool:
-    """Whether one of these is a parameter of the wrapped model, if another thread is not just building the wrapper."""
+    """Return whether one of these is a parameter of the wrapped model; False while the wrapper is being built."""
     module = vars(wrapper).get("_modules", {}).get("module")
     return module is not None and any(param in params for param in module.parameters())

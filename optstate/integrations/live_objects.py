@@ -1,4 +1,4 @@
-"""What keeps objects alive, and finding those of a class where nothing leads to them."""
+"""Find living objects of a class that nothing leads to, and import a module without keeping the caller's alive."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import gc
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["import_apart", "instances_of"]
+__all__ = ["import_apart", "instances_of", "without_compiler"]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def instances_of(*kinds: type) -> list[Any]:
-    """The objects of these classes, or of classes derived from them, that are alive now: some tens of milliseconds.
+    """Return the objects of these classes and their subclasses that are alive now, in some tens of milliseconds.
 
     An object refers to its class, so the collector finds it among what refers to the class. A list of all objects is
     no way: it would hold what other threads are just building, and CPython raises a SystemError in a thread whose
@@ -34,6 +39,17 @@ def import_apart(name: str) -> None:
         thread = threading.Thread(target=importlib.import_module, args=(name,))
         thread.start()
         thread.join()
+
+
+def without_compiler(method: Callable[P, T]) -> Callable[P, T]:
+    """Return a bound method of torch's optimizer without its guard, as long as nobody has imported `torch._dynamo`.
+
+    The guard keeps the compiler out of the method, and imports the compiler for that.
+    """
+    plain = getattr(method, "__wrapped__", None)
+    if plain is None or "torch._dynamo" in sys.modules:
+        return method
+    return MethodType(plain, method.__self__)  # type: ignore[attr-defined]
 
 
 def _family(kind: type) -> Iterator[type]:

@@ -1,4 +1,4 @@
-"""Recognising what other people's trainers are set to do with gradients that a fused update has already freed.
+"""Refuse trainers that are set to clip or accumulate gradients which a fused update has already freed.
 
 Transformers' Trainer clips the norm by default, between backward and `step()`; with every gradient gone it clips
 nothing, reports a norm of 0 and trains on. Nothing tells the optimizer: torch's `clip_grad_norm_` only sees parameters
@@ -25,10 +25,12 @@ __all__ = ["refuse_settings"]
 def refuse_settings(optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> None:
     """Raise RuntimeError if a live trainer that holds `optimizer` will clip freed gradients or is accumulating.
 
-    clip_grad_norm: what the fused backward clips by itself; a trainer set to the same norm asks for nothing more.
-
     Called at the first update after fusing or loading, when the trainer has its optimizer. Only trainers whose modules
     are imported are looked for; none is imported here.
+
+    Args:
+        optimizer: the fused optimizer.
+        clip_grad_norm: the norm that the fused backward clips to by itself, which a trainer may ask for, too; or None.
     """
     checks = [(kind, check) for module, name, check in _KNOWN if (kind := _class(module, name)) is not None]
     if not checks or kernels.rehearsing():
@@ -91,7 +93,7 @@ def _check_accelerate(wrapper: Any, optimizer: torch.optim.Optimizer, _: float |
 
 
 def _holds(wrapped: Any, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `wrapped` is the optimizer, or a trainer's wrapper around it."""
+    """Return whether `wrapped` is the optimizer, or a trainer's wrapper around it."""
     while wrapped is not None and wrapped is not optimizer:
         inner = getattr(wrapped, "__dict__", {})
         wrapped = inner.get("optimizer", inner.get("_optimizer"))

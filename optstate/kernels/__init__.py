@@ -1,9 +1,12 @@
-"""The few loops that touch every element of a parameter, and nothing else."""
+"""The hot loops of a step: every function that touches each element of a parameter.
+
+A kernel reads a `Product` (a gradient times its factors, not yet multiplied out) chunk by chunk, in fp32, and either
+sums it up or writes it into a parameter. Kernels know nothing of recipes, stores or optimizers.
+"""
 
 from optstate.kernels.chunking import Piece, chunk_elements, chunks, pieces, slice_elements
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
 from optstate.kernels.eager import (
-    WeightCodec,
     add_weight,
     all_finite,
     apply,
@@ -21,6 +24,7 @@ from optstate.kernels.product import Product, Scalar
 from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
 from optstate.kernels.rounding import Noise, known_finite, round_bf16, round_fp16
+from optstate.kernels.weight_codec import WeightCodec
 
 __all__ = [
     "Codebook",

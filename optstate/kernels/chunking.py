@@ -1,4 +1,4 @@
-"""Walking through tensors of any shape in pieces that fit a processor's cache."""
+"""Cut tensors of any shape into contiguous ranges of elements that fit a processor's cache."""
 
 from __future__ import annotations
 
@@ -10,33 +10,43 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from optstate.kernels.rehearsal import device_type
+from optstate.kernels.rehearsal import STAND_IN
 
 __all__ = ["Piece", "chunk_elements", "chunks", "pieces", "slice_elements"]
 
 CPU_CHUNK = 1 << 19
-"""One fp32 buffer of 2**19 elements is 2 MB: two stay near a core's L2 cache and well under the 8 MB scratch limit."""
+"""Elements per chunk on a CPU: one fp32 buffer is 2 MB; two stay near a core's L2 cache and under 8 MB of scratch."""
 
 DEVICE_CHUNK = 1 << 22
-"""On an accelerator a launch costs more than a cache miss: 16 MB buffers, under the 64 MB scratch limit."""
+"""Elements per chunk on an accelerator, where a launch costs more than a cache miss: 16 MB in fp32, 64 MB allowed."""
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many elements of a parameter one pass of a kernel takes at once on `device`."""
-    return CPU_CHUNK if device_type(device) in ("cpu", "meta") else DEVICE_CHUNK
+    """Return how many elements of a parameter a kernel holds in one fp32 buffer on `device`."""
+    return CPU_CHUNK if (STAND_IN.get() or device.type) in ("cpu", "meta") else DEVICE_CHUNK
 
 
 def slice_elements(device: torch.device) -> int:
-    """How many elements an elementwise chain takes at once: fewer, as each transform holds temporaries of its own."""
+    """Return how many elements of a parameter an elementwise chain steps at once on `device`.
+
+    Half a chunk, as each transform of the chain holds temporaries of its own.
+    """
     return chunk_elements(device) // 2
 
 
 def chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, ...]]:
-    """Views of all `tensors`, together, in pieces of at most `limit` elements of the first.
+    """Yield views of all `tensors` side by side, each covering at most `limit` elements of the first tensor.
 
-    The first tensor gives the shape; every other has its sizes or 1 where it broadcasts, and is then repeated.
-    Pieces come in row-major order of the first tensor and each is a contiguous range of it in that order,
-    whatever its strides, so a running count of elements gives each piece's flat index.
+    Chunks come in row-major order of the first tensor, and each is a contiguous range of its elements in that order,
+    whatever the strides; a running count of elements therefore gives the flat index at which a chunk begins.
+
+    Args:
+        tensors: the first gives the shape; every other has the same number of dimensions, each of the same size or of
+            size 1 (a broadcast dimension, whose one entry is repeated).
+        limit: largest number of elements per chunk, at least 1.
+
+    Yields:
+        One tuple of views per chunk, in the order of `tensors`; nothing if the first tensor is empty.
     """
     shape = tensors[0].shape
     numel = tensors[0].numel()
@@ -56,10 +66,12 @@ def chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous range of a parameter's elements in row-major order: what `pieces` cuts a shape into.
+    """A contiguous range of a parameter's elements in row-major order, one of the parts `pieces` cuts a shape into.
 
-    index, rows: places in the leading dimensions, then a range of the next one; every later dimension is whole.
-    start, stop: the range of flat indices.
+    Attributes:
+        index: places in the leading dimensions.
+        rows: range of the dimension after those; every later dimension is whole.
+        start, stop: the range of flat indices.
     """
 
     index: tuple[int, ...]
@@ -68,22 +80,28 @@ class Piece:
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor with the parameter's dimensions, each of full size or 1 where it broadcasts."""
+        """Return the view of this piece in a tensor with the parameter's dimensions, each of full size or of size 1."""
         for i in self.index:
             tensor = tensor[i if tensor.shape[0] > 1 else 0]
         return tensor[self.rows] if tensor.shape[0] > 1 else tensor
 
     def of_field(self, field: Tensor, per: int) -> Tensor:
-        """The entries, flat, of a contiguous tensor with one entry per `per` consecutive elements."""
+        """Return the flat view of this piece's entries in a contiguous tensor with one entry per `per` elements."""
         return field.view(-1)[self.start // per : -(-self.stop // per)]
 
     def write_back(self, tensor: Tensor, part: Tensor) -> None:
-        """Make `part`, which `of` gave and which may have been written to, this piece of the tensor."""
+        """Copy `part`, which `of` returned and the caller may have changed, back into this piece of `tensor`.
+
+        Nothing is left to copy here, as `part` is a view of `tensor`; a piece that is a copy overrides this.
+        """
 
 
 @dataclass(frozen=True)
 class GatheredPiece(Piece):
-    """A range that is no sub-tensor, as a flat copy: for blocks that neither begin nor end where rows do."""
+    """A piece that is no sub-tensor of the parameter and is therefore read and written as a flat copy.
+
+    Needed for blocks that neither begin nor end where rows do. `shape` is the parameter's.
+    """
 
     shape: tuple[int, ...] = ()
 
@@ -101,7 +119,15 @@ class GatheredPiece(Piece):
 def pieces(shape: Sequence[int], limit: int, align: int = 1) -> list[Piece]:
     """Cut a shape of at least one dimension into pieces of about `limit` elements that begin at multiples of `align`.
 
-    Pieces are sub-tensors as long as that keeps them within the limit.
+    The pieces are sub-tensors where sub-tensors of at most `max(limit, align)` elements exist, else flat copies.
+
+    Args:
+        shape: sizes of the parameter.
+        limit: wanted number of elements per piece.
+        align: every piece begins at a multiple of this many elements of the flattened parameter.
+
+    Returns:
+        The pieces in row-major order; an empty list for a shape without elements.
     """
     shape = tuple(shape)
     if not math.prod(shape):
@@ -115,7 +141,7 @@ def pieces(shape: Sequence[int], limit: int, align: int = 1) -> list[Piece]:
 
 
 def _views(tensor: Tensor, start: int, stop: int) -> Iterator[Tensor]:
-    """Views that follow each other in row-major order and together are the elements `start` to `stop`."""
+    """Yield views that follow each other in row-major order and together hold the elements `start` to `stop` - 1."""
     if tensor.ndim <= 1:
         yield tensor[start:stop]
         return

@@ -1,4 +1,4 @@
-"""Codes of few bits for fp32 numbers between -1 and 1, written and read by table lookup."""
+"""Codebooks: 4-bit and 8-bit codes for fp32 numbers between -1 and 1, encoded and decoded by table lookup."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ __all__ = ["Codebook", "dynamic_map", "linear_map"]
 HALF_OFFSET = 1 << 15
 
 FP32_ON_HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-"""Tables are the same whatever torch's default dtype and device are."""
+"""Dtype and device of every table before it is copied: torch's defaults, which a program may change, do not count."""
 
 
 def dynamic_map(signed: bool, bits: int = 8, exponent_bits: int | None = None) -> tuple[float, ...]:
-    """The dynamic-exponent values of a format of `bits` bits (Dettmers et al., arXiv 2110.02861, section 2.3).
+    """Return the values of the dynamic-exponent format (Dettmers et al., arXiv 2110.02861, section 2.3).
 
     Decade 10**(i - last) holds the midpoints of 2**i (signed) or 2**(i + 1) (unsigned) equal parts of [0.1, 1], so
     each decade below the top has half as many values; then 0 and 1, and for the signed map all negatives but -1.
-    Computed in fp32 in the order bitsandbytes' `create_dynamic_map` uses, and equal to it bit for bit.
+    Computed in fp32 in the order bitsandbytes' `create_dynamic_map` uses; the values equal those bit for bit.
+
+    Args:
+        signed: whether negative numbers have codes.
+        bits: width of a code.
+        exponent_bits: number of decades; `bits - 1` if None.
 
     Returns:
-        `2**bits` values, ascending.
+        `2**bits` numbers, ascending, each an fp32 number.
     """
     exponents = bits - 1 if exponent_bits is None else exponent_bits
     values = [0.0, 1.0]
@@ -42,20 +47,27 @@ def dynamic_map(signed: bool, bits: int = 8, exponent_bits: int | None = None) -
 
 
 def linear_map(bits: int = 4) -> tuple[float, ...]:
-    """`1 / n, 2 / n, ..., 1` with `n = 2**bits`: no zero, so that nothing is divided by one (arXiv 2309.01507)."""
+    """Return the values `1 / n, 2 / n, ..., 1` with `n = 2**bits` (Li et al. 2023, arXiv 2309.01507).
+
+    The map has no zero: a second moment that is divided by never decodes to zero.
+    """
     return tuple((i + 1) / 2**bits for i in range(2**bits))
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Lookup tables on one device.
+    """The lookup tables of a codebook on one device.
 
-    codes: by fp16 bit pattern, counted from the most negative int16: the code of the least fp32 number that rounds to
-        this fp16 number.
-    bounds: by code: the fp32 bound above which a number has the next one.
-    pairs: by a byte with two 4-bit codes: two fp32 values in the place of one fp64 number, so that one lookup decodes
-        both. (For pairs of 8-bit codes such a table does not fit beside the data in a core's cache: twice as slow.)
-    packed: by the bit pattern of two neighbouring 4-bit codes: the byte that holds both, the first in its upper half.
+    Attributes:
+        codes: indexed by fp16 bit pattern, counted from the most negative int16: the code of the least fp32 number that
+            rounds to this fp16 number, uint8 `[65536]`.
+        bounds: indexed by code: the fp32 bound above which a number has the next code.
+        values: indexed by code: the fp32 value that the code stands for.
+        pairs: indexed by a byte with two 4-bit codes: both fp32 values in the place of one fp64 number, so that one
+            lookup decodes both. (A table of pairs of 8-bit codes does not fit beside the data in a core's cache and is
+            twice as slow as two lookups.)
+        packed: indexed by the bit pattern of two neighbouring 4-bit codes, each in a byte: the byte that holds both,
+            the first in its upper half.
     """
 
     codes: Tensor
@@ -66,15 +78,17 @@ class _Tables:
 
 
 class Codebook:
-    """Ascending fp32 values, and which code stands for a number: the nearest, the lower one at equal distance.
+    """A quantization table: code i stands for the i-th of 16 or 256 ascending fp32 values.
 
-    A search among 256 values costs six times as much as all the rest of an 8-bit optimizer. Here the number is
-    rounded to fp16, whose bit pattern looks up the lowest code it may have; at most one bound between values lies
-    within reach of a pattern, so one comparison with the fp32 number makes the result exact.
+    Encoding rounds to the nearest value, to the lower one at equal distance. A search among 256 values costs six times
+    as much as all the rest of an 8-bit optimizer; instead the number is rounded to fp16, whose bit pattern looks up the
+    lowest code the number may have. At most one bound between values lies within reach of a bit pattern, so one
+    comparison with the fp32 number makes the result exact.
 
-    values: 16 or 256 of them.
-    keeps_positive: code 0 stands for 0 and for nothing above it, however small.
-    name: what a checkpoint calls it.
+    Args:
+        values: 16 or 256 numbers, ascending.
+        keeps_positive: give code 0 to the number 0 alone, so that a positive number, however small, stays positive.
+        name: what a checkpoint calls the table.
     """
 
     def __init__(self, values: Sequence[float], keeps_positive: bool = False, name: str = "") -> None:
@@ -87,13 +101,15 @@ class Codebook:
 
     @cached_property
     def id(self) -> str:
-        """Its name and 16 digits of the SHA-256 of its values as little-endian fp32, so that what codes in a file mean
-        does not depend on a name alone."""
+        """The name, a colon and 16 hexadecimal digits of the SHA-256 of the values as little-endian fp32.
+
+        A checkpoint holds this identifier, so that the meaning of the codes in a file never depends on a name alone.
+        """
         numbers = struct.pack(f"<{len(self.values)}f", *self.values.tolist())
         return f"{self.name or 'values'}:{hashlib.sha256(numbers).hexdigest()[:16]}"
 
     def encode(self, x: Tensor) -> Tensor:
-        """uint8 codes of contiguous fp32 numbers, flat. Numbers beyond the first and the last value get their codes."""
+        """Return the uint8 codes `[n]` of `n` contiguous fp32 numbers; numbers beyond the table get its end's code."""
         tables, x = self._on(x), x.view(-1)
         pattern = x.to(torch.float16).view(torch.int16).to(torch.int32).add_(HALF_OFFSET)
         code = tables.codes.index_select(0, pattern)
@@ -101,11 +117,11 @@ class Codebook:
         return code.add_(torch.gt(x, bound).view(torch.uint8))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """fp32 values of contiguous 8-bit codes (uint8 or an 8-bit float's bits), flat: a new tensor."""
+        """Return the fp32 values `[n]`, a new tensor, of `n` contiguous 8-bit codes (uint8 or an 8-bit float)."""
         return self._on(codes).values.index_select(0, codes.view(torch.uint8).view(-1).to(torch.int32))
 
     def encode_nibbles(self, x: Tensor) -> Tensor:
-        """Two 4-bit codes a byte, the first in the upper half: uint8 `[ceil(n / 2)]` of `n` numbers."""
+        """Return the 4-bit codes of `n` numbers, two a byte, the first in the upper half: uint8 `[ceil(n / 2)]`."""
         codes = self.encode(x)
         if codes.numel() % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
@@ -113,12 +129,12 @@ class Codebook:
         return self._on(x).packed.index_select(0, pattern)
 
     def decode_nibbles(self, codes: Tensor, count: int) -> Tensor:
-        """fp32 values of `count` packed 4-bit codes, flat: a new tensor."""
+        """Return the fp32 values `[count]` of packed 4-bit codes, a new tensor."""
         pairs = self._on(codes).pairs.index_select(0, codes.view(-1).to(torch.int32))
         return pairs.view(torch.float32)[:count]
 
     def _on(self, like: Tensor) -> _Tables:
-        """The tables on `like`'s device, made at the first use there; sizes without values for a fake tensor."""
+        """Return the tables on `like`'s device, built at the first use there; a fake tensor gets empty ones."""
         if is_fake(like):
             return self._without_values(like)
         if like.device not in self._tables:
@@ -145,12 +161,12 @@ class Codebook:
 
 
 def _every_int16() -> Tensor:
-    """All int16 numbers, ascending: entry i is `i - HALF_OFFSET`."""
+    """Return all int16 numbers, ascending: entry i is `i - HALF_OFFSET`."""
     return torch.arange(-HALF_OFFSET, HALF_OFFSET, dtype=torch.int32, device="cpu").to(torch.int16)
 
 
 def _bounds_of(values: Tensor) -> Tensor:
-    """The largest fp32 number that is not nearer to `values[i + 1]` than to `values[i]`, for each i."""
+    """Return for each i the largest fp32 number that is not nearer to `values[i + 1]` than to `values[i]`."""
     middle = (values[:-1].double() + values[1:].double()) / 2
     rounded = middle.float()
     above = rounded.double() > middle
@@ -158,7 +174,7 @@ def _bounds_of(values: Tensor) -> Tensor:
 
 
 def _codes_by_pattern(bounds: Tensor) -> Tensor:
-    """For every fp16 bit pattern the code of the least number that rounds to it, uint8."""
+    """Return for every fp16 bit pattern the uint8 code of the least number that rounds to that fp16 number."""
     half = _every_int16().view(torch.float16).double()
     grid = torch.unique(half[half.isfinite()])  # ascending, one zero
     least = torch.cat([grid[:1], (grid[:-1] + grid[1:]) / 2])  # where numbers begin to round to grid[i]

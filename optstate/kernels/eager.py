@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from torch import Tensor
 from optstate.kernels.chunking import chunk_elements, chunks, slice_elements
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.rehearsal import worth_running
+from optstate.kernels.weight_codec import WeightCodec
 from optstate.spec import accumulator_dtype
 
 __all__ = [
-    "WeightCodec",
     "add_weight",
     "all_finite",
     "apply",
@@ -35,29 +34,11 @@ __all__ = [
 ]
 
 
-class WeightCodec:
-    """How the value of a weight is read from and written to a parameter of low precision, chunk by chunk.
-
-    start: flat index of the chunk's first element in the whole parameter; chunks are ranges in row-major order.
-    """
-
-    adds_bits: ClassVar[bool] = False
-    """The value is more than what the parameter alone holds."""
-
-    def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
-        """The chunk's value, fp32, in `out`."""
-        return out.copy_(param)
-
-    def write(self, param: Tensor, value: Tensor, start: int) -> None:
-        """Make `value`, fp32 and free to be overwritten, the chunk's value."""
-        raise NotImplementedError
-
-
 def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
-    """0-d bool: no element of `grad` is infinite, NaN, or beyond `largest` in magnitude. One read.
+    """Return a 0-d bool tensor: whether no element of `grad` is infinite, NaN, or beyond `largest` in magnitude.
 
-    Without `largest` a sum does, which takes half the time in bf16: it is finite only if every element is. Elements
-    so large that their sum overflows then count as infinite. fp16 is summed in fp32.
+    `grad` is read once. Without `largest` the elements are summed, in half the time in bf16: a sum is finite only if
+    every element is. Elements so large that their sum overflows then count as infinite. fp16 is summed in fp32.
     """
     if largest == math.inf or not grad.numel():
         return torch.isfinite(grad.sum(dtype=torch.float32) if grad.dtype == torch.float16 else grad.sum())
@@ -70,17 +51,19 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
 
 
 def sums(product: Product) -> tuple[Tensor, Tensor]:
-    """Sums of the squared value over the last dimension `[..., m, 1]` and over the one before it `[..., 1, n]`.
+    """Return the row sums and the column sums of the squared value of a product of shape `[..., m, n]`.
 
-    The value has shape `[..., m, n]`; both results are fp32 (fp64 for fp64 operands).
+    Returns:
+        Sums over the last dimension, `[..., m, 1]`, and over the one before it, `[..., 1, n]`; fp32 (fp64 for fp64
+        operands).
     """
     dense = product.dense
     dtype = accumulator_dtype(dense.dtype)
     limit = chunk_elements(dense.device)
-    if dense.numel() <= limit and dense.numel():
-        x = _square(product)
-        if not _is_one(product.scale):
-            x.mul_(product.scale * product.scale)
+    if 0 < dense.numel() <= limit:
+        x, scale = _square(product), product.scale
+        if not isinstance(scale, float) or scale != 1.0:
+            x.mul_(scale * scale)
         return x.sum(-1, keepdim=True), x.sum(-2, keepdim=True)
     rows = dense.new_zeros((*dense.shape[:-1], 1), dtype=dtype)
     cols = dense.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]), dtype=dtype)
@@ -105,7 +88,7 @@ def sums(product: Product) -> tuple[Tensor, Tensor]:
 
 
 def sums_of_rows(product: Product) -> Tensor:
-    """Sums of the squared value at each index of the first dimension, `[m, 1, ...]`; fp32 (fp64 for fp64 operands)."""
+    """Return the sum of the squared value at each index of the first dimension: `[m, 1, ...]`, fp32 or fp64."""
     dense = product.dense
     rows = dense.new_zeros((dense.shape[0], *(1,) * (dense.ndim - 1)), dtype=accumulator_dtype(dense.dtype))
     limit = chunk_elements(dense.device)
@@ -117,7 +100,12 @@ def sums_of_rows(product: Product) -> Tensor:
 
 
 def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Like `sums`, of the value minus `other`, a tensor of the same shape in the accumulator dtype."""
+    """Return the row sums and the column sums of `(value - other)**2`, shaped as those of `sums`.
+
+    Args:
+        product: of shape `[..., m, n]`.
+        other: a tensor of the same shape, fp32 (fp64 for fp64 operands).
+    """
     dense = product.dense
     rows = other.new_zeros((*dense.shape[:-1], 1))
     cols = other.new_zeros((*dense.shape[:-2], 1, dense.shape[-1]))
@@ -134,26 +122,24 @@ def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]
 
 
 def sum_of_squares(product: Product) -> Tensor:
-    """0-d sum of the squared value over all elements: fp32 (fp64 for fp64 operands).
+    """Return the sum of the squared value over all elements: 0-d, fp32 (fp64 for fp64 operands).
 
-    With row factors a and column factors b it is the bilinear form `a^2 . (dense*dense) b^2`, so the factored
+    With row factors a and column factors b the sum is the bilinear form `a^2 . (dense*dense) b^2`, so the factored
     update is never built. Otherwise squares are summed pairwise: `torch.linalg.vector_norm` adds them up one by
     one in fp32 and loses 1e-3 of the sum at ten million elements.
     """
     dense, factors = product.dense, product.factors
     limit = chunk_elements(dense.device)
-    if dense.numel() <= limit and dense.numel() and not _are_rows_and_cols(factors, dense):
-        total = _square(product).sum()
-        return total if _is_one(product.scale) else total * (product.scale * product.scale)
+    bilinear = _are_rows_and_cols(factors, dense)
+    if 0 < dense.numel() <= limit and not (bilinear and product.finite is not None):
+        total = _bilinear(dense, factors[0], factors[1].square(), product) if bilinear else _square(product).sum()
+        scale = product.scale
+        return total if isinstance(scale, float) and scale == 1.0 else total * (scale * scale)
     parts = [dense.new_zeros((), dtype=accumulator_dtype(dense.dtype))]
     value, square = _Buffer(dense, limit), _Buffer(dense, limit)
-    if _are_rows_and_cols(factors, dense) and product.finite is None:
+    if bilinear and product.finite is None:
         for part, a, b in chunks((dense, factors[0], factors[1].square()), limit):
-            x = _load(part, product, value)
-            x = torch.mul(x, x, out=square.like(part))
-            # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
-            root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
-            parts.append(root.square_().sum())
+            parts.append(_bilinear(part, a, b, product, value, square))
     else:
         for part, *fs in chunks((dense, *factors), limit):
             x = _multiply(part, fs, product, value)
@@ -163,7 +149,7 @@ def sum_of_squares(product: Product) -> Tensor:
 
 
 def evaluate(product: Product) -> Tensor:
-    """The value multiplied out: a new contiguous fp32 (fp64 for fp64 operands) tensor of the whole shape."""
+    """Multiply a product out into a new contiguous tensor of its whole shape, fp32 (fp64 for fp64 operands)."""
     dense = product.dense
     result = torch.empty(dense.shape, dtype=accumulator_dtype(dense.dtype), device=dense.device)
     factors, scale = _fold_scale(product)
@@ -177,14 +163,17 @@ def evaluate(product: Product) -> Tensor:
 
 
 def values(product: Product) -> Tensor:
-    """Like `evaluate`, but `dense` itself where that is the value already: not to be written."""
+    """Return the value of a product as `evaluate` does, or `dense` itself, not to be written, where the two agree."""
     dense = product.dense
     as_is = not product.factors and product.bound is None and product.finite is None and _is_one(product.scale)
     return dense if as_is and dense.dtype == accumulator_dtype(dense.dtype) else evaluate(product)
 
 
 def ema(target: Tensor, product: Product, weight: Scalar) -> None:
-    """`target += weight * (value - target)`, in place; arithmetic in fp32, one rounding to `target`'s dtype."""
+    """Move a tensor in place towards a product's value: `target += weight * (value - target)`.
+
+    The arithmetic is fp32 (fp64 for fp64 operands), with one rounding to `target`'s dtype.
+    """
 
     def step(current: Tensor, x: Tensor) -> None:
         current.lerp_(x, weight)
@@ -193,7 +182,10 @@ def ema(target: Tensor, product: Product, weight: Scalar) -> None:
 
 
 def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float = 0.0) -> None:
-    """`target += weight * (value**2 + eps - target)`, in place; arithmetic in fp32."""
+    """Move a tensor in place towards a product's square: `target += weight * (value**2 + eps - target)`.
+
+    The arithmetic is fp32 (fp64 for fp64 operands), with one rounding to `target`'s dtype.
+    """
 
     def step(current: Tensor, x: Tensor) -> None:
         current.lerp_(torch.addcmul(torch.full_like(current, eps), x, x), weight)
@@ -204,14 +196,22 @@ def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float =
 def apply(
     param: Tensor, product: Product, decay: Scalar = 0.0, codec: WeightCodec | None = None, start: int = 0
 ) -> None:
-    """`param <- param * (1 - decay) - value`, in fp32 and rounded once to the parameter's dtype.
+    """Write a step into a parameter, in place: `param <- param * (1 - decay) - value`.
 
-    The two operations keep this form and order because the official AdaLomo and LOMO code rounds so.
-    `codec` replaces reading and rounding to nearest; it sees the chunks in row-major order, the first at `start`.
+    The arithmetic is fp32 (fp64 for fp64 parameters), with one rounding to the parameter's dtype. The two operations
+    keep this form and order because the official AdaLomo and LOMO code rounds so.
+
+    Args:
+        param: the parameter, or a flat or row-major slice of one.
+        product: the step, times the learning rate.
+        decay: share of the parameter that the weight decay takes away.
+        codec: reads and writes the value of the parameter, chunks in row-major order; None to read plainly and round
+            to nearest.
+        start: flat index of `param`'s first element, which `codec` is told.
     """
     dense = product.dense
     factors, scale = _fold_scale(product)
-    keep = None if _is_zero(decay) else 1 - decay
+    keep = None if isinstance(decay, float) and decay == 0.0 else 1 - decay
     as_is = product.bound is None and product.finite is None and dense.dtype == param.dtype
     if not factors and keep is None and codec is None and as_is and isinstance(scale, float):
         if param.dtype == accumulator_dtype(param.dtype):
@@ -223,14 +223,15 @@ def apply(
         return
     in_place = codec is None and param.dtype == accumulator_dtype(param.dtype)
     limit = chunk_elements(param.device) if codec is None else slice_elements(param.device)
-    value, new = _Buffer(dense, limit), _Buffer(param, limit)
+    is_one_chunk = dense.numel() <= limit
+    value, new = (None, None) if is_one_chunk else (_Buffer(dense, limit), _Buffer(param, limit))
     for part, p, *fs in _rounds((dense, param, *factors), limit):
         if codec is not None:
-            target = codec.read(p, start, new.like(p))
+            target = codec.read(p, start, _room(p, new))
         elif in_place:
             target = p
         else:
-            target = new.like(p).copy_(p)
+            target = _room(p, new).copy_(p)
         if keep is not None:
             target.mul_(keep)
         if fs and product.finite is None:
@@ -247,7 +248,15 @@ def apply(
 
 
 def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec | None, start: int) -> None:
-    """`target += scale * value of param`, in place; `target` is fp32 (fp64 for fp64 parameters) and contiguous."""
+    """Add a multiple of a parameter's value to a tensor, in place: `target += scale * value`.
+
+    Args:
+        target: contiguous, in the shape of `param`, fp32 (fp64 for fp64 parameters).
+        param: the parameter, or a slice of one.
+        scale: the multiple.
+        codec: reads the value of the parameter; None to take what `param` holds.
+        start: flat index of `param`'s first element, which `codec` is told.
+    """
     limit = slice_elements(param.device)
     new = _Buffer(param, limit)
     for out, p in _rounds((target, param), limit):
@@ -258,7 +267,7 @@ def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec 
 
 
 def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
-    """0-d sum of squares of a parameter's value, as `sum_of_squares`; of the exact value if a codec keeps more bits."""
+    """Return the 0-d sum of squares of a parameter's value, with the bits that a codec keeps beside the parameter."""
     if codec is None or not codec.adds_bits:
         return sum_of_squares(Product(param))
     limit = chunk_elements(param.device)  # as for an fp32 parameter: the same sum to the last bit
@@ -270,7 +279,7 @@ def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
 
 
 def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], None]) -> None:
-    """Call `step(chunk of target, chunk of value)`, converting low-precision targets through a buffer."""
+    """Call `step(chunk of target, chunk of value)` on every chunk; a low-precision target goes through a buffer."""
     dense = product.dense
     factors, scale = _fold_scale(product)
     limit = chunk_elements(target.device)
@@ -288,12 +297,14 @@ def _update(target: Tensor, product: Product, step: Callable[[Tensor, Tensor], N
 
 
 def _rounds(tensors: Sequence[Tensor], limit: int) -> Iterable[tuple[Tensor, ...]]:
-    """Chunks of a loop that writes each of its results where no other chunk does, or adds it to a total."""
+    """Return the chunks of a loop whose chunks are independent: each writes its own elements, or adds to a total."""
+    if 0 < tensors[0].numel() <= limit:
+        return ((*tensors,),)
     return worth_running(chunks(tensors, limit), lambda parts: parts[0].numel())
 
 
 class _Buffer:
-    """One chunk of scratch in the accumulator dtype, viewed in the shape of the chunk at hand."""
+    """One chunk of scratch memory in the accumulator dtype, viewed in the shape of the chunk at hand."""
 
     def __init__(self, like: Tensor, limit: int) -> None:
         self._like, self._limit = like, limit
@@ -310,47 +321,73 @@ class _Buffer:
         return self._view
 
 
-def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor) -> Tensor:
-    """The chunk in the accumulator dtype, clamped: `part` itself where nothing needs to change."""
+def _room(part: Tensor, buffer: _Buffer | Tensor | None) -> Tensor:
+    """Return scratch memory in the shape of the chunk at hand: from the buffer, or new where there is no buffer."""
+    if buffer is None:
+        return part.new_empty(part.shape, dtype=accumulator_dtype(part.dtype))
+    return buffer if isinstance(buffer, Tensor) else buffer.like(part)
+
+
+def _load(part: Tensor, product: Product, buffer: _Buffer | Tensor | None) -> Tensor:
+    """Return the chunk clamped and in the accumulator dtype: in the buffer, or `part` itself if nothing changes."""
     if product.bound is None and product.finite is None and part.dtype == accumulator_dtype(part.dtype):
         return part
-    out = buffer if isinstance(buffer, Tensor) else buffer.like(part)
+    out = _room(part, buffer)
     out.copy_(part)
     if product.bound is not None:
         out.clamp_(-product.bound, product.bound)
     return out if product.finite is None else out.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer: _Buffer | Tensor) -> Tensor:
-    """The chunk times its factors, without the scale: in the buffer, or `part` itself (read it, do not write)."""
+def _multiply(part: Tensor, factors: Sequence[Tensor], product: Product, buffer: _Buffer | Tensor | None) -> Tensor:
+    """Return the chunk times its factors, without the scale: in the buffer, or `part` itself, not to be written."""
     x = _load(part, product, buffer)
     if not factors:
         return x
-    out = buffer if isinstance(buffer, Tensor) else buffer.like(part)
+    out = x if buffer is None and x is not part else _room(part, buffer)
     for factor in factors:
         x = torch.mul(x, factor, out=out)
     return x if product.finite is None else x.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _square(product: Product) -> Tensor:
-    """The squared value of a product of at most one chunk, without the scale: a new tensor."""
-    x = _multiply(product.dense, product.factors, product, _Buffer(product.dense, product.dense.numel()))
+    """Return the square of a product of at most one chunk, without the scale: a new tensor."""
+    x = _multiply(product.dense, product.factors, product, None)
     return x.square() if x is product.dense else x.square_()
 
 
+def _bilinear(
+    part: Tensor,
+    a: Tensor,
+    b: Tensor,
+    product: Product,
+    value: _Buffer | None = None,
+    square: _Buffer | None = None,
+) -> Tensor:
+    """Return the 0-d sum of squares of a chunk times row factors `a` and column factors, without the scale.
+
+    `b` holds the squares of the column factors.
+    """
+    x = _load(part, product, value)
+    x = torch.mul(x, x) if square is None else torch.mul(x, x, out=square.like(part))
+    # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
+    root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
+    return root.square_().sum()
+
+
 def _fold_scale(product: Product) -> tuple[tuple[Tensor, ...], Scalar]:
-    """Factors and scale with the scale multiplied into the smallest factor, if there is one."""
+    """Return the factors and the scale, the scale multiplied into the smallest factor if there is a factor."""
     if not product.factors or _is_one(product.scale):
         return product.factors, product.scale
-    sizes = [factor.numel() for factor in product.factors]
-    smallest = sizes.index(min(sizes))
     factors = list(product.factors)
+    sizes = list(map(torch.numel, factors))
+    smallest = sizes.index(min(sizes))
     factors[smallest] = factors[smallest] * product.scale
     return tuple(factors), 1.0
 
 
 def _are_rows_and_cols(factors: Sequence[Tensor], dense: Tensor) -> bool:
-    """Whether the factors are one number per row and one per column, in this order."""
+    """Return whether there are two factors: one number per row, then one number per column."""
     if len(factors) != 2 or dense.ndim < 2:
         return False
     rows, cols = (*dense.shape[:-1], 1), (*dense.shape[:-2], 1, dense.shape[-1])
@@ -359,7 +396,3 @@ def _are_rows_and_cols(factors: Sequence[Tensor], dense: Tensor) -> bool:
 
 def _is_one(scale: Scalar) -> bool:
     return isinstance(scale, float) and scale == 1.0
-
-
-def _is_zero(scale: Scalar) -> bool:
-    return isinstance(scale, float) and scale == 0.0

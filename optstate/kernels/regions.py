@@ -1,4 +1,4 @@
-"""Where the elements that a device holds lie in the whole parameter."""
+"""Indices, in the whole parameter, of the elements that one device holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ __all__ = ["global_index"]
 
 
 def global_index(region: Region, start: int, count: int, device: torch.device) -> Tensor:
-    """int64 `[count]`: indices in the flattened parameter of consecutive elements of the flattened region.
+    """Return the indices, in the flattened parameter, of `count` consecutive elements of the flattened region.
 
-    start: flat index of the first of them in the region.
+    Args:
+        region: the part of the parameter on this device.
+        start: flat index in the region of the first element.
+        count: number of elements.
+        device: where the result is made.
+
+    Returns:
+        int64 `[count]`.
     """
     rest = torch.arange(start, start + count, device=device)
     if region.start is not None:

@@ -1,4 +1,4 @@
-"""Steps on tensors without values, to see what they would need on a device that may not be here."""
+"""Rehearsals: run a step on fake tensors, to measure its memory on a device that may not be installed."""
 
 from __future__ import annotations
 
@@ -10,39 +10,49 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["device_type", "rehearsal", "rehearsing", "worth_running"]
+__all__ = ["STAND_IN", "device_type", "rehearsal", "rehearsing", "worth_running"]
 
 T = TypeVar("T")
 
-_on: ContextVar[str] = ContextVar("_on", default="")
+STAND_IN: ContextVar[str] = ContextVar("STAND_IN", default="")
+"""The type of the device that fake tensors on the CPU stand for; empty outside of a rehearsal."""
 
 
 @contextmanager
 def rehearsal(on: str) -> Iterator[None]:
-    """Inside, fake tensors on the CPU stand for tensors on a device of type `on`, and repetitions are left out."""
-    token = _on.set(on)
+    """Let fake tensors on the CPU stand for tensors on a device of type `on`, and leave repeated work out.
+
+    Args:
+        on: type of the device that is rehearsed, such as "cuda".
+    """
+    token = STAND_IN.set(on)
     try:
         yield
     finally:
-        _on.reset(token)
+        STAND_IN.reset(token)
 
 
 def rehearsing() -> bool:
-    """Whether a rehearsal is on: nothing is trained."""
-    return bool(_on.get())
+    """Return whether a rehearsal is in progress, in which nothing is trained."""
+    return bool(STAND_IN.get())
 
 
 def device_type(device: torch.device) -> str:
-    """The type of a device, or of the one it stands for."""
-    return _on.get() or device.type
+    """Return the type of `device`, or in a rehearsal the type of the device that is rehearsed."""
+    return STAND_IN.get() or device.type
 
 
 def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
-    """The rounds of a loop over parts that do not know of each other: in a rehearsal only the first two of each size.
+    """Return the rounds of a loop; in a rehearsal only the first two rounds of each size.
 
-    The second meets what the first left behind; those after it need what the second needs.
+    Only for loops whose rounds do not depend on each other. The second round meets the buffers that the first left
+    behind; every later one needs as much memory as the second.
+
+    Args:
+        rounds: what the loop runs over.
+        size: tells how large a round is, such as its number of elements.
     """
-    return _two_of_each(rounds, size) if _on.get() else rounds
+    return _two_of_each(rounds, size) if STAND_IN.get() else rounds
 
 
 def _two_of_each(rounds: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""Unbiased rounding whose random bits are a function of what is rounded, not of a generator's state."""
+"""Stochastic rounding to bf16 and fp16, with random bits that are a hash of the place, not a generator's state."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Noise:
-    """Random bits for the elements of one tensor at one step: a hash of (seed, name, step, global element index).
+    """The random bits of one tensor's elements at one step: a hash of (seed, name, step, global element index).
 
-    start: flat index of the first element at hand, in what this device holds. region: which part of the tensor that
-    is, if it is not all of it.
+    Nothing has to be saved, replicas agree, and a sharded run rounds exactly as the unsharded one.
+
+    Attributes:
+        name: of the parameter, without wrappers' prefixes.
+        step: count of the parameter's updates.
+        seed: chosen by the user.
+        start: flat index, in the part on this device, of the first element at hand.
+        region: which part of the tensor this device holds; None if all of it.
     """
 
     name: str
@@ -32,11 +38,11 @@ class Noise:
     region: Region | None = None
 
     def at(self, start: int) -> Noise:
-        """The same bits, seen from another first element."""
+        """Return this noise for elements that begin at flat index `start` of the part on this device."""
         return replace(self, start=start)
 
     def bits16(self, count: int, device: torch.device) -> Tensor:
-        """int16 `[count]`, uniform over all its values."""
+        """Return the random bits of `count` elements from `start` on: int16 `[count]`, uniform over all values."""
         key = _mix(_mix(_mix(zlib.crc32(self.name.encode())) ^ (self.seed & MASK32)) ^ (self.step & MASK32))
         if self.region is None:
             return random_bits16(key, self.start, count, device)
@@ -47,7 +53,7 @@ class Noise:
 
 
 def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """int16 `[count]`, uniform over all its values: element i depends on `key` and `start + i` alone.
+    """Return int16 `[count]`, uniform over all values, of which element i depends on `key` and `start + i` alone.
 
     Two neighbours are the halves of one 32-bit hash. The hash is the finalizer of MurmurHash3, a bijection that
     spreads every input bit.
@@ -60,7 +66,7 @@ def random_bits16(key: int, start: int, count: int, device: torch.device) -> Ten
 
 
 def _scattered_bits16(key: int, index: Tensor, end: int) -> Tensor:
-    """int16, what `random_bits16` has for the elements of these flat indices, int64 and below `end`."""
+    """Return what `random_bits16` gives the elements of these flat indices, int64 and below `end`: int16."""
     word = index >> 1
     low = (word & MASK32).to(torch.int32)
     hashed = _hashed(key, 0, low.clone())
@@ -70,20 +76,40 @@ def _scattered_bits16(key: int, index: Tensor, end: int) -> Tensor:
 
 
 def known_finite(value: Tensor) -> bool:
-    """Whether all elements are sure to be finite; False where to know it would mean waiting for a device."""
+    """Return whether all elements are finite, or False where the answer would make the host wait for a device."""
     return value.device.type == "cpu" and not is_fake(value) and bool(value.sum().isfinite())
 
 
 def round_bf16(value: Tensor, bits: Tensor) -> Tensor:
-    """fp32 values that bf16 holds exactly, in `value`'s memory: random bits are added below the last place, the
-    rest is cut off. Infinity stays; NaN needs care, as adding to its bits can wrap around to zero."""
+    """Round fp32 numbers stochastically to numbers that bf16 holds exactly.
+
+    The random bits are added below bf16's last place, and what lies below is cut off. Infinities stay; NaN is restored,
+    as adding to its bits can wrap around to zero.
+
+    Args:
+        value: fp32, overwritten.
+        bits: int16 random bits in the shape of `value`.
+
+    Returns:
+        `value` itself.
+    """
     nan = None if known_finite(value) else value.isnan()
     value.view(torch.int32).add_(bits).add_(1 << 15).bitwise_and_(-0x10000)
     return value if nan is None else value.masked_fill_(nan, math.nan)
 
 
 def round_fp16(value: Tensor, bits: Tensor) -> Tensor:
-    """fp32 values that fp16 holds exactly; below its smallest normal number its spacing is 2**-24."""
+    """Round fp32 numbers stochastically to numbers that fp16 holds exactly.
+
+    Below fp16's smallest normal number, 2**-14, its numbers are 2**-24 apart. Infinities and NaN stay.
+
+    Args:
+        value: fp32, kept.
+        bits: int16 random bits in the shape of `value`.
+
+    Returns:
+        fp32, a new tensor.
+    """
     uniform = bits.to(torch.int32).add_(1 << 15)
     normal = (value.view(torch.int32) + (uniform >> 3)).bitwise_and_(-0x2000).view(torch.float32)
     tiny = torch.floor(value * 2.0**24 + (uniform >> 3) * 2.0**-13) * 2.0**-24
@@ -98,12 +124,12 @@ def _same_high_word(lo: int, hi: int) -> list[tuple[int, int]]:
 
 
 def _hash_words(key: int, lo: int, hi: int, device: torch.device) -> Tensor:
-    """int32 hashes of the indices lo .. hi - 1, which share their upper 32 bits."""
+    """Return the int32 hashes of the indices lo .. hi - 1, which share their upper 32 bits."""
     return _hashed(key, lo >> 32, torch.arange(hi - lo, dtype=torch.int32, device=device).add_(_signed(lo & MASK32)))
 
 
 def _hashed(key: int, high: int, x: Tensor) -> Tensor:
-    """Hashes of 64-bit indices with these upper bits, whose lower ones are the int32 `x`, which is overwritten."""
+    """Return the hashes of 64-bit indices: `high` holds their upper 32 bits, int32 `x`, overwritten, their lower."""
     x = x.bitwise_xor_(_signed(_mix(key ^ high)))
     shifted = torch.empty_like(x)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
@@ -116,7 +142,7 @@ def _hashed(key: int, high: int, x: Tensor) -> Tensor:
 
 
 def _mix(x: int) -> int:
-    """The same hash of one Python number."""
+    """Return MurmurHash3's finalizer of one unsigned 32-bit Python number."""
     x &= MASK32
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK32
@@ -124,5 +150,5 @@ def _mix(x: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """A 32-bit pattern as the int32 with the same bits."""
+    """Return the int32 number with the same bits as an unsigned 32-bit number."""
     return x - (1 << 32) if x >= 1 << 31 else x

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.kernels import Noise, Piece
+from optstate.optimizer.fused_kernels import stepped_by_torch
 from optstate.optimizer.plan import ParamPlan, SlotPlan
 from optstate.stores import Guard, MovedStatistic, Requests, Statistic, together
 from optstate.updates import Chain, Context, Update
@@ -27,31 +28,57 @@ def context(
     guard: Guard,
     grad_scale: float | Tensor = 1.0,
 ) -> Context:
-    """What the transforms of one step see, with the parameter's own way of being read and written."""
-    fields = {field: state[key] for field, key in plan.weight_keys.items()}
+    """Return what the transforms of one step see, with the parameter's own way of being read and written."""
+    fields = {field: state[key] for field, key in plan.weight_keys.items()} if plan.weight_keys else {}
     codec = plan.weights.codec(plan.spec, step, fields)
     return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec)
 
 
 def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
-    """Run the chain, write the parameter, then the statistics.
+    """Refuse a gradient that is not finite, run the chain, write the parameter, then the statistics.
 
     Where a part of the chain can run slice by slice, and the parameter is larger than a slice, temporaries stay as
     small as one. What comes before that part runs on the whole parameter, with the update still on paper.
+
+    The loop over the transforms stands here, and not in a function of its own, as every function between the step and
+    a kernel costs more than the kernel does where parameters are small.
     """
-    statistics = {name: _statistic(slot, state, ctx) for name, slot in plan.slots.items()}
-    sliced = plan.is_sliced(ctx.param.device)
+    if not ctx.spec.numel:
+        return
+    is_split = ctx.spec.region is not None
+    if not (plan.guards or ctx.guard.checked):
+        yield from ctx.check_finite(kernels.all_finite(ctx.grad, plan.largest_gradient(ctx.group)))
+    if plan.fused_adamw is not None and stepped_by_torch(plan, state, ctx):
+        return
+    statistics: dict[str, Statistic] = {}
+    for name, slot in plan.slots.items():
+        fields = {}
+        for field, key in slot.keys.items():
+            fields[field] = state[key]
+        noise = Noise(f"{ctx.spec.name}/{name}", ctx.step, region=ctx.spec.region)
+        statistics[name] = Statistic(slot.store, fields, ctx.spec, ctx.guard, ctx.param.shape, noise)
+    is_sliced = plan.first_sliced is not None and plan.is_sliced(ctx.param.device)
+    chain = plan.before_slices if is_sliced else plan.chain
     update = Update(ctx.grad, scale=ctx.grad_scale)
-    update = yield from _with_param_squares(plan.before_slices if sliced else plan.chain, update, statistics, ctx)
-    if sliced:
+    if is_split and chain.reads_param:
+        update = yield from _with_param_squares(chain, update, statistics, ctx)
+    else:
+        for transform in chain.transforms:
+            result = transform(update, statistics, ctx)
+            update = result if isinstance(result, Update) else (yield from result)
+    if is_sliced:
         yield from _run_slices(plan, update, statistics, ctx)
     else:
         _write(plan, update, ctx)
-    yield from together([statistic.commit_part() for statistic in statistics.values()])
+    if is_split:
+        yield from together([statistic.commit_part() for statistic in statistics.values()])
+    else:
+        for statistic in statistics.values():
+            statistic.commit()
 
 
 def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context) -> Requests[None]:
-    """The sliced part of the chain. Leaves in `statistics` only those that are still to be committed."""
+    """Run the sliced part of the chain. Leaves in `statistics` only those that are still to be committed."""
     names = plan.in_slices.slots(plan.spec)
     independent = {name: statistics.pop(name) for name in names if plan.slots[name].store.elementwise}
     moved = {name: statistics[name] for name in names if name in statistics}
@@ -98,15 +125,8 @@ def _write(plan: ParamPlan, update: Update, ctx: Context) -> None:
     kernels.apply(ctx.param, update, update.decay, ctx.codec, ctx.start)
 
 
-def _statistic(slot: SlotPlan, state: Mapping[str, Any], ctx: Context) -> Statistic:
-    """A statistic of the whole parameter."""
-    fields = {field: state[key] for field, key in slot.keys.items()}
-    noise = Noise(f"{ctx.spec.name}/{slot.name}", ctx.step, region=ctx.spec.region)
-    return Statistic(slot.store, fields, ctx.spec, ctx.guard, ctx.param.shape, noise)
-
-
 def _slice_of(whole: Statistic, slot: SlotPlan, piece: Piece, param: Tensor) -> Statistic:
-    """A slice of a statistic whose store keeps elements, or blocks of them, independently."""
+    """Return a slice of a statistic whose store keeps elements, or blocks of them, independently."""
     fields = {name: piece.of_field(field, slot.fields[name].per) for name, field in whole.fields.items()}
     return Statistic(whole.store, fields, whole.spec, whole.guard, param.shape, whole.noise.at(piece.start))
 
@@ -114,13 +134,12 @@ def _slice_of(whole: Statistic, slot: SlotPlan, piece: Piece, param: Tensor) -> 
 def _with_param_squares(
     chain: Chain, update: Update, statistics: Mapping[str, Statistic], ctx: Context
 ) -> Requests[Update]:
-    """Run a chain; where shards must meet, ask for the parameter's own sum of squares in the first round."""
+    """Run a chain of a split parameter; ask for the parameter's own sum of squares in the first round."""
     requests = chain(update, statistics, ctx)
-    if not (chain.reads_param and ctx.spec.region is not None):
-        return (yield from requests)
     try:
         request = next(requests)
-        reply, ctx.param_squares = yield request, ctx.local_param_squares()
+        squares = kernels.weight_sum_of_squares(ctx.param.detach(), ctx.codec)
+        reply, ctx.param_squares = yield request, squares
         while True:
             request = requests.send(reply)
             reply = yield request

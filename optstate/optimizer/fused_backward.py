@@ -45,19 +45,20 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
             raise TypeError(f"clip_grad_norm={clip_grad_norm!r} is a {type(clip_grad_norm).__name__}: give a number")
         if not 0 < clip_grad_norm < float("inf"):
             raise ValueError(f"clip_grad_norm={clip_grad_norm!r} must be positive and finite, or None for no clipping")
-    hooks = optimizer._fused
+    runner = optimizer.runner
+    hooks = runner.hooks
     if isinstance(hooks, GradientHooks):
         if hooks.clip_grad_norm != clip_grad_norm:
             raise ValueError("the optimizer is fused already with another clip_grad_norm: call fused.remove() first")
         hooks.attach()
     else:
-        optimizer._fused = hooks = GradientHooks(optimizer, clip_grad_norm, FusedBackward)
+        runner.hooks = hooks = GradientHooks(runner, clip_grad_norm, FusedBackward)
         try:
             hooks.attach()
         except BaseException:
             hooks.remove()
             raise
-    optimizer._clip_of_original = None
+    runner.clip_of_original = None
     handle: FusedBackward = hooks.handle
     return handle
 

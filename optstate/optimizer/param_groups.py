@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from optstate.distributed.placement import Placement, placement_of
-from optstate.naming import Names
+from optstate.naming import CanonicalNames
 from optstate.optimizer.group_keys import refuse_unknown
 from optstate.spec import ROLES, ParamSpec, accumulator_dtype, can_be_stepped, is_fake
 from optstate.updates import Chain, Route
@@ -135,7 +135,7 @@ def _named(group: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
     return list(names), items
 
 
-def name_group(group: dict[str, Any], names: Names, others: Sequence[Mapping[str, Any]]) -> list[str]:
+def name_group(group: dict[str, Any], names: CanonicalNames, others: Sequence[Mapping[str, Any]]) -> list[str]:
     """Put canonical names into a checked group whose parameters have names; gives the names as they were given.
 
     names: of the parameters that are there. others: the groups that are there.
@@ -245,8 +245,12 @@ class UsedValues:
                 with _in_group(place):
                     _check_lr(lr)
             keys, before = self._checked.get(place, ((), None))
-            values = [group.get(key) for key in keys]
-            if before is None or not _alike(before, values):
+            values = list(map(group.get, keys))
+            try:
+                is_known = before == values
+            except (RuntimeError, ValueError, TypeError):  # tensors and arrays of several numbers
+                is_known = False
+            if not is_known:
                 with _in_group(place):
                     check_values(group, chain)
                 keys = tuple(chain.hyper)
@@ -256,13 +260,6 @@ class UsedValues:
 def _kept(value: Any) -> Any:
     """A value that stays what it is when the group's changes in place."""
     return list(value) if isinstance(value, list) else value
-
-
-def _alike(before: list[Any], values: list[Any]) -> bool:
-    try:
-        return before == values
-    except (RuntimeError, ValueError, TypeError):  # tensors and arrays of several numbers
-        return False
 
 
 @contextmanager

@@ -30,10 +30,16 @@ class Leaf:
         """The parameter's name, or what stands for one."""
         return self.plan.spec.name
 
-    @property
+    @cached_property
     def is_split(self) -> bool:
         """Whether this device has only a part of it, so that all devices must step it together."""
         return self.plan.spec.region is not None
+
+    @property
+    def on_devices(self) -> Placement:
+        """How a parameter that is split lies on its devices."""
+        assert self.placement is not None
+        return self.placement
 
     @cached_property
     def processes(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Recipes that are not of AdaLomo's family, and the registry of all by name."""
+"""Recipes: optimizers made of a chain, each on one screen (without AdaLomo's family), and the registry by name."""
 
 from optstate.recipes.adam_mini import AdamMini
 from optstate.recipes.adamfactor import AdamFactor

@@ -19,13 +19,13 @@ class AdamMini(Optimizer):
 
     Blocks follow the declared roles (`optstate.declare_roles(model)`):
 
-    * "query_key": one per attention head, `head_size` rows;
-    * "norm", the weight of one: one for the whole tensor;
-    * "bias", and whatever else has fewer than two dimensions: one per element, as in Adam;
-    * everything else, embeddings and output heads included: one per row, an output neuron or a token. A layer that
-      stores `[inputs, outputs]`, such as GPT-2's `Conv1D`, gets one per input.
+    * "query_key": one block per attention head, `head_size` rows;
+    * "norm": one block, the whole tensor;
+    * "bias", and every other parameter with fewer than two dimensions: one block per element, as in Adam;
+    * all other parameters, embeddings and output heads included: one block per row, an output neuron or a token. A
+      layer that stores `[inputs, outputs]`, such as GPT-2's `Conv1D`, gets one block per input.
 
-    Parameters that declare nothing are welcome: matrices then get one per row throughout, which is finer.
+    Without declared roles every matrix gets one block per row, which is finer.
 
     Args:
         params: as `optstate.Optimizer` takes them, best from `optstate.declare_roles`.
@@ -34,15 +34,15 @@ class AdamMini(Optimizer):
         first: store of the first moment, fp32 by default whatever the parameter's dtype.
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.
 
-    Within a block the rule is the official code's (Adam-mini 1.1.1). That code differs in this: it tells blocks by
-    substrings of names; it takes `dim * dim // n_heads` consecutive elements of a query or key for a head, whatever
-    the true head size; it keeps a matrix whose name it does not know in one block;
-    it keeps the first moment of queries and keys in the shape of their blocks, here it has the parameter's; and it
-    never decays a parameter with "norm", "ln" or "bias" in its name, here weight decay acts on every group that does
-    not set it to 0.
+    Within a block the rule is that of the official code (Adam-mini 1.1.1), which differs in five points. The official
+    code tells blocks by substrings of names; takes `dim * dim // n_heads` consecutive elements of a query or key for a
+    head, whatever the true head size; keeps a matrix whose name it does not know in one block; keeps the first moment
+    of queries and keys in the shape of their blocks, where this recipe keeps the parameter's; and never decays a
+    parameter with "norm", "ln" or "bias" in its name, where this recipe decays every group that does not set
+    `weight_decay` to 0.
 
     Raises:
-        ValueError: for a "query_key" parameter without a head_size, or whose rows it does not divide.
+        ValueError: for a "query_key" parameter without a head_size, or with a number of rows it does not divide.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class AdamMini(Optimizer):
 
 
 def is_norm(spec: ParamSpec) -> bool:
-    """Parameters declared as those of a normalisation layer."""
+    """Select parameters declared as weights of a normalisation layer."""
     return spec.role == "norm"
 
 
 def is_elementwise(spec: ParamSpec) -> bool:
-    """Declared biases and all other vectors."""
+    """Select declared biases and all other parameters with at most one dimension."""
     return spec.role == "bias" or spec.ndim <= 1
 
 
 def is_query_key(spec: ParamSpec) -> bool:
-    """Parameters declared as projections to queries or keys."""
+    """Select parameters declared as projections to queries or keys."""
     return spec.role == "query_key"

@@ -15,10 +15,10 @@ __all__ = ["AdamFactor"]
 class AdamFactor(AdamW):
     """AdamW with its first moment in 8-bit blocks and its second as row and column means.
 
-    1.02 bytes of state per element instead of 8, and no second moment to quantise: the "Factor" variant of arXiv
+    State takes 1.02 bytes per element instead of 8, and no second moment is quantised: the "Factor" variant of arXiv
     2309.01507 (section 4.3) with an 8-bit instead of a 4-bit first moment. The rule stays Adam's, with bias correction
-    and eps outside the root; unlike Adafactor it clips nothing, scales nothing by the parameter and its averages
-    decay at the constant rates `betas`.
+    and eps outside the root; unlike in Adafactor, nothing is clipped, nothing is scaled by the parameter, and the
+    averages decay at the constant rates `betas`.
 
     Args:
         params, lr, betas, eps, weight_decay, weights: as in `AdamW`.

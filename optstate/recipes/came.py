@@ -18,17 +18,21 @@ class CAME(Optimizer):
 
     The average is full, so a matrix keeps 4 bytes per element by default; both second moments are factored. No average
     is corrected for starting at zero: the first steps are about ten times as long as the learning rate says, so warm
-    it up (algorithm 2 as the official code runs it). Parameters below two dimensions skip the last division.
+    up the learning rate (algorithm 2 as the official code runs it). Parameters below two dimensions skip the last
+    division.
 
     Args:
         params: as `optstate.Optimizer` takes them.
         lr: the authors use half to nine tenths of AdamW's.
-        betas: of the update, its square, and its squared distance from the average.
-        eps: added to squared gradients; added to squared distances.
+        betas: three numbers: for the average of updates, of squared gradients, and of squared distances.
+        eps: two numbers: added to squared gradients, and added to squared distances.
         clip_threshold: bound on the RMS of an update before it is averaged; None for none.
         weight_decay: decoupled, multiplied by the learning rate.
         first: store of the average. Any but `Full()` needs temporaries of the parameter's size, as the plan says.
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.
+
+    Raises:
+        ValueError: if `betas` are not three numbers, `eps` not two, or a number is out of range.
     """
 
     def __init__(
@@ -43,7 +47,10 @@ class CAME(Optimizer):
         weights: Weights | str = "auto",
     ) -> None:
         if not isinstance(betas, tuple | list) or len(betas) != 3:
-            raise ValueError(f"betas={betas!r} must be three numbers: of the update, its square, and its instability")
+            raise ValueError(
+                f"betas={betas!r} must be three numbers, such as (0.9, 0.999, 0.9999): for the averages of updates, of "
+                "squared gradients, and of squared distances of updates from their average"
+            )
         if not isinstance(eps, tuple | list) or len(eps) != 2:
             raise ValueError(f"eps={eps!r} must be two numbers: added to squared gradients, and to squared distances")
         beta1, beta2, beta3 = (updates.hyper("betas", beta, index=i) for i, beta in enumerate(betas))

@@ -20,8 +20,9 @@ __all__ = ["AdamW4bit", "AdamW8bit", "Lion8bit", "SGDM8bit"]
 class AdamW8bit(AdamW):
     """AdamW with both moments in 8-bit blocks (Dettmers et al. 2022, arXiv 2110.02861).
 
-    2.03 bytes of state per element instead of 8. Parameters under 4096 elements keep fp32 moments. The update uses the
-    moments before they are rounded. See `stores.Block8` for the format and how it differs from bitsandbytes' CPU code.
+    State takes 2.03 bytes per element instead of 8. Parameters under 4096 elements keep fp32 moments. The update uses
+    the moments before they are rounded. `stores.Block8` tells the format and its differences from bitsandbytes' CPU
+    code.
 
     Args:
         params, lr, betas, eps, weight_decay, weights: as in `AdamW`.
@@ -45,10 +46,10 @@ class AdamW8bit(AdamW):
 class AdamW4bit(Optimizer):
     """AdamW with both moments in 4 bits (Li et al. 2023, arXiv 2309.01507).
 
-    1.06 bytes of state per element instead of 8. Parameters under 4096 elements keep fp32 moments, and parameters whose
-    group declares the role "embedding" or "head" keep 8 bits in both: 4 bits of the head's first moment are what makes
-    long runs diverge (arXiv 2610.12444), and rows of rare tokens share blocks with those of frequent ones.
-    `optstate.declare_roles(model)` declares them.
+    State takes 1.06 bytes per element instead of 8. Parameters under 4096 elements keep fp32 moments, and parameters
+    whose group declares the role "embedding" or "head" keep 8 bits in both: 4 bits of the head's first moment are what
+    makes long runs diverge (arXiv 2610.12444), and rows of rare tokens share blocks with those of frequent ones.
+    `optstate.declare_roles(model)` declares the roles.
 
     Args:
         params, lr, betas, eps, weight_decay, weights: as in `AdamW`.
@@ -110,7 +111,7 @@ class SGDM8bit(SGD):
         block: elements per scale, even. Parameters under 4096 elements keep an fp32 momentum.
 
     Raises:
-        ValueError: without a momentum there is nothing to keep.
+        ValueError: if the momentum is 0, as there is then no state to compress.
     """
 
     def __init__(
@@ -130,5 +131,5 @@ class SGDM8bit(SGD):
 
 
 def is_token_table(spec: ParamSpec) -> bool:
-    """Route predicate: parameters declared to hold a row per token."""
+    """Select parameters declared to hold a row per token: embeddings and output heads."""
     return spec.role in ("embedding", "head")

@@ -18,7 +18,7 @@ class SGD(Optimizer):
 
     Args:
         params: as `optstate.Optimizer` takes them.
-        lr, momentum, dampening, weight_decay, nesterov: as in torch. Without momentum nothing is kept.
+        lr, momentum, dampening, weight_decay, nesterov: as in torch. Without momentum there is no state.
         store: of the momentum, fp32 by default whatever the parameter's dtype.
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.
     """

@@ -16,13 +16,13 @@ __all__ = ["SM3"]
 class SM3(Optimizer):
     """Adagrad with its sums of squares bounded by one number per row and column (SM3-II, the paper's algorithm 2).
 
-    Steps only become smaller, so the learning rate is warmed up and then kept; it is larger than Adam's. State of a
-    matrix: `4 (m + n)` bytes, and the momentum if there is one. The step is taken from the exact new sum.
+    Steps only become smaller, so the learning rate is warmed up and then kept, at a higher rate than Adam's. State of
+    an m x n matrix: `4 (m + n)` bytes, and the momentum if there is one. The step divides by the exact new bound.
 
     Args:
         params: as `optstate.Optimizer` takes them.
         lr: step size.
-        momentum: of the finished updates, `m <- momentum m + (1 - momentum) u`; with 0 nothing is kept for it.
+        momentum: of the finished updates, `m <- momentum m + (1 - momentum) u`; 0 keeps no average of them.
         eps: added under the root.
         store: of the momentum.
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.

@@ -10,24 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optstate import store_layouts
 from optstate.kernels import Noise
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Shape, Store
+from optstate.store_layouts import axis_names
+from optstate.stores.base import Fields, Shape, Statistic, Store
 from optstate.stores.full import Full
 from optstate.stores.requests import Largest, Requests
-from optstate.stores.statistic import Statistic
 
-__all__ = ["AxisMax", "axis_fields", "axis_maxima", "broadcast_axes", "whole_axis_maxima"]
-
-
-def axis_names(ndim: int) -> list[str]:
-    """`row` and `col` for the last two dimensions, `axis0`, `axis1`, ... for those before."""
-    return [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
-
-
-def axis_fields(spec: ParamSpec, dtype: torch.dtype) -> dict[str, FieldSpec]:
-    """A vector along every dimension of the parameter."""
-    return {name: FieldSpec((spec.shape[i],), dtype, (i,)) for i, name in enumerate(axis_names(spec.ndim))}
+__all__ = ["AxisMax", "axis_maxima", "broadcast_axes", "whole_axis_maxima"]
 
 
 def axis_maxima(value: Tensor, signed: bool) -> dict[str, Tensor]:
@@ -90,7 +81,7 @@ class AxisMax(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return axis_fields(spec, spec.accumulator)
+        return FieldSpec.of(spec, store_layouts.axis_maxima(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return reduce(torch.minimum, broadcast_axes(fields, shape))

@@ -1,10 +1,12 @@
-"""What a store is: the description of how one statistic of one parameter is kept between steps."""
+"""What a store is, the description of how one statistic of one parameter is kept between steps; and a statistic during
+one step, which is a store bound to its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,13 +14,11 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Codebook, Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.requests import Requests
+from optstate.stores.guard import Guard
+from optstate.stores.requests import Requests, run_alone
 from optstate.text import short
 
-if TYPE_CHECKING:
-    from optstate.stores.statistic import Statistic
-
-__all__ = ["MEANINGS", "NO_NOISE", "Fields", "Shape", "Slot", "Store", "difference", "square_of"]
+__all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "difference", "multiplied", "square_of"]
 
 NO_NOISE = Noise("", 0)
 
@@ -62,6 +62,22 @@ class Store:
     def codebook(self) -> Codebook | None:
         """What codes stand for; None where the tensors hold numbers."""
         return None
+
+    @property
+    def scale_block(self) -> int:
+        """How many consecutive elements share a scale, as files say beside the words; 0 where there are no blocks."""
+        return 0
+
+    def as_recorded(self, signed: bool, block: int) -> Store:
+        """Return the store that reads what a file holds under these words.
+
+        signed, block: what the file says beside the words: whether the statistic can be negative, and `scale_block`,
+        which is 0 where the file is of another tool that does not say.
+
+        Raises:
+            ValueError: if it cannot be what the file says.
+        """
+        return self
 
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
         """The store used for this parameter, fitted to the statistic's sign, and, if there is something that a reader
@@ -150,6 +166,146 @@ class Store:
         return ((value if floor == 0 else value.clamp(min=square_of(floor, value))).rsqrt(),)
 
 
+class Statistic:
+    """A store bound to its tensors. What a step computes is held back and written by `commit`.
+
+    A transform that fails therefore leaves the statistic as it was, and a lossy store gives the step the exact
+    new value, not the encoded one. The exception is a statistic kept in full, fp32, that is larger than one chunk in a
+    chain that needs sums over the parameter: holding it back would cost a second copy, so it moves at once.
+    """
+
+    __slots__ = ("_held", "_held_fields", "fields", "guard", "noise", "overall", "shape", "spec", "store", "weight")
+
+    def __init__(
+        self,
+        store: Store,
+        fields: Fields,
+        spec: ParamSpec,
+        guard: Guard,
+        shape: Shape | None = None,
+        noise: Noise = NO_NOISE,
+    ) -> None:
+        self.store, self.fields, self.spec, self.guard, self.noise = store, fields, spec, guard, noise
+        self.shape = spec.shape if shape is None else shape
+        self._held: Tensor | None = None
+        self._held_fields: dict[str, Tensor] = {}
+        self.weight = 1.0
+        self.overall: Tensor | None = None
+        """A mean over the whole parameter that no field on this device has, once the step has asked for it."""
+
+    def read(self) -> Tensor:
+        """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
+        if self._held is not None:
+            return self._held.to(self.spec.accumulator)
+        if self.store.elementwise or self.spec.region is None:
+            return self.store.read(self.current, self.shape).to(self.spec.accumulator)
+        return self.compact().expand(*self.shape)
+
+    def compact(self) -> Tensor:
+        """Like `read`, but of size 1 in the dimensions along which the statistic does not vary."""
+        return self.read() if self._held is not None else multiplied(self.factors()).to(self.spec.accumulator)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The statistic as of this step as small factors whose product it is."""
+        return self.store.factors_here(self)
+
+    @property
+    def current(self) -> Fields:
+        """The stored tensors as of this step."""
+        return {**self.fields, **self._held_fields} if self._held_fields else self.fields
+
+    def ema(self, value: Product, weight: Scalar) -> Requests[None]:
+        """Move towards `value` by `weight` of the distance; drive with `yield from`."""
+        self._note(weight)
+        return self.store.ema(self, value, weight if self.guard.finite is None else self.guard.masked(weight))
+
+    def ema_of_square(
+        self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
+    ) -> Requests[None]:
+        """Move towards `(value - minus)**2 + eps` by `weight` of the distance; drive with `yield from`."""
+        self._note(weight)
+        weight = weight if self.guard.finite is None else self.guard.masked(weight)
+        return self.store.ema_of_square(self, value, weight, eps, minus)
+
+    def add_square(self, value: Product) -> Requests[None]:
+        """Add `value**2`; drive with `yield from`."""
+        return self.store.add_square(self, value)
+
+    def inverse_root(self, floor: float = 0.0) -> tuple[Tensor, ...]:
+        """`max(statistic, floor**2) ** -0.5` as factors whose product it is."""
+        return self.store.inverse_root(self, floor)
+
+    def hold(self, value: Tensor, weight: float = 1.0) -> None:
+        """Make `value` (fp32, local shape) the statistic's value, to be written at `commit`, which may overwrite it.
+
+        weight: about which share of the value is new; see `Store.encode`.
+        """
+        self._held = value
+        self._note(weight)
+
+    def hold_fields(self, **fields: Tensor) -> None:
+        """Make these the stored tensors, to be written at `commit`."""
+        self._held_fields = fields
+
+    def hold_ema(self, value: Product, weight: Scalar) -> None:
+        """Elementwise moving average towards `value`."""
+        if self._moves_in_place:
+            self.guard.begin_writing()
+            kernels.ema(self.fields[""], self._flagged(value), weight)
+        else:
+            self._held = torch.lerp(self.read(), kernels.values(value), weight)
+
+    def hold_ema_of_square(self, value: Product, weight: Scalar, eps: float) -> None:
+        """Elementwise moving average towards `value**2 + eps`."""
+        if self._moves_in_place:
+            self.guard.begin_writing()
+            kernels.ema_of_square(self.fields[""], self._flagged(value), weight, eps)
+            return
+        square = kernels.values(value).square()
+        self._held = torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight)
+
+    def commit(self) -> None:
+        """Write what was held back, of a slice or of a parameter that is whole here."""
+        held = self._held
+        self._write(self._held_fields if held is None else run_alone(self.store.encode_part(self, held)))
+
+    def commit_part(self) -> Requests[None]:
+        """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
+        held = self._held
+        self._write(self._held_fields if held is None else (yield from self.store.encode_part(self, held)))
+
+    def _write(self, held: Fields) -> None:
+        """Write what the stored tensors become."""
+        if held:
+            self.guard.begin_writing()
+        for name, value in held.items():
+            field = self.fields[name]
+            value = value.reshape(field.shape)
+            field.copy_(value if self.guard.finite is None else self.guard.choose(value, field))
+
+    def _note(self, weight: Scalar) -> None:
+        """Keep the least weight of this step; one that only a device knows counts as zero.
+
+        Raises:
+            ValueError: if the store would swallow such a step: hyper-parameters may have changed since it was chosen.
+        """
+        if isinstance(weight, Tensor):
+            weight = 0.0
+        self.store.check(signed=False, smallest_weight=weight)
+        self.weight = min(self.weight, weight)
+
+    def _flagged(self, value: Product) -> Product:
+        """The value, with word for the kernel of a gradient that may not be finite: nothing is held back in place."""
+        return value if self.guard.finite is None else replace(value, finite=self.guard.finite)
+
+    @property
+    def _moves_in_place(self) -> bool:
+        stored = self.fields.get("")
+        if stored is None or stored.dtype != self.spec.accumulator:
+            return False
+        return stored.numel() > kernels.chunk_elements(stored.device)
+
+
 def difference(value: Product, minus: Tensor) -> Product:
     """`value - minus`, multiplied out."""
     return Product(kernels.evaluate(value).sub_(minus), finite=value.finite)
@@ -160,36 +316,6 @@ def square_of(floor: float, like: Tensor) -> float:
     return max(floor * floor, torch.finfo(like.dtype).tiny)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One statistic that a transform keeps.
-
-    signed: whether it can be negative; second moments cannot.
-    smallest_weight: the least `1 - beta` its moving average ever uses; a format with few mantissa bits rounds
-        steps of a small weight away.
-    of: what is averaged or summed, in the words of `MEANINGS`; "" for anything else.
-    beta: set for an average that began at zero and gives the past this weight at every step: after t steps it is
-        `1 - beta**t` times the average proper, whether or not its transform corrects for that.
-    """
-
-    store: Store
-    signed: bool = True
-    smallest_weight: float = 1.0
-    of: str = ""
-    beta: float | None = None
-
-    @property
-    def of_squares(self) -> bool:
-        """Whether squares of the update go into it, so that a gradient must be refused whose squares overflow."""
-        return self.of in ("square", "square_sum")
-
-
-MEANINGS = {
-    "gradient": "average of gradients",
-    "update": "average of updates",
-    "update_sum": "decaying sum of updates",
-    "square": "average of squared gradients",
-    "square_sum": "sum of squared gradients",
-    "distance": "average of squared distances of updates from their average",
-}
-"""What a statistic can be, so that state can go from one recipe to another that keeps the same."""
+def multiplied(factors: tuple[Tensor, ...]) -> Tensor:
+    """The product of all factors, broadcast."""
+    return reduce(torch.mul, factors)

@@ -1,45 +1,28 @@
-"""Statistics kept in few bits per element, with one scale per block of consecutive elements."""
+"""Codes with one scale per block of consecutive elements, whole on a device or of which several have parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optstate import kernels
-from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
+from optstate import kernels, store_layouts
+from optstate.kernels import Codebook, Noise, global_index
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.axes import axis_fields, axis_maxima, broadcast_axes, whole_axis_maxima
-from optstate.stores.base import Fields, Shape, Store
+from optstate.store_layouts import FEWEST_CODED, Layouts
+from optstate.stores.base import Fields, Shape, Statistic, Store
 from optstate.stores.full import Full
 from optstate.stores.maxima import block_maxima, kept_maxima
-from optstate.stores.requests import Requests
-from optstate.stores.shared_blocks import SharedBlocks
-from optstate.stores.statistic import Statistic
+from optstate.stores.requests import Largest, Requests
 from optstate.text import HIDDEN
 
-__all__ = ["Block4", "Block8", "Float8"]
-
-FEWEST_ELEMENTS = 4096
-"""Smaller parameters stay in fp32, as in bitsandbytes and torchao: they weigh nothing and are the sensitive ones."""
+__all__ = ["Blockwise", "SharedBlocks", "joined"]
 
 LARGEST_BLOCK = 1 << 16
 """A slice of a parameter holds at least one block."""
-
-LARGEST_E4M3 = 448.0
-SMALLEST_E4M3 = 2.0**-9
-
-SIGNED_8 = Codebook(dynamic_map(True), name="dynamic8_signed")
-UNSIGNED_8 = Codebook(dynamic_map(False), keeps_positive=True, name="dynamic8_unsigned")
-SIGNED_4 = Codebook(dynamic_map(True, bits=4), name="dynamic4_signed")
-LINEAR_4 = Codebook(linear_map(4), name="linear4")
-EVERY_E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
-E4M3 = Codebook((EVERY_E4M3 / LARGEST_E4M3).tolist())
-"""Only read: PyTorch writes 8-bit floats itself, and reads them five times as slowly as this table."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +48,16 @@ class Blockwise(Store):
     def alignment(self) -> int:
         return self.block
 
+    @property
+    def scale_block(self) -> int:
+        return self.block
+
+    def as_recorded(self, signed: bool, block: int) -> Store:
+        return replace(self, signed=signed, block=block or self.block)
+
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
-        if spec.numel < FEWEST_ELEMENTS:
-            return Full(), f"under {FEWEST_ELEMENTS} elements: kept in full"
+        if store_layouts.is_small(spec.shape):
+            return Full(), f"under {FEWEST_CODED} elements: kept in full"
         store = replace(self, signed=signed)
         if spec.keeps_together(self.block):
             return store, ""
@@ -76,8 +66,7 @@ class Blockwise(Store):
         return SharedBlocks(store), f"split among devices within blocks of {self.block}: each has all maxima"
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        absmax = FieldSpec((-(-spec.numel // self.block),), torch.float32, (), per=self.block)
-        return {"codes": self._codes(spec), "absmax": absmax}
+        return FieldSpec.of(spec, self._layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"].view(-1)
@@ -96,7 +85,7 @@ class Blockwise(Store):
         flat = value.to(torch.float32).reshape(-1)
         parts = [self._encode(flat[first:last]) for first, last in self._ranges(flat.numel(), flat.device)]
         codes, maxima = zip(*parts, strict=True)
-        return {"codes": _joined(codes), "absmax": _joined(maxima)}
+        return {"codes": joined(codes), "absmax": joined(maxima)}
 
     def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
         """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""
@@ -118,8 +107,8 @@ class Blockwise(Store):
             part.div_(maximum)
         return self.encode_scaled(scaled, value), absmax
 
-    def _codes(self, spec: ParamSpec) -> FieldSpec:
-        return FieldSpec(spec.shape, torch.uint8, tuple(range(spec.ndim)))
+    def _layouts(self, shape: tuple[int, ...]) -> Layouts:
+        return store_layouts.blocks(shape, self.block)
 
     def decode(self, codes: Tensor, count: int) -> Tensor:
         """Values in [-1, 1] of `count` elements, flat and new."""
@@ -131,170 +120,73 @@ class Blockwise(Store):
 
 
 @dataclass(frozen=True)
-class Block8(Blockwise):
-    """8-bit codes of bitsandbytes' dynamic map, signed for first moments, unsigned for second ones.
+class SharedBlocks(Store):
+    """What a blockwise store becomes where blocks do not end at the ends of a device's part.
 
-    Bytes per element: `1 + 4 / block`, 1.016 at 256. The nearest code is taken, so the error of an element is at most
-    0.0071 (signed) or 0.0036 (unsigned) of its block's largest magnitude; relative to the element itself 6.2 %
-    (3.3 %) down to a tenth of the maximum, 11 % (6.2 %) down to a hundredth, and about double per decade below;
-    the map has no -1, so a block whose largest element is negative loses 0.7 % of that one.
-    Zero stays zero, and a second moment above zero never becomes zero, so nothing is divided by it.
-
-    The map is that of arXiv 2110.02861 as bitsandbytes builds it; codes differ from bitsandbytes' CPU code, which
-    does not keep zeros and rounds small values wrongly.
-
-    block: elements per scale, even. Parameters with fewer than 4096 elements keep the statistic in full.
-
-    Raises:
-        ValueError: for a block that is not an even number of elements up to 65536.
+    The format is that of `blocks`, and so are the codes. Each device has the codes of its part and the maxima of all
+    blocks, `4 / block` bytes per element of the whole parameter, on which the devices agree at the end of every step.
     """
 
-    block: int = 256
-
-    @property
-    def codebook(self) -> Codebook:
-        return SIGNED_8 if self.signed else UNSIGNED_8
-
-    def decode(self, codes: Tensor, count: int) -> Tensor:
-        return self.codebook.decode(codes)
-
-    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
-        if self.signed:
-            return self.codebook.encode(scaled)
-        # A quotient may underflow to zero; the value itself, however small, still tells that it was positive.
-        return self.codebook.encode(torch.maximum(scaled, value.clamp_(max=1e-37), out=scaled))
-
-
-@dataclass(frozen=True)
-class Block4(Blockwise):
-    """4-bit codes, two a byte: the dynamic-exponent map for first moments, `1/16 ... 16/16` for second ones.
-
-    Bytes per element: `0.5 + 4 / block`, 0.531 at 128. Worst error of an element: 0.12 of its block's largest magnitude
-    for first moments (values below 0.3 % of it become zero); for second ones 1/32, below 1/16 of it up to 1/16, as
-    none is read as less than that, a zero included (arXiv 2309.01507: a zero code would divide by zero); a block of
-    zeros reads as 2**-124.
-    The first of two codes is in a byte's upper half, as in torchao.
-
-    block: elements per scale, even.
-    rank1: scale each element by the smaller of its row's and its column's largest magnitude instead of its block's
-        (arXiv 2309.01507, section 4.2; more dimensions: the smallest over all). Not for vectors, which keep blocks.
-        Bytes: `0.5` per element and 4 per row and column. Large parameters need temporaries, as the plan says.
-
-    Raises:
-        ValueError: for a block that is not an even number of elements up to 65536.
-    """
-
-    block: int = 128
-    rank1: bool = False
-
-    per_byte: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.rank1, bool):
-            raise TypeError(f"Block4(rank1={self.rank1!r}): give True or False")
-
-    def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
-        if not self.rank1:
-            return super().resolve(spec, signed)
-        if spec.ndim >= 2 and spec.numel >= FEWEST_ELEMENTS and spec.keeps_together(self.per_byte):
-            return _RankOne4(signed=signed), ""
-        store, why = replace(self, rank1=False).resolve(spec, signed)
-        return store, why or "a vector has no rows and columns: blocks"
-
-    @property
-    def codebook(self) -> Codebook:
-        return SIGNED_4 if self.signed else LINEAR_4
-
-    def _codes(self, spec: ParamSpec) -> FieldSpec:
-        return FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
-
-    def decode(self, codes: Tensor, count: int) -> Tensor:
-        return self.codebook.decode_nibbles(codes, count)
-
-    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
-        return self.codebook.encode_nibbles(scaled)
-
-
-@dataclass(frozen=True)
-class _RankOne4(Store):
-    """What `Block4(rank1=True)` becomes: 4-bit codes, and the largest magnitude along every dimension in fp32."""
-
-    signed: bool
+    blocks: Blockwise
 
     elementwise: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return str(Block4(rank1=True))
-
-    def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        codes = FieldSpec((-(-spec.numel // 2),), torch.uint8, (), per=2)
-        return {"codes": codes, **axis_fields(spec, torch.float32)}
-
-    def read(self, fields: Fields, shape: Shape) -> Tensor:
-        value = fields["row"].new_empty(tuple(shape))
-        axes, codes = broadcast_axes(fields, shape), fields["codes"]
-        for piece in self._pieces(shape, value.device):
-            part = piece.of(value)
-            part.copy_(self.codebook.decode_nibbles(piece.of_field(codes, 2), part.numel()).view(part.shape))
-            part.mul_(reduce(torch.minimum, map(piece.of, axes)))
-            piece.write_back(value, part)
-        return value
-
-    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
-        return self._encode(value, axis_maxima(value, signed=True))
-
-    def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
-        return self._encode(value, (yield from whole_axis_maxima(value, signed=True)))
-
-    def _encode(self, value: Tensor, maxima: dict[str, Tensor]) -> Fields:
-        maxima = {name: kept_maxima(largest.float()) for name, largest in maxima.items()}
-        axes, codes = broadcast_axes(maxima, value.shape), [value.new_empty(0, dtype=torch.uint8)]
-        for piece in self._pieces(value.shape, value.device):
-            scaled = torch.div(piece.of(value), reduce(torch.minimum, map(piece.of, axes)))
-            codes.append(self.codebook.encode_nibbles(scaled.float().contiguous()))
-        return {"codes": _joined(codes), **maxima}
+        return str(self.blocks)
 
     @property
-    def codebook(self) -> Codebook:
-        return SIGNED_4 if self.signed else LINEAR_4
+    def alignment(self) -> int:
+        return self.blocks.alignment
 
-    @staticmethod
-    def _pieces(shape: Shape, device: torch.device) -> list[Piece]:
-        """Pieces that begin at whole bytes."""
-        return kernels.pieces(shape, kernels.slice_elements(device) // 2, align=2)
+    @property
+    def scale_block(self) -> int:
+        return self.blocks.block
+
+    @property
+    def codebook(self) -> Codebook | None:
+        return self.blocks.codebook
+
+    def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
+        return self.blocks.fields(spec, signed)
+
+    def read(self, fields: Fields, shape: Shape) -> Tensor:
+        """Of the whole parameter: what conversion of a file works on."""
+        return self.blocks.read(fields, shape)
+
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
+        """Of the whole parameter: what conversion of a file works on."""
+        return self.blocks.encode(value, noise, weight)
+
+    def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
+        codes, absmax = (statistic.current[name].view(-1) for name in ("codes", "absmax"))
+        value = absmax.new_empty(statistic.spec.local_numel)
+        per_code = statistic.spec.local_numel // max(codes.numel(), 1)
+        for first, last, block in self._pieces(statistic.spec, absmax.device):
+            part = self.blocks.decode(codes[first // per_code : -(-last // per_code)], last - first)
+            torch.mul(part, absmax[block], out=value[first:last])
+        return (value.view(*statistic.shape),)
+
+    def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
+        spec, flat = statistic.spec, value.to(torch.float32).reshape(-1)
+        largest = flat.new_zeros(-(-spec.numel // self.blocks.block))
+        for first, last, block in self._pieces(spec, flat.device):
+            largest.scatter_reduce_(0, block, flat[first:last].abs(), "amax")
+        absmax = kept_maxima((yield Largest(largest)))
+        codes = [flat.new_empty(0, dtype=statistic.fields["codes"].dtype)]
+        for first, last, block in self._pieces(spec, flat.device):
+            codes.append(self.blocks.encode_scaled(flat[first:last] / absmax[block], flat[first:last]))
+        return {"codes": torch.cat(codes), "absmax": absmax}
+
+    def _pieces(self, spec: ParamSpec, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """Ranges of the flattened part here, and the block that each element belongs to."""
+        assert spec.region is not None
+        step = 2 * max(kernels.slice_elements(device) // 8, 1)  # an index is as large as two numbers
+        for first in range(0, spec.local_numel, step):
+            last = min(first + step, spec.local_numel)
+            yield first, last, global_index(spec.region, first, last - first, device) // self.blocks.block
 
 
-@dataclass(frozen=True)
-class Float8(Blockwise):
-    """8-bit floats, e4m3, scaled so that a block's largest magnitude is 448: torchao's format.
-
-    Bytes per element: `1 + 4 / block`, 1.016 at 256. Worst relative error: 6.25 % down to 3.5e-5 of the block's
-    largest magnitude; below that an absolute 2.2e-6 of it, or 4.4e-6 for second moments, where none above zero
-    becomes zero. Zero stays zero.
-
-    block: elements per scale, even. Parameters with fewer than 4096 elements keep the statistic in full.
-
-    Raises:
-        ValueError: for a block that is not an even number of elements up to 65536.
-    """
-
-    block: int = 256
-
-    def _codes(self, spec: ParamSpec) -> FieldSpec:
-        return replace(super()._codes(spec), dtype=torch.float8_e4m3fn)
-
-    def decode(self, codes: Tensor, count: int) -> Tensor:
-        return E4M3.decode(codes)
-
-    def encode_scaled(self, scaled: Tensor, value: Tensor) -> Tensor:
-        scaled.mul_(LARGEST_E4M3).clamp_(-LARGEST_E4M3, LARGEST_E4M3)  # PyTorch before 2.13 makes infinity NaN
-        if not self.signed:
-            scaled = torch.where(value > 0, scaled.clamp(min=SMALLEST_E4M3), scaled)
-        return scaled.to(torch.float8_e4m3fn)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """One flat tensor of several."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 

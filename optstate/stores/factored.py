@@ -9,13 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from optstate import kernels
+from optstate import kernels, store_layouts
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Shape, Store, square_of
+from optstate.stores.base import Fields, Shape, Statistic, Store, square_of
 from optstate.stores.full import Full
 from optstate.stores.requests import Partial, Requests
-from optstate.stores.statistic import Statistic
 
 __all__ = ["Factored"]
 
@@ -51,12 +50,7 @@ class Factored(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        *batch, rows, cols = spec.shape
-        dims = tuple(range(spec.ndim))
-        return {
-            "row": FieldSpec((*batch, rows), spec.accumulator, dims[:-1]),
-            "col": FieldSpec((*batch, cols), spec.accumulator, (*dims[:-2], dims[-1])),
-        }
+        return FieldSpec.of(spec, store_layouts.factored(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         share, col = self.factors(fields, shape)
@@ -72,6 +66,8 @@ class Factored(Store):
     @staticmethod
     def _overall_mean(statistic: Statistic) -> Tensor:
         """The mean of every matrix, `[..., 1]`, which is that of either vector: of one that is whole on this device."""
+        if statistic.spec.region is None:
+            return statistic.current["row"].mean(-1, keepdim=True)
         if _is_split_both_ways(statistic.spec):
             if statistic.overall is None:
                 raise RuntimeError(
@@ -94,21 +90,27 @@ class Factored(Store):
         dense = kernels.evaluate(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)
         row, col = self._means(statistic, rows, cols)
-        yield from self._hold_ema(statistic, row, col, weight)
+        fields = statistic.fields
+        yield from self._hold(statistic, torch.lerp(fields["row"], row, weight), torch.lerp(fields["col"], col, weight))
 
     def ema_of_square(
         self, statistic: Statistic, value: Product, weight: Scalar, eps: float, minus: Tensor | None = None
     ) -> Requests[None]:
-        row, col = yield from self._means_of_square(statistic, value, minus)
-        yield from self._hold_ema(statistic, row.add_(eps), col.add_(eps), statistic.guard.masked(weight))
+        rows, cols = kernels.sums(value) if minus is None else kernels.sums_of_difference(value, minus)
+        row, col = yield from self._means_of_square(statistic, rows, cols)
+        fields, guard = statistic.fields, statistic.guard
+        if guard.finite is not None:
+            weight = guard.masked(weight)
+        row, col = torch.lerp(fields["row"], row.add_(eps), weight), torch.lerp(fields["col"], col.add_(eps), weight)
+        yield from self._hold(statistic, row, col)
 
     def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
-        row, col = yield from self._means_of_square(statistic, value)
+        row, col = yield from self._means_of_square(statistic, *kernels.sums(value))
         yield from self._hold(statistic, row.add_(statistic.fields["row"]), col.add_(statistic.fields["col"]))
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
-        row, col = statistic.current["row"], statistic.current["col"]
-        mean = self._overall_mean(statistic)
+        current = statistic.current
+        row, col, mean = current["row"], current["col"], self._overall_mean(statistic)
         if floor > 0:  # a bound on the product does not factor: this needs the full tensor
             share = rearrange(row / mean.clamp(min=floor), "... m -> ... m 1")
             return ((share * rearrange(col, "... n -> ... 1 n")).clamp_(min=square_of(floor, col)).rsqrt_(),)
@@ -118,17 +120,17 @@ class Factored(Store):
             col.rsqrt().unsqueeze(-2),
         )
 
-    def _means_of_square(
-        self, statistic: Statistic, value: Product, minus: Tensor | None = None
-    ) -> Requests[tuple[Tensor, Tensor]]:
-        """Row and column means of `(value - minus)**2` over the whole parameter; refuses what is not finite."""
-        rows, cols = kernels.sums(value) if minus is None else kernels.sums_of_difference(value, minus)
-        if statistic.guard.checked:
-            rows, cols = yield Partial(rows, -1), Partial(cols, -2)
+    def _means_of_square(self, statistic: Statistic, rows: Tensor, cols: Tensor) -> Requests[tuple[Tensor, Tensor]]:
+        """Turn local sums of squares into means over the whole parameter; refuse squares that are not finite."""
+        guard, split = statistic.guard, statistic.spec.region is not None
+        if guard.checked:
+            if split:
+                rows, cols = yield Partial(rows, -1), Partial(cols, -2)
         else:  # squares that overflow count as infinite: they would never leave the averages
-            # The sum over everything is the same on every device, so that all agree.
-            rows, cols, total = yield Partial(rows, -1), Partial(cols, -2), cols.sum()
-            statistic.guard.check(torch.isfinite(total))
+            total = cols.sum()
+            if split:  # the sum over everything is the same on every device, so that all agree
+                rows, cols, total = yield Partial(rows, -1), Partial(cols, -2), total
+            guard.check(torch.isfinite(total))
         return self._means(statistic, rows, cols)
 
     @staticmethod
@@ -136,10 +138,6 @@ class Factored(Store):
         """Means from the totals `[..., m, 1]` and `[..., 1, n]`, by global counts."""
         m, n = statistic.spec.shape[-2:]
         return rows.squeeze(-1).div_(n), cols.squeeze(-2).div_(m)
-
-    def _hold_ema(self, statistic: Statistic, row: Tensor, col: Tensor, weight: Scalar) -> Requests[None]:
-        fields = statistic.fields
-        yield from self._hold(statistic, torch.lerp(fields["row"], row, weight), torch.lerp(fields["col"], col, weight))
 
     @staticmethod
     def _hold(statistic: Statistic, row: Tensor, col: Tensor) -> Requests[None]:
@@ -151,4 +149,4 @@ class Factored(Store):
 
 def _is_split_both_ways(spec: ParamSpec) -> bool:
     """Whether no device has the whole of either vector."""
-    return spec.is_sharded(-1) and spec.is_sharded(-2)
+    return spec.region is not None and spec.is_sharded(-1) and spec.is_sharded(-2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optstate import kernels
+from optstate import kernels, store_layouts
 from optstate.kernels import Noise
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.base import Fields, Shape, Store
@@ -72,8 +72,7 @@ class Full(Store):
         return self.stochastic is True or (self.stochastic is None and swallows)
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        dtype = spec.accumulator if self.dtype is None else DTYPES[self.dtype]
-        return {"": FieldSpec(spec.shape, dtype, tuple(range(spec.ndim)))}
+        return FieldSpec.of(spec, store_layouts.full(spec.shape, self.dtype))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         stored = fields[""].view(shape)

@@ -9,13 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate import kernels
+from optstate import kernels, store_layouts
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Shape, Store, difference
+from optstate.stores.base import Fields, Shape, Statistic, Store, difference
 from optstate.stores.full import Full
 from optstate.stores.requests import Partial, Requests
-from optstate.stores.statistic import Statistic
 
 __all__ = ["Grouped"]
 
@@ -72,10 +71,7 @@ class Grouped(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        if self.by == "tensor":
-            return {"mean": FieldSpec((), spec.accumulator, ())}
-        groups = spec.shape[0] // self._rows_per_group(spec.shape)
-        return {"mean": FieldSpec((groups,), spec.accumulator, () if self._is_cut(spec) else (0,))}
+        return FieldSpec.of(spec, store_layouts.group_means(spec.shape, self.by, self._is_cut(spec)))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return self.factors(fields, shape)[0].expand(*shape)

@@ -1,28 +1,97 @@
-"""Stores by the words they are written in: `str(store)`, or short names for people."""
+"""Stores by the words they are written in: `str(store)`, or short names for people.
+
+A package adds stores by entry points of the group `optstate.stores`, named as the class in lower case:
+
+    [project.entry-points."optstate.stores"]
+    rounded = "my_package:Rounded"
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import is_dataclass
+from typing import Any
+
 from optstate import text as describe
+from optstate.plugins import PluginError, Plugins
 from optstate.stores.axes import AxisMax
 from optstate.stores.base import Store
-from optstate.stores.blockwise import Block4, Block8, Float8
+from optstate.stores.block_codes import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
 
-__all__ = ["from_words"]
+__all__ = ["from_words", "known_also", "names"]
 
-STORES: dict[str, type[Store]] = {
+OWN: dict[str, type[Store]] = {
     kind.__name__.lower(): kind for kind in (AxisMax, Block4, Block8, Factored, Float8, Full, Grouped)
 }
 SHORT: dict[str, Store] = {"fp32": Full(), "float32": Full(), "bf16": Full("bfloat16"), "bfloat16": Full("bfloat16")}
 
 
-def from_words(text: str) -> Store:
-    """The store that `text` names: "Block8(block=64)" as it is printed, "block8", "factored", "fp32", "bf16".
+def _problem(name: str, kind: Any) -> str:
+    """Why an object cannot be the store class of this name, "" if it can."""
+    if not (isinstance(kind, type) and issubclass(kind, Store)):
+        return "it is no subclass of optstate.stores.Store"
+    if not (is_dataclass(kind) and kind.__dataclass_params__.frozen):
+        return "it is no frozen dataclass, so its words would not be what it is"
+    if kind.__name__.lower() != name:
+        return f"files name a store by its class, so that its entry point must be called {kind.__name__.lower()!r}"
+    return ""
+
+
+PLUGINS: Plugins[type[Store]] = Plugins("store", "optstate.stores", _problem, frozenset(OWN) | frozenset(SHORT))
+
+_ALSO: ContextVar[Mapping[str, type[Store]]] = ContextVar("_ALSO", default=OWN)
+
+
+@contextmanager
+def known_also(kind: type[Store]) -> Iterator[None]:
+    """Let files name a store that is not installed, inside the block: for tests of one.
 
     Raises:
-        ValueError: if there is none, or its arguments are not possible ones.
+        ValueError: if it is none that could be installed.
+    """
+    problem = _problem(kind.__name__.lower(), kind)
+    if problem:
+        raise ValueError(f"{kind!r}: {problem}")
+    token = _ALSO.set({**_ALSO.get(), kind.__name__.lower(): kind})
+    try:
+        yield
+    finally:
+        _ALSO.reset(token)
+
+
+def names() -> list[str]:
+    """Return the names of all stores that files may name, sorted: class names in lower case."""
+    return sorted({*_ALSO.get(), *PLUGINS.names()})
+
+
+def from_words(text: str) -> Store:
+    """Return the store that `text` names: "Block8(block=64)" as it is printed, "block8", "factored", "fp32", "bf16".
+
+    Only stores of this library and of entry points are built, with constants, and nothing else is called.
+
+    Raises:
+        ValueError: if there is none, its package cannot be used, or its arguments are not possible ones.
     """
     short = SHORT.get(text.strip().lower())
-    return describe.from_words(text, STORES) if short is None else short
+    if short is not None:
+        return short
+    kinds = dict(_ALSO.get())
+    try:
+        name = describe.parsed_call(text)[0]
+        if name not in kinds and name in PLUGINS.offered():
+            kinds[name] = PLUGINS.get(name)
+    except PluginError as error:
+        raise ValueError(str(error)) from None
+    except ValueError:
+        pass  # said below, with what there is
+    try:
+        return describe.from_words(text, kinds)
+    except ValueError:
+        raise
+    except Exception as error:  # the class of another package may raise anything
+        raise ValueError(f"{text[:60]!r}: {type(error).__name__}: {error}") from None

@@ -46,10 +46,10 @@ def own_totals(request: Any) -> Any:
     return request
 
 
-def run_alone(requests: Requests[T]) -> T:
-    """Drive one step whose parameter is whole on this device."""
+def run_alone(requests: Requests[T], asked: Any = None) -> T:
+    """Drive one computation whose parameter is whole on this device. asked: what has been asked for already."""
     try:
-        request = next(requests)
+        request = next(requests) if asked is None else asked
         while True:
             request = requests.send(own_totals(request))
     except StopIteration as stop:

@@ -1,4 +1,4 @@
-"""What a gradient goes through on its way to becoming a step."""
+"""Transforms: the steps of a recipe, from a gradient to the update that is subtracted from a parameter."""
 
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.chain import Chain, Route, as_route, chain, route

@@ -1,10 +1,10 @@
-"""A step on paper, the context it is made in, and what makes it: `Update`, `Context`, `Transform`."""
+"""The base class of transforms, the lazy update that they pass on, and the context that they may read."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import GeneratorType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -18,51 +18,57 @@ from optstate.updates.hyper import Hyper, Rule
 __all__ = ["Context", "State", "Transform", "Update", "run"]
 
 State = Mapping[str, Statistic]
+"""The statistics of one parameter by slot name, as a transform gets them."""
 
 
 @dataclass(slots=True)
 class Update(Product):
-    """The step still on paper: `scale * clamp(dense, bound) * factors[0] * ... + decay * param`.
+    """The lazy update of one parameter: `scale * clamp(dense, -bound, bound) * factors[0] * ... + decay * param`.
 
-    The parameter becomes `param - lr * update`. `decay` is kept apart so that it can be scaled along with the
-    rest and still multiply the parameter, as the official AdaLomo code does.
+    The parameter becomes `param - lr * update`. The decay is kept apart so that transforms can scale it along with the
+    rest while it still multiplies the parameter, as the official AdaLomo code does. Other attributes: see `Product`.
+
+    Attributes:
+        decay: coefficient of the parameter; 0.0 for none.
     """
 
     decay: Scalar = 0.0
 
     def scaled(self, scale: Scalar) -> Update:
-        """The whole update, decay included, times one number."""
-        decay = _times(self.decay, scale)
+        """Return the whole update, decay included, times one number."""
+        decay = self.decay
+        if not isinstance(decay, float) or decay != 0.0:
+            decay = _times(decay, scale)
         return Update(self.dense, self.factors, _times(self.scale, scale), self.bound, self.finite, decay)
 
     def rescaled(self, scale: Scalar) -> Update:
-        """The update without its decay times one number."""
+        """Return the update with everything but its decay times one number."""
         return Update(self.dense, self.factors, _times(self.scale, scale), self.bound, self.finite, self.decay)
 
     def times(self, *factors: Tensor) -> Update:
-        """The update without its decay times row, column or full factors."""
+        """Return the update with everything but its decay times row factors, column factors or full tensors."""
         return Update(self.dense, (*self.factors, *factors), self.scale, self.bound, self.finite, self.decay)
 
     @property
     def has_decay(self) -> bool:
-        """Whether there is a decay term, possibly of size zero if only the device knows."""
+        """Whether the update has a decay term; a 0-d tensor counts even if it holds zero."""
         return isinstance(self.decay, Tensor) or self.decay != 0.0
 
     def is_gradient(self, ctx: Context) -> bool:
-        """Whether this is still the gradient as it came, times nothing but the global clip's coefficient."""
+        """Return whether the update is still the gradient itself, times nothing but the global clip's coefficient."""
         return self.dense is ctx.grad and not self.factors and self.scale is ctx.grad_scale and not self.has_decay
 
     def piece(self, piece: Piece) -> Update:
-        """The same update of a piece of the parameter."""
+        """Return the update restricted to one piece of the parameter."""
         of = Product.piece(self, piece)
         return Update(of.dense, of.factors, of.scale, of.bound, of.finite, self.decay)
 
     def whole(self, ctx: Context) -> Update:
-        """The same update with the decay term added into the dense part, for transforms that are not linear in it.
+        """Return the update with its decay term added into the dense part, for transforms that are not linear.
 
-        Costs one tensor of the parameter's (or slice's) size in fp32, and nothing if there is no decay.
+        Costs one fp32 tensor of the parameter's (or slice's) size, and nothing if there is no decay.
         """
-        if not self.has_decay:
+        if isinstance(self.decay, float) and self.decay == 0.0:
             return self
         dense = kernels.evaluate(self)
         kernels.add_weight(dense, ctx.param.detach(), self.decay, ctx.codec, ctx.start)
@@ -71,13 +77,19 @@ class Update(Product):
 
 @dataclass
 class Context:
-    """What a transform may know besides the update and its own state.
+    """What a transform may know of the step besides the update and its own statistics.
 
-    param, grad: local shard (or slice) of the parameter before this step and of its gradient; not to be written.
-    group: the param group's hyper-parameters.
-    step: 1-based count of this parameter's updates.
-    grad_scale: coefficient of a global norm clip, already in the first update's scale.
-    codec: how the parameter's value is read and written, None for plainly; start: flat index of the slice at hand.
+    Attributes:
+        spec: the parameter's specification.
+        param: local shard (or slice) of the parameter before this step; not to be written.
+        grad: local shard (or slice) of the gradient; not to be written.
+        group: the param group's hyper-parameters.
+        step: count of this parameter's updates, 1 at the first.
+        guard: decides what happens where the gradient is not finite.
+        grad_scale: coefficient of a global norm clip, already in the first update's scale.
+        codec: reads and writes the parameter's value; None if the value is what the parameter holds.
+        start: flat index of the slice's first element.
+        param_squares: sum of squares of the whole parameter before this step, once known; 0-d.
     """
 
     spec: ParamSpec
@@ -92,62 +104,72 @@ class Context:
     param_squares: Tensor | None = field(default=None, repr=False)
 
     def read(self, number: float | Hyper | None) -> Any:
-        """The current value of a transform's hyper-parameter field."""
-        return number.read(self.group) if isinstance(number, Hyper) else number
+        """Return the current value of a transform's hyper-parameter field."""
+        if not isinstance(number, Hyper):
+            return number
+        entry = self.group[number.name]
+        return entry if number.index is None else entry[number.index]
 
     def tensor(self, number: Scalar) -> Tensor:
-        """`number` as a 0-d tensor in the statistics' dtype on the parameter's device."""
+        """Return a number as a 0-d tensor in the statistics' dtype on the parameter's device."""
         if isinstance(number, Tensor):
             return number
         return self.param.new_tensor(number, dtype=self.spec.accumulator)
 
     def check_finite(self, finite: Tensor) -> Requests[None]:
-        """Tell the guard whether this part of the gradient is finite, a 0-d bool; all devices must agree on it."""
+        """Tell the guard whether the gradient is finite on all devices; drive with `yield from`.
+
+        Args:
+            finite: 0-d bool, whether the part on this device is finite.
+        """
         if self.spec.region is not None:
             bad = yield finite.logical_not().to(self.spec.accumulator)
             finite = bad == 0
         self.guard.check(finite)
 
     def mean_square(self, update: Product) -> Requests[Tensor]:
-        """Mean square of an update over the whole parameter; drive with `yield from`."""
-        total = yield kernels.sum_of_squares(update)
-        return cast(Tensor, total / self.spec.numel)
+        """Return the mean square of an update over the whole parameter, 0-d; drive with `yield from`."""
+        total = kernels.sum_of_squares(update)
+        if self.spec.region is not None:  # else the sum is the total, and asking for it costs a round
+            total = yield total
+        return total / self.spec.numel
 
     def param_mean_square(self) -> Requests[Tensor]:
-        """Mean square of the parameter before this step; requested early if the chain declares `reads_param`."""
-        if self.param_squares is None:
-            self.param_squares = yield self.local_param_squares()
-        return self.param_squares / self.spec.numel
+        """Return the mean square of the parameter before this step, 0-d; drive with `yield from`.
 
-    def local_param_squares(self) -> Tensor:
-        """This shard's part of the parameter's sum of squares."""
-        return kernels.weight_sum_of_squares(self.param.detach(), self.codec)
+        The sum is already known if the chain declares `reads_param`.
+        """
+        if self.param_squares is None:
+            self.param_squares = kernels.weight_sum_of_squares(self.param.detach(), self.codec)
+            if self.spec.region is not None:
+                self.param_squares = yield self.param_squares
+        return self.param_squares / self.spec.numel
 
 
 class Transform:
-    """One thing that happens to a gradient on its way to becoming a step. Subclasses are frozen dataclasses.
+    """One step of a recipe: takes an update and returns the next. Subclasses are frozen dataclasses.
 
-    Called with an update, it returns the next one. It touches nothing but its own slots. Where it needs a sum
-    over the whole parameter it is a generator and yields the local part (see `optstate.stores.Requests`).
+    A transform writes nothing but its own statistics. Where a transform needs a sum over the whole parameter, its
+    `__call__` is a generator that yields the local sum and is sent back the total (see `optstate.stores.Requests`).
     """
 
     elementwise: ClassVar[bool] = True
-    """Each element of the result depends on that element alone, so the chain may run slice by slice."""
+    """Whether each element of the result depends on that element alone, so that the chain may run slice by slice."""
 
     reads_param: ClassVar[bool] = False
-    """Needs the parameter's mean square; it is then requested together with the chain's first sum."""
+    """Whether the parameter's mean square is needed, which is then requested together with the chain's first sum."""
 
     absorbs_decay: ClassVar[bool] = False
-    """Not linear in the update: a weight decay before it is added to the dense part first (`Update.whole`)."""
+    """Whether the transform is not linear: an earlier weight decay is added to the dense part (`Update.whole`)."""
 
     applies_lr: ClassVar[bool] = False
-    """Multiplies by the learning rate itself, so the optimizer does not do so at the end."""
+    """Whether the transform multiplies by the learning rate, so that the optimizer does not do so at the end."""
 
     prepares: ClassVar[bool] = False
-    """Implements `prepare`: apart from statistics in stores of exact sums, which are moved there, it is elementwise."""
+    """Whether `prepare` moves the statistics in stores of exact sums, and all that is left is elementwise."""
 
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {}
-    """Fields that are hyper-parameters, or tuples of them."""
+    """The fields that are hyper-parameters, each with its rule; a tuple of numbers has a tuple of rules."""
 
     def __post_init__(self) -> None:
         for name, rule in self.rules.items():
@@ -158,7 +180,7 @@ class Transform:
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:
-        """Every hyper-parameter the transform reads."""
+        """Every hyper-parameter that the transform reads."""
         found: list[Hyper] = []
         for f in fields(cast(Any, self)):
             value = getattr(self, f.name)
@@ -168,38 +190,55 @@ class Transform:
 
     @property
     def hyper(self) -> dict[str, Any]:
-        """Defaults the transform adds to every param group."""
-        return collect(self.hypers)
+        """The defaults that the transform adds to every param group."""
+        return collect_defaults(self.hypers)
 
     def slots(self, spec: ParamSpec) -> dict[str, Slot]:
-        """The statistics kept for this parameter."""
+        """Return the statistics kept for this parameter, by slot name."""
         return self.declared_slots({})
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        """The statistics kept, with a group's hyper-parameters where it has them, else with the defaults."""
+        """Return all statistics that a parameter may have, by slot name.
+
+        Args:
+            group: hyper-parameters, which decide a slot's `beta` and `smallest_weight`; a missing one counts with its
+                default.
+        """
         return {}
 
     def check_slots(self, group: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError if a store cannot hold what it is given with these hyper-parameters."""
+        """Check that every store can hold its statistic with a group's hyper-parameters.
+
+        Raises:
+            TypeError: if a store is none.
+            ValueError: if a store cannot hold its statistic.
+        """
         for name, slot in self.declared_slots(group).items():
             if not isinstance(slot.store, Store):
                 raise TypeError(f"the store of {name!r} is {slot.store!r}: give one of optstate.stores, such as Full()")
             slot.store.check(slot.signed, slot.smallest_weight)
 
     def guards(self, spec: ParamSpec) -> bool:
-        """Whether the transform itself notices a gradient that is not finite, before it writes anything."""
+        """Return whether the transform itself notices a gradient that is not finite, before anything is written."""
         return False
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
-        """How many fp32 tensors of the parameter's size it needs where the chain cannot run slice by slice.
+        """Return how many fp32 tensors of the parameter's size are needed where the chain cannot run slice by slice.
 
-        head: whether it gets the gradient itself, at most clipped by value.
+        Args:
+            spec: the parameter's specification.
+            head: whether the transform gets the gradient itself, at most clipped by value.
         """
         return 0
 
     def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
-        """Move the statistics in stores of exact sums, the only ones in `state`. The transform is then called slice by
-        slice, with `MovedStatistic`s in their place."""
+        """Move the statistics in stores of exact sums, before the transform is called slice by slice.
+
+        Args:
+            update: what the transform would be called with, of the whole local shard.
+            state: the statistics in stores of exact sums alone; the later calls get a `MovedStatistic` for each.
+            ctx: of the whole local shard.
+        """
         yield from ()
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Update | Requests[Update]:
@@ -207,17 +246,21 @@ class Transform:
 
 
 def bind_all(name: str, rules: tuple[Rule, ...], values: Any) -> tuple[Hyper | None, ...]:
-    """Bind a tuple of numbers, such as Adam's betas."""
+    """Bind each number of a tuple field, such as Adam's betas, to its rule.
+
+    Raises:
+        ValueError: if `values` is no tuple or list with a number for each rule.
+    """
     if not isinstance(values, tuple | list) or len(values) != len(rules):
         raise ValueError(f"{name}={values!r} must be {len(rules)} numbers")
     return tuple(rule.bind(value) for rule, value in zip(rules, values, strict=True))
 
 
-def collect(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
-    """Group defaults of several hyper-parameters; those with an index share a tuple.
+def collect_defaults(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
+    """Return the param-group defaults of several hyper-parameters; those with an index share a tuple.
 
     Raises:
-        ValueError: if two of them give one key different defaults.
+        ValueError: if two hyper-parameters give one key different defaults, or a number and a tuple.
     """
     entries: dict[str, dict[int | None, Any]] = {}
     for h in hypers:
@@ -231,15 +274,18 @@ def collect(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
     for name, known in entries.items():
         places = [index for index in known if index is not None]
         if None in known and places:
-            raise ValueError(f"{name!r} is a number for one step of the recipe and a tuple for another: rename one")
+            raise ValueError(
+                f"{name!r} is a number for one step of the recipe and a tuple for another; give one of them a key of "
+                f'its own: updates.hyper("my_{name}", {known[None]!r})'
+            )
         defaults[name] = tuple(known.get(i, 0.0) for i in range(max(places) + 1)) if places else known[None]
     return defaults
 
 
 def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
-    """Call a transform that may or may not be a generator; drive with `yield from`."""
+    """Call a transform, whether or not its `__call__` is a generator; drive with `yield from`."""
     result = transform(update, state, ctx)
-    if inspect.isgenerator(result):
+    if isinstance(result, GeneratorType):
         result = yield from result
     return cast(Update, result)
 

@@ -1,4 +1,4 @@
-"""Putting transforms in a row, and choosing a row per parameter."""
+"""Chains: transforms applied one after the other; and routes, which choose the chain of each parameter."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from optstate.updates.scale import add_decayed_weights
 __all__ = ["Chain", "Route", "chain", "route"]
 
 Selector = str | Callable[[ParamSpec], bool]
-"""Selects parameters: a glob on the name, or a predicate on the spec."""
+"""A rule that selects parameters: a glob matched against the name, or a predicate on the `ParamSpec`."""
 
 
 @dataclass(frozen=True)
 class Chain(Transform):
-    """Transforms applied one after the other. An empty chain is plain gradient descent."""
+    """Transforms applied one after the other; an empty chain is plain gradient descent. Made by `chain`."""
 
     transforms: tuple[Transform, ...] = ()
 
@@ -46,7 +46,7 @@ class Chain(Transform):
 
     @cached_property
     def knows_no_shape(self) -> bool:
-        """Whether every element, or block of them, goes its own way: a parameter may be flat, or a piece of one."""
+        """Whether each element, or block of elements, is stepped alone, so that a parameter may be cut or flattened."""
         return self.elementwise and all(slot.store.elementwise for slot in self.declared_slots({}).values())
 
     @cached_property
@@ -69,7 +69,13 @@ class Chain(Transform):
         return first is not None and first.guards(spec)
 
     def temporaries(self, spec: ParamSpec, head: bool = True, until: int | None = None) -> int:
-        """As for any transform; of the transforms before place `until`, the rest runs slice by slice."""
+        """Return how many fp32 tensors of the parameter's size the chain needs at once.
+
+        Args:
+            spec: the parameter's specification.
+            head: whether the chain gets the gradient itself.
+            until: count only the transforms before this place, as the rest runs slice by slice; None for all.
+        """
         count, decayed = 0, False
         for i, transform in enumerate(self.transforms):
             if i == until:  # its sums may come first: they need a decay multiplied out
@@ -96,8 +102,10 @@ class Chain(Transform):
 
 
 def _words(transform: Transform) -> str:
-    """A transform by its name and what decides its rule: switches that are on, and functions. Numbers are in the param
-    groups, and stores are told slot by slot."""
+    """Return a transform's name with what decides its rule: switches that are on, and functions.
+
+    Numbers are left out, as they are in the param groups, and stores, as they are told slot by slot.
+    """
     values = [(f.name, getattr(transform, f.name)) for f in fields(cast(Any, transform))]
     switches = [name for name, value in values if value is True]
     functions = [value.__name__ for _, value in values if isinstance(value, FunctionType)]
@@ -106,7 +114,11 @@ def _words(transform: Transform) -> str:
 
 
 def chain(*transforms: Transform) -> Chain:
-    """A recipe: what the gradient goes through, in order; chains in it are flattened. `chain()` is gradient descent.
+    """Combine transforms into a recipe that applies them to the gradient in order.
+
+    Args:
+        *transforms: any transforms; a chain among them is replaced by its transforms. Without any, the recipe is plain
+            gradient descent.
 
     Raises:
         TypeError: if something that is not a transform is given.
@@ -119,18 +131,23 @@ def chain(*transforms: Transform) -> Chain:
 
 
 class Route:
-    """Chooses the chain of each parameter: the first rule that matches, else the default."""
+    """A recipe that chooses the chain of each parameter: the first rule that matches, else the default.
+
+    Args:
+        rules: pairs of a rule and a chain, tried in order; see `route`, which makes routes.
+        default: the chain of every other parameter.
+    """
 
     def __init__(self, rules: Sequence[tuple[Selector, Chain]], default: Chain) -> None:
         self.rules, self.default = tuple(rules), default
 
     @property
     def chains(self) -> tuple[Chain, ...]:
-        """Every chain a parameter can get."""
+        """Every chain that a parameter can get."""
         return (*(c for _, c in self.rules), self.default)
 
     def pick(self, spec: ParamSpec) -> tuple[Chain, str]:
-        """The chain for a parameter and the rule that chose it, in words."""
+        """Return the chain of a parameter, and the name of the rule that chose it ("" if there are no rules)."""
         for rule, candidate in self.rules:
             names = (spec.name, spec.given) if spec.given else (spec.name,)
             if any(fnmatchcase(name, rule) for name in names) if isinstance(rule, str) else rule(spec):
@@ -139,12 +156,16 @@ class Route:
 
 
 def route(rules: Sequence[tuple[Selector, Transform]], *, default: Transform) -> Route:
-    """Different chains for different parameters.
+    """Combine chains into a recipe that gives different parameters different chains.
 
-    rules: pairs of a rule and a chain, tried in order. A rule is a glob matched against the parameter's name
-        (`"*embed*"`), as it was given or without what wrappers put into it, or a function of its `ParamSpec`
-        (`optstate.is_matrix`).
-    default: the chain of every parameter that no rule matches.
+    Args:
+        rules: pairs of a rule and a chain, tried in order. A rule is a glob (`"*embed*"`) matched against the
+            parameter's name, with and without wrappers' prefixes, or a predicate on its `ParamSpec`
+            (`optstate.is_matrix`).
+        default: the chain of every parameter that no rule matches.
+
+    Raises:
+        TypeError: if a rule is neither a string nor callable.
     """
     for rule, _ in rules:
         if not (isinstance(rule, str) or callable(rule)):
@@ -153,12 +174,16 @@ def route(rules: Sequence[tuple[Selector, Transform]], *, default: Transform) ->
 
 
 def as_chain(transform: Transform) -> Chain:
-    """A chain of one transform, or the chain it already is."""
+    """Return a chain as it is, and any other transform as a chain of one."""
     return transform if isinstance(transform, Chain) else chain(transform)
 
 
 def as_route(item: Transform | Route) -> Route:
-    """Anything an optimizer accepts as its recipe, as a route."""
+    """Return as a route whatever an optimizer accepts as its recipe: a route, a chain or one transform.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if isinstance(item, Route):
         return item
     if not isinstance(item, Transform):

@@ -1,4 +1,4 @@
-"""Transforms that bound an update."""
+"""Transforms that bound an update: by its RMS, its norm, or element by element."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ __all__ = ["clip_by_norm", "clip_by_rms", "clip_by_value"]
 
 @dataclass(frozen=True)
 class clip_by_rms(Transform):
-    """Scale the update down to a root mean square of at most `threshold` (Adafactor, section 6; AdaLomo, line 11).
+    """Scale the update down to a root mean square of at most `threshold`: `u / max(1, RMS(u) / threshold)`.
 
-    threshold: group key `clip_threshold`; None switches the clip off.
+    Source: Adafactor (arXiv 1804.04235), section 6; AdaLomo (arXiv 2310.10195), algorithm 1, line 11.
+
+    Args:
+        threshold: group key `clip_threshold`; None switches the clip off.
     """
 
     threshold: float | Hyper | None = 1.0
@@ -45,7 +48,8 @@ class clip_by_norm(Transform):
 
     The coefficient is `min(1, max_norm / (norm + 1e-6))`, as in `torch.nn.utils.clip_grad_norm_`, but per parameter.
 
-    max_norm: group key `clip_norm`; None switches the clip off.
+    Args:
+        max_norm: group key `clip_norm`; None switches the clip off.
     """
 
     max_norm: float | Hyper | None = 1.0
@@ -66,13 +70,14 @@ class clip_by_norm(Transform):
 
 @dataclass(frozen=True)
 class clip_by_value(Transform):
-    """Clamp every element to `[-bound, bound]`.
+    """Clamp every element of the update to `[-bound, bound]`.
 
-    At the head of a chain it clamps the gradient itself, and the coefficient of a global norm clip multiplies
-    afterwards: the order of the official LOMO code. There it costs nothing; after other transforms it needs the
-    update multiplied out, one tensor of the parameter's (or slice's) size in fp32.
+    At the head of a chain the gradient itself is clamped, and the coefficient of a global norm clip multiplies
+    afterwards: the order of the official LOMO code. There the clamp costs nothing; after other transforms the update
+    is multiplied out, into one fp32 tensor of the parameter's (or slice's) size.
 
-    bound: group key `clip_grad_value`; None switches the clip off.
+    Args:
+        bound: group key `clip_grad_value`; None switches the clip off.
     """
 
     bound: float | Hyper | None = 1.0

@@ -1,4 +1,4 @@
-"""Dividing an average of updates by how far updates stray from it."""
+"""CAME's confidence: divide an average of updates by how far updates stray from the average."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ __all__ = ["scale_by_confidence"]
 
 @dataclass(frozen=True)
 class scale_by_confidence(Transform):
-    """CAME's second half: average the update, divide by how far updates stray from the average (Luo et al. 2023,
-    arXiv 2307.02047, algorithm 2).
+    """Replace the update by its running average, divided by how far updates stray from the average.
 
-    `m <- beta1 m + (1 - beta1) u`; `s <- beta3 s + (1 - beta3) ((u - m)**2 + eps)`; the step is `m / sqrt(s)`, or `m`
-    for parameters below two dimensions, which keep no `s`. Neither average is corrected for starting at zero.
+    `m <- beta1 m + (1 - beta1) u`; `s <- beta3 s + (1 - beta3) ((u - m)**2 + eps)`; the new update is `m / sqrt(s)`, or
+    `m` for parameters below two dimensions, which keep no `s`. Neither average is corrected for starting at zero.
 
-    first: store of the slot `exp_avg`. residual: of `exp_avg_res`, never negative.
-    betas: beta1 and beta3; group key `betas`, a pair unless given with `updates.hyper`.
-    eps: added to squared residuals; group key `eps`.
+    Source: CAME (Luo et al. 2023, arXiv 2307.02047), the second half of algorithm 2.
+
+    Args:
+        first: store of `m`, slot `exp_avg`.
+        residual: store of `s`, slot `exp_avg_res`, never negative.
+        betas: beta1 and beta3; group key `betas`, a pair unless given with `updates.hyper`.
+        eps: added to squared residuals; group key `eps`.
     """
 
     first: Store = Full()

@@ -1,4 +1,4 @@
-"""Numbers that live in an optimizer's param groups, where schedulers and users change them."""
+"""Hyper-parameters: numbers of a transform that live in the param groups, where schedulers and users change them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from typing import Any
 __all__ = ["Hyper", "Rule", "hyper"]
 
 RESERVED = {"lr", "params", "param_names", "role", "head_size"}
+"""Keys of param groups that the optimizer itself uses."""
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """A hyper-parameter: its key in the param group and its default.
+    """A hyper-parameter: its key in the param groups, its default and its valid range.
 
-    index: set if the group's entry is a tuple and this is one of its numbers, as in `betas`.
-    low, high: the closed range of valid values, `below` an open upper end; `optional` also allows None, which
-        switches the step off.
+    Attributes:
+        name: the key.
+        value: the default.
+        index: place of the number where the group's entry is a tuple, as in `betas`; None where it is a number.
+        low, high: closed range of valid values.
+        below: open upper end of the range.
+        optional: whether None is valid, too, and switches the transform off.
+
+    Raises:
+        ValueError: if the optimizer itself uses the key.
     """
 
     name: str
@@ -35,16 +43,21 @@ class Hyper:
             raise ValueError(f"hyper({self.name!r}, ...) takes a key the optimizer itself uses: choose another name")
 
     def get(self, group: Mapping[str, Any]) -> Any:
-        """The value in `group`, or the default if it has none."""
+        """Return the value in `group`, or the default if the group has no such key."""
         return self.read(group) if self.name in group else self.value
 
     def read(self, group: Mapping[str, Any]) -> Any:
-        """The current value in `group`."""
+        """Return the value in `group`, which must have the key."""
         entry = group[self.name]
         return entry if self.index is None else entry[self.index]
 
     def check(self, group: Mapping[str, Any]) -> None:
-        """Raise if the value in `group` is missing, of a wrong kind, or out of range."""
+        """Check the value in `group`.
+
+        Raises:
+            TypeError: if the value is no number, or the entry no tuple with this place.
+            ValueError: if the value is missing or out of range.
+        """
         label = self.name if self.index is None else f"{self.name}[{self.index}]"
         try:
             value = self.read(group)
@@ -75,9 +88,11 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a transform's field becomes a hyper-parameter: the group key it gets by default, and its valid range.
+    """The rule by which a transform's field becomes a hyper-parameter: its default key and its valid range.
 
-    omittable: None leaves the number out of the param groups altogether.
+    Attributes:
+        name, index, low, high, below, optional: as in `Hyper`.
+        omittable: whether None leaves the number out of the param groups altogether.
     """
 
     name: str
@@ -89,7 +104,11 @@ class Rule:
     omittable: bool = False
 
     def bind(self, value: float | Hyper | None) -> Hyper | None:
-        """The checked hyper-parameter: under the name the caller chose with `hyper`, else under this rule's."""
+        """Return a field's value as a checked hyper-parameter, under the key chosen with `hyper`, else this rule's.
+
+        Raises:
+            TypeError, ValueError: if the value is not valid; see `Hyper.check`.
+        """
         if value is None and self.omittable:
             return None
         chosen = value if isinstance(value, Hyper) else Hyper(self.name, value, self.index)
@@ -100,10 +119,18 @@ class Rule:
 
 
 def hyper(name: str, value: float | None, index: int | None = None) -> Hyper:
-    """Give a transform's number its own key in the param groups, or one place in a tuple there.
+    """Give a transform's number a key of its own in the param groups, or one place in a tuple there.
 
-    Two transforms of a chain that use the same key must agree on its default; this is how to tell them apart::
+    Two transforms of a chain that use the same key must agree on its default; another key tells them apart::
 
         updates.clip_by_rms(updates.hyper("first_clip", 1.0))
+
+    Args:
+        name: the key.
+        value: the default.
+        index: place in the tuple under this key; None if the key holds the number itself.
+
+    Raises:
+        ValueError: if the optimizer itself uses the key.
     """
     return Hyper(name, value, index)

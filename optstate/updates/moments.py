@@ -1,4 +1,4 @@
-"""Transforms that keep running statistics of the gradient."""
+"""Transforms that keep moments: running averages and sums of the update or of its square."""
 
 from __future__ import annotations
 
@@ -22,24 +22,37 @@ BETAS = (Rule("betas", 0, below=1.0), Rule("betas", 1, below=1.0))
 
 
 def average(store: Store, signed: bool, of: str, beta: float | Hyper, group: Mapping[str, Any]) -> Slot:
-    """The slot of an average that begins at zero, with the group's beta if it has one."""
+    """Return the slot of a moving average that begins at zero.
+
+    Args:
+        store: how the average is kept.
+        signed: whether the average can be negative.
+        of: what is averaged, a key of `optstate.stores.MEANINGS`.
+        beta: weight of the past.
+        group: hyper-parameters, whose value of `beta` counts if there is one.
+    """
     value = float(beta.get(group) if isinstance(beta, Hyper) else beta)
     return Slot(store, signed, smallest_weight=1.0 - value, of=of, beta=value)
 
 
 @dataclass(frozen=True)
 class scale_by_rms(Transform):
-    """Divide by the root of a running mean of squares: `update / sqrt(ema(update**2 + eps))`.
+    """Divide the update by the root of a running mean of its square: `u / sqrt(ema(u**2 + eps))`.
 
-    With `Factored()` this is Adafactor's and AdaLomo's second moment (arXiv 1804.04235 section 3; arXiv
-    2310.10195 algorithm 1, lines 7-10), with `Full()` RMSprop's. No bias correction: see `power_decay`.
+    With `Factored()` the mean is Adafactor's and AdaLomo's second moment (arXiv 1804.04235, section 3; arXiv
+    2310.10195, algorithm 1, lines 7-10), with `Full()` RMSprop's. No bias correction: see `power_decay`.
 
-    store: for the slot `exp_avg_sq`, never negative.
-    decay: the averaging weight as a function of the step.
-    eps: added to every square before it is averaged; group key `eps`; without one a floor is
-        needed, as elements that never had a gradient would be zero divided by zero.
-    floor: bounds the mean square below by `floor**2`, as `torch.optim.Adafactor` does; group key `floor`. With a
-        factored store this costs a tensor of the parameter's size in fp32.
+    Args:
+        store: how the mean square is kept, slot `exp_avg_sq`, never negative.
+        decay: the averaging weight as a function of the step.
+        eps: added to every square before it is averaged; group key `eps`. Without `eps` a floor is needed, as elements
+            that never had a gradient would be zero divided by zero.
+        floor: bounds the mean square below by `floor**2`, as `torch.optim.Adafactor` does; group key `floor`. With a
+            factored store this costs an fp32 tensor of the parameter's size.
+        slot: another name for the slot, where a chain keeps two mean squares.
+
+    Raises:
+        ValueError: if both `eps` and `floor` are zero or None.
     """
 
     store: Store
@@ -58,7 +71,10 @@ class scale_by_rms(Transform):
         super().check_slots(group)
         bounds = [h.get(group) for h in (self.eps, self.floor) if isinstance(h, Hyper)]
         if not any(bounds):
-            raise ValueError("scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by")
+            raise ValueError(
+                "scale_by_rms() with eps=0 needs a floor: a second moment of zero cannot be divided by; give an eps, "
+                "such as 1e-30, or a floor"
+            )
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
         smallest, beta = self.decay.smallest_weight(group), self.decay.beta_from_zero(group)
@@ -83,13 +99,17 @@ class scale_by_rms(Transform):
 
 @dataclass(frozen=True)
 class scale_by_adam(Transform):
-    """Adam's rule (Kingma and Ba 2015, algorithm 1): `m / c1 / (sqrt(v / c2) + eps)`, `c = 1 - beta**step`.
+    """Replace the update by Adam's: `m / c1 / (sqrt(v / c2) + eps)` with `c1, c2 = 1 - beta1**t, 1 - beta2**t`.
 
-    first: store of the slot `exp_avg`; second: of `exp_avg_sq`, never negative.
-    betas, eps: group keys `betas` and `eps`; eps is outside the root and after the bias correction, as in torch, and
-        positive: an element that never had a gradient would be zero divided by zero.
+    `m <- beta1 m + (1 - beta1) u` and `v <- beta2 v + (1 - beta2) u**2` (Kingma and Ba 2015, arXiv 1412.6980,
+    algorithm 1). A weight decay placed before this transform is Adam's L2 penalty; after it, AdamW's decoupled decay.
 
-    Weight decay placed before this transform is Adam's L2 penalty; after it, AdamW's decoupled decay.
+    Args:
+        first: store of `m`, slot `exp_avg`.
+        second: store of `v`, slot `exp_avg_sq`, never negative.
+        betas: group key `betas`.
+        eps: outside the root and after the bias correction, as in torch; group key `eps`. Positive, as an element that
+            never had a gradient would be zero divided by zero.
     """
 
     first: Store = Full()
@@ -132,13 +152,17 @@ class scale_by_adam(Transform):
 
 @dataclass(frozen=True)
 class momentum(Transform):
-    """Replace the update by a running combination of it and the past.
+    """Replace the update by its running average, `m <- beta m + (1 - beta) u`, or by a decaying sum.
 
-    beta: group key `momentum`.
-    heavy_ball: False averages, `m = beta m + (1 - beta) u`, slot `exp_avg`; True accumulates, `m = beta m +
-        (1 - dampening) u`, the first step taking `u` itself, slot `momentum_buffer`: `torch.optim.SGD`'s form.
-    nesterov: step along `beta m + (1 - beta) u`, or `u + beta m` for the heavy ball.
-    decoupled: leave a weight decay that is already in the update out of the average and carry it past.
+    Args:
+        store: how `m` is kept.
+        beta: weight of the past; group key `momentum`.
+        nesterov: the new update is `beta m + (1 - beta) u` (`u + beta m` for the heavy ball) instead of `m`.
+        heavy_ball: accumulate as `torch.optim.SGD` does: `m <- beta m + (1 - dampening) u`, and `m <- u` at the first
+            step.
+        dampening: of the heavy ball; group key `dampening`.
+        decoupled: leave a weight decay that is already in the update out of the average and carry it past.
+        slot: name of the slot; "" for `exp_avg`, or `momentum_buffer` for the heavy ball.
     """
 
     store: Store = Full()
@@ -186,11 +210,14 @@ class momentum(Transform):
 
 @dataclass(frozen=True)
 class sign_momentum(Transform):
-    """Lion's rule (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of a mix of momentum and gradient.
+    """Replace the update by the sign of a mix of momentum and update: `sign(beta1 m + (1 - beta1) u)`.
 
-    The step is `sign(beta1 m + (1 - beta1) u)` with the old `m`, which then becomes `beta2 m + (1 - beta2) u`.
+    The old `m` is mixed; afterwards `m <- beta2 m + (1 - beta2) u`. Source: Lion (Chen et al. 2023, arXiv 2302.06675),
+    algorithm 2.
 
-    store: slot `exp_avg`. betas: group key `betas`.
+    Args:
+        store: how `m` is kept, slot `exp_avg`.
+        betas: group key `betas`.
     """
 
     store: Store = Full()
@@ -215,14 +242,16 @@ class sign_momentum(Transform):
 
 @dataclass(frozen=True)
 class scale_by_rss(Transform):
-    """Divide by the root of the sum of all squares so far: `update / sqrt(sum(update**2) + eps)`.
+    """Divide the update by the root of the sum of all its squares so far: `u / sqrt(sum(u**2) + eps)`.
 
     With `Full()` this is Adagrad's rule (Duchi et al. 2011); with `AxisMax()` SM3-II (Anil et al. 2019, arXiv
     1901.11150, algorithm 2), where the sum is only known from above: `nu = min over dimensions of the kept maxima +
-    update**2` divides the update and gives the new maxima. Never decays, so steps only become smaller.
+    u**2` divides the update and gives the new maxima. The sum never decays, so steps only become smaller.
 
-    store: for the slot `accumulator`, never negative.
-    eps: added under the root; group key `eps`.
+    Args:
+        store: how the sum is kept, never negative.
+        eps: added under the root; group key `eps`.
+        slot: name of the slot.
     """
 
     store: Store

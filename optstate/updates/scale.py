@@ -1,4 +1,4 @@
-"""Transforms that scale an update by one number, and weight decay."""
+"""Transforms that multiply an update by one number, and weight decay."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ __all__ = ["add_decayed_weights", "scale_by_learning_rate", "scale_by_param_rms"
 
 @dataclass(frozen=True)
 class scale_by_param_rms(Transform):
-    """Multiply by the parameter's root mean square, at least `eps` (Adafactor, section 8; AdaLomo, line 11).
+    """Multiply the update, weight decay included, by the parameter's root mean square: `u * max(eps, RMS(p))`.
 
-    The parameter is read as it is before this step, weight decay included.
+    The parameter counts as it is before this step. Source: Adafactor (arXiv 1804.04235), section 8; AdaLomo (arXiv
+    2310.10195), algorithm 1, line 11.
 
-    eps: group key `param_rms_eps`.
+    Args:
+        eps: least root mean square; group key `param_rms_eps`.
     """
 
     eps: float | Hyper = 1e-3
@@ -36,13 +38,15 @@ class scale_by_param_rms(Transform):
 
 @dataclass(frozen=True)
 class add_decayed_weights(Transform):
-    """Add `rate * param` to the update: decoupled weight decay (Loshchilov and Hutter 2019).
+    """Add `rate * param` to the update: decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
-    What follows in the chain scales the decay too: before `scale_by_param_rms` it is multiplied by the parameter's
-    RMS, as in AdaLomo; after it only by the learning rate, as in `torch.optim.Adafactor`. Before a moment it is
-    an L2 penalty. Applied as `param * (1 - lr * rate)`, then the step.
+    Later transforms scale the decay, too: placed before `scale_by_param_rms` the decay is multiplied by the parameter's
+    RMS, as in AdaLomo; placed after, only by the learning rate, as in `torch.optim.Adafactor`. Placed before a moment
+    the decay is an L2 penalty. When the step is written, the parameter is first multiplied by one minus the scaled
+    decay, then the rest of the update is subtracted.
 
-    rate: group key `weight_decay`.
+    Args:
+        rate: group key `weight_decay`.
     """
 
     rate: float | Hyper = 0.0
@@ -56,7 +60,11 @@ class add_decayed_weights(Transform):
 
 @dataclass(frozen=True)
 class scale_by_schedule(Transform):
-    """Multiply by `schedule(step, lr)`, where step counts from 1 and lr is the group's, before it is applied."""
+    """Multiply the update, weight decay included, by `schedule(step, lr)`.
+
+    Args:
+        schedule: a function of the parameter's step, 1 at the first, and the group's learning rate.
+    """
 
     schedule: Callable[[int, Any], Scalar]
 
@@ -66,10 +74,10 @@ class scale_by_schedule(Transform):
 
 @dataclass(frozen=True)
 class scale_by_learning_rate(Transform):
-    """Multiply by the learning rate here instead of at the end of the chain.
+    """Multiply the update, weight decay included, by the learning rate here instead of at the end of the chain.
 
-    Only needed where its place matters: a momentum after it averages steps, not updates, so a change of the
-    learning rate takes effect slowly.
+    Only needed where the place matters: a later momentum then averages steps, not updates, so a change of the learning
+    rate takes effect slowly.
     """
 
     applies_lr: ClassVar[bool] = True

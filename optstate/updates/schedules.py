@@ -1,4 +1,4 @@
-"""How much of the past a moving average keeps, as a function of the step."""
+"""Schedules of a moving average: how much of the past is kept, as a function of the step."""
 
 from __future__ import annotations
 
@@ -13,32 +13,36 @@ __all__ = ["Schedule", "constant", "power_decay"]
 
 
 class Schedule:
-    """The averaging weight `1 - beta(t)` of step t = 1, 2, ..."""
+    """A schedule of averaging weights: `1 - beta(t)` at step t = 1, 2, ... Subclasses are frozen dataclasses."""
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:
-        """The numbers it reads from the param group."""
+        """The hyper-parameters that the schedule reads from the param group."""
         raise NotImplementedError
 
     def smallest_weight(self, group: Mapping[str, Any]) -> float:
-        """The least weight it ever gives, with the group's numbers where it has them, else the defaults."""
+        """Return the least averaging weight of any step, with the group's numbers or, where it has none, defaults."""
         raise NotImplementedError
 
     def beta_from_zero(self, group: Mapping[str, Any]) -> float | None:
-        """The beta of every step if it is one and the average begins at zero with it; see `Slot.beta`."""
+        """Return beta if it is the same at every step and the average begins at zero, else None; see `Slot.beta`."""
         return None
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
-        """`1 - beta(step)`."""
+        """Return the averaging weight `1 - beta(step)`; `step` is 1 at the first update."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class power_decay(Schedule):
-    """`beta(t) = 1 - t**-exponent` (Adafactor, section 7.2; AdaLomo: exponent 0.8).
+    """Adafactor's schedule `beta(t) = 1 - t**-exponent` (arXiv 1804.04235, section 7.2; AdaLomo: exponent 0.8).
 
     The first step replaces the initial zeros, so no bias correction is needed. The param-group key `decay_rate`
-    holds `-exponent`, the sign other libraries use.
+    holds `-exponent`, the sign that other libraries use.
+
+    Raises:
+        TypeError: if the exponent is no number.
+        ValueError: if the exponent is not from 0 to 2.
     """
 
     exponent: float | Hyper = 0.8
@@ -63,14 +67,14 @@ class power_decay(Schedule):
         return 0.0
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
-        return float(step ** self.hypers[0].read(group))
+        return float(step ** self.exponent.read(group))  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
 class constant(Schedule):
-    """The same `beta` at every step, as in the AdaLomo paper's algorithm 1; param-group key `beta2`.
+    """A schedule with the same `beta` at every step, as in the AdaLomo paper's algorithm 1; param-group key `beta2`.
 
-    Not corrected for starting at zero.
+    The average is not corrected for starting at zero.
     """
 
     beta: float | Hyper = 0.99
@@ -90,4 +94,4 @@ class constant(Schedule):
         return float(self.hypers[0].get(group))
 
     def weight(self, step: int, group: Mapping[str, Any]) -> float:
-        return float(1.0 - self.hypers[0].read(group))
+        return float(1.0 - self.beta.read(group))  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""How a parameter is written."""
+"""Ways to write the new value of a parameter: rounded to nearest, stochastically, or with bits kept beside it."""
 
 from optstate import text as describe
 from optstate.spec import ParamSpec
@@ -12,11 +12,15 @@ __all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weigh
 
 
 def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
-    """How one parameter is written. `"auto"` is StochasticRounding for bf16 and fp16 parameters, else Plain.
+    """Return the way in which one parameter is written.
+
+    Args:
+        weights: one of this package's classes, or "auto": StochasticRounding for bf16 and fp16 parameters, else Plain.
+        spec: of the parameter.
 
     Raises:
-        TypeError: for anything that is not a way to write weights.
-        ValueError: if a parameter of this dtype cannot be written so.
+        TypeError: for anything else.
+        ValueError: if a parameter of this dtype cannot be written in this way.
     """
     if weights == "auto":
         weights = StochasticRounding()
@@ -29,10 +33,10 @@ def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
 
 
 def from_words(text: str) -> Weights:
-    """The way to write weights that `text` names as it is printed: "Split(bits=8)".
+    """Make the way to write weights that `text` describes as it is printed, such as "Split(bits=8)".
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if `text` describes none.
     """
     kinds: tuple[type[Weights], ...] = (Kahan, Plain, Split, StochasticRounding)
     return describe.from_words(text, {kind.__name__.lower(): kind for kind in kinds})

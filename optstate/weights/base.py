@@ -1,4 +1,4 @@
-"""How a new parameter value is written."""
+"""The base class of all ways to write the new value of a parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Weights"]
 
 
 class Weights:
-    """Describes how fp32 results are written to a parameter. Subclasses are frozen dataclasses."""
+    """A way to write fp32 results to a parameter; holds no tensors. Subclasses are frozen dataclasses."""
 
     is_random: ClassVar[bool] = False
     """Whether results are rounded by random bits, which are a function of the parameter's name."""
@@ -24,17 +24,23 @@ class Weights:
         return short(self)
 
     def resolve(self, spec: ParamSpec) -> Weights:
-        """The way this parameter is written: itself, or `Plain` where results need no rounding.
+        """Return the way in which this parameter is written: `self`, or `Plain` where results need no rounding.
 
         Raises:
-            ValueError: if a parameter of this dtype cannot be written so.
+            ValueError: if a parameter of this dtype cannot be written in this way.
         """
         return self
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        """Tensors kept in the state besides the parameter, under the slot `weight`: one number per element each."""
+        """Return the tensors kept beside the parameter, under the slot `weight`, each with one number per element."""
         return {}
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec | None:
-        """Reads and writes chunks of the parameter at this step; None rounds to nearest, as PyTorch does."""
+        """Return what reads and writes chunks of the parameter at this step; None to round to nearest, as torch does.
+
+        Args:
+            spec: of the parameter.
+            step: count of the parameter's updates.
+            fields: the tensors that `fields` declares, local parts.
+        """
         return None

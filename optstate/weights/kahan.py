@@ -1,4 +1,4 @@
-"""Remembering what rounding cut off."""
+"""Kahan summation: keep the part of each result that rounding cuts off."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optstate import store_layouts
 from optstate.kernels import WeightCodec
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
@@ -18,7 +19,7 @@ __all__ = ["Kahan"]
 
 @dataclass(frozen=True)
 class Kahan(Weights):
-    """Compensated summation (Kahan 1965): the rounding error of each write is kept and added at the next step.
+    """Compensated summation (Kahan 1965): keeps the rounding error of each write and adds it at the next step.
 
     The error is kept in the parameter's dtype, 2 bytes per element in bf16 and fp16, as `weight.compensation`. The
     weight that is stepped is `param + compensation`, and the parameter is that sum rounded to nearest. A write rounds
@@ -33,7 +34,7 @@ class Kahan(Weights):
         return self if spec.dtype in (torch.bfloat16, torch.float16) else Plain()
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        return {"compensation": FieldSpec(spec.shape, spec.dtype, tuple(range(spec.ndim)))}
+        return FieldSpec.of(spec, store_layouts.kahan(spec.shape))
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
         return _Compensated(fields["compensation"].view(-1))
@@ -41,7 +42,7 @@ class Kahan(Weights):
 
 @dataclass(frozen=True)
 class _Compensated(WeightCodec):
-    """compensation: of the whole parameter, flat."""
+    """The codec of `Kahan`; `compensation` is that of the whole local parameter, flat."""
 
     compensation: Tensor
 

@@ -11,7 +11,7 @@ __all__ = ["Plain"]
 
 @dataclass(frozen=True)
 class Plain(Weights):
-    """Round to nearest, ties to even. Exact for fp32 and fp64 parameters.
+    """Rounding to nearest, ties to even; exact for fp32 and fp64 parameters.
 
     A bf16 weight keeps 8 significant bits: a step smaller than about 2**-9 of the weight is lost. With AdaLomo
     at a learning rate of 5e-4 about nine weights in ten do not move.

@@ -1,4 +1,4 @@
-"""A master weight in two parts: the bf16 parameter and the bits it leaves out."""
+"""Master weights in two parts: the bf16 parameter, and the bits that bf16 leaves out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optstate import store_layouts
 from optstate.kernels import WeightCodec, known_finite
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
@@ -22,10 +23,11 @@ QUIET_NAN = 0x7FC00000
 class Split(Weights):
     """A bf16 parameter plus correction bits in the state, `weight.correction`: together one master weight.
 
-    bits: 16 keeps an exact fp32 master weight in 2 bytes per element beside the parameter, where a separate copy
-        costs 4; the parameter is that weight rounded to bf16, to nearest with ties away from zero. 8 keeps 24 of its
-        32 bits in 1 byte: each write rounds the master weight to 16 significant bits, an error of at most 2**-16
-        of the weight, so steps below that are lost.
+    Args:
+        bits: 16 keeps an exact fp32 master weight in 2 bytes per element beside the parameter, where a separate copy
+            costs 4; the parameter is the master weight rounded to bf16, to nearest with ties away from zero. 8 keeps 24
+            of the 32 bits in 1 byte: each write rounds the master weight to 16 significant bits, an error of at most
+            2**-16 of the weight, so smaller steps are lost.
 
     The correction is in units of the bits below the parameter's last place and starts at zero. A parameter that is
     overwritten from outside, by loading other weights, keeps a correction of at most half of that last place; a zero
@@ -55,8 +57,7 @@ class Split(Weights):
         return self if spec.dtype == torch.bfloat16 else Plain()
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        dtype = torch.int16 if self.bits == 16 else torch.int8
-        return {"correction": FieldSpec(spec.shape, dtype, tuple(range(spec.ndim)))}
+        return FieldSpec.of(spec, store_layouts.split(spec.shape, self.bits))
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
         return _Halves(fields["correction"].view(-1), dropped=16 - self.bits)
@@ -64,9 +65,11 @@ class Split(Weights):
 
 @dataclass(frozen=True)
 class _Halves(WeightCodec):
-    """correction: of the whole parameter, flat. dropped: low bits of fp32 that are not kept at all.
+    """The codec of `Split`: as integers, `master = (param << 16) + (correction << dropped)`.
 
-    As integers, `master = (param << 16) + (correction << dropped)`.
+    Attributes:
+        correction: that of the whole local parameter, flat.
+        dropped: number of low bits of fp32 that are not kept at all.
     """
 
     correction: Tensor

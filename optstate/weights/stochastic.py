@@ -1,4 +1,4 @@
-"""Unbiased rounding."""
+"""Stochastic rounding: unbiased, with random bits that are a hash of seed, name, step and index."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["StochasticRounding"]
 
 @dataclass(frozen=True)
 class StochasticRounding(Weights):
-    """Round up or down at random, so that the mean of many roundings is the exact value.
+    """Rounding up or down at random, so that the mean of many roundings is the exact value.
 
-    Steps far smaller than a bf16 weight's spacing then still move it on average. The 16 random bits of an
+    Steps far smaller than a bf16 weight's spacing then still move the weight on average. The 16 random bits of an
     element are a hash of (seed, parameter name, step, flat index in the global parameter): nothing to save, no
     generator touched, the same whatever the chunking or sharding. For bf16 the probability is exact to 2**-16 of
     the spacing, for fp16 to 2**-13.
@@ -46,6 +46,8 @@ class StochasticRounding(Weights):
 
 @dataclass(frozen=True)
 class _Stochastic(WeightCodec):
+    """The codec of `StochasticRounding`."""
+
     noise: Noise
 
     def write(self, param: Tensor, value: Tensor, start: int) -> None:

@@ -24,6 +24,8 @@ from tests.support.fuzz_cases import KINDS, SPARE
 from tests.support.fuzzing import damaged_json, safetensors_of
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 2.0
 """Of the processor's time, for all commands on one file."""
 

@@ -927,3 +927,17 @@ def test_a_file_larger_than_the_system_allows(adamw: Path, tmp_path: Path) -> No
     assert done.stderr.startswith("optstate: ")
     assert done.stderr.count("\n") == 1
     assert (os.listdir(tmp_path), (tmp_path / "b.safetensors").read_text()) == (["b.safetensors"], "old")
+
+
+def test_a_conversion_to_a_recipe_does_not_import_the_compiler(adamw: Path, tmp_path: Path) -> None:
+    """The optimizer that says what the recipe keeps is one of parameters without values, and never runs."""
+    code = (
+        "import sys; from optstate import checkpoint\n"
+        "checkpoint.convert(*sys.argv[1:], recipe='adamw8bit', allow_lossy=True)\n"
+        "print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])\n"
+        "import torch; from optstate.recipes import AdamW; AdamW([('w', torch.nn.Parameter(torch.ones(2)))])\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, str(adamw), str(tmp_path / "b.safetensors")]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\nTrue\n"

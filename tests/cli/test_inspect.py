@@ -365,7 +365,7 @@ def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, en
 def test_a_bar_on_a_terminal_where_it_takes_long(seconds: float, term: str, shown: bool) -> None:
     code = (
         "import time; from optstate_cli import output; output.PATIENCE = 0.1\n"
-        f"for _ in output.progress(range(10), 10, 'tensors'): time.sleep({seconds})"
+        f"for _ in output.progress(range(10), 'tensors'): time.sleep({seconds})"
     )
     assert ("tensors" in on_a_terminal("stderr", ["-c", code], TERM=term)) is shown
     quiet = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -14,6 +14,8 @@ import pytest
 from tests.support import alike_ranks
 from tests.support.launching import Case, launch, result
 
+pytestmark = pytest.mark.ranks
+
 TIMEOUT = 400
 """Seconds for all cases of one number of processes, many times what they take on a quiet machine."""
 

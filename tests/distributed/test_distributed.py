@@ -15,6 +15,9 @@ import torch
 import optstate
 from tests.support import ranks
 from tests.support.launching import failed, launch, result
+from tests.support.pairwise import pairwise
+
+pytestmark = pytest.mark.ranks
 
 CLOSE = 1e-6
 """fp32 weights of order one, ten steps: gradients averaged over processes are summed in another order."""
@@ -37,28 +40,28 @@ def run(world: int, cases: list[tuple[Any, ...]], folder: Path) -> dict[Any, Any
     return {**everywhere[0], **failures}
 
 
-NAMED = ("adalomo", "adafactor", "lomo", "adamw", "adamw8bit", "adamfactor", "came")
-"""The recipes that go through every way of wrapping; the others, too, are run where parts are uneven."""
-
 BOTH = (False, True)
+SIZES = ((8, (2,)), (7, (2,)), (3, (2,)), (1, (2,)))
+"""Rows of a matrix, and the mesh they lie on: even and uneven parts, and a part that is empty."""
+
 SHARDED = [
     *(
-        ("equals_unsharded", recipe, fused, rows, layers, (2,))
-        for recipe in NAMED
-        for fused in BOTH
-        for rows in (8, 7, 3, 1)
-        for layers in BOTH
-    ),
-    *(
-        ("equals_unsharded", recipe, fused, 7, True, (2,))
-        for recipe in ranks.RECIPES
-        if recipe not in NAMED
-        for fused in BOTH
+        ("equals_unsharded", recipe, fused, rows, layers, mesh)
+        for recipe, fused, (rows, mesh), layers in pairwise(list(ranks.RECIPES), BOTH, SIZES, BOTH)
     ),
     ("equals_unsharded", "adalomo", True, 8, True, (2, 1)),
     ("equals_unsharded", "adalomo", False, 8, True, (1, 2)),
 ]
-TENSOR_PARALLEL = [("tensor_parallel", recipe, fused) for recipe in ranks.RECIPES for fused in BOTH]
+TENSOR_PARALLEL, WITH_DATA_PARALLEL = (
+    [
+        ("tensor_parallel", recipe, fused, data)
+        for recipe, fused, data in pairwise(list(ranks.RECIPES), BOTH, (1, 2))
+        if data == wanted
+    ]
+    for wanted in (1, 2)
+)
+"""Every recipe fused in two processes and stepped in four, or the other way round."""
+
 COUNTED = [
     ("adalomo", False, torch.float32, 8),
     ("adalomo", True, torch.float32, 8),
@@ -92,11 +95,21 @@ OTHERS: list[tuple[Any, ...]] = [
     ("fused_under_replicate",),
 ]
 FOUR = [
-    *(("equals_unsharded", recipe, fused, 8, True, (2, 2)) for recipe in NAMED for fused in BOTH),
-    *(("equals_unsharded", recipe, True, rows, True, (4,)) for recipe in NAMED for rows in (7, 3)),
-    *(("tensor_parallel", recipe, fused, 2) for recipe in ranks.RECIPES for fused in BOTH),
+    *(
+        ("equals_unsharded", recipe, fused, rows, True, mesh)
+        for recipe, fused, (rows, mesh) in pairwise(
+            ("adalomo", "adafactor", "adamw", "adamw8bit", "came"), BOTH, ((8, (2, 2)), (7, (4,)), (3, (4,)))
+        )
+    ),
+    *WITH_DATA_PARALLEL,
 ]
 SAVED = ("adalomo", "adamw", "adamw8bit", "adamw4bit", "adamfactor", "came")
+LOADED = pairwise(SAVED, (1, 2, 4), ("dcp", "file"))
+"""What two processes saved, in how many it goes on, and from which of its files."""
+
+
+def loads(world: int, checkpoints: Path) -> list[tuple[Any, ...]]:
+    return [("load_distributed", recipe, checkpoints / recipe, how) for recipe, n, how in LOADED if n == world]
 
 
 @pytest.fixture(scope="module")
@@ -107,29 +120,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> dict[Any, Any]:
     saves = [("save_distributed", recipe, checkpoints / recipe) for recipe in SAVED]
-    loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
     for recipe in SAVED:
         (checkpoints / recipe).mkdir()
     converted = [("file_of_another_format", *case, checkpoints) for case in CONVERTED]
     stages = [("other_parameters_on_each_rank", checkpoints / "stages.safetensors")]
-    return run(
-        2, [*saves, *loads, *SHARDED, *TENSOR_PARALLEL, *OTHERS, *converted, *stages], tmp_path_factory.mktemp("two")
-    )
+    cases = [*saves, *loads(2, checkpoints), *SHARDED, *TENSOR_PARALLEL, *OTHERS, *converted, *stages]
+    return run(2, cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory, two: dict[Any, Any], checkpoints: Path) -> dict[Any, Any]:
-    loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
     others: list[Any] = [("uneven_columns", fused) for fused in BOTH]
     others.append(("gradients_that_differ_on_one_of_two_meshes",))
     others += [("one_file_of_two_meshes", recipe, checkpoints) for recipe in ("adamw8bit", "adalomo")]
-    return run(4, [*FOUR, *others, *loads], tmp_path_factory.mktemp("four"))
+    return run(4, [*FOUR, *others, *loads(4, checkpoints)], tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, two: dict[Any, Any], checkpoints: Path) -> dict[Any, Any]:
-    loads = [("load_distributed", recipe, checkpoints / recipe, how) for recipe in SAVED for how in ("dcp", "file")]
-    return run(1, loads, tmp_path_factory.mktemp("one"))
+    return run(1, loads(1, checkpoints), tmp_path_factory.mktemp("one"))
 
 
 def tolerance(case: tuple[Any, ...]) -> float:
@@ -254,9 +263,7 @@ def test_fused_under_replicate_the_remedy_for_ddp(two: dict[Any, Any]) -> None:
     assert result(two, "fused_under_replicate") <= CLOSE
 
 
-@pytest.mark.parametrize("how", ["dcp", "file"])
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("recipe", SAVED)
+@pytest.mark.parametrize(("recipe", "world", "how"), LOADED)
 def test_what_two_processes_saved_goes_on_in_one_two_and_four(
     one: Any, two: Any, four: Any, checkpoints: Path, recipe: str, world: int, how: str
 ) -> None:

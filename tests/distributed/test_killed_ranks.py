@@ -19,6 +19,9 @@ from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.distributed import agreement
 from tests.support import killed_ranks, ranks
 from tests.support.launching import Case, launch, result
+from tests.support.pairwise import pairwise
+
+pytestmark = pytest.mark.ranks
 
 TIMEOUT = 200
 """Seconds for the cases of one pair of processes, many times what they take on a quiet machine."""
@@ -113,7 +116,8 @@ def test_the_last_checkpoint_goes_on_where_an_uninterrupted_run_is(
     survivor: Any, folders: dict[str, Path], world: int, tmp_path: Path
 ) -> None:
     """What was saved before the kill, in both ways, in new processes, fused and stepped."""
-    cases = [("load_distributed", "adalomo", folder, how) for folder in folders.values() for how in ("dcp", "file")]
+    meetings = pairwise(list(folders.values()), ("dcp", "file"), (1, 2))
+    cases = [("load_distributed", "adalomo", folder, how) for folder, how, processes in meetings if processes == world]
     results = launch("tests.support.ranks", world, cases, tmp_path, timeout=TIMEOUT)
     for rank in results:
         assert all(result(rank, *case) <= CLOSE for case in cases)

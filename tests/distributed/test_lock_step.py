@@ -257,7 +257,7 @@ def test_lock_step_of_unsplit_parameters_is_what_the_optimizer_does():
         alone.grad, together.grad = gradient((7, 5), step), gradient((7, 5), step)
         first.step()
         with torch.no_grad():
-            lock_step([second._requests(together)], lambda pending: [own_totals(request) for request in pending])
+            lock_step([second.runner.requests(together)], lambda pending: [own_totals(request) for request in pending])
     assert torch.equal(alone, together)
     assert torch.equal(first.state[alone]["exp_avg_sq.row"], second.state[together]["exp_avg_sq.row"])
     assert torch.equal(first.state[alone]["exp_avg_sq.col"], second.state[together]["exp_avg_sq.col"])

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from adalomo import AdaLomo, Lomo
 from tests.support.models import assert_same, loss_of, mlp, weights_of
 
+pytestmark = pytest.mark.peer
+
 
 @pytest.fixture
 def one_process_group(tmp_path: Any) -> Iterator[None]:

@@ -31,6 +31,8 @@ from tests.support.trainer_runs import (
     windows,
 )
 
+pytestmark = pytest.mark.peer
+
 STEPS, SIZE, CLIP = 6, 2, 0.3
 
 

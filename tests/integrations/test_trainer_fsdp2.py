@@ -16,6 +16,8 @@ import torch
 from tests.support.launching import failed, launch, result
 from tests.support.trainer_ranks import CLIP, FUSED_AFTER, FUSED_BEFORE, STEPPED, STEPS
 
+pytestmark = [pytest.mark.ranks, pytest.mark.peer]
+
 CLOSE = 1e-6
 """fp32 weights of about 0.02 to 1: gradients are averaged over processes, and squares summed, in another order."""
 

@@ -33,6 +33,8 @@ from tests.support.trainer_runs import (
     windows,
 )
 
+pytestmark = pytest.mark.peer
+
 STEPS, SIZE = 6, 2
 
 

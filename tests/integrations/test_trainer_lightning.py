@@ -32,6 +32,8 @@ from tests.support.trainer_runs import (
     windows,
 )
 
+pytestmark = pytest.mark.peer
+
 STEPS, SIZE, CLIP = 6, 2, 0.3
 BOTH = pytest.mark.parametrize("fused", [False, True], ids=["stepped", "fused"])
 

@@ -23,6 +23,8 @@ from tests.support.trainer_runs import (
     windows,
 )
 
+pytestmark = pytest.mark.peer
+
 STEPS, SIZE = 6, 4
 BOTH = pytest.mark.parametrize("fused", [False, True], ids=["stepped", "fused"])
 

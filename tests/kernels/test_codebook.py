@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optstate.kernels import Codebook, dynamic_map, linear_map
-from optstate.stores import blockwise
+from optstate.stores import block_codes
 
 COMMON = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 UP, DOWN = torch.tensor(math.inf), torch.tensor(-math.inf)
@@ -28,10 +28,10 @@ MAKERS: dict[str, Callable[[], Codebook]] = {
     "linear 4": lambda: Codebook(linear_map(4)),
 }
 IN_USE = {
-    "signed 8": blockwise.SIGNED_8,
-    "unsigned 8": blockwise.UNSIGNED_8,
-    "signed 4": blockwise.SIGNED_4,
-    "linear 4": blockwise.LINEAR_4,
+    "signed 8": block_codes.SIGNED_8,
+    "unsigned 8": block_codes.UNSIGNED_8,
+    "signed 4": block_codes.SIGNED_4,
+    "linear 4": block_codes.LINEAR_4,
 }
 NIBBLES = ("signed 4", "linear 4")
 every_book = pytest.mark.parametrize("name", IN_USE)
@@ -221,7 +221,7 @@ def test_every_byte_is_read_as_two_values(name: str) -> None:
 
 def test_8_bit_floats_are_read_as_pytorch_reads_them() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert torch.equal(blockwise.E4M3.decode(codes).nan_to_num(7.0), (codes.float() / 448).nan_to_num(7.0))
+    assert torch.equal(block_codes.E4M3.decode(codes).nan_to_num(7.0), (codes.float() / 448).nan_to_num(7.0))
 
 
 # --- tensors without values ------------------------------------------------------------------------------------------
@@ -276,13 +276,13 @@ def test_tables_do_not_depend_on_torchs_defaults() -> None:
         "import torch\n"
         "torch.set_default_dtype(torch.bfloat16)\n"
         "torch.set_default_device('meta')\n"
-        "from optstate.stores import blockwise as b\n"
+        "from optstate.stores import block_codes as b\n"
         "books = (b.SIGNED_8, b.UNSIGNED_8, b.SIGNED_4, b.LINEAR_4, b.E4M3)\n"
         "x = torch.linspace(0, 1, 64, dtype=torch.float32, device='cpu')\n"
         "print([book.values.double().tolist() for book in books], [book.encode(x).tolist() for book in books])\n"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    books = (blockwise.SIGNED_8, blockwise.UNSIGNED_8, blockwise.SIGNED_4, blockwise.LINEAR_4, blockwise.E4M3)
+    books = (block_codes.SIGNED_8, block_codes.UNSIGNED_8, block_codes.SIGNED_4, block_codes.LINEAR_4, block_codes.E4M3)
     x = torch.linspace(0, 1, 64)
     assert printed.strip() == (
         f"{[book.values.double().tolist() for book in books]} {[book.encode(x).tolist() for book in books]}"

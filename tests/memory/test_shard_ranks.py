@@ -13,6 +13,8 @@ from optstate.memory.result import RecipeEstimate
 from tests.support import memory_ranks
 from tests.support.launching import launch, result
 
+pytestmark = pytest.mark.ranks
+
 RECIPES = ("adalomo", "lomo", "adafactor", "adamw", "adamw8bit", "came")
 CASES = [(recipe, fused, rows) for recipe in RECIPES for fused in (False, True) for rows in memory_ranks.SIZES]
 CLOSE = 0.02

@@ -30,6 +30,8 @@ from optstate.memory.sources.modules import default_dtype
 from optstate.memory.sources.shapes import ARCHITECTURES, parameters
 from tests.support.models import mlp
 
+pytestmark = pytest.mark.peer
+
 HERE = __name__
 
 PUBLISHED = {

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import optstate
 from optstate import recipes, updates
 from optstate.kernels import Codebook
-from optstate.stores import blockwise
+from optstate.stores import block_codes
 from optstate.weights import Kahan, Plain, Split, StochasticRounding, Weights
 from tests.support.models import assert_same
 
@@ -27,7 +27,7 @@ SHAPES = [(71, 66), (9,), (2, 3, 4)]
 @contextmanager
 def no_tables() -> Iterator[None]:
     """As at the first use: no codebook has built its tables yet."""
-    books = [book for book in vars(blockwise).values() if isinstance(book, Codebook)]
+    books = [book for book in vars(block_codes).values() if isinstance(book, Codebook)]
     assert books
     with ExitStack() as stack:
         for book in books:

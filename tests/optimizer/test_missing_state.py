@@ -86,7 +86,9 @@ def by_conversion(saved: Saved, module: nn.Module, optimizer: AdamW, folder: Pat
     for param, (name, original) in zip(source_module.parameters(), saved[0].named_parameters(), strict=True):
         assert name in names
         if original in saved[1].state:
-            source.state.setdefault(param, source._allocate(param))["step"] = saved[1].state[original]["step"]
+            source.state.setdefault(param, source.runner.parameters.allocate(param, source.state))["step"] = saved[
+                1
+            ].state[original]["step"]
         elif param in source.state:
             del source.state[param]
     optstate.save(source, folder / "opt.safetensors")

@@ -260,7 +260,7 @@ def test_a_file_whose_names_have_prefixes_loads_and_says_that_rounding_changes(t
     with pytest.warns(UserWarning, match="'0.weight' was rounded at random under the name 'module._orig_mod.0.weight'"):
         with_prefixes.load_state_dict(copy.deepcopy(tree))
     path = tmp_path / "old.safetensors"
-    for leaf in saved._leaves.values():
+    for leaf in saved.runner.parameters.leaves.values():
         leaf.plan.spec.__dict__["name"] = f"module._orig_mod.{leaf.name}"
     optstate.save(saved, path)
     optimizer = AdaLomo(net(BF16).named_parameters(), lr=1e-3)

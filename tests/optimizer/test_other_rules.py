@@ -32,6 +32,8 @@ from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.other_libraries import ALL
 from optstate.recipes import CAME, SGD, AdamMini, AdamW, Lion
 
+pytestmark = pytest.mark.peer
+
 SHAPES = ((6, 5), (5,))
 STEPS = 4
 

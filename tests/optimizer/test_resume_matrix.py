@@ -1,4 +1,4 @@
-"""Resuming bit for bit: every recipe and store, times every way to write weights, dtype, and stepped or fused.
+"""Resuming bit for bit: every recipe and store, times every way to write weights and dtype, stepped or fused in turn.
 
 `python -m tests.optimizer.test_resume_matrix` prints what is tested.
 """
@@ -36,6 +36,7 @@ from optstate.stores import AxisMax, Block4, Block8, Factored, Float8, Full, Gro
 from optstate.weights import Kahan, Plain, Split, StochasticRounding, Weights
 from tests.optimizer.test_state_dict import through_a_file
 from tests.support.models import assert_same, state_of, weights_of
+from tests.support.pairwise import pairwise
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "fp64": FP64}
@@ -123,13 +124,8 @@ WAYS: dict[torch.dtype, list[Weights]] = {
     BF16: [Plain(), StochasticRounding(3), Kahan(), Split(8), Split(16)],
     FP16: [Plain(), StochasticRounding(3), Kahan()],
 }
-COMBINATIONS = [
-    (case, way, dtype, fused)
-    for case in CASES
-    for dtype in DTYPES
-    for way in WAYS[DTYPES[dtype]]
-    for fused in (False, True)
-]
+WRITTEN = [(way, dtype) for dtype in DTYPES for way in WAYS[DTYPES[dtype]]]
+COMBINATIONS = [(case, *written, fused) for case, written, fused in pairwise(CASES, WRITTEN, (False, True))]
 
 
 class Tiny(nn.Module):
@@ -196,6 +192,15 @@ def test_resuming_through_a_file_is_bit_exact(combination: tuple[Case, Weights, 
     train(*resumed, range(2, 3))
     assert_same(weights_of(resumed[0]), weights_of(parts[0]))
     assert_same(state_of(resumed[1]), state_of(parts[1]))
+
+
+def test_all_that_may_meet_does_in_some_combination() -> None:
+    """Guards the choice: what the combinations stand for."""
+    assert {(case, way, dtype) for case, way, dtype, _ in COMBINATIONS} == {
+        (c, *written) for c in CASES for written in WRITTEN
+    }
+    assert {(case, fused) for case, _, _, fused in COMBINATIONS} == {(case, f) for case in CASES for f in (False, True)}
+    assert {c[1:] for c in COMBINATIONS} == {(*written, f) for written in WRITTEN for f in (False, True)}
 
 
 def test_every_recipe_and_every_store_is_among_the_cases() -> None:
@@ -387,24 +392,5 @@ def test_a_model_of_mixed_dtypes_resumes(way: Weights, fused: bool) -> None:
     assert_same(state_of(resumed[1]), state_of(parts[1]))
 
 
-# --- what is tested, in words ---------------------------------------------------------------------------------------
-
-
-def table() -> str:
-    """One line per recipe and set of combinations, which is named below."""
-    tested: dict[Case, dict[str, list[str]]] = {}
-    for case, way, dtype, fused in COMBINATIONS:
-        tested.setdefault(case, {}).setdefault(str(way), []).append(f"{dtype} {'fused' if fused else 'stepped'}")
-    rows: dict[tuple[str, str], list[str]] = {}
-    for case, ways in tested.items():
-        combined = "\n   ".join(f"{way}: {', '.join(where)}" for way, where in ways.items())
-        rows.setdefault((case.recipe, combined), []).append(case.stores or "as it comes")
-    marks = {combined: f"({chr(ord('a') + i)})" for i, combined in enumerate(dict.fromkeys(c for _, c in rows))}
-    lines = [f"{recipe} | {'; '.join(words)} | {marks[combined]}" for (recipe, combined), words in rows.items()]
-    legend = [f"{mark} {combined}" for combined, mark in marks.items()]
-    return "\n".join(["recipe | stores and options | weights, dtypes, stepped or fused", *lines, *legend])
-
-
 if __name__ == "__main__":
-    print(table())
-    print(f"{len(COMBINATIONS)} combinations")
+    print(*map(words_of, COMBINATIONS), f"{len(COMBINATIONS)} combinations", sep="\n")

@@ -13,6 +13,8 @@ from optstate.memory.sources import find_model
 from optstate.recipes import registry
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.peer
+
 LAYERS, WIDTH, HIDDEN, WORDS = 3, 256, 512, 1024
 WORLD = 8
 MATRICES = [*[(WIDTH, WIDTH)] * 4, *[(HIDDEN, WIDTH)] * 2, (WIDTH, HIDDEN)]

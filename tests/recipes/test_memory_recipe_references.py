@@ -26,6 +26,8 @@ from optstate.stores import Block8, Full, Store
 from optstate.weights import Plain
 from tests.support.trajectories import STEPS, Shape, apart, follow, gradient, parameters
 
+pytestmark = pytest.mark.peer
+
 CLOSE = 4e-6
 SHAPES: list[Shape] = [(24, 16), (3, 40), (7, 1), (1, 9), (4, 6, 5), (3, 4, 2, 3), (16,), ()]
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

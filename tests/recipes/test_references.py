@@ -16,6 +16,8 @@ from optstate import weights
 from optstate.recipes import SGD, AdamW, Lion
 from tests.support.models import loss_of, mlp
 
+pytestmark = pytest.mark.peer
+
 Build = Callable[[Iterable[Any]], torch.optim.Optimizer]
 STEPS = 20
 

@@ -32,6 +32,8 @@ from optstate.updates import Chain, Context, State, Transform, Update
 from optstate.weights import Plain
 from tests.support.trajectories import STEPS, Shape, apart, follow, gradient, parameters
 
+pytestmark = pytest.mark.peer
+
 SMALLEST = 4096
 """bitsandbytes' and torchao's: smaller parameters keep fp32 statistics."""
 LEAST_MAXIMUM = 2.0**-120

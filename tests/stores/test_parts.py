@@ -60,6 +60,8 @@ class Part:
 
     def step(self, param: Tensor, grad: Tensor, group: dict[str, Any], step: int) -> Iterator[Any]:
         guard = Guard(self.plan.spec.name, grad)
+        if not self.plan.guards:
+            guard.check(torch.isfinite(grad).all())
         ctx = context(self.plan, self.state, param, grad, group, step, guard)
         return self._asking(run_chain(self.plan, self.state, ctx))
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import optstate
 from adalomo import AdaLomo, Lomo
 from optstate import stores, weights
-from optstate.checkpoint.live import native
+from optstate.checkpoint.live import save
 from optstate.distributed.placement import copy_part, here, is_distributed
 from optstate.recipes import AdamW
 
@@ -220,7 +220,7 @@ def without_statistics(folder: Path) -> tuple[int, list[int]]:
     model, _ = sharded()
     optimizer = Lomo(model.named_parameters())
     steps(model, optimizer, 2)
-    with patch.object(native, "create_set", Mock(wraps=native.create_set)) as begun:
+    with patch.object(save, "create_set", Mock(wraps=save.create_set)) as begun:
         optstate.save(optimizer, folder / "lomo.safetensors")
     dist.barrier()
     other = Lomo(sharded()[0].named_parameters())

@@ -131,8 +131,14 @@ def first_in_step(places: list[Place]) -> Iterable[int]:
 
 
 DRIVERS = {
-    *("optimizer.py", "gradient_hooks.py", "consistency.py", "stepping.py", "shortcuts.py", "sharding.py", "resume.py"),
-    *("stores/guard.py", "stores/statistic.py"),
+    *(
+        "optimizer/broken_step.py",
+        "optimizer/chain_step.py",
+        "optimizer/fused_kernels.py",
+        "optimizer/gradient_hooks.py",
+    ),
+    *("optimizer/norm_clip.py", "optimizer/optimizer.py", "optimizer/step_runner.py", "distributed/sums.py"),
+    *("stores/guard.py", "stores/base.py"),
 }
 
 

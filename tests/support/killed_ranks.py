@@ -143,7 +143,7 @@ def inconsistent_on_rank_1(folder: Path) -> str:
     """What this rank sees when only rank 1 cannot save, as a step broke off half-way there."""
     optimizer, file = file_of_an_older_step(folder)
     if dist.get_rank() == 1:
-        optimizer._consistency.broke_off("layer0", "a test failed")
+        optimizer.runner.consistency.broke_off("layer0", "a test failed")
     with pytest.raises((CheckpointError, optstate.InconsistentStateError)) as caught:
         optstate.save(optimizer, file)
     return f"{caught.type.__name__}: {caught.value}"

@@ -1,7 +1,12 @@
-"""Starting several processes that run cases together, as torchrun would; and what each of them does."""
+"""Starting several processes that run cases together, as torchrun would; and what each of them does.
+
+All are forks of one process, which takes seconds to import torch and what else they share, and does nothing but fork.
+"""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -11,14 +16,20 @@ import traceback
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from select import select
 from signal import SIGKILL
+from subprocess import PIPE
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tests.support.paths import ROOT
+
+SHARED = ("torch._dynamo", "torch.distributed.checkpoint.state_dict", "optstate.checkpoint")
+"""Modules that torch and optstate import at their first step, save or load: imported once, not by every process."""
 
 Case = tuple[Any, ...]
 """The name of a function and its arguments."""
@@ -43,29 +54,47 @@ def launch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(list(cases), folder / "cases.pt")
-    root = str(ROOT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.launching",
-        module,
-        str(folder),
-        str(collective_timeout or ""),
-        str(world),
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            process.wait(timeout)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, SIGKILL)
-    codes = json.loads((folder / "codes").read_text()) if process.returncode == 0 else process.returncode
+    starter().run([module, str(folder), collective_timeout, world], timeout)
+    log, codes = (folder / "log").read_text()[-3000:], folder / "codes"
+    assert codes.exists(), log
     expected = [-SIGKILL if rank in killed else 0 for rank in range(world)]
-    assert codes == expected, (codes, (folder / "log").read_text()[-3000:])
+    assert json.loads(codes.read_text()) == expected, (codes.read_text(), log)
     files = [folder / f"results{rank}.pt" for rank in range(world)]
     return [torch.load(file, weights_only=False) if file.exists() else {} for file in files]
+
+
+class Starter:
+    """A process that has imported what all others need, and is forked for each of them."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        command = [sys.executable, "-m", "tests.support.launching"]
+        self.process = subprocess.Popen(command, env=environment, bufsize=0, stdin=PIPE, stdout=PIPE)
+        atexit.register(self.end)
+
+    def run(self, job: list[Any], timeout: float) -> None:
+        """Run a job, the arguments of `start_ranks`, and kill what is left of it after these seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        leader = int(self.process.stdout.readline())
+        try:
+            ended, _, _ = select([self.process.stdout], [], [], timeout)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(leader, SIGKILL)
+            self.process.stdout.readline()
+        assert ended, f"the processes took more than {timeout} seconds"
+
+    def end(self) -> None:
+        """End the process: it reads that there is no more to do."""
+        self.process.communicate()
+
+
+@cache
+def starter() -> Starter:
+    """Return the one starter of these tests."""
+    return Starter()
 
 
 def key_of(case: Case) -> Case:
@@ -85,11 +114,44 @@ def result(results: dict[Any, Any], *case: Any) -> Any:
     return found
 
 
-def main(module: str, folder: Path, collective_timeout: str, world: int) -> None:
-    """Start the processes as forks, so that what they need is imported once, and leave their exit codes in a file."""
+def serve() -> None:
+    """Start the processes of each job that comes in as a line: say who leads them, and, in a second line, their end."""
     torch.set_num_threads(1)
+    for name in SHARED:
+        importlib.import_module(name)
+    gc.freeze()  # what was imported is no garbage, nor an engine that optimizers would have to look for
+    for line in sys.stdin:
+        module, folder, collective_timeout, world = json.loads(line)
+        leader = os.fork()
+        if leader == 0:
+            lead(module, Path(folder), collective_timeout, world)
+        print(leader, flush=True)
+        os.waitpid(leader, 0)
+        print("ended", flush=True)
+
+
+def lead(module: str, folder: Path, collective_timeout: float | None, world: int) -> None:
+    """Start the processes of a job in a session of their own, leave their exit codes in a file, and end."""
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        start_ranks(module, folder, collective_timeout, world)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def start_ranks(module: str, folder: Path, collective_timeout: float | None, world: int) -> None:
+    """Start the processes as forks, so that what they need is imported once, and leave their exit codes in a file."""
     functions = importlib.import_module(module)
-    limit = timedelta(seconds=float(collective_timeout)) if collective_timeout else None
+    gc.freeze()
+    limit = timedelta(seconds=collective_timeout) if collective_timeout else None
     children = []
     for rank in range(world):
         child = os.fork()
@@ -125,4 +187,4 @@ def run_cases(functions: Any, folder: Path, limit: timedelta | None, rank: int, 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    serve()

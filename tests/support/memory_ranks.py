@@ -136,14 +136,14 @@ class Live(TorchDispatchMode):
 def watch_gradients(optimizer: optstate.Optimizer) -> list[int]:
     """Bytes of all gradients that are alive, whenever some are about to be used."""
     seen: list[int] = []
-    original = optimizer._step_all
+    original = optimizer.runner.update_all
 
-    def step_all(*args: Any, **more: Any) -> None:
+    def update_all(*args: Any, **more: Any) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append(nbytes(p.grad for p in params if p.grad is not None))
         original(*args, **more)
 
-    optimizer._step_all = step_all  # type: ignore[method-assign]
+    optimizer.runner.update_all = update_all  # type: ignore[method-assign]
     return seen
 
 

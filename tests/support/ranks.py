@@ -21,7 +21,7 @@ from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import recipes
 from optstate.distributed.placement import here
 
-STEPS = 10
+STEPS = 5
 BATCH = 8
 TOKENS = 12
 SAVED_ROWS = 7

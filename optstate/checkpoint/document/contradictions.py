@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
-from math import prod
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.document import WEIGHT, Document, Parameter, SlotRecord
+from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.dtypes import TORCH_NAMES
 from optstate.checkpoint.files.safetensors_file import CONTROLS, Issue
 from optstate.checkpoint.files.tensor_place import Stored
+from optstate.store_layouts import ACCUMULATOR, PARAMETER, layouts_of
 from optstate.text import has_controls, shown
 
 __all__ = ["contradictions", "has_axes", "inconsistencies", "refuse_contradictions", "store_name"]
 
 Shape = tuple[int, ...]
 
-FLOATS = {"F32", "F64"}
 LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
 
@@ -56,7 +56,7 @@ def contradictions(checkpoint: Checkpoint) -> list[Issue]:
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
             where = shown(f"{param.name}/{name}")
-            issues += [Issue("error", where, what) for what in _slot_problems(param, name, slot, checkpoint.tensors)]
+            issues += [Issue("error", where, what) for what in _slot_problems(param, slot, checkpoint.tensors)]
     return issues + _wrong_codebooks(checkpoint.document)
 
 
@@ -100,15 +100,18 @@ def _uneven_steps(document: Document) -> list[Issue]:
     return [Issue("warning", "step", what)]
 
 
-def _slot_problems(param: Parameter, name: str, slot: SlotRecord, tensors: Mapping[str, Stored]) -> Iterator[str]:
-    expected = _expected(param, slot, store_name(slot.store)) if name != WEIGHT else _of_weights(param, slot)
+def _slot_problems(param: Parameter, slot: SlotRecord, tensors: Mapping[str, Stored]) -> Iterator[str]:
+    expected = _expected(param, slot)
+    if expected == {}:
+        yield f"{slot.store} cannot be kept of {_sizes(param)}"
+        return
     for field, key in slot.fields.items():
         stored = tensors.get(key)
         if stored is None:
             yield f"the tensor '{shown(key)}' is missing"
         elif expected is not None and field in expected:
             shape, dtypes = expected[field]
-            if shape is not None and stored.shape != shape:
+            if stored.shape != shape:
                 here = f"{slot.store} of {_sizes(param)} has {list(shape)}"
                 yield f"{field or 'it'} has shape {list(stored.shape)}, {here}"
             if stored.dtype not in dtypes:
@@ -126,64 +129,23 @@ def _sizes(param: Parameter) -> str:
 
 # --- what each store keeps ----------------------------------------------------------------------------------------
 
-Expected = dict[str, tuple[Shape | None, set[str]]]
-"""Field name -> its shape, None if the document does not tell, and the dtypes it may have."""
+Expected = dict[str, tuple[Shape, set[str]]]
+"""Field name -> its shape, and the dtypes that it may have."""
+
+DTYPES = {name: {dtype} for dtype, name in TORCH_NAMES.items()}
+DTYPES |= {ACCUMULATOR: {"F32", "F64"}, PARAMETER: {"F16", "BF16"}}
+"""By the words of a layout. What is kept for writing a weight is kept for parameters of 16 bits."""
+
+ALSO_IN_BF16 = "AxisMax"
+"""SM3 of other libraries keeps its maxima in the parameter's dtype."""
 
 
-def _expected(param: Parameter, slot: SlotRecord, kind: str) -> Expected | None:
-    """What a store of optstate's own keeps; None for others, which this cannot judge."""
-    rule = _STORES.get(kind) if not has_axes(slot) else _rank_one
-    return rule(param.shape, slot) if rule is not None and param.shape is not None else None
-
-
-def _full(shape: Shape, slot: SlotRecord) -> Expected:
-    dtypes = {"bfloat16": {"BF16"}, "float16": {"F16"}}
-    return {"": (shape, next((found for name, found in dtypes.items() if name in slot.store), FLOATS))}
-
-
-def _factored(shape: Shape, slot: SlotRecord) -> Expected:
-    if len(shape) < 2:
-        return {"row": (None, FLOATS), "col": (None, FLOATS)}
-    return {"row": (shape[:-1], FLOATS), "col": ((*shape[:-2], shape[-1]), FLOATS)}
-
-
-def _blocks(shape: Shape, slot: SlotRecord) -> Expected:
-    count = -(-prod(shape) // slot.block) if slot.block else None
-    packed: Expected = {"codes": ((-(-prod(shape) // 2),), {"U8"})}
-    whole: Expected = {"codes": (shape, {"F8_E4M3"} if store_name(slot.store) == "Float8" else {"U8"})}
-    codes = packed if store_name(slot.store) == "Block4" else whole
-    scales = "scale" if "scale" in slot.fields else "absmax"  # torchao's 8-bit floats have the maximum / 448
-    return {**codes, scales: ((count,) if count is not None else None, {"F32"})}
-
-
-def _axes(shape: Shape, slot: SlotRecord) -> Expected:
-    names = [*(f"axis{i}" for i in range(len(shape) - 2)), "row", "col"]
-    return {name: ((size,), FLOATS | {"BF16"}) for name, size in zip(names, shape, strict=False)}
-
-
-def _rank_one(shape: Shape, slot: SlotRecord) -> Expected:
-    return {"codes": ((-(-prod(shape) // 2),), {"U8"}), **_axes(shape, slot)}
-
-
-def _grouped(shape: Shape, slot: SlotRecord) -> Expected:
-    return {"mean": (None, FLOATS)}
-
-
-_STORES: dict[str, Callable[[Shape, SlotRecord], Expected]] = {
-    "AxisMax": _axes,
-    "Block4": _blocks,
-    "Block8": _blocks,
-    "Factored": _factored,
-    "Float8": _blocks,
-    "Full": _full,
-    "Grouped": _grouped,
-}
-
-
-def _of_weights(param: Parameter, slot: SlotRecord) -> Expected | None:
-    match store_name(slot.store):
-        case "Kahan":
-            return {"compensation": (param.shape, {"BF16", "F16"})}
-        case "Split":
-            return {"correction": (param.shape, {"I8"} if "bits=8" in slot.store else {"I16"})}
-    return None
+def _expected(param: Parameter, slot: SlotRecord) -> Expected | None:
+    """Return what a store of optstate's own keeps, {} for what cannot be; None for stores that this cannot judge."""
+    layouts = layouts_of(slot.store, param.shape, slot.block) if param.shape is not None else None
+    if layouts is None:
+        return None
+    if "scale" in slot.fields and "absmax" in layouts:  # torchao's 8-bit floats have the maximum / 448
+        layouts = {"codes": layouts["codes"], "scale": layouts["absmax"]}
+    more = {"BF16"} if store_name(slot.store) == ALSO_IN_BF16 else set()
+    return {name: (layout.shape, DTYPES[layout.dtype] | more) for name, layout in layouts.items()}

@@ -131,7 +131,7 @@ def content_of(tensors: Mapping[str, Stored]) -> View:
 
 
 def _sample(stored: Stored) -> bytes:
-    """The first few elements as they lie in the file, and as many from the middle on."""
+    """Return the first few elements as they lie in the file, and as many from the middle on."""
     if isinstance(stored, Pieces):
         return b"".join(_sample(part) for _, part in stored.parts[:1])
     size, middle = stored.nbytes // max(stored.elements, 1), stored.elements // 2

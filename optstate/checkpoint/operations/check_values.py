@@ -13,9 +13,10 @@ from optstate.checkpoint.document.document import Document, Parameter, SlotRecor
 from optstate.checkpoint.files.safetensors_file import Issue
 from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load, statistics
 from optstate.checkpoint.files.tensor_place import Stored
+from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, is_plugged, store_of_words
 from optstate.text import shown
 
-__all__ = ["uneven_means", "value_issues"]
+__all__ = ["plugged_store_issues", "uneven_means", "value_issues"]
 
 MAGNITUDES, BASIS = {"absmax", "scale"}, "basis"
 NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "row_var", "col_var", "variance", "step")
@@ -73,6 +74,25 @@ def uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
                 what = _different_means(param, slot, checkpoint.tensors)
                 if what:
                     yield Issue("error", shown(f"{param.name}/{name}"), what)
+
+
+def plugged_store_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
+    """Yield what is wrong with the tensors of stores that other packages offer, which only their classes can judge."""
+    values = Values(checkpoint)
+    for param in checkpoint.document.parameters:
+        for name, slot in param.slots.items():
+            if param.shape is None or not is_plugged(slot.store):
+                continue
+            where = shown(f"{param.name}/{name}")
+            try:
+                store_of_words(slot.store)
+            except ValueError as error:
+                yield Issue("warning", where, shown(f"{slot.store} cannot be judged here: {error}"))
+                continue
+            try:
+                values.check(param, name)
+            except UnreadableStatisticError as error:
+                yield Issue("error", where, shown(str(error)))
 
 
 def _counts_or_squares(name: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor
 
 from optstate.checkpoint.document.canonical_names import with_canonical_names
 from optstate.checkpoint.document.checkpoint import Checkpoint
+from optstate.checkpoint.document.contradictions import refuse_contradictions
 from optstate.checkpoint.document.document import SlotRecord
+from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.tensor_bytes import DTYPES, PIECE, bits, load
 from optstate.checkpoint.files.tensor_place import Stored
+from optstate.checkpoint.open_checkpoint import open_checkpoint, refuse_streams
 from optstate.checkpoint.operations.compare_documents import Finding, Pair, disagreements, matched
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
 
@@ -112,8 +117,10 @@ def _of_piece(x: Tensor, y: Tensor) -> Deviation:
 
 @dataclass(frozen=True)
 class StatisticDifference:
-    """One statistic of one parameter. stores: on either side, "-" where it is absent. deviation: None where numbers
-    cannot be compared, for the reason in `why`.
+    """One statistic of one parameter.
+
+    stores: on either side, "-" where it is absent. deviation: None where numbers cannot be compared, for the reason in
+    `why`.
     """
 
     parameter: str
@@ -122,6 +129,11 @@ class StatisticDifference:
     verdict: str
     deviation: Deviation | None
     why: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether both sides have the same numbers."""
+        return self.verdict in (EQUAL, EQUAL_VALUES)
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,11 @@ class SlotDifference:
     def verdict(self) -> str:
         """The worst of its parameters'."""
         return max((statistic.verdict for statistic in self.statistics), key=VERDICTS.index)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both sides have the same numbers."""
+        return self.verdict in (EQUAL, EQUAL_VALUES)
 
     @property
     def differing(self) -> int:
@@ -157,9 +174,26 @@ class SlotDifference:
 class Difference:
     """Two checkpoints compared. findings: what differs besides statistics. notes: how they were compared."""
 
+    a: Checkpoint
+    b: Checkpoint
     slots: tuple[SlotDifference, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+    @property
+    def statistics(self) -> list[StatisticDifference]:
+        """Every statistic of every parameter, slot by slot."""
+        return [one for slot in self.slots for one in slot.statistics]
+
+    @property
+    def equal(self) -> bool:
+        """Whether all numbers are the same, and everything that is said."""
+        return self.verdict in (EQUAL, EQUAL_VALUES)
+
+    @property
+    def close(self) -> bool:
+        """Whether nothing is different, with the tolerance."""
+        return self.verdict != DIFFERENT
 
     @property
     def verdict(self) -> str:
@@ -171,15 +205,33 @@ Task = tuple[Pair, str]
 Track = Callable[[Sequence[Task]], Iterable[Task]]
 
 
-def compare(a: Checkpoint, b: Checkpoint, *, tolerance: float, track: Track = iter) -> Difference:
+def compare(
+    a: Checkpoint | str | os.PathLike[str],
+    b: Checkpoint | str | os.PathLike[str],
+    *,
+    tolerance: float = 1e-6,
+    key: str | None = None,
+    names: str | None = None,
+    optimizer: str | None = None,
+    track: Track = iter,
+) -> Difference:
     """Compare two checkpoints of any kinds, statistic by statistic, whatever they are stored in.
 
+    Memory: one statistic of either side.
+
     Args:
-        a, b: whose tensors are consistent with their documents. Memory: one statistic of either side.
+        a: a file or folder, or what `open` made of it.
+        b: the other one.
         tolerance: largest relative difference, in the L2 norm, of what is close.
+        key: as for `open`, of one side or of both.
+        names: names for numbered parameters, as for `open`, of both sides.
+        optimizer: whose state it is, as for `open`, of both sides.
         track: what the statistics go through while they are compared, such as a progress bar.
+
+    Raises:
+        CheckpointError: if one cannot be opened, or contradicts itself.
     """
-    a, b = with_canonical_names(a), with_canonical_names(b)
+    a, b = (with_canonical_names(_opened(side, key, names, optimizer)) for side in (a, b))
     matches = matched(a, b)
     findings, notes = disagreements(a, b, matches.pairs)
     tasks = [(pair, slot) for pair in matches.pairs for slot in dict.fromkeys((*pair[0].slots, *pair[1].slots))]
@@ -193,7 +245,28 @@ def compare(a: Checkpoint, b: Checkpoint, *, tolerance: float, track: Track = it
         SlotDifference(slot, stores, tuple(comparison.completed(found)))
         for (slot, stores), found in sorted(by_stores.items(), key=lambda item: order.index(item[0][0]))
     ]
-    return Difference(tuple(slots), (*matches.findings, *findings), (*matches.notes, *notes))
+    return Difference(a, b, tuple(slots), (*matches.findings, *findings), (*matches.notes, *notes))
+
+
+def _opened(
+    side: Checkpoint | str | os.PathLike[str], key: str | None, names: str | None, optimizer: str | None
+) -> Checkpoint:
+    """Open one side, whose tensors must be what it says of them."""
+    if isinstance(side, Checkpoint):
+        return side
+    refuse_streams(side)
+    try:
+        checkpoint = open_checkpoint(side, key=key, names=names, optimizer=optimizer)
+    except CheckpointError:
+        found = None
+        if key is not None:  # which may be of the other side alone
+            with suppress(CheckpointError):
+                found = open_checkpoint(side, names=names, optimizer=optimizer)
+        if found is None:
+            raise
+        checkpoint = found
+    refuse_contradictions(checkpoint)
+    return checkpoint
 
 
 class _Comparison:
@@ -219,7 +292,7 @@ class _Comparison:
         return replace(result, verdict=self._verdict(found), deviation=found, why="")
 
     def completed(self, found: Sequence[tuple[Task, StatisticDifference]]) -> Iterable[StatisticDifference]:
-        """The statistics of one slot, with the sums of those that are equal if there are others to add them to."""
+        """Return the statistics of one slot, with the sums of equal ones, too, if there are others to add them to."""
         if all(result.verdict == EQUAL for _, result in found) or any(result.deviation is None for _, result in found):
             return [result for _, result in found]
         return [

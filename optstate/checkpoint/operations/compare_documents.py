@@ -67,7 +67,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def disagreements(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair]) -> tuple[list[Finding], list[str]]:
-    """What is said differently of matched parameters and their groups, and notes on what only one side says.
+    """Find what is said differently of matched parameters and their groups, and notes on what only one side says.
 
     What only one side says of two files of the same kind is a difference; tools differ in what they write down.
     """
@@ -99,8 +99,10 @@ def disagreements(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair]) -> tuple[
 
 
 def _of_rules(a: Checkpoint, b: Checkpoint) -> Iterator[Finding]:
-    """Where one side follows a rule that none of our recipes does, and the other does not: groups of different tools
-    need not have the same keys."""
+    """Find where one side follows a rule that none of our recipes does, and the other does not.
+
+    Groups of different tools need not have the same keys.
+    """
     left, right = reasons(a.document), reasons(b.document)
     if left != right and a.kind != b.kind:
         yield Finding("rule", _clauses(left, a), _clauses(right, b))

@@ -1,20 +1,120 @@
-"""What a conversion does, slot by slot: planned, and measured once it has been carried out."""
+"""What a conversion does and loses: errors of statistics and of updates, added up slot by slot into a report."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from optstate.checkpoint.operations.loss_figures import Figures
+import torch
+from torch import Tensor
+
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.transfers import Transfer
 
-__all__ = ["DROPPED", "FROM_ZERO", "Report", "Row", "report_of"]
+__all__ = ["DROPPED", "FROM_ZERO", "Figures", "Report", "Row", "compared", "divisor", "report_of", "update"]
 
 DROPPED, FROM_ZERO = "dropped", "zeros"
 DIGITS = 4
 """Significant digits of a figure in a file's history."""
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Figures:
+    """Sums over the elements of statistics, from which the errors follow; figures of parts add up.
+
+    `value`, `error`: sums of squares of the statistic and of its error. `update`, `update_error`, `new_update`: of the
+    update that it gives, of that update's error, and of the new update. `zeros`: elements that became zero.
+    `inflation`: the most that an element's update grew, as a factor.
+    """
+
+    elements: int = 0
+    value: float = 0.0
+    error: float = 0.0
+    update: float = 0.0
+    update_error: float = 0.0
+    new_update: float = 0.0
+    zeros: int = 0
+    inflation: float = 1.0
+
+    def add(self, other: Figures) -> None:
+        """Take in the figures of another part."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, theirs) if f.name == "inflation" else mine + theirs)
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of the error over that of the statistic; 0 for nothing lost, also of zeros."""
+        return _ratio(self.error, self.value)
+
+    @property
+    def update_relative_error(self) -> float:
+        """The same of the update."""
+        return _ratio(self.update_error, self.update)
+
+    @property
+    def update_cosine(self) -> float:
+        """Cosine between the two updates; 1 if both are zero."""
+        if self.update == self.new_update == 0.0:
+            return 1.0
+        if not self.update or not self.new_update:
+            return 0.0
+        product = (self.update + self.new_update - self.update_error) / 2
+        return max(-1.0, min(1.0, product / math.sqrt(self.update * self.new_update)))  # sums round, too
+
+
+def _ratio(error: float, whole: float) -> float:
+    return 0.0 if error == 0.0 else math.sqrt(error / whole) if whole else math.inf
+
+
+def divisor(second: Tensor | None, eps: float) -> Tensor | None:
+    """Return what a second moment without bias divides a step by, `sqrt(second) + eps`; None without one."""
+    return None if second is None else second.sqrt().add_(eps)
+
+
+def update(first: Tensor, divided_by: Tensor | None) -> Tensor:
+    """Return the step that a first moment without bias gives."""
+    return first if divided_by is None else first / divided_by
+
+
+def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, squares: bool) -> Figures:
+    """Measure one statistic, or a piece of it, flat, and the update that follows from it.
+
+    squares: whether it is a mean of squares that updates are divided by the root of.
+    """
+    if not old.numel():
+        return Figures()
+    error = new - old
+    figures = Figures(elements=old.numel(), value=_square(old), error=_square(error), zeros=_zeros(old, new))
+    figures.update, figures.new_update = _square(old_update), _square(new_update)
+    figures.update_error = figures.error if old_update is old else _square(new_update - old_update)
+    if squares:
+        growth = torch.div(old, new.clamp(min=torch.finfo(new.dtype).tiny), out=error).max()
+        figures.inflation = max(1.0, math.sqrt(float(growth)))
+    return figures
+
+
+def _square(flat: Tensor) -> float:
+    """Sum up squares; pieces are short enough for fp32 to sum them to a few units in the last place."""
+    total = float(torch.dot(flat, flat))
+    if math.isfinite(total):
+        return total
+    flat = flat.double()  # squares of numbers above 1e19
+    return float(torch.dot(flat, flat))
+
+
+def _zeros(old: Tensor, new: Tensor) -> int:
+    """Count the elements that became zero; no store makes something of a zero and nothing of another number."""
+    kept = int(torch.count_nonzero(new))
+    return 0 if kept == new.numel() else max(int(torch.count_nonzero(old)) - kept, 0)
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,7 +157,7 @@ class Report:
     changes: tuple[str, ...] = ()
 
     def to_history(self) -> dict[str, Any]:
-        """What the new file says of it."""
+        """Return what the new file says of its conversion."""
         rows = [{key: _rounded(value) for key, value in asdict(row).items()} for row in self.rows]
         total = {"update_relative_error": self.update_relative_error, "update_cosine": self.update_cosine}
         tree = {"lossless": self.lossless, "slots": rows} | {key: _rounded(value) for key, value in total.items()}
@@ -67,7 +167,7 @@ class Report:
 def report_of(
     conversion: Conversion, figures: Mapping[tuple[str, str, str], Figures] | None = None, total: Figures | None = None
 ) -> Report:
-    """The report: of the plan alone, or with the figures that carrying it out has given."""
+    """Make the report: of the plan alone, or with the figures that carrying it out has given."""
     groups: dict[tuple[str, str, str], list[Transfer]] = {}
     for transfer in conversion.all_transfers:
         was = transfer.was.store if transfer.was is not None else FROM_ZERO
@@ -89,7 +189,7 @@ def report_of(
 
 
 def _keeps_the_rule(conversion: Conversion) -> bool:
-    """Whether updates are still divided by a root if they were: without it the two cannot be compared."""
+    """Tell whether updates are still divided by a root if they were: without it the two cannot be compared."""
     params = {param.name: param for param in conversion.checkpoint.document.parameters}
     return not any(params[name].slots[slot].of == "square" for name, slot in conversion.dropped)
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from optstate import kernels
 from optstate.checkpoint.document.document import Parameter
-from optstate.checkpoint.operations.loss_figures import Figures, compared, divisor, update
+from optstate.checkpoint.operations.conversion_report import Figures, compared, divisor, update
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
-from optstate.checkpoint.operations.threads import for_each
 from optstate.checkpoint.operations.transfers import Transfer
 from optstate.kernels import Noise, Piece
 from optstate.spec import FieldSpec
@@ -31,6 +31,8 @@ DIVIDES = ("square_sum", "square_max", "distance")
 """Meanings of statistics that steps are divided by the root of, besides the second moment."""
 
 Put = Callable[[str, Tensor], Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -45,11 +47,11 @@ class _Pair:
     factors: tuple[Tensor, ...] = field(default=())
 
     def old(self, piece: Piece) -> Tensor:
-        """The source's numbers of a piece, flat."""
+        """Return the source's numbers of a piece, flat."""
         return piece.of(self.value).reshape(-1)
 
     def new(self, piece: Piece) -> Tensor:
-        """What the new tensors will be read as, without the factor that other corrections need: a flat new tensor."""
+        """Return what the new tensors will be read as, without the factor of another correction: flat, the caller's."""
         if self.store.elementwise:
             parts = {name: piece.of_field(tensor, self.specs[name].per) for name, tensor in self.fields.items()}
             value = self.store.read(parts, (piece.stop - piece.start,))
@@ -73,7 +75,7 @@ class _Moment:
     pair: _Pair | None
 
     def old(self, piece: Piece) -> Tensor:
-        """The average proper of a piece, flat. May be the value itself."""
+        """Return the average proper of a piece, flat; the value itself where nothing corrects it."""
         return _unbiased(piece.of(self.value).reshape(-1), self.bias)
 
 
@@ -92,8 +94,8 @@ class Recoder:
         self.figures: dict[tuple[str, str, str], Figures] = {}
         self.total = Figures()
 
-    def carry(self, param: Parameter, transfers: Sequence[Transfer], eps: float, put: Put) -> None:
-        """Make the tensors of one parameter and hand each to `put(key, tensor)`.
+    def carry(self, transfers: Sequence[Transfer], eps: float, put: Put) -> None:
+        """Make the tensors of one parameter, hand each to `put(key, tensor)`, and measure what is lost.
 
         Raises:
             UnreadableStatisticError: if a statistic's numbers are needed and cannot be had, or would have to be changed
@@ -102,26 +104,31 @@ class Recoder:
         """
         pairs = []
         for transfer in transfers:
-            if transfer.store is None:
-                assert transfer.was is not None
-                fields = self.values.fields(transfer.was)
-            elif transfer.source is None:
-                fields = _zeros(transfer.specs or {})
-            else:
-                pairs.append(self._encoded(param, transfer))
+            if transfer.store is not None and transfer.source is not None:
+                pairs.append(self._encoded(transfer, transfer.source))
                 fields = pairs[-1].fields
+            else:
+                fields = self.fields_of(transfer)
             for name, tensor in fields.items():
                 put(transfer.record.fields[name], tensor)
         lossy = [pair for pair in pairs if not pair.transfer.exact and pair.value.numel()]
         if lossy:
-            self._measure(param, lossy, eps)
+            self._measure(lossy[0].transfer.parameter, lossy, eps)
 
-    def _encoded(self, param: Parameter, transfer: Transfer) -> _Pair:
-        """One statistic in its new store."""
-        store, specs, source = transfer.store, transfer.specs, transfer.source
+    def fields_of(self, transfer: Transfer) -> dict[str, Tensor]:
+        """Return the new tensors of one statistic by field, without measuring what is lost; raises as `carry`."""
+        if transfer.store is None:
+            assert transfer.was is not None
+            return self.values.fields(transfer.was)
+        if transfer.source is None:
+            return _zeros(transfer.specs or {})
+        return self._encoded(transfer, transfer.source).fields
+
+    def _encoded(self, transfer: Transfer, source: str) -> _Pair:
+        """Put one statistic into its new store."""
+        param, store, specs = transfer.parameter, transfer.store, transfer.specs
         assert store is not None
         assert specs is not None
-        assert source is not None
         value = self._read(param, source)
         if not value.numel():  # means of nothing would not be numbers
             return _Pair(transfer, store, specs, value, _zeros(specs))
@@ -137,13 +144,13 @@ class Recoder:
                     place = piece.of_field(fields[name], specs[name].per)
                     place.copy_(new.reshape(place.shape))
 
-            for_each(encode, _pieces(value, store.alignment))
+            _for_each(encode, _pieces(value, store.alignment))
             return _Pair(transfer, store, specs, value, fields)
         store.write(fields, value * transfer.factor if transfer.factor != 1.0 else value)
         return _Pair(transfer, store, specs, value, fields, store.factors(fields, value.shape))
 
     def _read(self, param: Parameter, slot: str) -> Tensor:
-        """A statistic, of one dimension at least."""
+        """Read a statistic, of one dimension at least."""
         value = self.values.read(param, slot)
         return value if value.ndim else value.view(1)
 
@@ -152,13 +159,13 @@ class Recoder:
         first, second = (self._moment(param, of, pairs) for of in ("gradient", "square"))
         comparison = _Comparison(pairs, first, second, eps)
         pieces = _pieces(pairs[0].value, math.lcm(*(pair.store.alignment for pair in pairs)))
-        for of_pairs, of_update in for_each(comparison.of, pieces):
+        for of_pairs, of_update in _for_each(comparison.of, pieces):
             for pair, figures in zip(pairs, of_pairs, strict=True):
                 self.figures.setdefault(pair.key, Figures()).add(figures)
             self.total.add(of_update)
 
     def _moment(self, param: Parameter, of: str, pairs: Sequence[_Pair]) -> _Moment | None:
-        """The source's statistic of this meaning, if it has one, and the pair that changes it, if one does."""
+        """Find the source's statistic of this meaning, if it has one, and the pair that changes it, if one does."""
         slot = next((name for name, record in param.slots.items() if record.of == of), None)
         if slot is None:
             return None
@@ -227,8 +234,24 @@ def _unbiased(value: Tensor, bias: float) -> Tensor:
 
 
 def _steps(x: Tensor, y: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
-    """What a statistic that is not one of Adam's moments makes of a step: it is one, or divides one by its root."""
+    """Return the steps that a statistic other than Adam's moments makes: itself, or a number divided by its root."""
     if of not in DIVIDES:
         return x, y
     root = x.sqrt()
     return update(root, divisor(x, eps)), update(root, divisor(y, eps))
+
+
+def _for_each(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return the results of `work` on every item, in order, made by as many threads as torch has.
+
+    A piece that fits a core's cache is too small to be shared by cores: torch's own threads wait for each other at
+    every operation. Here each piece is one thread's from its beginning to its end.
+    """
+    items, threads = list(items), torch.get_num_threads()
+    if threads == 1 or len(items) < 2 * threads:
+        return [work(item) for item in items]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,24 +19,17 @@ from optstate.checkpoint.document.document import (
     SlotRecord,
     TensorValue,
     tensor_key,
+    version_of_optstate,
 )
 from optstate.optimizer import state_dict
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, Plan
 
-__all__ = [
-    "described",
-    "dtype_name",
-    "parameter_names",
-    "slot_records",
-    "version_of_optstate",
-    "with_tensors",
-    "with_tied_names",
-]
+__all__ = ["described", "dtype_name", "parameter_names", "slot_records", "with_tensors", "with_tied_names"]
 
 
 def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Document:
-    """The document of an optimizer with this plan and `state_dict`.
+    """Make the document of an optimizer with this plan and `state_dict`.
 
     Raises:
         DocumentError: if it holds what has no place in a document.
@@ -63,7 +55,7 @@ def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Doc
 
 
 def with_tied_names(document: Document, optimizer: Optimizer, model: nn.Module) -> Document:
-    """The document with the other names that `model` has for the optimizer's parameters."""
+    """Return the document with the other names that `model` has for the optimizer's parameters."""
     names: dict[int, list[str]] = {}
     named = list(model.named_parameters(remove_duplicate=False))
     for name, (_, param) in zip(naming.canonical_names([name for name, _ in named]), named, strict=True):
@@ -77,7 +69,7 @@ def with_tied_names(document: Document, optimizer: Optimizer, model: nn.Module) 
 
 
 def _codebooks(plan: Plan) -> dict[str, tuple[float, ...]]:
-    """The values of all codes in use, so that the file can be read by those who do not have them."""
+    """Return the values of all codes in use, so that the file can be read by those who do not have them."""
     books = (slot.store.codebook for param in plan for slot in param.slots.values())
     return {book.id: tuple(book.values.tolist()) for book in books if book is not None}
 
@@ -98,7 +90,7 @@ def _parameter(
 
 
 def slot_records(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[str, SlotRecord]:
-    """What the plan keeps for a parameter of a group with these hyper-parameters, as the document says it."""
+    """Describe what the plan keeps for a parameter of a group with these hyper-parameters."""
     declared, slots = plan.chain.declared_slots(hyper), {}
     for key, slot in plan.slots.items():
         book = slot.store.codebook
@@ -107,7 +99,7 @@ def slot_records(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[s
             signed=declared[key].signed,
             fields={field: tensor_key(name, key, field) for field in slot.fields},
             codebook="" if book is None else book.id,
-            block=slot.fields["absmax"].per if "absmax" in slot.fields else 0,
+            block=slot.store.scale_block,
             of=declared[key].of,
             beta=declared[key].beta,
         )
@@ -118,7 +110,7 @@ def slot_records(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[s
 
 
 def parameter_names(optimizer: Optimizer, plan: Plan) -> list[str]:
-    """The parameters' names in order; `#<index>` where they have none."""
+    """Return the parameters' names in order; `#<index>` where they have none."""
     named = "param_names" in optimizer.param_groups[0]
     names = [param.spec.name if named else f"#{i}" for i, param in enumerate(plan)]
     seen: set[str] = set()
@@ -134,7 +126,7 @@ def parameter_names(optimizer: Optimizer, plan: Plan) -> list[str]:
 
 
 def _recipe(optimizer: Optimizer) -> str:
-    """The class's name in lower case, as recipes are listed; nothing for a chain without a class of its own."""
+    """Return the class's name in lower case, as recipes are listed; nothing for a chain without a class of its own."""
     return "" if type(optimizer) is Optimizer else type(optimizer).__name__.lower()
 
 
@@ -150,14 +142,6 @@ def without_tensors(value: Any) -> Any:
 def dtype_name(dtype: torch.dtype) -> str:
     """ "bfloat16" of torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def version_of_optstate() -> str:
-    """The installed version, "unknown" where the package is run from a folder."""
-    try:
-        return version("optstate")
-    except PackageNotFoundError:  # run from a source folder
-        return "unknown"
 
 
 def with_tensors(value: Any, own: Any) -> Any:

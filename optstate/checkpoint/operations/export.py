@@ -31,26 +31,34 @@ from optstate.checkpoint.operations.read_values import UnreadableStatisticError
 from optstate.checkpoint.operations.run_conversion import Track, carry_out, write_converted
 from optstate.text import shown
 
-__all__ = ["LAYOUTS", "NATIVE", "check_target", "export", "layout_for", "notes_of"]
+__all__ = ["NATIVE", "check_target", "export", "layout_for", "layouts", "notes_of"]
 
 NATIVE = "optstate"
-LAYOUTS = (NATIVE, *writable_formats())
+LEROBOT_STATE, LEROBOT_GROUPS = "optimizer_state.safetensors", "optimizer_param_groups.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
-def layout_for(conversion: Conversion, asked: str | None) -> str:
-    """The layout to write: the one asked for, or the one that a torch file of this state is in.
+def layouts() -> tuple[str, ...]:
+    """Return the names of all layouts that can be written."""
+    return (NATIVE, *writable_formats())
+
+
+def layout_for(conversion: Conversion, target: Path, asked: str | None) -> str:
+    """Choose the layout to write: the one asked for, else by the target's suffix optstate's own or a torch file's.
 
     Raises:
         CheckpointError: if there is no such layout, or none that is obvious.
     """
     path = conversion.checkpoint.path
     if asked is None:
+        if target.suffix not in TORCH_SUFFIXES:
+            return NATIVE
         try:
             return choose_format(conversion.document)
         except LayoutError as error:
             raise CheckpointError(path, f"cannot be written as a torch file: {error}", refused=True) from None
-    if asked not in LAYOUTS:
-        raise CheckpointError(path, f"no layout is called {asked!r}", f"one of {', '.join(LAYOUTS)}", refused=True)
+    if asked not in layouts():
+        raise CheckpointError(path, f"no layout is called {asked!r}", f"one of {', '.join(layouts())}", refused=True)
     return asked
 
 

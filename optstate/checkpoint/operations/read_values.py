@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,17 +13,20 @@ from optstate.checkpoint.document.contradictions import store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load
 from optstate.checkpoint.files.tensor_place import Stored
+from optstate.checkpoint.operations.transfers import spec_of
 from optstate.kernels import Codebook
-from optstate.spec import ParamSpec
-from optstate.stores import Block4, Block8, Fields, Float8, Shape, Store
+from optstate.spec import FieldSpec
+from optstate.store_layouts import layouts_of
+from optstate.stores import Fields, Shape, Store
 from optstate.stores.registry import from_words
 
-__all__ = ["UnreadableStatisticError", "Values"]
+__all__ = ["UnreadableStatisticError", "Values", "is_plugged", "store_of_words"]
 
 
 Reader = Callable[[Fields, Shape], Tensor]
 
-ANY_LARGE_MATRIX = ParamSpec(name="", shape=(128, 128), dtype=torch.float32)
+NO_STORES = ("Projected", "Unknown")
+"""What readers of other tools' files call what is in no store."""
 
 
 class UnreadableStatisticError(ValueError):
@@ -88,7 +90,7 @@ class Values:
             if not _projects(stored, param.shape):
                 raise UnreadableStatisticError(f"{what} is kept in {slot.store}, and its tensors do not fit")
             return _projected_back
-        store = _store_of(slot, what)
+        store = _store_of(param, slot, stored, what)
         if kind == "Float8" and "scale" in stored:
             return lambda fields, shape: _scaled(fields["codes"], fields["scale"], slot.block or 256, shape)
         if store.codebook is not None and slot.codebook not in ("", store.codebook.id):
@@ -126,24 +128,51 @@ def _projected_back(fields: Fields, shape: Shape) -> Tensor:
     return basis @ low if from_left else low @ basis
 
 
-def _store_of(slot: SlotRecord, what: str) -> Store:
-    """The store that reads a statistic: blocks as long and signed as the record says."""
-    try:
-        store = from_words(slot.store)
-        if type(store).__name__ != store_name(slot.store):  # a short word, which is for people
-            raise ValueError
-    except ValueError:
-        raise UnreadableStatisticError(
-            f"{what} is kept in {slot.store}, which has no way back to its numbers"
-        ) from None
-    if isinstance(store, Block4) and store.rank1:
-        return store.resolve(ANY_LARGE_MATRIX, slot.signed)[0]  # what it is for this parameter, too
-    if isinstance(store, Block8 | Block4 | Float8):
-        try:
-            return replace(store, block=slot.block or store.block, signed=slot.signed)
-        except ValueError as error:
-            raise UnreadableStatisticError(f"{what}: {error}") from None
+def is_plugged(words: str) -> bool:
+    """Return whether words name a store that is not this library's: only its class, if installed, can judge it."""
+    return store_name(words) not in NO_STORES and layouts_of(words, ()) is None
+
+
+def store_of_words(words: str) -> Store:
+    """Return the installed store that a file names.
+
+    Raises:
+        ValueError: if there is none. Short words such as "fp32" are for people: a file does not use them.
+    """
+    store = from_words(words)
+    if type(store).__name__ != store_name(words):
+        raise ValueError(f"{words!r} is no store")
     return store
+
+
+def _store_of(param: Parameter, slot: SlotRecord, stored: Mapping[str, Stored], what: str) -> Store:
+    """The store that reads a statistic, whose tensors are what the store keeps."""
+    try:
+        store = store_of_words(slot.store)
+    except ValueError as error:
+        reason = f": {error}" if is_plugged(slot.store) else ""
+        raise UnreadableStatisticError(
+            f"{what} is kept in {slot.store}, which has no way back to its numbers{reason}"
+        ) from None
+    try:
+        store = store.as_recorded(slot.signed, slot.block)
+        problem = _misfit(store.fields(spec_of(param), slot.signed), stored) if is_plugged(slot.store) else ""
+    except Exception as error:  # stores of other packages may raise anything about a file's numbers
+        raise UnreadableStatisticError(f"{what}: {error}") from None
+    if problem:
+        raise UnreadableStatisticError(f"{what} is kept in {slot.store}: {problem}")
+    return store
+
+
+def _misfit(specs: Mapping[str, FieldSpec], stored: Mapping[str, Stored]) -> str:
+    """Where stored tensors are not what a store keeps, "" if they are."""
+    if stored.keys() != specs.keys():
+        return f"it keeps {', '.join(map(repr, specs)) or 'nothing'}, the file has {', '.join(map(repr, stored))}"
+    for name, spec in specs.items():
+        here, there = (DTYPES[spec.dtype], tuple(spec.shape)), (stored[name].dtype, stored[name].shape)
+        if here != there:
+            return f"{name or 'its tensor'} is {there[0]} {list(there[1])}, not {here[0]} {list(here[1])}"
+    return ""
 
 
 def _scaled(codes: Tensor, scale: Tensor, block: int, shape: Shape) -> Tensor:

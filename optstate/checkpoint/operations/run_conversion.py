@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate.checkpoint.document.document import KEY, Document, Parameter
+from optstate.checkpoint.document.document import KEY, Document, Parameter, version_of_optstate
 from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import header_size
 from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.checkpoint.operations.conversion_report import Report, report_of
 from optstate.checkpoint.operations.convert_values import Recoder
-from optstate.checkpoint.operations.describe_optimizer import version_of_optstate
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.read_values import Values
 
@@ -69,7 +68,7 @@ def carry_out(conversion: Conversion, put: Callable[[str, Tensor], Any], track: 
     for param, following in zip(track(params), followers, strict=True):
         if following is not None:
             recoder.values.announce(following)
-        recoder.carry(param, conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
+        recoder.carry(conversion.transfers[param.name], eps_of(document.groups[param.group].hyper), put)
     return report_of(conversion, recoder.figures, recoder.total)
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, BinaryIO
 
 from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
+from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.document.document import KEY, Parameter
 from optstate.checkpoint.document.native_file import native_of
 from optstate.checkpoint.document.prices import bytes_by_recipe
+from optstate.checkpoint.document.rules import rule_issues
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
 from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_file import (
     SAFETENSORS,
     Header,
+    Issue,
     identify,
     read_header,
     read_index,
     read_stream,
 )
 from optstate.checkpoint.files.tensor_place import Stored, stored_entry
-from optstate.checkpoint.open_checkpoint import open_checkpoint
+from optstate.checkpoint.open_checkpoint import STREAM, open_checkpoint
 from optstate.collector import paused
 
 __all__ = ["STREAM", "GroupSummary", "Row", "SlotSummary", "Summary", "summarize", "summarize_stream", "summary_of"]
@@ -32,8 +36,6 @@ FP32_ADAMW = 8
 """Bytes of state per parameter element: two moments."""
 
 UNKNOWN = "unknown"
-STREAM = "-"
-"""The path of what comes through a pipe."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,13 @@ class Summary:
     def frozen(self) -> int:
         """How many parameters have no state."""
         return len(self.without_state)
+
+    @cached_property
+    def issues(self) -> list[Issue]:
+        """What names, shapes and dtypes alone tell to be wrong or odd."""
+        if self.checkpoint is None:
+            return []
+        return [*inconsistencies(self.checkpoint), *rule_issues(self.checkpoint.document)]
 
     @property
     def adamw_bytes(self) -> int | None:

@@ -128,7 +128,7 @@ def described_slot(
         store=str(store),
         fields={field: tensor_key(owner, name, field) for field in specs},
         codebook="" if book is None else book.id,
-        block=specs["absmax"].per if "absmax" in specs else 0,
+        block=store.scale_block,
     )
     return record, specs
 

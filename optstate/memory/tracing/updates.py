@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from optstate.kernels import Scalar
 from optstate.memory.tracing.position import Position
 from optstate.memory.tracing.tracker import Event, Storage, Tracker
 from optstate.optimizer.optimizer import Optimizer
+from optstate.optimizer.parameters import Leaf
 from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.step_runner import UpdateOne
 
 __all__ = ["Known", "follow_updates"]
 
@@ -25,29 +28,25 @@ def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, k
     Alike are those with the same shapes, dtypes, strides, chain, stores, way of writing and group: an update's memory
     depends on nothing else. Where one left something behind, it is made for every parameter.
     """
-    original = optimizer.step_parameter
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    plans = dict(zip(params, optimizer.plan(), strict=True))
-    groups = {param: number for number, group in enumerate(optimizer.param_groups) for param in group["params"]}
 
-    def step_parameter(param: Tensor, grad_scale: float | Tensor = 1.0) -> None:
-        grad, plan, state = param.grad, plans[param], optimizer.state[param]
+    def around(update: UpdateOne, leaf: Leaf, param: Tensor, grad_scale: Scalar) -> None:
+        grad, plan, state = param.grad, leaf.plan, optimizer.state[param]
         if grad is not None:
             tracker.belongs(grad, "gradients", plan.spec.name)
         with position.during("update", plan.spec.name):
             place, _ = position.where()
-            alike = (*_class_of(plan, param, grad), groups[param], type(grad_scale))
+            alike = (*_class_of(plan, param, grad), leaf.group, type(grad_scale))
             if alike in known:
                 tracker.add_moment(replace(storage, place=place) for storage in known[alike])
                 state["step"] += 1
                 return
             first = len(tracker.events)
-            original(param, grad_scale)
+            update(leaf, param, grad_scale)
             fullest = _fullest(tracker.events[first:])
             if fullest is not None:
                 known[alike] = fullest
 
-    setattr(optimizer, "step_parameter", step_parameter)  # noqa: B010, a method of this one optimizer
+    optimizer.runner.around = around
 
 
 def _class_of(plan: ParamPlan, param: Tensor, grad: Tensor | None) -> tuple[Any, ...]:

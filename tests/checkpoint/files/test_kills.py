@@ -20,6 +20,8 @@ from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.files.tensor_bytes import bytes_of, load
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("OPTSTATE_KILLS", "50"))
 
 ACTIONS = {
@@ -38,7 +40,7 @@ import contextlib, os, sys, time
 import torch, typer.main
 import optstate
 from optstate.checkpoint import open_checkpoint
-from optstate.checkpoint.live import load_converted
+from optstate.checkpoint.live import save
 from optstate.checkpoint.operations import export
 from optstate.recipes import AdamW
 from optstate_cli import app

@@ -31,7 +31,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import SlotRecord, TensorValue
 from optstate.checkpoint.formats.shared import codebooks
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.stores.blockwise import LINEAR_4, SIGNED_4, SIGNED_8, UNSIGNED_8
+from optstate.stores.block_codes import LINEAR_4, SIGNED_4, SIGNED_8, UNSIGNED_8
 from tests.support.foreign_files import (
     Tiny,
     adamw,
@@ -48,6 +48,8 @@ from tests.support.foreign_files import (
 )
 from tests.support.models import EveryShape
 from tests.support.paths import DATA
+
+pytestmark = pytest.mark.peer
 
 
 @pytest.fixture(autouse=True)

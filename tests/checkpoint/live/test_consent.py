@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import optstate
 from adalomo import AdaLomo
-from optstate.recipes import AdamW, AdamW8bit
+from optstate.checkpoint.live import load as load_module
+from optstate.recipes import AdamFactor, AdamW, AdamW8bit
 from optstate.weights import Kahan, Plain, Split, StochasticRounding
 from tests.support.models import assert_same, state_of
 
@@ -110,3 +111,47 @@ def test_a_state_dict_names_the_way() -> None:
     _, optimizer = run(AdamW, BF16, Split(16))
     with pytest.raises(ValueError, match=r"optstate.load\(..., allow_lossy=True\)"):
         optimizer.load_state_dict(source.state_dict())
+
+
+def test_corrections_of_fp16_weights_are_not_cast_for_bf16_ones(tmp_path: Path) -> None:
+    """Both are kept as "Kahan()", so only the dtype of the parameters tells that they are not the same."""
+    _, there = run(AdamW, torch.float16, Kahan(), STEPS)
+    assert any(bool(state["weight.compensation"].any()) for state in state_of(there))
+    optstate.save(there, tmp_path / "a.safetensors")
+    _, here = run(AdamW, BF16, Kahan(), STEPS)
+    with pytest.raises(optstate.CheckpointError, match="float16.* when it was saved, here it is bfloat16"):
+        optstate.load(here, tmp_path / "a.safetensors")
+    optstate.load(here, tmp_path / "a.safetensors", allow_lossy=True)
+    assert_same(statistics(here), statistics(there))
+    assert not any(bool(state["weight.compensation"].any()) for state in state_of(here))
+
+
+def test_what_stays_as_it_is_is_read_into_place_beside_what_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamFactor keeps the first moment as AdamW8bit does, and the second one in factors: of the large parameters the
+    one is copied and the other converted; the small ones are kept in full by both."""
+    _, there = run(AdamW8bit, FP32, Plain(), STEPS)
+    optstate.save(there, tmp_path / "a.safetensors")
+    in_place: list[int] = []
+    original = load_module.read_part_into
+    monkeypatch.setattr(
+        load_module, "read_part_into", lambda own, stored: (in_place.append(own.numel()), original(own, stored))
+    )
+    _, here = run(AdamFactor, FP32, Plain(), STEPS)
+    optstate.load(here, tmp_path / "a.safetensors", allow_lossy=True)
+    read = [
+        state[key].numel()
+        for state in state_of(there)
+        for key in state
+        if key.startswith("exp_avg") and (not key.startswith("exp_avg_sq") or key == "exp_avg_sq")
+    ]
+    assert sorted(in_place) == sorted(read)
+    for mine, theirs in zip(state_of(here), state_of(there), strict=True):
+        for key in ("exp_avg", "exp_avg.codes", "exp_avg.absmax"):
+            assert (key in mine) == (key in theirs)
+            if key in mine:
+                assert torch.equal(mine[key], theirs[key])
+        if "exp_avg_sq.row" in mine:
+            assert mine["exp_avg_sq.row"].isfinite().all()
+            assert bool(mine["exp_avg_sq.row"].any())

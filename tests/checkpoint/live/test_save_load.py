@@ -272,7 +272,9 @@ class TestTheFile:
     def test_names_that_would_share_tensors_are_refused(self, tmp_path: Path) -> None:
         a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
         optimizer = AdamW([{"params": [("v", a)]}, {"params": [("w", b)]}])
-        optimizer._leaves[a].plan.spec.__dict__["name"] = "w"  # an optimizer refuses such names when it is built
+        optimizer.runner.parameters.leaves[a].plan.spec.__dict__["name"] = (
+            "w"  # an optimizer refuses such names when it is built
+        )
         with pytest.raises(optstate.CheckpointError, match="two parameters are named 'w'"):
             optstate.save(optimizer, tmp_path / "a")
 
@@ -434,10 +436,10 @@ class TestRefusals:
         self.refused(optimizer, tmp_path, "folder")
 
     def test_a_read_that_fails_half_way_stops_the_optimizer(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from optstate.checkpoint.live import native
+        from optstate.checkpoint.live import load
 
         model = mlp(BF16, WIDE)
-        optimizer, original, calls = small(model), native.read_part_into, []
+        optimizer, original, calls = small(model), load.read_part_into, []
 
         def failing(own: torch.Tensor, stored: Any) -> None:
             calls.append(stored)
@@ -445,7 +447,7 @@ class TestRefusals:
                 raise OSError("input/output error")
             original(own, stored)
 
-        monkeypatch.setattr(native, "read_part_into", failing)
+        monkeypatch.setattr(load, "read_part_into", failing)
         with pytest.raises(optstate.CheckpointError, match="reading failed half-way: input/output error"):
             optstate.load(optimizer, file)
         loss_of(model, 0).backward()
@@ -534,7 +536,7 @@ class TestDocument:
 
 MEMORY = """
 import sys, torch, optstate, resource
-from optstate.checkpoint.live import native
+from optstate.checkpoint.live import load, save
 from optstate.recipes import AdamW
 torch.manual_seed(0)
 def build():

@@ -1,39 +1,104 @@
-"""Load state that must be converted on the way: another store, another recipe, another tool's file."""
+"""Plan how a checkpoint is loaded: whether it is what an optimizer keeps, and if not, what it becomes there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import contradictions
-from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter, tensor_key
+from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter, SlotRecord, tensor_key
 from optstate.checkpoint.document.rules import doubts, is_own, stray_keys
+from optstate.checkpoint.files.tensor_bytes import DTYPES
 from optstate.checkpoint.formats import own_state_dict
 from optstate.checkpoint.formats.shared.tree_writer import numbers
-from optstate.checkpoint.operations.convert_values import Recoder
-from optstate.checkpoint.operations.describe_optimizer import described, slot_records, with_tensors
+from optstate.checkpoint.operations.describe_optimizer import described, dtype_name, parameter_names, slot_records
 from optstate.checkpoint.operations.plan_conversion import Conversion
 from optstate.checkpoint.operations.plan_recipe import COUNTED_FROM, change_of_rule, follows, onto
-from optstate.checkpoint.operations.read_values import Values
 from optstate.checkpoint.operations.rule_words import hyper_of
-from optstate.checkpoint.operations.run_conversion import eps_of
-from optstate.distributed.placement import copy_part, here
-from optstate.optimizer import state_dict
 from optstate.optimizer.missing_state import Gap, rule
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.text import shown
 
-__all__ = ["Prepared", "conversion_onto", "is_complete", "prepared_conversion"]
+__all__ = ["conversion_onto", "is_complete", "refuse_differences"]
+
+
+# --- the same state -----------------------------------------------------------------------------------------------
+
+
+def refuse_differences(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Raise ValueError at the first difference between what a file of optstate's own holds and what is kept here."""
+    plan, document, tensors = optimizer.plan(), checkpoint.document, checkpoint.tensors
+    names = parameter_names(optimizer, plan)
+    if len(names) != len(document.parameters):
+        raise ValueError(f"it was saved for {len(document.parameters)} parameters, this optimizer has {len(names)}")
+    used: set[str] = set()
+    for name, own, saved in zip(names, plan, document.parameters, strict=True):
+        by_place = not saved.weights and saved.name.startswith("#")  # of a tool that does not name them
+        if saved.name != name and not by_place:
+            why = "the model or its order differs"
+            if saved.name.startswith("#"):
+                why = "it was saved without names, build the optimizer without names, too, or convert it with --names"
+            elif name.startswith("#"):
+                why = "it was saved with names, build the optimizer with model.named_parameters()"
+            raise ValueError(f"it has {saved.name!r} where this optimizer has {name!r}: {why}")
+        _refuse_other_state(own, saved)
+        if saved.step is None:
+            continue
+        for key, spec in own.fields.items():
+            wanted = tensor_key(saved.name, key)
+            entry = tensors.get(wanted)
+            if entry is None:
+                raise ValueError(f"the tensor '{wanted}' is missing")
+            if (entry.dtype, entry.shape) != (DTYPES[spec.dtype], spec.shape):
+                there, here = f"{entry.dtype} {entry.shape}", f"{DTYPES[spec.dtype]} {spec.shape}"
+                raise ValueError(f"the tensor '{wanted}' is {there}, here it is {here}")
+            used.add(wanted)
+    stray = next((name for name in tensors if name not in used), None)
+    if stray is not None:
+        raise ValueError(f"the tensor '{stray}' belongs to no statistic of this optimizer")
+
+
+def _refuse_other_state(own: ParamPlan, saved: Parameter) -> None:
+    """Raise ValueError if what was saved of a parameter is not what is kept of it here.
+
+    What was converted from another tool's file may say neither dtypes nor how weights are written.
+    """
+    name, dtype = saved.name, dtype_name(own.spec.dtype)
+    there, here = f"{saved.dtype or dtype} {saved.shape}", f"{dtype} {own.spec.shape}"
+    if there != here:
+        raise ValueError(f"{name!r} was {there} when it was saved, here it is {here}")
+    if saved.chain != str(own.chain):
+        raise ValueError(f"{name!r} went through the chain {saved.chain}, here it is {own.chain}: another recipe")
+    if saved.weights and saved.weights != str(own.weights):
+        raise ValueError(f"{name!r} was written by {saved.weights}, here it is by {own.weights}")
+    if saved.step is None:
+        return
+    kept = slot_records(name, own, {})
+    if saved.slots.keys() != kept.keys():
+        raise ValueError(f"{name!r} was saved with {_listed(saved.slots)}, here it keeps {_listed(kept)}")
+    for slot, ours in kept.items():
+        theirs = saved.slots[slot]
+        if theirs.store != ours.store:
+            what = "convert the file, or keep the statistic as it was" if slot != WEIGHT else "write it as before"
+            raise ValueError(f"{name!r}: {slot} was saved in {theirs.store}, here it is kept in {ours.store}; {what}")
+        if theirs.codebook != ours.codebook:
+            raise ValueError(f"{name!r}: {slot} has codes of {theirs.codebook or 'no map'}, here of {ours.codebook}")
+        if replace(theirs, of=ours.of, beta=ours.beta) != ours:  # these two say only what the chain says, too
+            raise ValueError(f"{name!r}: {slot} was saved as {theirs}, here it is {ours}")
+
+
+def _listed(slots: Mapping[str, SlotRecord]) -> str:
+    return ", ".join(slots) or "no statistics"
+
+
+# --- other state --------------------------------------------------------------------------------------------------
 
 
 def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool = False) -> Conversion:
-    """What a checkpoint becomes in this optimizer: its plan, and the file's hyper-parameters where they mean the same.
+    """Plan what a checkpoint becomes here: the optimizer's plan, and the file's hyper-parameters if they mean the same.
 
     anew: whether what is kept for writing weights may begin anew, where the file's were of another dtype or written in
     another way. It is without transfers then.
@@ -61,8 +126,11 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool 
 
 
 def is_complete(checkpoint: Checkpoint) -> bool:
-    """Whether there is state for all parameters that trained: this library keeps it from the beginning, others make it
-    at the first update, and torch.distributed.checkpoint leaves out what is frozen when it is saved."""
+    """Tell whether there is state for all parameters that trained.
+
+    This library keeps it from the beginning, others make it at the first update, and torch.distributed.checkpoint
+    leaves out what is frozen when it is saved.
+    """
     document = checkpoint.document
     first = document.history[0] if document.history else {}
     origin = first.get("from") if isinstance(first, dict) else None
@@ -97,86 +165,16 @@ def _plain(group: Group) -> dict[str, Any]:
 
 
 def _without_begun(own: Parameter, source: Parameter) -> Parameter:
-    """The parameter without what is kept for writing it, if the file keeps nothing for that."""
+    """Return the parameter without what is kept for writing it, if the file keeps nothing like it."""
     theirs, ours = source.slots.get(WEIGHT), own.slots.get(WEIGHT)
-    if ours is None or (theirs is not None and theirs.store == ours.store):
+    same_dtype = not source.dtype or source.dtype == own.dtype  # what corrects an fp16 weight is nothing to a bf16 one
+    if ours is None or (theirs is not None and theirs.store == ours.store and same_dtype):
         return own
     return replace(own, slots={slot: record for slot, record in own.slots.items() if slot != WEIGHT})
 
 
-Prepared = tuple[Mapping[str, Any], Callable[[Tensor, Tensor], Any]]
-"""A `state_dict` with stand-ins for its tensors, and what copies the values of a stand-in into a tensor."""
-
-
-def prepared_conversion(optimizer: Optimizer, conversion: Conversion) -> Prepared:
-    """The conversion's numbers as a state dict, to be made one parameter at a time while they are copied.
-
-    Copying raises OSError or UnreadableStatisticError if the file cannot be read, or holds numbers that are not finite
-    where they would have to be changed.
-    """
-    source = _Source(conversion)
-    state: dict[int, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = []
-    for i, (param, plan) in enumerate(zip(conversion.document.parameters, optimizer.plan(), strict=True)):
-        if param.step is not None:
-            keys = {key: tensor_key(param.name, key) for key in plan.fields}
-            state[i] = {key: source.stand_in(keys[key], spec.shape, spec.dtype) for key, spec in plan.fields.items()}
-            state[i]["step"] = param.step
-    for group, own in zip(conversion.document.groups, optimizer.param_groups, strict=True):
-        first = sum(len(before["params"]) for before in groups)
-        hyper: dict[str, Any] = {key: with_tensors(value, own.get(key)) for key, value in group.hyper.items()}
-        # What a parameter is, is this run's to say.
-        hyper |= {key: own[key] for key in ("role", "head_size") if key in own}
-        groups.append({**hyper, "params": list(range(first, first + len(group.parameters)))})
-    header = {
-        "version": state_dict.VERSION,
-        "clip_grad_norm": conversion.document.clip_grad_norm,
-        "weights": {i: param.weights for i, param in enumerate(conversion.document.parameters) if param.weights},
-        state_dict.COMPLETE: is_complete(conversion.checkpoint),
-        state_dict.NAMES_COMPARED: True,
-    }
-    return {"state": state, "param_groups": groups, state_dict.KEY: header}, source.copy
-
-
-class _Source:
-    """Gives the converted tensors of a parameter when the first of them is asked for, and keeps no others."""
-
-    def __init__(self, conversion: Conversion) -> None:
-        self.conversion = conversion
-        self.recoder = Recoder(Values(conversion.checkpoint))
-        self.places: dict[int, str] = {}
-        self.stand_ins: list[Tensor] = []  # alive, so that none takes another's id
-        self.ready: dict[str, Tensor] = {}
-        self.owners = {
-            key: transfers[0].parameter
-            for transfers in conversion.transfers.values()
-            for transfer in transfers
-            for key in transfer.record.fields.values()
-        }
-
-    def stand_in(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor without values for the one of this key."""
-        tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        self.places[id(tensor)] = key
-        self.stand_ins.append(tensor)
-        return tensor
-
-    def copy(self, own: Tensor, stand_in: Tensor) -> None:
-        """Fill `own` with the values of a stand-in."""
-        key = self.places[id(stand_in)]
-        if key not in self.owners:  # it begins anew
-            here(own).zero_()
-            return
-        if key not in self.ready:
-            param = self.owners[key]
-            hyper = self.conversion.checkpoint.document.groups[param.group].hyper
-            self.ready = {}
-            self.recoder.carry(param, self.conversion.transfers[param.name], eps_of(hyper), self.ready.__setitem__)
-        copy_part(own, self.ready.pop(key))
-
-
 def _matched(own: Document, checkpoint: Checkpoint, anew: bool) -> list[Parameter]:
-    """The file's parameters, if they are this optimizer's in the same order and groups."""
+    """Return the file's parameters, if they are this optimizer's in the same order and groups."""
     theirs = checkpoint.document
     counts = [[len(group.parameters) for group in document.groups] for document in (own, theirs)]
     if counts[0] != counts[1]:
@@ -207,8 +205,11 @@ def _check_sizes(checkpoint: Checkpoint, sources: Sequence[Parameter]) -> None:
 def _groups(
     own: Document, plan: Plan, theirs: Document, sources: Sequence[Parameter]
 ) -> tuple[tuple[Group, ...], tuple[str, ...], tuple[str, ...]]:
-    """This optimizer's groups, with the file's hyper-parameters where a group goes through the same chain; what a step
-    will do otherwise where it does not; and what the file does not say."""
+    """Give this optimizer's groups the file's hyper-parameters where they go through the same chain.
+
+    Returns:
+        The groups, what a step will do otherwise where the chain is another, and what the file does not say.
+    """
     groups, first, strays = [], 0, stray_keys(theirs)
     changes: dict[str, None] = {}
     missing: dict[str, None] = {}
@@ -233,8 +234,7 @@ def _groups(
 
 
 def _unclipped(own: Document, theirs: Document) -> list[str]:
-    """What to say if the file's run clipped gradients by a norm, as lomo-optim's groups tell, too, and this one does
-    not."""
+    """Say that the file's run clipped gradients by a norm, as lomo-optim's groups tell, too, if this one does not."""
     said = [theirs.clip_grad_norm, *(group.hyper.get("clip_grad_norm") for group in theirs.groups)]
     norms = dict.fromkeys(norm for norm in said if isinstance(norm, int | float) and norm != own.clip_grad_norm)
     return [

@@ -1,0 +1,28 @@
+"""The codec of a parameter whose value is not simply what the parameter holds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+__all__ = ["WeightCodec"]
+
+
+class WeightCodec:
+    """Reads and writes the value of a parameter of low precision, chunk by chunk.
+
+    `start` is always the flat index of the chunk's first element in the part of the parameter on this device; chunks
+    are ranges in row-major order.
+    """
+
+    adds_bits: ClassVar[bool] = False
+    """Whether the value has more bits than the parameter holds, kept elsewhere by the codec."""
+
+    def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
+        """Write the fp32 value of the chunk `param` into `out`, a tensor of its shape, and return `out`."""
+        return out.copy_(param)
+
+    def write(self, param: Tensor, value: Tensor, start: int) -> None:
+        """Make `value`, fp32 in the shape of `param`, the value of the chunk `param`; may overwrite `value`."""
+        raise NotImplementedError

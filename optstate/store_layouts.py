@@ -1,0 +1,232 @@
+"""The tensors that every store of this library keeps, computed from shapes alone. Imports no torch.
+
+`Store.fields` and `Weights.fields` build what is allocated from these functions, and reading a file without torch
+judges its tensors by the same ones: there is one source of sizes. A store of another package writes its own `fields`
+and has no layout here; without torch its tensors are not judged, with torch its class is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+from optstate.text import parsed_call
+
+__all__ = [
+    "ACCUMULATOR",
+    "FEWEST_CODED",
+    "PARAMETER",
+    "FieldLayout",
+    "Layouts",
+    "axis_maxima",
+    "axis_names",
+    "blocks",
+    "factored",
+    "full",
+    "group_means",
+    "is_small",
+    "kahan",
+    "kept_bytes",
+    "layouts_of",
+    "packed_blocks",
+    "rank_one_codes",
+    "split",
+]
+
+Shape = tuple[int, ...]
+
+ACCUMULATOR = "accumulator"
+"""The dtype of arithmetic: float32, or float64 for parameters of that dtype."""
+
+PARAMETER = "parameter"
+"""The dtype of the parameter itself."""
+
+SIZES = {ACCUMULATOR: 4, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "float8_e4m3fn": 1}
+"""Bytes of one element, for parameters of any dtype but float64."""
+
+FEWEST_CODED = 4096
+"""Statistics of fewer elements stay in fp32, as in bitsandbytes and torchao: they weigh nothing and are the sensitive
+ones."""
+
+
+class FieldLayout(NamedTuple):
+    """One tensor of a statistic, with the meaning of `optstate.stores.FieldSpec`; dtype is torch's name as text."""
+
+    shape: Shape
+    dtype: str
+    dims: tuple[int, ...] = ()
+    per: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * SIZES[self.dtype]
+
+
+Layouts = dict[str, FieldLayout]
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def full(shape: Shape, dtype: str | None = None, stochastic: bool | None = None) -> Layouts:
+    """Return the layout of one number per element."""
+    return {"": _alike(shape, dtype or ACCUMULATOR)}
+
+
+def factored(shape: Shape) -> Layouts:
+    """Return the layout of the row and column means of the last two dimensions.
+
+    Raises:
+        ValueError: for fewer than two dimensions.
+    """
+    *batch, rows, cols = shape
+    dims = tuple(range(len(shape)))
+    return {
+        "row": FieldLayout((*batch, rows), ACCUMULATOR, dims[:-1]),
+        "col": FieldLayout((*batch, cols), ACCUMULATOR, (*dims[:-2], dims[-1])),
+    }
+
+
+def group_means(shape: Shape, by: str | int, cut: bool = False) -> Layouts:
+    """Return the layout of one mean per group of rows; `by` and the groups are those of `optstate.stores.Grouped`.
+
+    cut: whether a group's rows may be on several devices, each of which then has all means.
+
+    Raises:
+        ValueError: for a `by` without a number of rows.
+    """
+    if by == "tensor":
+        return {"mean": FieldLayout((), ACCUMULATOR)}
+    return {"mean": FieldLayout((shape[0] // (1 if by == "row" else int(by)),), ACCUMULATOR, () if cut else (0,))}
+
+
+def axis_names(ndim: int) -> list[str]:
+    """Return `row` and `col` for the last two dimensions, `axis0`, `axis1`, ... for those before."""
+    return [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
+
+
+def axis_maxima(shape: Shape, dtype: str = ACCUMULATOR) -> Layouts:
+    """Return the layout of one number per index of every dimension.
+
+    Raises:
+        ValueError: for fewer than two dimensions.
+    """
+    return {
+        name: FieldLayout((size,), dtype, (i,))
+        for i, (name, size) in enumerate(zip(axis_names(len(shape)), shape, strict=True))
+    }
+
+
+def blocks(shape: Shape, block: int = 256, signed: bool = True, codes: str = "uint8") -> Layouts:
+    """Return the layout of one code per element and one fp32 maximum per block of consecutive elements."""
+    return {"codes": _alike(shape, codes), "absmax": _per_block(shape, block)}
+
+
+def packed_blocks(shape: Shape, block: int = 128, rank1: bool = False, signed: bool = True) -> Layouts:
+    """Return the layout of two codes a byte and one fp32 maximum per block; per row and column with `rank1`."""
+    if rank1:
+        return rank_one_codes(shape)
+    return {"codes": _per_byte(shape), "absmax": _per_block(shape, block)}
+
+
+def rank_one_codes(shape: Shape) -> Layouts:
+    """Return the layout of two codes a byte and one fp32 maximum per index of every dimension."""
+    return {"codes": _per_byte(shape), **axis_maxima(shape, "float32")}
+
+
+def _alike(shape: Shape, dtype: str) -> FieldLayout:
+    return FieldLayout(shape, dtype, tuple(range(len(shape))))
+
+
+def _per_block(shape: Shape, block: int) -> FieldLayout:
+    return FieldLayout((-(-prod(shape) // block),), "float32", (), block)
+
+
+def _per_byte(shape: Shape) -> FieldLayout:
+    return FieldLayout((-(-prod(shape) // 2),), "uint8", (), 2)
+
+
+# --- what is kept for writing weights -----------------------------------------------------------------------------
+
+
+def kahan(shape: Shape) -> Layouts:
+    """Return the layout of what `weights.Kahan` keeps: a number of the parameter's dtype per element."""
+    return {"compensation": _alike(shape, PARAMETER)}
+
+
+def split(shape: Shape, bits: int) -> Layouts:
+    """Return the layout of what `weights.Split` keeps: 8 or 16 more bits per element."""
+    return {"correction": _alike(shape, f"int{bits}")}
+
+
+# --- by the words of a store --------------------------------------------------------------------------------------
+
+
+def _float8(shape: Shape, block: int = 256, signed: bool = True) -> Layouts:
+    return blocks(shape, block, codes="float8_e4m3fn")
+
+
+_LAYOUTS: dict[str, Callable[..., Layouts]] = {
+    "axismax": axis_maxima,
+    "block4": packed_blocks,
+    "block8": blocks,
+    "factored": factored,
+    "float8": _float8,
+    "full": full,
+    "grouped": group_means,
+    "kahan": kahan,
+    "split": split,
+}
+
+_CODED = ("block4", "block8", "float8")
+
+
+@lru_cache(maxsize=4096)
+def layouts_of(words: str, shape: Shape, block: int = 0) -> Layouts | None:
+    """Return the tensors of a statistic in the store that `words` name, which is fitted to this shape already.
+
+    The words of a way to write weights give what is kept for the weight.
+
+    block: the elements per scale if a file gives them beside the words, 0 if not.
+
+    Returns None for stores that are not this library's, and {} where ours cannot keep this shape or is impossible.
+    """
+    call = _call(words)
+    if call is None or call[0] not in _LAYOUTS:
+        return None
+    name, arguments, named = call
+    if block and name in _CODED:
+        arguments, named = (), {**named, "block": block}
+    try:
+        return _LAYOUTS[name](shape, *arguments, **named)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        return {}
+
+
+def is_small(shape: Shape) -> bool:
+    """Return whether stores of few bits keep a statistic of this shape in full."""
+    return prod(shape) < FEWEST_CODED
+
+
+@lru_cache(maxsize=4096)
+def kept_bytes(words: str, shape: Shape) -> int:
+    """Return the bytes of a statistic for which a recipe asks for the store that `words` name, on one device.
+
+    Stores keep some shapes in full. Parameters of any dtype but float64.
+    """
+    name = words.partition("(")[0].lower()
+    in_full = is_small(shape) if name in _CODED else len(shape) < 2
+    found = full(shape) if in_full and name != "full" else layouts_of(words, shape)
+    return sum(field.nbytes for field in (found or {}).values())
+
+
+@lru_cache(maxsize=256)
+def _call(words: str) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+    """Return the name in lower case, the arguments and the named arguments of words; None if they are no such call."""
+    try:
+        return parsed_call(words)
+    except ValueError:
+        return None

@@ -1,0 +1,175 @@
+"""Simulated devices: a parameter cut into parts whose steps run in lock-step in this process.
+
+No process group is needed: what the parts ask for is added up here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optstate.distributed.sums import lock_step
+from optstate.optimizer.chain_step import context, run_chain
+from optstate.optimizer.optimizer import Optimizer
+from optstate.optimizer.plan import ParamPlan, plan_parameter
+from optstate.spec import FieldSpec, ParamSpec, Region
+from optstate.stores import Guard, Largest, Partial
+
+__all__ = ["CutParameter", "gradient_of", "noise"]
+
+HEAD_SIZE = 16
+
+
+def noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Return normal numbers of this shape, fp32, which are the same for the same seed."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def gradient_of(shape: Sequence[int], step: int) -> Tensor:
+    """Return the gradient of a step, fp32: small in odd steps, large in even ones."""
+    return noise(shape, 100 + step) * (0.1 if step % 2 else 3.0)
+
+
+def _cut(size: int, parts: int, index: int) -> slice:
+    """Which part of a dimension a device has: chunks as `torch.chunk` makes them, the last ones smaller or empty."""
+    chunk = -(-size // parts)
+    return slice(min(index * chunk, size), min((index + 1) * chunk, size))
+
+
+class DevicePart:
+    """What one simulated device has: its place among the parts, its plan, and its part of the state."""
+
+    def __init__(self, spec: ParamSpec, place: tuple[int, ...], optimizer: Optimizer) -> None:
+        self.place, self.plan = place, plan_parameter(spec, optimizer.recipe, "auto", trainable=True)
+        assert spec.region is not None
+        self.region = spec.region
+        self.state: dict[str, Any] = {}
+        for key, field in self.plan.fields.items():
+            self.state[key] = torch.zeros(field.layout(spec)[0], dtype=field.dtype)[self.of_field(field)].clone()
+
+    def of_field(self, field: FieldSpec) -> tuple[slice, ...]:
+        """Return what cuts this device's part out of a whole field."""
+        shape, dims = field.layout(self.plan.spec)
+        if not dims:
+            return (slice(None),) * len(shape)
+        return tuple(_cut(n, self.region.parts[d], self.place[d]) for n, d in zip(shape, dims, strict=True))
+
+    def step(self, param: Tensor, grad: Tensor, group: dict[str, Any], step: int) -> Iterator[Any]:
+        """Run one step; yields every request with the device that makes it."""
+        guard = Guard(self.plan.spec.name, grad)
+        requests: Any = run_chain(
+            self.plan, self.state, context(self.plan, self.state, param, grad, group, step, guard)
+        )
+        reply = None
+        while True:
+            try:
+                request = requests.send(reply)
+            except StopIteration:
+                return
+            reply = yield self, request
+
+
+class CutParameter:
+    """A parameter in one piece, and the same one cut `parts[d]` times along every dimension d.
+
+    recipe: makes an optimizer of a list with one param group.
+
+    Attributes:
+        rounds: how often the devices asked for something in every step.
+
+    Raises:
+        ValueError: if the recipe cannot keep a parameter in these parts.
+    """
+
+    def __init__(
+        self,
+        recipe: Callable[..., Optimizer],
+        shape: Sequence[int],
+        parts: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape, self.parts = tuple(shape), tuple(parts)
+        self.whole = nn.Parameter(noise(shape, 1).to(dtype))
+        self.optimizer = recipe([{"params": [("p", self.whole)], "head_size": HEAD_SIZE}])
+        self.devices = [self._part(place) for place in product(*map(range, parts))]
+        self.params = [self.whole.detach()[part.region.index].clone() for part in self.devices]
+        self.rounds: list[int] = []
+
+    def _part(self, place: tuple[int, ...]) -> DevicePart:
+        index = [_cut(n, count, i) for n, count, i in zip(self.shape, self.parts, place, strict=True)]
+        offset, size = tuple(s.start for s in index), tuple(s.stop - s.start for s in index)
+        region = Region(self.shape, offset, size, self.parts)
+        spec = ParamSpec(name="p", shape=self.shape, dtype=self.whole.dtype, head_size=HEAD_SIZE, region=region)
+        return DevicePart(spec, place, self.optimizer)
+
+    @property
+    def plan(self) -> ParamPlan:
+        """The plan of the first device."""
+        return self.devices[0].plan
+
+    def train(self, steps: int) -> None:
+        """Make steps on all devices, and on the whole parameter."""
+        for step in range(1, steps + 1):
+            grad = gradient_of(self.shape, step).to(self.whole.dtype)
+            group = self.optimizer.param_groups[0]
+            self.rounds.append(0)
+            with torch.no_grad():
+                runs = [
+                    part.step(param, grad[part.region.index].clone(), group, step)
+                    for part, param in zip(self.devices, self.params, strict=True)
+                ]
+                lock_step(runs, self._reply)  # type: ignore[arg-type]
+            self.whole.grad = grad.clone()
+            self.optimizer.step()
+
+    def _reply(self, pending: list[tuple[DevicePart, Any]]) -> list[Any]:
+        self.rounds[-1] += 1
+        if len(pending) != len(self.devices):
+            raise RuntimeError(f"{len(pending)} of {len(self.devices)} devices ask for a sum: the others would wait")
+        return [self._total(part, request, pending, ()) for part, request in pending]
+
+    def _total(
+        self, part: DevicePart, request: Any, pending: list[tuple[DevicePart, Any]], path: tuple[int, ...]
+    ) -> Any:
+        """What a device gets: its request added up over the devices that differ from it along the dimensions asked."""
+        if isinstance(request, tuple) and not isinstance(request, Partial | Largest):
+            return tuple(self._total(part, item, pending, (*path, i)) for i, item in enumerate(request))
+        ndim = len(self.shape)
+        dim = None if isinstance(request, Tensor) else request.dim
+        dims = range(ndim) if dim is None else [d % ndim for d in ([dim] if isinstance(dim, int) else dim)]
+        values = []
+        for other, theirs in pending:
+            if all(other.place[d] == part.place[d] for d in range(ndim) if d not in dims):
+                for i in path:
+                    theirs = theirs[i]
+                if type(theirs) is not type(request):
+                    raise RuntimeError(f"one device asks for {type(request)}, another for {type(theirs)}")
+                values.append(theirs if isinstance(theirs, Tensor) else theirs.local)
+        stacked = torch.stack(values)
+        return stacked.amax(0) if isinstance(request, Largest) else stacked.sum(0)
+
+    def joined(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the parameter and its state, put together.
+
+        Raises:
+            RuntimeError: if what several devices have is not the same on all of them.
+        """
+        param, seen = torch.full(self.shape, math.nan, dtype=self.whole.dtype), dict[str, Tensor]()
+        for part, mine in zip(self.devices, self.params, strict=True):
+            param[part.region.index] = mine
+            for key, field in part.plan.fields.items():
+                shape, dims = field.layout(part.plan.spec)
+                whole = seen.setdefault(key, torch.zeros(shape, dtype=field.dtype))
+                if not dims and part is not self.devices[0] and not torch.equal(whole, part.state[key]):
+                    raise RuntimeError(f"{key} is kept by every device, and differs between them")
+                whole[part.of_field(field)] = part.state[key]
+        return param, seen
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """Return the state of the parameter in one piece."""
+        return {key: value for key, value in self.optimizer.state[self.whole].items() if key != "step"}
