@@ -278,7 +278,7 @@ FUSED_ADAM = OtherRule(
 
 
 def stem_of(optimizer: str) -> str:
-    """An optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
+    """Return an optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
     stem = optimizer.lower().replace("_", "").replace("-", "").removeprefix("paged")
     for bits in ("8bit", "4bit", "32bit", "fp8"):
         stem = stem.removesuffix(bits)
@@ -296,7 +296,7 @@ _BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.kind, stem_of(rule.optimi
 
 
 def rule_named(kind: str, optimizer: str) -> OtherRule | None:
-    """The rule of a library's class; None if it is not in the table.
+    """Return the rule of a library's class; None if it is not in the table.
 
     kind: which library, as `Document.source` has it. optimizer: in any spelling, with or without bits, as
     "AdamW8bit".
@@ -324,8 +324,9 @@ FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem)
 
 
 def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
-    """The rule that param groups are of by their keys alone, among those whose state looks like Adam's: of the rest
-    their statistics tell. None if the keys are nobody's.
+    """Return the rule that param groups are of by their keys alone; None if the keys are nobody's.
+
+    Only rules whose state looks like Adam's are asked: of the rest their statistics tell.
     """
     keys = [set(group) for group in groups]
     common = set.intersection(*keys) if keys else set()
