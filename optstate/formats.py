@@ -8,43 +8,64 @@ Imports no torch: neither should the module that declares a format, or `optstate
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED
+from optstate.checkpoint.formats.registry import find_format, find_formats
+from optstate.checkpoint.formats.shared.format import Format, NewFolder
+from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
 from optstate.checkpoint.formats.shared.state_dict import StateDict
-from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND, SQUARE, UNKNOWN, Meaning
-from optstate.checkpoint.formats.shared.tables import (
-    Kept,
-    Layout,
-    by_key,
-    factored,
-    read_tables,
-    whole,
-    write_tables,
+from optstate.checkpoint.formats.shared.statistics import (
+    ADAFACTOR,
+    ADAM,
+    CAME,
+    FIRST,
+    LION,
+    SECOND,
+    SGD,
+    SM3,
+    SQUARE,
+    UNKNOWN,
+    Meaning,
 )
-from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
+from optstate.checkpoint.formats.shared.tables import Kept, Layout, by_key, factored, read_tables, whole, write_tables
+from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter, check_rule, check_statistics
 from optstate.other_libraries import OtherRule, Switch
 
 __all__ = [
+    "ADAFACTOR",
+    "ADAM",
+    "CAME",
     "FIRST",
+    "LION",
     "NEEDED",
     "SECOND",
+    "SGD",
+    "SM3",
     "SQUARE",
     "UNKNOWN",
     "Checkpoint",
     "CheckpointError",
+    "Draft",
     "Format",
     "Kept",
     "Layout",
     "LayoutError",
     "Meaning",
+    "NewFolder",
     "OtherRule",
+    "Source",
     "StateDict",
     "Switch",
     "Tree",
     "TreeWriter",
     "by_key",
+    "check_rule",
+    "check_statistics",
+    "checkpoint_of",
     "factored",
+    "find_format",
+    "find_formats",
     "read_tables",
+    "translate",
     "whole",
     "write_tables",
 ]

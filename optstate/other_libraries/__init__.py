@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optstate.other_libraries.flags import Departure, OtherRule, Switch, departures, followed, strays, visible
-from optstate.other_libraries.libraries import ALL, FORMATS, rule_named, rule_with_keys, stem_of
+from optstate.other_libraries.libraries import ALL, FORMATS, other_formats, rule_named, rule_with_keys, stem_of
 
 __all__ = [
     "ALL",
@@ -13,6 +13,7 @@ __all__ = [
     "Switch",
     "departures",
     "followed",
+    "other_formats",
     "rule_named",
     "rule_with_keys",
     "stem_of",

@@ -25,7 +25,7 @@ HEADS = "first moments of queries and keys have the shape of their blocks; the p
 
 
 def read_adam_mini(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of adam-mini; None if it is not its layout."""
+    """Return a checkpoint of adam-mini; None if it is not its layout."""
     if not {"name", "beta1", "beta2", "eps"} <= found.keys or not found.kept <= KEYS:
         return None
     names = [group["name"] for group in found.groups]
@@ -67,7 +67,7 @@ def _blocks(draft: Draft, first: Stored, means: Stored) -> None:
 
 
 def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
-    """The hyper-parameters in our words, which have both weights of the past as `betas`."""
+    """Return the hyper-parameters in our words, which have both weights of the past as `betas`."""
     if not {"beta1", "beta2"} <= hyper.keys():
         return hyper
     rest = {key: value for key, value in hyper.items() if key not in ("beta1", "beta2")}

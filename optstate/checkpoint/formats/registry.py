@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -31,13 +32,14 @@ from optstate.checkpoint.formats.shared.state_by_name import find_attributes
 from optstate.checkpoint.formats.shared.state_dict import state_dict_of
 from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
-from optstate.other_libraries import FORMATS
+from optstate.other_libraries import other_formats
 from optstate.text import shown
 
 __all__ = [
     "LayoutError",
     "NewState",
     "choose_format",
+    "find_folder_format",
     "find_format",
     "find_formats",
     "read_state_dict",
@@ -66,17 +68,21 @@ def find_formats() -> list[Format]:
     Those that a file names itself come first, then those that its keys tell; among these other packages' before ours,
     since theirs may be a variant of what is known here.
     """
-    others = [FORMATS.get(name) for name in FORMATS.names()]
-    return sorted([*others, *_own_formats()], key=lambda found: not found.names_itself)
+    return sorted([*other_formats(), *_own_formats()], key=lambda found: not found.names_itself)
 
 
 def find_format(name: str) -> Format | None:
-    """The format of a library; None if there is none."""
+    """Return the format of a library; None if there is none."""
     return next((found for found in find_formats() if found.name == name), None)
 
 
+def find_folder_format(path: Path) -> Format | None:
+    """Return the format whose library wrote a folder; None if none says that it did."""
+    return next((found for found in find_formats() if found.is_at is not None and found.is_at(path)), None)
+
+
 def writable_formats() -> tuple[str, ...]:
-    """The names of all libraries whose files can be written, sorted."""
+    """Return the names of all libraries whose files can be written, sorted."""
     return tuple(sorted(found.name for found in find_formats() if found.write is not None))
 
 
@@ -84,7 +90,7 @@ def writable_formats() -> tuple[str, ...]:
 
 
 def read_torch_file(path: str | os.PathLike[str], key: str | None = None, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint of what torch.save wrote.
+    """Return a checkpoint of what torch.save wrote.
 
     key: where in the file the optimizer's state is, as "optimizer" or "optimizer_states.0"; found if there is one only.
     optimizer: its name, where the file does not tell it.
@@ -116,7 +122,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def read_state_dict(tree: Any, path: str, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint of one optimizer's state, as plain data with `Stored` tensors: of the first format that knows it.
+    """Return a checkpoint of plain data with `Stored` tensors, as the first format reads it that knows the state.
 
     Raises:
         CheckpointError: naming the first parameter whose state is not what its library writes.
@@ -130,7 +136,7 @@ def read_state_dict(tree: Any, path: str, optimizer: str | None = None) -> Check
 
 
 def translate_group(document: Document, group: Group) -> dict[str, Any]:
-    """A group's hyper-parameters under the keys and with the values that groups of the document's recipe have.
+    """Return a group's hyper-parameters under the keys and with the values that groups of the document's recipe have.
 
     What our recipe does not have stays as it is.
     """
@@ -158,7 +164,7 @@ class NewState:
 
 
 def write_state(name: str, document: Document, entries: Mapping[str, NewEntry]) -> NewState:
-    """The content of a library's file: `state`, `param_groups`, and what else it has at the top.
+    """Return the content of a library's file: `state`, `param_groups`, and what else it has at the top.
 
     Statistics are NewTensors under the document's keys, in the shapes that the library has. A document that came from
     this library gives the file it came from.
@@ -189,8 +195,10 @@ def write_state(name: str, document: Document, entries: Mapping[str, NewEntry]) 
 
 
 def choose_format(document: Document) -> str:
-    """The library to write when nobody says which: the one a document came from if that still has all its stores, else
-    the one with the fewest stores that has its rule and its stores.
+    """Return the library to write when nobody says which.
+
+    That is the one a document came from if the library still has all its stores, else the library with the fewest
+    stores that has its rule and its stores.
 
     Raises:
         LayoutError: if there is none, or several.

@@ -50,7 +50,7 @@ def _store_of(value: Any) -> str | None:
 
 
 def read_torchao(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of torchao's low-bit optimizers; None if it is not their layout.
+    """Return a checkpoint of torchao's low-bit optimizers; None if it is not their layout.
 
     optimizer: "Adam8bit" and so on, which the file does not tell from "AdamW8bit".
     """
@@ -94,7 +94,7 @@ def _low_bit(draft: Draft, slot: str, value: Object, meaning: Meaning) -> None:
 
 
 def _shape(draft: Draft, slot: str, store: str, codes: Stored, state: dict[str, Any]) -> tuple[int, ...]:
-    """The parameter's shape: that of the codes, unless two share a byte."""
+    """Return the parameter's shape: that of the codes, unless two share a byte."""
     if store != "Block4":
         return codes.shape
     shape = state.get("_shape")
@@ -118,7 +118,7 @@ _MODULE = "torchao.optim.subclass_"
 
 
 def write_torchao(writer: TreeWriter) -> Tree:
-    """What torchao's AdamW8bit, AdamW4bit and AdamWFp8 keep: tensors of classes of its own, or plain ones.
+    """Return what torchao's AdamW8bit, AdamW4bit and AdamWFp8 keep: tensors of classes of its own, or plain ones.
 
     Raises:
         LayoutError: for what they do not keep.
@@ -168,7 +168,7 @@ def _class_of(
     shape: tuple[int, ...],
     state: Mapping[str, Any],
 ) -> tuple[str, str, tuple[int, ...], dict[str, Any]]:
-    """The name, dtype, shape and attributes of the tensor that torchao makes."""
+    """Return the name, dtype, shape and attributes of the tensor that torchao makes."""
     dtype = FLOATS.get(param.dtype, "F32")
     if store == "Float8":
         if "scale" not in record.fields:

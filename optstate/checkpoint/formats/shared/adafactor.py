@@ -32,7 +32,7 @@ def averages_steps(chain: ChainWords) -> bool:
 
 
 def find_arguments(hyper: Mapping[str, Any], chain: ChainWords, of_torch: bool) -> dict[str, Any]:
-    """The arguments of our Adafactor that are no hyper-parameters of its groups.
+    """Return the arguments of our Adafactor that are no hyper-parameters of its groups.
 
     hyper: in our words. chain: empty where the file does not tell it. of_torch: whether the file is torch's.
     """
@@ -77,7 +77,7 @@ class AdafactorRule:
 
 
 def read_rule(writer: TreeWriter, place: int, group: Group) -> AdafactorRule:
-    """What the group at a place does.
+    """Return what the group at a place does.
 
     Raises:
         LayoutError: for what no library can express, or numbers that the rule cannot have.

@@ -20,8 +20,9 @@ NOTE = "an optimizer that is not known here: its statistics are kept as they are
 
 
 def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint with a slot for every tensor and list of tensors; none of them is taken for a statistic of a known
-    meaning. Lists themselves are among the plain values, with None in the place of each tensor.
+    """Return a checkpoint with a slot for every tensor and list of tensors, whose meanings are not known.
+
+    Lists themselves are among the plain values, with None in the place of each tensor.
 
     Raises:
         CheckpointError: naming the parameter and the value, if any is neither a tensor nor plain.
@@ -73,7 +74,7 @@ def _spelling(found: StateDict) -> dict[str, str]:
 
 
 def _identifier(key: str) -> str:
-    """The key, with "_" for what cannot be in the name of a slot."""
+    """Return the key, with "_" for what cannot be in the name of a slot."""
     name = "".join(c if c.isidentifier() or (c.isdigit() and c.isascii()) else "_" for c in key)
     return name if name.isidentifier() else f"slot_{name}"
 
@@ -91,14 +92,14 @@ def write_any(writer: TreeWriter, param: Parameter, slot: str, extra: Tree) -> T
 
 
 def _spelled(writer: TreeWriter, slot: str) -> str:
-    """The key of a statistic: as it was in the file, if that names no slot."""
+    """Return the key of a statistic: as it was in the file, if that names no slot."""
     spelling = writer.document.source.get("spelling") if writer.same else None
     key = spelling.get(slot, slot) if isinstance(spelling, dict) else slot
     return key if isinstance(key, str) else slot
 
 
 def _filled(writer: TreeWriter, param: Parameter, slot: str, lists: Any) -> Any:
-    """Lists that a file had, with the tensors in their places again."""
+    """Return lists that a file had, with the tensors in their places again."""
     record, left = param.slots[slot], dict(param.slots[slot].fields)
 
     def fill(value: Any, place: str) -> Any:

@@ -25,7 +25,7 @@ def is_sm3(found: StateDict) -> bool:
 
 
 def read_sm3(found: StateDict, library: str) -> Checkpoint:
-    """A checkpoint of SM3 as a library has it."""
+    """Return a checkpoint of SM3 as a library has it."""
     return checkpoint_of(found, Source(library, library, "SM3", "sm3"), _say)
 
 
@@ -74,7 +74,7 @@ AXIS_MAX = "AxisMax()"
 
 
 def write_accumulators(writer: TreeWriter, param: Parameter, record: SlotRecord) -> Tree:
-    """The maxima along every dimension, each in a shape that broadcasts against the parameter."""
+    """Return the maxima along every dimension, each in a shape that broadcasts against the parameter."""
     if record.store != AXIS_MAX:
         whole = writer.full(param, "accumulator", record)
         if len(whole.shape) > 1:

@@ -41,7 +41,7 @@ def completed(
     files: Iterable[str | os.PathLike[str]],
     notes: Iterable[str],
 ) -> Checkpoint:
-    """The checkpoint of a folder, of one that was made of its optimizer's state.
+    """Return the checkpoint of a folder, of one that was made of its optimizer's state.
 
     weights: by the parameters' names, as far as they are known. source: as in `Document.source`, with the kind.
 

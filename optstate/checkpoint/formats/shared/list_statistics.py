@@ -20,7 +20,7 @@ def has_tensors(value: Any, depth: int = 0) -> bool:
 
 
 def taken_apart(value: Any) -> tuple[dict[str, Stored], Any]:
-    """The tensors in lists by their places, as "0" or "1_0", and the lists with None in the place of each tensor."""
+    """Return the tensors in lists by their places, as "0" or "1_0", and the lists with None in those places."""
     found: dict[str, Stored] = {}
 
     def without(item: Any, place: str) -> Any:

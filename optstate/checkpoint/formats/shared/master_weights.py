@@ -20,7 +20,7 @@ NOTE = "weights in fp32 beside the optimizer's state are not read"
 
 
 def masters_note(siblings: Iterable[tuple[str, Any]]) -> str:
-    """A note about those of some values that are copies of weights; "" if none is.
+    """Return a note about those of some values that are copies of weights; "" if none is.
 
     siblings: what is beside the optimizer's state, or in it beside its two parts, by name.
     """

@@ -33,7 +33,7 @@ def _of_one(value: Any) -> bool:
 
 
 def merged(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of one optimizer of all parameters, in the order of the file and, within it, of groups."""
+    """Return the state of one optimizer of all parameters, in the order of the file and, within it, of groups."""
     groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for name, found in states.items():
         group = {key: value for key, value in found["param_groups"][0].items() if key not in ("params", "param_names")}
