@@ -10,8 +10,10 @@ __all__ = ["CheckpointError", "UsageError"]
 
 
 class UsageError(ValueError):
-    """A wrong use that no checkpoint makes right: options that exclude each other, words that name nothing (exit code
-    2 of the command line)."""
+    """A wrong use that no checkpoint makes right: options that exclude each other, or words that name nothing.
+
+    The command line ends with exit code 2.
+    """
 
 
 class CheckpointError(Exception):

@@ -89,7 +89,7 @@ def refuse_streams(*paths: str | os.PathLike[str]) -> None:
 def _of_one_version(
     path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: OpenFiles
 ) -> Checkpoint:
-    """Opened anew while a run replaces the files of a set between the first and the last of them."""
+    """Open a set anew while a run replaces its files between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
     for attempt in range(ATTEMPTS):
         if attempt:

@@ -214,7 +214,7 @@ def test_a_broken_format_is_caught_by_its_law(name: str) -> None:
     assert (broken in found) == bool(broken), found
     if broken:
         assert what in found[broken]
-        assert re.match(r"the format 'slow' breaks the law '\w+", found[broken])
+        assert re.match(r"format 'slow' breaks the law '\w+", found[broken])
         assert "\n" not in found[broken]
     else:
         assert found == {}
