@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from optstate.other_libraries.flags import Departure, OtherRule, Switch, departures, followed, strays, visible
-from optstate.other_libraries.libraries import ALL, FORMATS, rule_named, rule_with_keys, stem_of
+from optstate.other_libraries.libraries import ALL, known_format, other_formats, rule_named, rule_with_keys, stem_of
 
 __all__ = [
     "ALL",
-    "FORMATS",
     "Departure",
     "OtherRule",
     "Switch",
     "departures",
     "followed",
+    "known_format",
+    "other_formats",
     "rule_named",
     "rule_with_keys",
     "stem_of",

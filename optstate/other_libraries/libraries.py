@@ -7,14 +7,15 @@ DeepSpeed 0.19. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from optstate.other_libraries.flags import OtherRule, Switch
 from optstate.plugins import Plugins
 
-__all__ = ["ALL", "FORMATS", "rule_named", "rule_with_keys", "stem_of"]
+__all__ = ["ALL", "known_format", "other_formats", "rule_named", "rule_with_keys", "stem_of"]
 
 ADAM_NUMBERS = frozenset({"lr", "betas", "eps", "weight_decay"})
 DECOUPLED_ADAM = "scale_by_adam > add_decayed_weights"
@@ -303,7 +304,7 @@ def rule_named(kind: str, optimizer: str) -> OtherRule | None:
     found = _BY_NAME.get((kind, stem_of(optimizer)))
     if found is not None or kind in _KINDS or not kind:
         return found
-    rules = (rule for name in FORMATS.names() for rule in FORMATS.get(name).rules)
+    rules = (rule for declared in other_formats() for rule in declared.rules)
     return next((rule for rule in rules if (rule.kind, stem_of(rule.optimizer)) == (kind, stem_of(optimizer))), None)
 
 
@@ -333,3 +334,20 @@ def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
 
 
 _LIKE_ADAM = (ADAMW, NADAM, FUSED_ADAM, ADAMAX, RADAM, SPARSE_ADAM, OLD_ADAMW)
+
+_TRIED: list[Any] = []
+
+
+def other_formats() -> list[Any]:
+    """Return the formats of other packages that can be used, each a `Format`."""
+    return [*_TRIED, *(FORMATS.get(name) for name in FORMATS.names())]
+
+
+@contextmanager
+def known_format(declared: Any) -> Iterator[None]:
+    """Know a format of a package that is not installed, as long as the context lasts."""
+    _TRIED.append(declared)
+    try:
+        yield
+    finally:
+        _TRIED.remove(declared)

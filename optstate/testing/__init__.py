@@ -1,4 +1,4 @@
-"""Check a store, a transform or a recipe of your own against the laws that this library keeps.
+"""Check a store, a transform, a recipe or a format of your own against the laws that this library keeps.
 
     from optstate import testing
 
@@ -14,16 +14,33 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from torch import nn
+
 from optstate import updates
+from optstate.checkpoint.formats.shared.format import Format
 from optstate.optimizer.optimizer import Optimizer
+from optstate.other_libraries import known_format
 from optstate.stores import Store
 from optstate.stores.registry import known_also
+from optstate.testing.foreign import FORMAT_LAWS, Trial
 from optstate.testing.kept import STORE_LAWS, chain_with, signs
 from optstate.testing.laws import LawError, enforce
 from optstate.testing.rules import RULE_LAWS, Maker
 from optstate.updates import Chain, Transform
 
-__all__ = ["LAWS_OF_RULES", "LAWS_OF_STORES", "LawError", "check_recipe", "check_store", "check_transform"]
+__all__ = [
+    "LAWS_OF_FORMATS",
+    "LAWS_OF_RULES",
+    "LAWS_OF_STORES",
+    "LawError",
+    "check_format",
+    "check_recipe",
+    "check_store",
+    "check_transform",
+]
+
+LAWS_OF_FORMATS = tuple(law.name for law in FORMAT_LAWS)
+"""What `check_format` asks."""
 
 LAWS_OF_RULES = tuple(law.name for law in RULE_LAWS)
 """What `check_transform` and `check_recipe` ask of every chain."""
@@ -81,6 +98,26 @@ def check_recipe(recipe: Callable[..., Optimizer], *, laws: Collection[str] | No
     """
     words = getattr(recipe, "__name__", repr(recipe))
     enforce(RULE_LAWS, Maker(words, lambda params: recipe(params, **options)), words, laws)
+
+
+def check_format(
+    format: Format,
+    build: Callable[[list[nn.Parameter]], Any],
+    recipe: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    *,
+    laws: Collection[str] | None = None,
+) -> None:
+    """Check how another library's state is read and written.
+
+    format: need not be installed. build: makes an optimizer of the library. recipe: makes ours of the same rule, by
+    default the one that the format's rules name. laws: names of `LAWS_OF_FORMATS`, None for all.
+
+    Raises:
+        LawError: for the first law that it breaks.
+        ValueError: for a name that no law has.
+    """
+    with known_format(format):
+        enforce(FORMAT_LAWS, Trial(format, build, recipe), f"the format {format.name!r}", laws)
 
 
 def _refuse_unknown(laws: Collection[str] | None, known: Collection[str]) -> None:

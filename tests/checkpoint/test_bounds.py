@@ -23,9 +23,10 @@ import pytest
 import typer.main
 from optstate_cli import app
 
-from optstate.checkpoint.document.document import MAX_COUNT, DocumentError, from_json
+from optstate.checkpoint.document.document import DocumentError
+from optstate.checkpoint.document.document_json import from_json
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.dtypes import MOST_DIMENSIONS
+from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.files.safetensors_header import read_header

@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 
 from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
-from optstate.checkpoint.document.document import KEY, Document, DocumentError, from_json
+from optstate.checkpoint.document.document import KEY, Document, DocumentError
+from optstate.checkpoint.document.document_json import from_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import FOLDER, JSON, identify
 from optstate.checkpoint.files.safetensors_header import Header, read_header

@@ -66,14 +66,14 @@ def _write_came_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
 
 
 def _step_of_group(writer: TreeWriter, place: int) -> Tree:
-    """The one count of steps that a group has."""
-    counts = {param.step for param in writer.members(place) if param.has_state}
+    """The one count of steps that a group has; parameters that were never updated have none of their own."""
+    counts = {param.step for param in writer.members(place) if param.has_state and param.step != 0}
     if len(counts) > 1 or None in counts:
         found = "unknown" if None in counts else ", ".join(map(str, sorted(filter(None, counts))))
         raise LayoutError(
             f"the parameters of group {place} were updated {found} times: {writer.layout} has one count for a group"
         )
-    return {"step": counts.pop() or 0} if counts else {}
+    return {"step": counts.pop()} if counts else {}
 
 
 BOUND = {"exp_avg_sq_hat": Kept(Meaning(signed=False, when="ams_bound"), "exp_avg_sq_hat")}

@@ -31,7 +31,7 @@ from optstate.checkpoint.formats.shared.state_by_name import find_attributes
 from optstate.checkpoint.formats.shared.state_dict import state_dict_of
 from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
-from optstate.other_libraries import FORMATS
+from optstate.other_libraries import other_formats
 from optstate.text import shown
 
 __all__ = [
@@ -66,8 +66,7 @@ def find_formats() -> list[Format]:
     Those that a file names itself come first, then those that its keys tell; among these other packages' before ours,
     since theirs may be a variant of what is known here.
     """
-    others = [FORMATS.get(name) for name in FORMATS.names()]
-    return sorted([*others, *_own_formats()], key=lambda found: not found.names_itself)
+    return sorted([*other_formats(), *_own_formats()], key=lambda found: not found.names_itself)
 
 
 def find_format(name: str) -> Format | None:

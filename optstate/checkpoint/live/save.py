@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from optstate.checkpoint.document.document import KEY, tensor_key, to_json
+from optstate.checkpoint.document.document import KEY, tensor_key
+from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from optstate.checkpoint.document.document import KEY, Document, Parameter, find_version, to_json
+from optstate.checkpoint.document.document import KEY, Document, Parameter, find_version
+from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, write_all
 from optstate.checkpoint.files.safetensors_set import create_set, find_file_or_index
