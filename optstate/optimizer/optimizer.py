@@ -49,7 +49,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     made_for_fused_backward: ClassVar[bool] = False
-    """Whether a recipe is meant to be fused into the backward pass: what `optstate.estimate` assumes of it."""
+    """Whether a recipe is to be fused into the backward pass unless that is turned off, as `optstate.estimate` assumes.
+    A recipe that is a function may have such an attribute, too."""
 
     runner: StepRunner
     """What makes the steps; the hooks of a fused backward pass hold it, too."""

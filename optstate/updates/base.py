@@ -89,7 +89,7 @@ class Context:
         grad_scale: coefficient of a global norm clip, already in the first update's scale.
         codec: reads and writes the parameter's value; None if the value is what the parameter holds.
         start: flat index of the slice's first element.
-        is_whole: whether `param` is all of the parameter, neither a shard nor a slice, so that its sums are totals.
+        is_whole: whether `param` is all of the parameter, neither a shard nor a slice, so that sums are totals.
         param_squares: sum of squares of the whole parameter before this step, once known; 0-d.
     """
 

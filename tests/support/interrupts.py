@@ -131,9 +131,7 @@ def first_in_step(places: list[Place]) -> Iterable[int]:
 
 
 ROOMS = {
-    "optimizer": (
-        "broken_step chain_step fused_kernels gradient_hooks loading norm_clip optimizer step_runner state_dict"
-    ),
+    "optimizer": "broken_step chain_step gradient_hooks loading norm_clip optimizer state_dict step_runner",
     "distributed": "sums",
     "stores": "guard base",
 }
