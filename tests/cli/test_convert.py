@@ -441,7 +441,7 @@ def test_a_setting_that_rules_out_the_files_rule_wins(tmp_path: Path) -> None:
         (["--recipe", "adalomo", "--set", "rl=1"], "no hyper-parameter 'rl'"),
         (["--recipe", "adalomo", "--set", "lr=fast"], "give a number"),
         (["--format", "pytorch"], "did you mean 'torch'?"),
-        (["--format", "numpy"], "one of optstate, torch"),
+        (["--format", "numpy"], "one of optstate, bitsandbytes"),
         (["--max-shard-size", "5XB"], "such as 5GB"),
         (["--format", "torch", "--max-shard-size", "5KB"], "files of optstate's own"),
         (["--nonsense"], "No such option"),
