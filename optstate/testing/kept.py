@@ -17,7 +17,7 @@ from optstate import kernels, updates
 from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.check_values import plugged_store_issues
+from optstate.checkpoint.operations.check_values import find_plugged_store_issues
 from optstate.checkpoint.operations.plan_conversion import plan_stores
 from optstate.checkpoint.operations.read_values import Values
 from optstate.checkpoint.operations.run_conversion import write_native
@@ -218,7 +218,7 @@ def files_hold_it(store: Store) -> None:
             there.check()
             write_native(there, folder / "kept.safetensors")
             kept = open_checkpoint(folder / "kept.safetensors")
-            issues = [*contradictions(kept), *plugged_store_issues(kept)]
+            issues = [*contradictions(kept), *find_plugged_store_issues(kept)]
             expect(not issues, f"the file is found to be wrong: {issues[0].where} {issues[0].what}" if issues else "")
             back = plan_stores(kept, None, {slot: "fp32"})
             back.check()

@@ -77,9 +77,17 @@ def _structure(path: str) -> list[Issue]:
 
 def _values(summary: Summary, track: Callable[[Sequence[Any]], Iterable[Any]]) -> list[Issue]:
     """Find what is wrong with the numbers: reads all data, and imports torch."""
-    from optstate.checkpoint.operations.check_values import find_uneven_means, find_value_issues
+    from optstate.checkpoint.operations.check_values import (
+        find_plugged_store_issues,
+        find_uneven_means,
+        find_value_issues,
+    )
 
     checkpoint = summary.checkpoint
     tensors = track([(row.name, row.stored) for row in summary.rows])
     issues = list(find_value_issues(tensors, checkpoint.document if checkpoint is not None else None))
-    return issues if checkpoint is None else [*issues, *find_uneven_means(checkpoint)]
+    return (
+        issues
+        if checkpoint is None
+        else [*issues, *find_uneven_means(checkpoint), *find_plugged_store_issues(checkpoint)]
+    )
