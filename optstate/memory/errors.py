@@ -39,7 +39,7 @@ def in_words(error: BaseException) -> str:
 
 
 def checked_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name, and raise SourceError for a dtype that weights cannot have."""
+    """Return the dtype of weights that torch calls so; raise SourceError for another."""
     if name not in DTYPES:
         raise SourceError(f"dtype={name!r} is none for weights: {', '.join(DTYPES)}", usage=True)
     dtype: torch.dtype = getattr(torch, name)

@@ -66,7 +66,7 @@ def estimate(
     gpu: str | float | None = None,
     exact: bool = False,
 ) -> Estimate:
-    """Estimate the memory that training needs, part by part, and whether it fits, without allocating anything.
+    """Tell what training needs in memory, part by part, and whether it fits, from shapes and a step on fake tensors.
 
     Weights, gradients and optimizer state are exact: they come from the recipe's own plan. Activations, temporaries and
     the peak come from running the model and the real optimizer, hooks included, on tensors without values; where a GPU
@@ -83,15 +83,14 @@ def estimate(
         dtype: of weights and gradients. Files and modules keep their own.
         weights: how weights are written: one of `optstate.weights`, or "auto", "split8", "split16", "kahan", "plain",
             "stochastic".
-        batch_size: sequences of one micro-batch.
-        seq_len: tokens of a sequence; None for 2048, or as many as the model has positions for.
+        batch_size: sequences in one micro-batch.
+        seq_len: tokens in a sequence; None for 2048, or as many as the model has positions for.
         grad_accum: micro-batches per step.
         checkpointing: recompute activations layer by layer.
         attention: "sdpa", which keeps what a GPU's fused kernels keep, or "eager".
         clip: "norm" clips by the global norm of all gradients, else "none".
-        world_size: number of devices. Figures are those of one device.
-        shard: what the devices divide among them: "none", "zero1" (state), "zero2" (gradients, too), "fsdp" (weights,
-            too).
+        world_size: devices. Figures are those of one.
+        shard: what they divide among them: "none", "zero1" (state), "zero2" (gradients, too), "fsdp" (weights, too).
         example_inputs: what the model is called with where it is no language model of transformers: a function of
             batch size and length, or its name, called with `dtype` as the default; or arguments, which have a size of
             their own.
@@ -181,7 +180,7 @@ def _way_of(weights: Weights | str) -> Weights | str:
 
 
 def _possible_length(model: Model, setting: Setting) -> tuple[Setting, list[str]]:
-    """Return the setting with sequences that the model has positions for, and a note if they are shorter."""
+    """Return the setting with sequences that the model has positions for, and a note where they are shorter."""
     if model.batch is None:
         return setting, []
     length = setting.seq_len
@@ -199,7 +198,7 @@ def _possible_length(model: Model, setting: Setting) -> tuple[Setting, list[str]
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of libraries whose activations the figures depend on."""
+    """Return the versions that the figures depend on: activations differ between them."""
     found = {"torch": str(torch.__version__)}
     try:
         found["transformers"] = version("transformers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -28,6 +29,9 @@ from optstate.weights import Weights
 
 __all__ = ["Question", "Recipe", "recipe_of"]
 
+MADE_FOR_FUSED = "made for fused backward"
+"""What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
+
 SHAPES_TELL = ("weights_bytes", "buffer_bytes", "gradients_bytes", "state_bytes", "known_bytes")
 SEEN_ON_ONE = "gradients_most_bytes"
 """The figure of a trace that does not hold where gradients are divided among devices."""
@@ -50,10 +54,10 @@ class Recipe:
 
 
 def recipe_of(recipe: str | Build) -> Recipe:
-    """Return the installed recipe of a name, or a callable that makes an optimizer from parameters as a recipe.
+    """Return the installed recipe of a name, or one of any callable that makes an optimizer of parameters.
 
     Raises:
-        QuestionError: if no recipe has this name, naming the nearest, or if `recipe` is neither name nor callable.
+        QuestionError: if no recipe has this name, naming the nearest; if it is neither.
     """
     build: Build
     if isinstance(recipe, str):
@@ -64,18 +68,12 @@ def recipe_of(recipe: str | Build) -> Recipe:
             raise QuestionError(str(error.args[0])) from error
     elif callable(recipe):
         build = recipe
-        inner = _inner(recipe)
+        inner = recipe.func if isinstance(recipe, partial) else recipe
         name = getattr(inner, "__name__", type(inner).__name__).lower()
     else:
         raise QuestionError(f"recipe={recipe!r} is a {type(recipe).__name__}: give a name, or what makes an optimizer")
-    return Recipe(name, build, bool(getattr(_inner(build), "made_for_fused_backward", False)))
-
-
-def _inner(build: Build) -> Any:
-    """Return the recipe behind arguments that were given to it beforehand."""
-    while isinstance(build, partial):
-        build = build.func
-    return build
+    summary = (inspect.getdoc(build) or "").partition("\n\n")[0]
+    return Recipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Question:
         """Return the estimate of a recipe.
 
         Raises:
-            QuestionError: if the recipe cannot be built for this setting.
-            SourceError: if the model cannot be built for this setting.
+            QuestionError: if the recipe cannot be built so.
+            SourceError: if the model cannot.
         """
         case = _Case(self, recipe)
         case.check()
@@ -136,7 +134,7 @@ class Question:
         return case.from_trace(trace, how, notes)
 
     def lower_bound(self, recipe: Recipe) -> RecipeEstimate:
-        """Return the estimate from shapes alone: nothing is traced, and there are no notes."""
+        """Return the estimate from shapes alone, without a trace and without notes."""
         return _Case(self, recipe).from_shapes()
 
 
@@ -167,7 +165,7 @@ class _Case:
         return self.recipe.build if weights == "auto" else partial(self.recipe.build, weights=weights)
 
     def build_undeclared(self, groups: Iterable[dict[str, Any]]) -> Optimizer:
-        """Build the optimizer as from `model.named_parameters()`, leaving the roles that the groups declare out."""
+        """Return the recipe for `model.named_parameters()`, from groups that declare roles."""
         return self.build([named for group in groups for named in group["params"]])
 
     @cached_property
@@ -242,9 +240,9 @@ class _Case:
         )
 
     def _divided(self, trace: Trace) -> tuple[dict[str, int], str]:
-        """Return a bound on the peak of one of several devices by kind, and the phase of the peak.
+        """Bound the peak on one of several devices, and say where it is.
 
-        Nothing is traced on several devices; the bound is put together from the trace on one.
+        The bound is put together from what one device was seen to need, since nothing was traced on several.
 
         At the start of the backward pass all activations are alive; at the end of its layers all their gradients are,
         and the activations of one layer; then, under fsdp, the root's gradients are scattered; then comes the update.
@@ -277,7 +275,7 @@ class _Case:
         return max((param.nbytes for param in self.question.model.parameters if param.trainable), default=0)
 
     def notes(self) -> Iterable[str]:
-        """Yield what a reader of the figures should know, in words."""
+        """Yield what a reader of the figures should know."""
         if self.setting.fused_backward and self.setting.grad_accum > 1:
             yield "gradients of several micro-batches are kept until the last: fusing saves no gradients"
         if self.setting.fused_backward and self.setting.clip == "norm":
@@ -292,7 +290,7 @@ class _Case:
         yield from self.rank.notes
 
     def _declared(self) -> Iterable[str]:
-        """Yield a note if a recipe that asks for roles keeps less, or more, where the roles are declared."""
+        """Yield how much a recipe that asks for roles keeps where they are declared."""
         build = self.question.model.build
         if build is None:
             return

@@ -176,9 +176,9 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether one of the recipes fits the GPU for sure: the verdicts "tight" and "unknown" do not count.
+        """Whether one of the recipes fits the GPU for sure: not if verdicts are "tight" or "unknown".
 
-        True without a GPU, where nothing has to fit.
+        True without a GPU, where nothing was to fit.
         """
         return self.gpu is None or any(one.verdict == verdict.FITS for one in self.recipes)
 
@@ -225,7 +225,7 @@ COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#ccb974", "#937860")
 
 
 def format_gib(nbytes: int | None) -> str:
-    """Format bytes as a number of GiB, without the unit; "-" for an unknown size."""
+    """Return a number of GiB, without the unit; "-" for what is not known."""
     if nbytes is None:
         return "-"
     size = nbytes / GIB
@@ -235,7 +235,7 @@ def format_gib(nbytes: int | None) -> str:
 
 
 def setting_tree(estimate: Estimate) -> dict[str, Any]:
-    """Return the setting of the run as plain data; batch size and length are None where inputs have their own."""
+    """Return the run as plain data; sizes are None where inputs have their own."""
     setting = estimate.setting
     return {
         "dtype": setting.dtype,
@@ -252,7 +252,7 @@ def setting_tree(estimate: Estimate) -> dict[str, Any]:
 
 
 def describe_setting(estimate: Estimate) -> str:
-    """Describe the setting of the run in words."""
+    """Return the run in words."""
     setting = estimate.setting
     words = [setting.dtype]
     if any(one.peak_bytes is not None for one in estimate.recipes):
@@ -273,7 +273,7 @@ def describe_setting(estimate: Estimate) -> str:
 
 
 def list_facts(estimate: Estimate) -> list[tuple[str, str]]:
-    """Return what was estimated, as names and values."""
+    """List what was estimated, as names and values."""
     tensors = f" in {estimate.tensors} tensors"
     found = [
         ("model", f"{estimate.source}: {estimate.parameters:,} parameters{tensors}"),
@@ -319,7 +319,7 @@ def make_lines(estimate: Estimate) -> list[Line]:
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """Format an estimate as a table for people, at most 100 columns wide if names are not too long."""
+    """Format the table for a person, at most 100 columns wide if names are not too long."""
     head = [wrap(f"{name:6s} {value}", 7) for name, value in list_facts(estimate)]
     blocks = [
         _block(estimate, estimate.recipes[start : start + WIDEST]) for start in range(0, len(estimate.recipes), WIDEST)
@@ -329,7 +329,7 @@ def format_estimate(estimate: Estimate) -> str:
 
 
 def wrap(line: str, indent: int = 2) -> str:
-    """Break a line that is too long."""
+    """Break a line where it is too long."""
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
@@ -362,7 +362,7 @@ def _below(estimate: Estimate) -> Iterator[str]:
 
 
 def group_recipes(pairs: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Group recipes by the text that they have in common, in order."""
+    """Group recipes by what they have in common, in order."""
     found: dict[str, list[str]] = {}
     for what, recipe in pairs:
         found.setdefault(what, []).append(recipe)

@@ -86,14 +86,9 @@ class PerRank:
 
 
 def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size: int, shard: str) -> PerRank:
-    """Compute the bytes that rank 0 of `world_size` devices holds, as the module's text explains.
+    """Return what rank 0 of `world_size` holds, see the module's text.
 
-    Args:
-        model: whose parameters are divided.
-        plan: of an optimizer for the whole model, or that optimizer.
-        setting: tells whether the backward pass is fused.
-        world_size: number of devices.
-        shard: one of `SHARDS`.
+    plan: of an optimizer for the whole model, or that optimizer. setting: of it, whether the backward pass is fused.
 
     Raises:
         ValueError: for another shard, a world size below one, or a store that cannot be kept in such parts.
@@ -121,7 +116,7 @@ def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size:
 
 
 def local_shape(shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """Return the shape of rank 0's part of a parameter: the first `ceil(m / W)` rows, or all of a scalar."""
+    """Return what rank 0 has of a parameter: the first `ceil(m / W)` rows; a scalar is everywhere."""
     return (-(-shape[0] // world_size), *shape[1:]) if shape else ()
 
 
@@ -131,7 +126,7 @@ def _weight_bytes(param: ParamShape, world_size: int) -> int:
 
 
 def region_of_first(shape: tuple[int, ...], world_size: int) -> Region | None:
-    """Return the region of a parameter that rank 0 has; None for all of the parameter."""
+    """Return the part of a parameter that rank 0 has; None for all of it."""
     if world_size == 1 or not shape:
         return None
     others = len(shape) - 1
@@ -185,7 +180,7 @@ def _whole_parameters(model: Model, world_size: int) -> dict[str, int]:
 
 
 def _layers(parameters: tuple[ParamShape, ...]) -> list[list[ParamShape]]:
-    """Return the layers that are sharded one by one: the longest numbered list of at least two modules."""
+    """Return the longest numbered list of modules, at least two: what is sharded layer by layer."""
     longest = max(families(parameters).values(), key=len, default=[])
     return longest if len(longest) > 1 else []
 

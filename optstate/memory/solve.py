@@ -35,11 +35,8 @@ BY_SECANT = 12
 class Change:
     """A change that makes a run fit.
 
-    Attributes:
-        kind: what is changed: "run", "batch" or "recipe".
-        what: the changed run in words.
-        options: of the command line that make the change.
-        estimate: of the changed run.
+    kind: "run", "batch" or "recipe", by what is another. what: then, in words. options: of the command line that make
+    the change. estimate: with it.
     """
 
     kind: str
@@ -68,9 +65,9 @@ class LargestSize:
 
 
 def find_changes(estimate: Estimate) -> tuple[Change, ...]:
-    """Find changes with which a recipe fits that does not fit as it is: of each kind the smallest, each traced.
+    """Find changes under which a recipe fits that does not: of each kind the smallest, each traced.
 
-    Of several recipes the one with the least peak is changed; there are no changes if one of them fits already.
+    Of several recipes it is the one with the least peak that is changed; none if one of them fits already.
 
     Raises:
         QuestionError: if there is no GPU to fit.
@@ -94,7 +91,7 @@ def _asked(estimate: Estimate) -> tuple[Question, Gpu]:
 
 
 def _fits(question: Question, recipe: Recipe) -> RecipeEstimate | None:
-    """Return the estimate if the recipe fits, else None; a trace is made only if the lower bound fits."""
+    """Return the estimate if the run fits; what cannot by weights, gradients and state alone is not traced."""
     try:
         if question.lower_bound(recipe).verdict == NO:
             return None
@@ -109,7 +106,7 @@ Run = tuple[Question, str, str]
 
 
 def _runs(question: Question, recipe: Recipe) -> list[Run]:
-    """Return runs of the same recipe that give the same result with less memory, the smallest change first."""
+    """List other ways to run the recipe, to the same end: the smallest change first, all together last."""
     fused = recipe.fused if question.fused_backward is None else question.fused_backward
     checkpointed = replace(question, setting=replace(question.setting, checkpointing=True))
     runs = []
@@ -133,7 +130,7 @@ def _other_run(question: Question, recipe: Recipe) -> Change | None:
 
 
 def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
-    """Find a batch that fits, with nothing else changed, else with all changes of the run together."""
+    """Find a batch that fits, with nothing else changed, else with all else that helps."""
     batch = question.setting.batch_size
     if batch == 1:
         return None
@@ -159,9 +156,9 @@ def _on_the_line(one: RecipeEstimate, whole: RecipeEstimate, batch: int, questio
 
 
 def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
-    """Find a recipe with less state that fits, run as it is made to be, else with all changes of the run together.
+    """Find a recipe with less state, run as it is made to be; else with all else that helps.
 
-    If the recipe with the least state does not fit, no other is tried.
+    If the one with the least does not fit, no other is tried.
     """
     installed = registry.names()
     asked = replace(question, fused_backward=None)
@@ -188,7 +185,7 @@ def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
 
 
 def find_largest(estimate: Estimate, quantity: str) -> tuple[LargestSize, ...]:
-    """Find for each recipe the largest batch or sequence that surely fits the GPU, by tracing this size and the next.
+    """Find the largest batch or sequence that surely fits the GPU, for each recipe: one more does not.
 
     Raises:
         QuestionError: without a GPU, for another quantity, or for a model that cannot be traced.
@@ -235,17 +232,14 @@ def _with_size(question: Question, quantity: str, size: int) -> Question:
 
 
 def _most_allocated(gpu: Gpu) -> int:
-    """Return the largest peak, in allocated bytes, that surely fits."""
+    """Return the largest peak that fits for sure."""
     return math.floor((gpu.nbytes - CONTEXT[1]) / FRAGMENTATION)
 
 
 def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> int:
-    """Find the largest size from 1 on whose peak is at most `limit`; 0 if there is none.
+    """Find the largest size from 1 whose peak is at most `limit`, 0 if there is none; peaks grow with sizes.
 
-    Args:
-        peak: returns the peak of a size, None for impossible sizes; grows with the size.
-        limit: in bytes.
-        start: the first size that is tried.
+    peak: None for sizes that cannot be.
     """
     known: dict[int, int] = {}
     fits, fails = 0, MOST + 1
@@ -264,10 +258,10 @@ def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> in
 
 
 def _next(known: dict[int, int], limit: int, fits: int, fails: int) -> int:
-    """Return the next size to try, strictly between the largest known to fit and the smallest known not to fit.
+    """Choose the next size to try, strictly between the largest known to fit and the smallest known not to.
 
-    A straight line through two known peaks meets the limit there. Peaks are the maximum of several straight lines in
-    the size, so that a line through a size that fits and one that does not leads too low if anything.
+    It is where a straight line through two known ones meets the limit. Peaks are the most of several straight lines in
+    the size, so that a line through one that fits and one that does not leads too low if anything.
     """
     low, high = fits + 1, fails - 1
     if not fits:

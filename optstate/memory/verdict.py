@@ -72,10 +72,10 @@ class Gpu:
 
 
 def find_gpu(text: str | float) -> Gpu:
-    """Return the GPU of a name ("RTX 4090", "a100-80"), or a GPU of a size ("24GiB", "24GB"; numbers are in GiB).
+    """Find the GPU of a name ("RTX 4090", "a100-80"), or any of a size ("24GiB", "24GB"; 24 is in GiB).
 
     Raises:
-        QuestionError: if `text` is neither, naming the nearest name.
+        QuestionError: if it is neither, naming the nearest.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
         return _of_size(f"{text:g} GiB", float(text) * GIB)
@@ -102,7 +102,7 @@ def _of_size(name: str, nbytes: float) -> Gpu:
 
 
 def _key(name: str) -> str:
-    """Return a name as names are compared: without the words that people write around the model's number."""
+    """Return a name as it is compared: what people write around the model's number left out."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia|amd|instinct|tesla|geforce|rtx)+", "", re.sub(r"(gib|gb)$", "", plain))
 
@@ -122,10 +122,9 @@ def device_bytes(allocated: int) -> tuple[int, int]:
 
 
 def judge_peak(allocated: int, memory: int) -> str:
-    """Judge whether a peak fits into `memory` bytes.
+    """Return whether a peak fits into `memory` bytes.
 
-    Returns:
-        "fits" if the most that the peak can become fits, "no" if not even the least fits, "tight" in between.
+    "fits" if the most that the peak can become does, "no" if not even the least does, "tight" if it depends.
     """
     least, most = device_bytes(allocated)
     if most <= memory:

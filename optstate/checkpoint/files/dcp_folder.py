@@ -51,8 +51,10 @@ class _Place:
 
 @dataclass
 class DcpFolder:
-    """One folder. keys: of everything, in order; tensors: those of tensors. nested: the path of a key before it was
-    joined. files: those that were read.
+    """One folder of torch.distributed.checkpoint.
+
+    keys: of everything, in order; tensors: those of tensors. nested: the path of a key before it was joined. files:
+    those that were read.
     """
 
     path: Path
@@ -68,7 +70,7 @@ class DcpFolder:
         return [self.path / name for name in (METADATA, *sorted(self.files))]
 
     def get(self, key: str) -> Any:
-        """What is under a key: a tensor's place, `Pieces` if there are several, or the value itself."""
+        """Return what is under a key: a tensor's place, `Pieces` if there are several, or the value itself."""
         return self._tensor(key, self.tensors[key]) if key in self.tensors else self._item(key, None)
 
     def _tensor(self, key: str, shaped: Shaped) -> Stored:
@@ -114,7 +116,7 @@ class DcpFolder:
             raise self.wrong(f"the {len(boxes)} parts of '{shown(key)}' do not fill its shape {list(shaped.shape)}")
 
     def wrong(self, reason: str) -> CheckpointError:
-        """What contradicts itself in the folder."""
+        """Return the error for a contradiction within the folder."""
         return CheckpointError(self.path, reason)
 
 
@@ -138,7 +140,7 @@ def _overlap(boxes: list[Box]) -> bool:
 
 
 def read_dcp_folder(path: str | os.PathLike[str]) -> DcpFolder:
-    """What `.metadata` of a folder says; none of the other files is opened.
+    """Return what `.metadata` of a folder says; the other files are not opened.
 
     Raises:
         CheckpointError: if there is no `.metadata`, or it is not one.
@@ -162,13 +164,13 @@ class _Reading:
         return CheckpointError(self.source, f"not the metadata of torch.distributed.checkpoint: {what}")
 
     def attributes(self, value: Any, kind: str) -> dict[str, Any]:
-        """The attributes of an instance of one of torch's classes."""
+        """Return the attributes of an instance of one of torch's classes."""
         if isinstance(value, Object) and value.name.endswith(f".{kind}") and isinstance(value.state, dict):
             return value.state
         raise self.wrong(f"{called(value)} instead of {kind}")
 
     def counts(self, value: Any, what: str) -> Shape:
-        """A shape or an index."""
+        """Return a shape or an index that the metadata give."""
         if isinstance(value, tuple | list) and len(value) > MOST_DIMENSIONS:
             raise self.wrong(f"{what} has {len(value)} dimensions: at most {MOST_DIMENSIONS} are read")
         if isinstance(value, tuple | list) and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value):

@@ -58,33 +58,33 @@ class Node:
     place: str = "it"
 
     def wrong(self, what: str) -> CheckpointError:
-        """What is not as DeepSpeed writes it."""
+        """Return the error for a value that is not as DeepSpeed writes it."""
         return CheckpointError(self.path, f"{shown(self.place)} {what}")
 
     def at(self, key: Any) -> Node:
-        """The value under a key."""
+        """Return the value under a key."""
         if not isinstance(self.value, dict) or key not in self.value:
             raise self.wrong(f"has no {key!r}, which DeepSpeed's ZeRO writes")
         return Node(self.path, self.value[key], str(key) if self.place == "it" else f"{self.place}.{key}")
 
     def optional(self, key: Any) -> Node | None:
-        """The value under a key, if there is one."""
+        """Return the value under a key, if there is one."""
         return self.at(key) if isinstance(self.value, dict) and self.value.get(key) is not None else None
 
     def of(self, kind: type[T]) -> T:
-        """The value itself, of this type."""
+        """Return the value itself, of this type."""
         if not isinstance(self.value, kind):
             raise self.wrong(f"is {type_name(self.value)}, not a {kind.__name__}")
         return self.value
 
     def tensor(self) -> Stored:
-        """The value, which must be a tensor."""
+        """Return the value, which must be a tensor."""
         if not isinstance(self.value, Stored):
             raise self.wrong(f"is {type_name(self.value)}, not a tensor")
         return self.value
 
     def items(self) -> list[Node]:
-        """The values in a list."""
+        """Return the values in a list."""
         return [Node(self.path, value, f"{self.place}[{i}]") for i, value in enumerate(self.of(list))]
 
 
@@ -103,7 +103,7 @@ def is_deepspeed(path: str | os.PathLike[str]) -> bool:
 
 
 def find_files(path: str | os.PathLike[str]) -> DeepSpeedFiles:
-    """The files of a checkpoint; none is opened.
+    """Return the files of a checkpoint without opening them.
 
     Raises:
         CheckpointError: if there is no ZeRO state, or it is that of several ranks.
@@ -133,7 +133,7 @@ def refusal_of_ranks(path: str | os.PathLike[str], count: int) -> CheckpointErro
 
 
 def read_values(path: Path) -> Node:
-    """The values in one file."""
+    """Return the values in one file."""
     return Node(path, torch_archive_reader.read_torch_file(path))
 
 
@@ -142,7 +142,7 @@ def _is_universal(folder: Path) -> bool:
 
 
 def _tagged(folder: Path) -> Path:
-    """The folder of the tag that `latest` names, else the folder itself."""
+    """Return the folder of the tag that `latest` names, else the folder itself."""
     latest = next((folder / name for name in LATEST if (folder / name).is_file()), None)
     if latest is None:
         return folder

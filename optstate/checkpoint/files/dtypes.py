@@ -22,8 +22,10 @@ MOST_DIMENSIONS = 1000  # torch counts to 64 in most places, the safetensors for
 
 
 class Dtype(NamedTuple):
-    """One dtype. bits: of an element. torch, storage: what torch calls the dtype and the class of its storages; "" if
-    there is none. form: the code of Python's `struct`, "" where that has none.
+    """One dtype of the safetensors format.
+
+    bits: of an element. torch, storage: what torch calls the dtype and the class of its storages; "" if there is none.
+    form: the code of Python's `struct`, "" where that has none.
     """
 
     bits: int

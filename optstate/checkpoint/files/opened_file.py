@@ -95,7 +95,7 @@ class Opened:
 
     @contextmanager
     def _reading(self) -> Iterator[int]:
-        """The descriptor, which stays open within."""
+        """Yield the descriptor, which stays open within."""
         with _LOCK:
             if self._descriptor is None:
                 self._open_again()
@@ -130,7 +130,7 @@ class Opened:
                     other._close()
 
     def _close(self) -> None:
-        """Runs at any moment, from the collector, too: takes no lock."""
+        """Close the descriptor. The collector may call this at any moment: no lock is taken."""
         _KEPT.pop(self._number, None)
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
@@ -210,15 +210,16 @@ class OpenFiles:
         self._opened: dict[str, Opened] = {}
 
     def at(self, path: str | os.PathLike[str]) -> Opened:
-        """The file at a path, opened when it is asked for first."""
+        """Return the file at a path, opened when it is asked for first."""
         place = os.path.abspath(path)
         if place not in self._opened:
             self._opened[place] = Opened(path)
         return self._opened[place]
 
     def replaced(self, paths: Iterable[str | os.PathLike[str]] | None = None) -> str | None:
-        """The first of these paths, or of all that were opened, that leads to another version now; None if all lead to
-        the one that was opened.
+        """Return the first of these paths, or of all that were opened, that leads to another version of its file now.
+
+        None if all lead to the one that was opened.
         """
         if paths is None:
             moved = (place for place, opened in self._opened.items() if not opened.is_at(place))
@@ -252,6 +253,6 @@ def reading() -> Iterator[OpenFiles]:
 
 
 def opened_at(path: str | os.PathLike[str]) -> Opened:
-    """The file at a path: that of the reading which is going on, else opened for the caller alone."""
+    """Return the file at a path: that of the reading which is going on, else opened for the caller alone."""
     files = _READING.get()
     return Opened(path) if files is None else files.at(path)

@@ -36,12 +36,12 @@ Path = str | os.PathLike[str]
 
 
 def index_path(path: Path) -> str:
-    """The index of a set that is written as `path`."""
+    """Return the index of a set that is written as `path`."""
     return os.fspath(path) + INDEX
 
 
 def find_file_or_index(path: Path) -> str:
-    """What was written as `path`: the file itself, or the index where there is no such file but a set."""
+    """Return where `path` was written: the file itself, or the index where there is no such file but a set."""
     index = index_path(path)
     return index if not os.path.exists(path) and os.path.exists(index) else os.fspath(path)
 
@@ -166,7 +166,7 @@ def _several(
 
 
 def _groups(entries: Sequence[NewEntry], limit: int) -> list[list[NewEntry]]:
-    """The entries of each file."""
+    """Return the entries of each file."""
     groups: list[list[NewEntry]] = [[]]
     size = 0
     for together in _together(entries, limit):
@@ -180,7 +180,7 @@ def _groups(entries: Sequence[NewEntry], limit: int) -> list[list[NewEntry]]:
 
 
 def _together(entries: Sequence[NewEntry], limit: int) -> Iterator[list[NewEntry]]:
-    """The tensors of one parameter after the other, one by one where they do not fit into a file."""
+    """Return the tensors of one parameter after the other, one by one where they do not fit into a file."""
     by_parameter: dict[str, list[NewEntry]] = {}
     for entry in entries:
         by_parameter.setdefault(entry.name.rpartition("/")[0], []).append(entry)
@@ -240,7 +240,7 @@ def _check_targets(path: Path, overwrite: bool) -> None:
 
 
 def _named_by(index: str) -> set[str] | None:
-    """The files that an index names; None if it cannot be read, or there is none."""
+    """Return the files that an index names; None if it cannot be read, or there is none."""
     if not os.path.isfile(index):
         return None
     try:
@@ -251,7 +251,7 @@ def _named_by(index: str) -> set[str] | None:
 
 
 def _named_in(folder: str) -> set[str]:
-    """The files that any index in a folder names."""
+    """Return the files that any index in a folder names."""
     with reported(folder):
         indices = [name for name in os.listdir(folder) if name.endswith(INDEX)]
     return set[str]().union(*(_named_by(os.path.join(folder, name)) or () for name in indices))

@@ -43,12 +43,12 @@ PIECE = 1 << 19
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor: its own memory if it is contiguous on the CPU, else that of a copy."""
+    """Return the bytes of a tensor: its own memory if it is contiguous on the CPU, else that of a copy."""
     return _memory(tensor.detach().to("cpu").contiguous())
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to read and write. NumPy, which could do this, may be missing."""
+    """Return the memory of a contiguous tensor on the CPU, to read and write. NumPy, which has this, may be missing."""
     count = tensor.numel() * tensor.element_size()
     if not count:
         return memoryview(bytearray())
@@ -58,7 +58,7 @@ def _memory(tensor: Tensor) -> memoryview:
 
 
 def load_tensor(stored: Stored) -> Tensor:
-    """A tensor of a file, contiguous and the caller's own.
+    """Read a tensor of a file, contiguous and the caller's own.
 
     Raises:
         ValueError: for a dtype that torch does not have.
@@ -76,7 +76,7 @@ def load_tensor(stored: Stored) -> Tensor:
 
 
 def _as_it_lies(stored: Stored) -> Tensor:
-    """A tensor in memory as it is in the file, with what is between its elements."""
+    """Read a tensor as it lies in the file, with what is between its elements."""
     dtype = _TORCH[stored.dtype]
     flat = torch.empty(stored.span // dtype.itemsize, dtype=dtype)
     _fill(flat, stored)
@@ -90,7 +90,7 @@ def announce(stored: Stored) -> None:
 
 
 def as_bits(stored: Stored) -> Stored:
-    """The same place as whole numbers of as many bits, which can be compared whatever they stand for."""
+    """Return the place as one of whole numbers of the same width, which can be compared whatever they stand for."""
     width = BITS[stored.dtype]
     if width < 8:
         return replace(stored, dtype="U8", shape=(stored.nbytes,))
@@ -101,8 +101,9 @@ def as_bits(stored: Stored) -> Stored:
 
 
 def read_into(own: Tensor, stored: Stored) -> None:
-    """Fill `own` with a tensor of a file of as many elements, by way of a copy only if one of the two is not plain
-    memory.
+    """Fill `own` with a tensor of a file of as many elements.
+
+    There is a copy in between only if one of the two is not plain memory.
 
     Raises:
         OSError: if the file ends early or cannot be read; `own` may then be filled in part.
@@ -134,7 +135,7 @@ class Statistics:
 
 
 def iterate_pieces(stored: Stored) -> Iterator[Tensor]:
-    """A tensor's numbers as flat fp64 tensors of a few MiB, in the order of the file: its own if it is contiguous.
+    """Yield a tensor's numbers as flat fp64 tensors of a few MiB, in their order in the file.
 
     Nothing for a dtype that torch does not have.
     """
@@ -148,7 +149,7 @@ def iterate_pieces(stored: Stored) -> Iterator[Tensor]:
 
 
 def _parts(stored: Stored) -> Iterator[Stored]:
-    """A tensor in parts that are small, and lie within few bytes, cut along the dimension of the largest stride."""
+    """Yield a tensor in small parts that lie within few bytes, cut along the dimension of the largest stride."""
     size = BITS[stored.dtype] // 8
     if max(stored.elements, stored.span // size) <= PIECE:
         yield stored

@@ -81,7 +81,7 @@ class Pieces(Stored):
 
 
 def locate_entry(header: Header, entry: Entry) -> Stored:
-    """The place of a safetensors file's tensor."""
+    """Return the place of a safetensors file's tensor."""
     return Stored(header.path, entry.start, entry.dtype, entry.shape, source=header.source)
 
 

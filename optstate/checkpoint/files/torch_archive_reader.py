@@ -57,7 +57,7 @@ Names = dict[str, None]
 
 
 def read_torch_file(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
-    """What torch.save was given, as plain data.
+    """Return what torch.save was given, as plain data.
 
     Dicts of any kind are dicts, tensors and parameters `Stored`, torch.Size a tuple, NumPy's numbers numbers; dtypes
     are `Global`, instances of the foreign classes that optimizers keep `Object`, and so are tensors of a subclass: its
@@ -81,7 +81,7 @@ def read_torch_file(path: str | os.PathLike[str], strangers: Names | None = None
 
 
 def read_torch_part(path: str | os.PathLike[str], start: int, length: int) -> Any:
-    """The same for a zip of torch.save that takes `length` bytes of a file from `start` on."""
+    """Return the plain data of a zip of torch.save that takes `length` bytes of a file from `start` on."""
     if (kind := special_kind(path)) is not None:
         raise CheckpointError(path, f"{kind}, not one written by torch.save")
     with _reading(path) as file:
@@ -91,7 +91,7 @@ def read_torch_part(path: str | os.PathLike[str], start: int, length: int) -> An
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """The plain data of a pickle alone, as torch.distributed.checkpoint writes its .metadata; no stranger is in it."""
+    """Return the plain data of a pickle alone, without strangers, as torch.distributed.checkpoint writes .metadata."""
     kind = identify(path)
     if kind != PICKLE:
         raise CheckpointError(path, f"{_named(path, kind)}, not a pickle", HINTS.get(kind, ""))
@@ -101,7 +101,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def _reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """The file, opened; what goes wrong with it within is a CheckpointError."""
+    """Yield the file, opened; what goes wrong with it within is a CheckpointError."""
     with io.BufferedReader(cast(io.RawIOBase, open_file(path))) as file:
         try:
             yield cast(BinaryIO, file)
@@ -133,12 +133,12 @@ def _checked(tree: Any) -> Any:
 
 
 def _load(data: bytes | BinaryIO) -> Any:
-    """A pickle without tensors and strangers."""
+    """Read a pickle without tensors and strangers."""
     return pickle_machine.load_pickle(data, known=KNOWN, rebuild=REBUILD)
 
 
 def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], strangers: Names) -> Any:
-    """A pickle of anything; `strangers` takes note of the names that are not known."""
+    """Read a pickle of anything; `strangers` takes note of the names that are not known."""
 
     def strange(name: str) -> bool:
         if is_harmful(name):
@@ -170,7 +170,7 @@ class _Reference(NamedTuple):
 
 
 def _module_class(saved: Any) -> Global | None:
-    """What older files keep the class of a module as: a persistent id, with the source of the class."""
+    """Return the class of a module, which older files keep as a persistent id with the source of the class."""
     match saved:
         case ("module", Global() as kind, _, _):
             return kind
@@ -178,7 +178,7 @@ def _module_class(saved: Any) -> Global | None:
 
 
 def _reference(saved: Any, length: int) -> _Reference:
-    """The reference that a persistent id is: ("storage", class, key, device, elements), and a view in older files."""
+    """Parse a persistent id: ("storage", class, key, device, elements), and a view in older files."""
     if not isinstance(saved, tuple) or len(saved) != length or saved[0] != "storage":
         raise PickleError("a malformed file: it refers to something that is no storage")
     kind, key, elements = saved[1], saved[2], saved[4]
@@ -237,13 +237,13 @@ class _Archive:
         self._storages: dict[str, StoredStorage] = {}
 
     def tree(self) -> Any:
-        """What was saved."""
+        """Return what was saved."""
         if "byteorder" in self._records and (order := self._read("byteorder", 16)) != b"little":
             raise CheckpointError(self._path, f"its byte order is {order!r}; only little-endian numbers are read")
         return _load_values(self._read("data.pkl", pickle_machine.MOST_BYTES), self._storage, self._strangers)
 
     def _directory(self, part: _Part) -> dict[str, zipfile.ZipInfo]:
-        """The records by their names within the top folder."""
+        """Return the records by their names within the top folder."""
         try:
             with zipfile.ZipFile(cast(BinaryIO, part)) as archive:
                 entries = archive.infolist()
@@ -264,7 +264,7 @@ class _Archive:
         return {entry.filename.partition("/")[2]: entry for entry in entries}
 
     def _place(self, name: str) -> tuple[int, int]:
-        """The first byte of a record, from the beginning of the file, and how many it has."""
+        """Return the first byte of a record, from the beginning of the file, and how many it has."""
         entry = self._records[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             hint = "save it again with torch.save, or zip it again without compression"
@@ -317,7 +317,7 @@ class _Archive:
 
 
 def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Names) -> Any:
-    """What was saved. The values are read twice, since where the storages are is only known behind them."""
+    """Return what was saved. The values are read twice, since only what follows them tells where the storages are."""
     if _first(path, file) != MAGIC:
         raise CheckpointError(path, "a pickle, not written by torch.save")
     if _load(file) != PROTOCOL:
@@ -336,7 +336,7 @@ def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Names) 
 
 
 def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
-    """The first pickle of the file, None if it is nothing that torch.save could have written."""
+    """Return the first pickle of the file, None if torch.save could not have written it."""
     try:
         return _load(file)
     except UnsafeGlobalError as error:
@@ -348,7 +348,7 @@ def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
 def _collected(
     path: str | os.PathLike[str], saved: Any, references: dict[str, _Reference]
 ) -> StoredStorage | Unread | Global:
-    """A storage in a place that is not known yet; `references` takes note of it."""
+    """Return a storage in a place that is not known yet; `references` takes note of it."""
     if (kind := _module_class(saved)) is not None:
         return kind
     reference = _reference(saved, 6)
@@ -360,7 +360,7 @@ def _collected(
 
 
 def _viewed(storage: StoredStorage, reference: _Reference) -> StoredStorage | Unread:
-    """The part of a storage that files before torch 0.4 could refer to as if it were one."""
+    """Return the part of a storage that files before torch 0.4 could refer to as if it were one."""
     if reference.unread is not None:
         return reference.unread
     if reference.view is None:
@@ -375,7 +375,7 @@ def _viewed(storage: StoredStorage, reference: _Reference) -> StoredStorage | Un
 def _older_storages(
     path: str | os.PathLike[str], file: BinaryIO, references: dict[str, _Reference]
 ) -> dict[str, StoredStorage]:
-    """The storages with their places, by key."""
+    """Return the storages with their places, by key."""
     keys = _load(file)
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(references):
         raise CheckpointError(path, "a malformed file: its storages are not those that its tensors refer to")

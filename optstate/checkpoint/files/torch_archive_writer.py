@@ -173,7 +173,7 @@ class Record:
 
 
 def place_records(sizes: Iterable[tuple[str, int]]) -> list[Record]:
-    """The records one after the other, by their names and sizes."""
+    """Return the records one after the other, by their names and sizes."""
     records = []
     position = 0
     for name, size in sizes:
@@ -184,7 +184,7 @@ def place_records(sizes: Iterable[tuple[str, int]]) -> list[Record]:
 
 
 def make_head(record: Record) -> bytes:
-    """What stands before the data."""
+    """Return what stands before the data."""
     name = record.name.encode()
     extra = _zip64(record, 0)  # of a size that is not known yet, as torch has it
     padding = record.start - record.position - _HEAD.size - len(name) - len(extra) - 4
@@ -193,7 +193,7 @@ def make_head(record: Record) -> bytes:
 
 
 def make_foot(record: Record, checksum: int) -> bytes:
-    """What stands after the data, for their CRC-32; nothing after no data."""
+    """Return what stands after the data, for their CRC-32; nothing after no data."""
     if not record.size:
         return b""
     numbers = "2Q" if _zip64(record, 0) else "2I"
@@ -201,7 +201,7 @@ def make_foot(record: Record, checksum: int) -> bytes:
 
 
 def make_directory(records: Sequence[Record], checksums: Sequence[int]) -> bytes:
-    """The central directory and the end of the archive, for all of its records and their CRC-32."""
+    """Return the central directory and the end of the archive, for all of its records and their CRC-32."""
     directory = b"".join(_entry(record, checksum) for record, checksum in zip(records, checksums, strict=True))
     start, size, count = records[-1].stop, len(directory), len(records)
     end = _END_64.pack(b"PK\6\6", _END_64.size - 12, 0x031E, 45, 0, 0, count, count, size, start)
@@ -222,7 +222,7 @@ def _flags(record: Record) -> int:
 
 
 def _zip64(record: Record, compressed: int) -> bytes:
-    """The extra field with the numbers that need more than 32 bits, or nothing if there are none."""
+    """Return the extra field with the numbers that need more than 32 bits, or nothing if there are none."""
     numbers = [record.size, compressed] if record.size >= _FULL else []
     if record.position >= _FULL:
         numbers.append(record.position)

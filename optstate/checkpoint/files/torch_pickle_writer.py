@@ -69,7 +69,7 @@ class Subclass:
 
 
 def pickle_tree(tree: Any) -> tuple[bytes, list[NewTensor | Constant]]:
-    """The pickle of a tree, and its storages: the one at index n is the record `data/<n>` of the file.
+    """Return the pickle of a tree, and its storages: the one at index n is the record `data/<n>` of the file.
 
     The tree is made of dicts, lists, tuples, sets, strings, bytes, integers, floats, booleans, None and the classes of
     this module. A container that stands in several places is written several times.
@@ -127,7 +127,7 @@ class _Pickler:
             self.value(value, level + 1)
 
     def number(self, tensor: NewTensor | Constant) -> int:
-        """The number of its storage: they are counted in the order in which they occur, as the layout wants it."""
+        """Return the number of a tensor's storage: storages are counted as they occur, as the layout wants it."""
         if id(tensor) not in self.numbers:
             if isinstance(tensor, NewTensor):
                 if tensor.key in self.keys:
@@ -194,7 +194,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes of a value that is no container, or of a tuple of such values."""
+    """Return the opcodes of a value that is no container, or of a tuple of such values."""
     if value is None:
         return b"N"
     if isinstance(value, bool):

@@ -34,7 +34,7 @@ class StoredStorage(Stored):
 
 
 def _part(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Unread) -> Stored | Unread:
-    """The tensor of this shape and these strides, from element `offset` of a storage on."""
+    """Return the tensor of this shape and these strides, from element `offset` of a storage on."""
     if isinstance(storage, Unread):
         return storage
     if isinstance(dtype, Unread):
@@ -71,7 +71,7 @@ def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _dtype(dtype: Any) -> str | Unread:
-    """The safetensors format's name of a dtype of torch."""
+    """Return the safetensors format's name of a dtype of torch."""
     if not isinstance(dtype, Global):
         raise PickleError(f"a malformed file: {called(dtype)} instead of a dtype")
     return SAFETENSORS_NAMES.get(dtype.name) or Unread(f"a tensor of {shown(dtype.name)}")
@@ -108,7 +108,7 @@ def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None, state: A
 
 
 def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored | Unread:
-    """A tensor of a device that torch has no storages for, saved as one of the CPU."""
+    """Return a tensor of a device that torch has no storages for, saved as one of the CPU."""
     if isinstance(data, Unread):
         return data
     if not isinstance(data, Stored) or data.dtype != _dtype(dtype):
@@ -119,14 +119,14 @@ def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored | U
 def _wrapper(
     kind: Any, dtype: Any, size: Any, stride: Any, offset: Any, layout: Any, device: Any, requires_grad: Any
 ) -> Object | Stranger:
-    """A tensor of a subclass that has other tensors as its attributes."""
+    """Return a tensor of a subclass that has other tensors as its attributes."""
     if not isinstance(kind, Global):
         raise PickleError(f"a malformed file: a tensor of class {called(kind)}")
     return _of_class(kind)(kind.name, (kind, dtype, size, stride, offset, layout, device, requires_grad))
 
 
 def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Read:
-    """A tensor of a subclass, or one with attributes: what `function` makes, with a state."""
+    """Return a tensor of a subclass, or one with attributes: what `function` makes, with a state."""
     if not isinstance(function, Global) or not isinstance(kind, Global) or not isinstance(args, tuple):
         raise PickleError(f"a malformed file: a tensor made by {called(function)}")
     if function.name not in _MAKERS:
@@ -139,7 +139,7 @@ def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Read:
 
 
 def _of_class(kind: Global) -> type[Object] | type[Stranger]:
-    """What stands for the instances of a class."""
+    """Return what stands for the instances of a class."""
     return Object if kind.name in KNOWN else Stranger
 
 
@@ -182,13 +182,13 @@ _FORMS = {
 
 
 def make_scalar(dtype: Any, data: Any = b"") -> Any:
-    """A number of NumPy, as `numpy.float64(0.1)`, by its dtype and bytes; of other dtypes, as dates, a `Stranger`."""
+    """Return a number of NumPy by its dtype and bytes as Python's; of other dtypes, such as dates, a `Stranger`."""
     number = _number(dtype, data)
     return Stranger("numpy.generic", (dtype, data)) if number is None else number
 
 
 def only_element(value: Any) -> int | float | bool | None:
-    """The only element of a NumPy array that has one; None for anything else."""
+    """Return the only element of a NumPy array that has one; None for anything else."""
     if not isinstance(value, Object) or value.name not in ARRAYS or not isinstance(value.state, tuple):
         return None
     return _number(value.state[2], value.state[4]) if len(value.state) == 5 else None

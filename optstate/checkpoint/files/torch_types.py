@@ -164,7 +164,7 @@ def is_harmful(name: str) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """What a value is, for messages: "a list"."""
+    """Return what a value is, for messages: "a list"."""
     if isinstance(value, Stored):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, Object | Stranger | Global):

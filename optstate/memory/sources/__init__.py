@@ -37,12 +37,12 @@ Source = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
 
 
 def known_models() -> list[str]:
-    """Return the names of the published models that are known, in the order of families and sizes."""
+    """List the published models that are known by name, in the order of families and sizes."""
     return list(CONFIGS)
 
 
 def find_model(source: Source, *, inputs: Any = None, dtype: str = "bfloat16", names: str | None = None) -> Model:
-    """Return the model that a source leads to; nothing is allocated, nothing is downloaded.
+    """Find the model that a source leads to; nothing is allocated, nothing is downloaded.
 
     Args:
         source: one of these, in this order:
@@ -75,7 +75,7 @@ def find_model(source: Source, *, inputs: Any = None, dtype: str = "bfloat16", n
 
 
 def _of_text(text: str, dtype: str, names: str | None) -> Model:
-    """Return the model at a path if the path exists, else the published model of the name."""
+    """Return the model at a path if there is one, else of a name."""
     if os.path.lexists(text):
         return _of_path(Path(text), dtype, names)
     model = config.of_name(text, dtype)

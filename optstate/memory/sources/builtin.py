@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, positions: int) -> dict[str, Any]:
-    """Return the sizes in the config.json of a model of Llama's kind; `keys` are heads of keys and values."""
+    """Return what the config.json of a model of Llama's kind says about sizes. keys: heads of keys and values."""
     return {
         "model_type": "llama",
         "vocab_size": vocab,
@@ -97,7 +97,7 @@ def find_config(name: str) -> dict[str, Any] | None:
 
 
 def _near(name: str) -> str:
-    """Return a hint in words: the names most like this one, without an owner as on the Hub; some names if none is."""
+    """Return a hint: the names most like this one, an owner as on the Hub left out; some names if none is."""
     matches = difflib.get_close_matches(name.lower().rpartition("/")[2], CONFIGS, n=3, cutoff=0.6)
     if matches:
         return "did you mean " + " or ".join(repr(match) for match in matches) + "?"

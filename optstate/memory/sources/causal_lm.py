@@ -48,12 +48,12 @@ LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions
 
 
 def _library(name: str) -> Any:
-    """Import a module of transformers, which takes a second and is therefore done only when needed."""
+    """Import a module of transformers, which takes a second and so waits until it is needed."""
     return importlib.import_module(name)
 
 
 def transformers_version() -> str:
-    """Return the version of the installed transformers; "" if none can be imported."""
+    """Return the installed transformers' version; "" without one that can be imported."""
     try:
         return str(_library("transformers").__version__)
     except ImportError:
@@ -61,17 +61,13 @@ def transformers_version() -> str:
 
 
 def causal_lm(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
-    """Return the causal language model of a config, with everything that a trace needs.
+    """Describe the causal language model of a config, with everything a trace needs.
 
-    Args:
-        config: as in a config.json.
-        name: of the model, in words.
-        origin: where the config is from, in words.
-        dtype: of the weights, torch's name.
+    name, origin: of the model, in words. dtype: of its weights, torch's name.
 
     Raises:
-        SourceError: if transformers knows no causal language model of this type, or cannot build it; from `build`, if
-            the model lacks the attention or the checkpointing asked for.
+        SourceError: if transformers knows no causal language model of this type, or cannot build it; `build` also if
+            it has no such attention or no checkpointing.
     """
     _check_causal(config)
     plain = _without(config, NOT_SIZES)
@@ -104,10 +100,10 @@ def causal_lm(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
 
 
 def prepared(module: nn.Module, checkpointing: bool) -> nn.Module:
-    """Return the module as a training run has it: in training mode, without a cache, checkpointed if asked for.
+    """Prepare a module as a training run has it: training, without a cache, with checkpoints if these are wanted.
 
     Raises:
-        SourceError: if the module has no checkpointing to turn on.
+        SourceError: if it has no checkpointing to turn on.
     """
     module.train()
     config: Any = getattr(module, "config", None)
@@ -186,7 +182,7 @@ def _check_named(plain: Mapping[str, Any], config: Any) -> None:
 
 
 def _without(value: Any, keys: set[str]) -> Any:
-    """Return a config without these keys, also in nested configs."""
+    """Return the config without these keys, in parts of it, too."""
     if isinstance(value, Mapping):
         return {key: _without(item, keys) for key, item in value.items() if key not in keys}
     return value
@@ -209,7 +205,7 @@ def _notes(
 
 
 def _configured(plain: Mapping[str, Any]) -> Any:
-    """Build a config object of transformers."""
+    """Make a config object of transformers."""
     try:
         return _library(CONFIGURATIONS).CONFIG_MAPPING[plain["model_type"]].from_dict(dict(plain))
     except Exception as error:  # whatever the class of a config says about its values
@@ -217,7 +213,7 @@ def _configured(plain: Mapping[str, Any]) -> Any:
 
 
 def _made(config: Any, attention: str | None) -> Any:
-    """Build a model of transformers in the default dtype; None for `attention` leaves the choice to transformers."""
+    """Make a model of transformers in the default dtype; with its choice of attention for None."""
     try:
         with _counted():
             module = _library("transformers").AutoModelForCausalLM.from_config(
@@ -232,7 +228,7 @@ def _made(config: Any, attention: str | None) -> Any:
 
 
 def _with_layers(plain: Mapping[str, Any], config: Any, layers: int | None) -> Mapping[str, Any]:
-    """Return the config with this number of identical layers; None keeps all."""
+    """Return the config with so many of its identical layers."""
     if layers is None:
         return plain
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
@@ -254,7 +250,7 @@ def _identical_layers(parameters: tuple[ParamShape, ...], config: Any) -> int | 
 
 
 def _apart(param: ParamShape) -> tuple[Any, ...]:
-    """Return a layer's parameter without the layer's number: the rest of the name, shape and dtype."""
+    """Return a layer's parameter without the layer's number: the part of the name behind it, shape and dtype."""
     rest = param.name.split(".")
     place = next(i for i, part in enumerate(rest) if part.isdigit())
     return (*rest[place + 1 :], param.shape, param.dtype, param.trainable)
@@ -266,7 +262,7 @@ def _has_learned_positions(parameters: tuple[ParamShape, ...]) -> bool:
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """Stop the building of a model with more modules than any model has, before they fill the memory."""
+    """End the building of a model that has more modules than any model has, before they fill the memory."""
     count = 0
 
     def counting(parent: nn.Module, name: str, module: nn.Module | None) -> None:

@@ -20,7 +20,7 @@ __all__ = ["of_checkpoint", "recipe_of"]
 
 
 def recipe_of(path: str | os.PathLike[str]) -> str:
-    """Return the recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if the file does not tell.
+    """Return the recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if it does not tell.
 
     Raises:
         SourceError: if the path is not a checkpoint of an optimizer.
@@ -29,15 +29,10 @@ def recipe_of(path: str | os.PathLike[str]) -> str:
 
 
 def of_checkpoint(path: Path, dtype: str, names: str | None = None) -> Model:
-    """Return the model that the optimizer of a checkpoint trained.
-
-    Args:
-        path: of the checkpoint.
-        dtype: of weights where the file does not tell.
-        names: gives names and shapes to parameters; see `read_names`.
+    """Describe the model whose optimizer this was. dtype: where the file does not tell it. names: see `read_names`.
 
     Raises:
-        SourceError: if the checkpoint cannot be read, or does not tell the shape of a parameter.
+        SourceError: if it cannot be read, or says nothing of the shape of a parameter.
     """
     checkpoint = _opened(path)
     if names is not None:

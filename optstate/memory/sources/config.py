@@ -25,16 +25,16 @@ FILE = "config.json"
 
 
 def of_name(name: str, dtype: str) -> Model | None:
-    """Return the published model of a name; None if there is none."""
+    """Describe a published model; None if there is none of this name."""
     config = find_config(name)
     return None if config is None else of_config(config, name.lower(), "sizes as published", dtype)
 
 
 def of_config_file(path: Path, dtype: str) -> Model:
-    """Return the model of a config.json.
+    """Describe the model of a config.json.
 
     Raises:
-        SourceError: if the file is not the config of a causal language model; the message begins with the path.
+        SourceError: if it is not the config of a causal language model; the message begins with the path.
     """
     config = _config_in(path)
     parent = path.resolve().parent.name
@@ -45,13 +45,9 @@ def of_config_file(path: Path, dtype: str) -> Model:
 
 
 def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
-    """Return the model of a config, built by transformers where it is installed, else shapes of known architectures.
+    """Describe the model of a config, built by transformers where that is installed, else by its shapes.
 
-    Args:
-        config: as in a config.json.
-        name: of the model, in words.
-        origin: where the config is from, in words.
-        dtype: of the weights, torch's name.
+    name, origin: of the model, in words. dtype: of its weights, torch's name.
 
     Raises:
         SourceError: if there is no causal language model of this kind, or sizes are missing or impossible.

@@ -36,7 +36,7 @@ def is_name(source: str) -> bool:
 
 
 def of_named(source: str, inputs: Any, dtype: str) -> Model:
-    """Return the model that `package.module:factory` makes, or is; see `of_callable` and `of_module`."""
+    """Describe the model that `package.module:factory` makes, or is; see `of_callable` and `of_module`."""
     found = _found(source)
     if isinstance(found, nn.Module):
         return of_module(found, inputs, dtype, name=source)
@@ -47,13 +47,12 @@ def of_named(source: str, inputs: Any, dtype: str) -> Model:
 
 
 def of_callable(factory: Callable[[], Any], inputs: Any, dtype: str, name: str = "") -> Model:
-    """Return the model that a function makes, called without arguments on the meta device, in the default dtype.
+    """Describe the model that a function makes, called without arguments on the meta device, in the default dtype.
 
-    The meta device is used because fake tensors cannot be cast as `module.to(torch.bfloat16)` casts modules.
+    Not on fake tensors, which cannot be cast as modules are by `module.to(torch.bfloat16)`.
 
     Raises:
-        SourceError: if the function raises, reads values, makes no module, or puts a module on an accelerator; the same
-            from `build`.
+        SourceError: if it raises, reads values, makes no module, or puts it on an accelerator; the same from `build`.
     """
     name = name or getattr(factory, "__name__", type(factory).__name__)
     batch = batch_of(inputs)
@@ -68,12 +67,12 @@ def of_callable(factory: Callable[[], Any], inputs: Any, dtype: str, name: str =
 
 
 def of_module(module: nn.Module, inputs: Any, dtype: str, name: str = "") -> Model:
-    """Return the model of a module that exists, with the module's own dtypes and requires_grad.
+    """Describe a module that exists, with its own dtypes and its own requires_grad.
 
     The module is only looked at; `build` makes a copy, without values under FakeTensorMode.
 
     Raises:
-        SourceError: if the module has no parameters or no dense ones; from `build`, if it cannot be copied.
+        SourceError: if it has no parameters or no dense ones; from `build`, if it cannot be copied.
     """
     name = name or type(module).__name__
 
@@ -122,7 +121,7 @@ def _dtype_notes(parameters: tuple[ParamShape, ...], dtype: str) -> tuple[str, .
 
 
 def _found(source: str) -> Any:
-    """Return the object that a name leads to; modules in the working directory are found as `python -m` does."""
+    """Import the object a name leads to, also from the working directory, as `python -m` does."""
     module, _, attributes = source.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)
@@ -140,7 +139,7 @@ def _found(source: str) -> Any:
 
 
 def _on_meta(factory: Callable[[], Any], name: str) -> nn.Module:
-    """Call the function where tensors have no memory, whatever mode the caller is in, and return its module."""
+    """Call the function where tensors have no memory, whatever mode the caller is in."""
     with _disable_current_modes(), torch.device("meta"):
         return _made(factory, name)
 
@@ -159,7 +158,7 @@ def _made(factory: Callable[[], Any], name: str) -> nn.Module:
 
 
 def _refuse_accelerators(module: nn.Module, name: str) -> None:
-    """Raise SourceError for a module on an accelerator: an estimate needs none, and fake tensors cannot be on one."""
+    """Refuse tensors on accelerators: an estimate takes no memory there, and nothing fake may claim to be on one."""
     for key, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type not in ("cpu", "meta"):
             reason = f"'{name}' puts '{shown(key)}' on {tensor.device}"
@@ -167,7 +166,7 @@ def _refuse_accelerators(module: nn.Module, name: str) -> None:
 
 
 def _optioned(module: nn.Module, options: BuildOptions) -> nn.Module:
-    """Return the module as a training run has it, with attention and checkpointing as asked for."""
+    """Prepare the module as a training run has it, with attention and checkpointing as asked for."""
     choose: Any = getattr(module, "set_attn_implementation", None)
     if choose is not None:
         try:
@@ -208,14 +207,13 @@ class Inputs:
 
 
 def batch_of(inputs: Any) -> Inputs | None:
-    """Return a maker of batches from the inputs that a user gave; None for no inputs.
+    """Return what makes batches of the given inputs; None without inputs.
 
-    Args:
-        inputs: a function of batch size and sequence length, or of nothing, or the name of one; or the arguments of the
-            model themselves: a tensor, a tuple or list of positional ones, a dict of named ones, or a tuple and a dict.
+    Inputs are a name or a function of batch size and sequence length, or of nothing; or the arguments themselves, as a
+    tensor, a tuple or list of positional ones, a dict of named ones, or a tuple and a dict.
 
     Raises:
-        SourceError: for anything else; from the returned maker, if the function raises.
+        SourceError: for anything else; what is returned, if what was given raises.
     """
     if inputs is None:
         return None
@@ -258,7 +256,7 @@ def _arguments(given: Any, name: str) -> Batch:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or a new one without values where it cannot be used beside fake ones on the CPU."""
+    """Return the tensor, or a new one without values where it cannot be used beside fake ones on the CPU."""
     if tensor.device.type == "cpu" and isinstance(tensor, FakeTensor) == in_fake_mode():
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").requires_grad_(tensor.requires_grad)

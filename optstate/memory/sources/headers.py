@@ -41,9 +41,9 @@ ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vecto
 
 
 def weights_at(path: Path) -> list[Header]:
-    """Return the headers of a file, of a sharded set by its index, or of a folder with one of these.
+    """Read the headers of a file, of a sharded set by its index, or of a folder with one of these.
 
-    The list is empty if there is only the state of an optimizer, or no safetensors file at all.
+    None are returned if there is only the state of an optimizer, or no safetensors file at all.
 
     Raises:
         SourceError: if a file cannot be read, or the folder holds several models.
@@ -68,21 +68,18 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _weights(path: Path) -> list[Header]:
-    """Return the headers of a file or set; none if it holds the state of an optimizer, ours or LeRobot's."""
+    """Read the headers of a file or set that is not the state of an optimizer, ours or LeRobot's."""
     headers = list(read_index(path).shards.values()) if path.name.endswith(INDEX) else [read_header(path)]
     return [] if any(KEY in header.metadata or is_lerobot(header) for header in headers) else headers
 
 
 def of_headers(path: Path, headers: Iterable[Header], dtype: str) -> Model:
-    """Return the model whose weights these files hold, with the dtypes of the files.
+    """Describe the model that these files hold the weights of: dtypes are the file's.
 
-    Args:
-        path: of the file, index or folder.
-        headers: of the files.
-        dtype: the dtype asked for; a note says where a file has another.
+    dtype: the one asked for; a note says where the file's is another.
 
     Raises:
-        SourceError: for adapters without their model, for quantised weights, and for files without weights.
+        SourceError: for adapters without their model, for quantised weights, and for files without any.
     """
     entries = [entry for header in headers for entry in header.tensors]
     where = shown(str(path))

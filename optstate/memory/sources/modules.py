@@ -37,7 +37,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def probe(build: Callable[[], M], dtype: torch.dtype) -> M:
-    """Build a module on fake tensors, in a mode of its own: to be looked at, not to be run."""
+    """Build the module on fake tensors, in a mode of its own: to be looked at, not to be run."""
     with FakeTensorMode(), default_dtype(dtype):
         return build()
 

@@ -1,6 +1,6 @@
-"""Shapes of Llama, Mistral, Qwen and GPT-2 models from their config, without transformers.
+"""The parameters of Llama, Mistral, Qwen and GPT-2 models by their config, without transformers.
 
-Parameters have the order and the names of transformers' classes.
+Order and names are those of transformers' classes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_number(key: str, value: Any) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """Yield the whole numbers in a value and in lists within."""
+    """Yield the whole numbers in a value and in lists in it."""
     if type(value) is int:
         yield value
     elif isinstance(value, list):
@@ -134,7 +134,7 @@ def _decoder(
 
 
 def _heads(config: Config) -> tuple[int, int, int]:
-    """Return the size of a head, the number of heads for queries, and that for keys and values."""
+    """Return the size of a head, how many there are for queries, and for keys and values."""
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     keys = _optional(config, "num_key_value_heads") or heads
     if heads % keys:
@@ -196,7 +196,7 @@ def _norm(name: str, size: int) -> Shapes:
 
 
 def _size(config: Config, *keys: str) -> int:
-    """Return a size that the config must give under one of these keys."""
+    """Return a size that the config must give, under one of these names."""
     for key in keys:
         value = config.get(key)
         if value is not None:

@@ -33,7 +33,7 @@ class Place(NamedTuple):
     after: str = ""
 
     def name(self, layers: int) -> str:
-        """Return the name of the place in a model with this number of layers."""
+        """Return the name in a model of so many layers."""
         return self.before if self.layer is None else f"{self.before}{self.layer % layers}{self.after}"
 
 
@@ -105,7 +105,7 @@ def _irregular(seen: list[Seen]) -> str:
 
 
 def _along(one: Moment, next_one: Moment, steps: int) -> Moment:
-    """Return the moment that is `steps` steps away from `one`, on a line through it and the next one."""
+    """Return the moment that is `steps` steps away from `one`, on a line through `one` and the next moment."""
 
     def line(a: int, b: int) -> int:
         return a + steps * (b - a)
@@ -123,7 +123,7 @@ def _numbers(moment: Moment) -> tuple[int, ...]:
 
 
 def _places(seen: Seen, layers: int, near: int = 2) -> dict[Place, Moment]:
-    """Return the fullest moment of each place outside of layers, in the first few layers, and in the last two."""
+    """Return the fullest moments of a trace, of layers those of the first few and of the last two."""
     found: dict[Place, Moment] = {}
     for name, moment in seen.timeline.moments.items():
         place = _place(name, seen.stacks)

@@ -43,7 +43,7 @@ class Position:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Follow the module's forward passes by hooks on every part, removed at the end."""
+        """Attach hooks to every module; remove them at the end."""
         with ExitStack() as hooks:
             for part in self._names:
                 hooks.callback(part.register_forward_pre_hook(self._enter, prepend=True).remove)
@@ -52,7 +52,7 @@ class Position:
 
     @contextmanager
     def during(self, phase: str, name: str = "") -> Iterator[None]:
-        """Set the phase, and the name of the parameter that is updated, for a while."""
+        """Set the phase inside, and the parameter that is updated in it."""
         before = self.phase, self._updating
         self.phase, self._updating = phase, name
         self._passes += phase != "update"
@@ -95,7 +95,7 @@ class Position:
     # --- where ------------------------------------------------------------------------------------------------
 
     def where(self) -> tuple[str, str]:
-        """Return the current place, and the kind of the tensors that are made there.
+        """Return the place and the kind of what is made there.
 
         A place is the number of the pass through the module, and the phase, with a name after a colon where one is
         known: `1 forward:layers.0`.

@@ -85,10 +85,10 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
     `fused.grad_norm(loss)` before the backward pass, or with several batches leaves all of them to `optimizer.step()`.
 
     Args:
-        model: with `build` and `batch`.
-        recipe: makes the optimizer, `setting.weights` included, from the groups of `optstate.declare_roles(module)`.
+        model: what is trained; its `build` and `batch` are called.
+        recipe: gets the groups of `optstate.declare_roles(module)` and gives the optimizer, `setting.weights` included.
         setting: how the step is run.
-        layers: build only this number of the identical layers.
+        layers: build only so many of the identical layers.
         device: the type of the device it is for: "cpu" counts exact bytes, others round up to 512; updates go through
             a parameter in parts as large as they are there, and attention keeps what its kernels keep there.
             Whatever it is, tensors are fake ones on the CPU.
@@ -112,7 +112,7 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
 
 
 def choose_largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
-    """Return the largest tensors of each kind, together in order of size."""
+    """Choose the largest tensors of each kind, together in order of size."""
     of_kind: Counter[str] = Counter()
     chosen = []
     for item in alive:
@@ -194,7 +194,7 @@ class _Step:
         hook(lambda grad: self.tracker.belongs(grad, "gradients", name))
 
     def warm_up(self) -> None:
-        """Run a first pass, in which models make what they keep from then on; the state exists already."""
+        """Make what is there from the first step on, as models do in their first pass. State is there already."""
         self._loss()
         for state in self.optimizer.state.values():
             state["step"] += 1
@@ -214,7 +214,7 @@ class _Step:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, loss: Tensor, clips: bool, waits: bool) -> None:
-        """Run a backward pass; if it `waits`, a fused one adds its gradients up for a later one or for `step()`."""
+        """Run the backward pass. waits: a fused one adds its gradients up for a later one, or for `step()`."""
         if self.fused is not None and clips and not waits:
             with self.position.during("backward"):
                 self.fused.grad_norm(loss)
@@ -271,7 +271,7 @@ def _naming_errors(model: Model, tracker: Tracker | None = None) -> Iterator[Non
 
 
 def _in(tracker: Tracker | None) -> str:
-    """Return in words the place of an error, or the operator before it."""
+    """Return the place of an error, or the operator before it."""
     if tracker is None:
         return " in its construction"
     if tracker.failed_in:
@@ -281,7 +281,7 @@ def _in(tracker: Tracker | None) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Pause the garbage collector, which would free cycles at any moment, and keep random numbers and warnings."""
+    """Keep the collector from freeing cycles at moments of its own, and random numbers and warnings as they are."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -303,7 +303,7 @@ def _notes(module: nn.Module, tracker: Tracker) -> Iterator[str]:
 
 
 def _stacks(module: nn.Module, layers: int | None) -> tuple[str, ...]:
-    """Return the names of the lists that hold as many modules of one class as there are layers."""
+    """Return the lists of as many modules of one class as there are layers."""
     lists = ((name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential))
     return tuple(name for name, part in lists if len(part) == layers and len({type(layer) for layer in part}) == 1)
 

@@ -80,7 +80,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(tensor, kind, what, "")
 
     def belongs(self, tensor: Tensor, kind: str, what: str) -> None:
-        """Correct the kind and the owner of a tensor's storage, and of the storages whose sum it holds."""
+        """Correct whose a tensor's storage is, once that turns out, and the storages that it is a sum of."""
         found = self._live.get(tensor.untyped_storage()._cdata)
         if found is None:
             self.seed(tensor, kind, what)
@@ -141,7 +141,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage.over = storage.terms[0] if len(storage.terms) == 2 and not first._is_view() else None
 
     def _terms(self, args: tuple[Any, ...], nbytes: int) -> Iterable[TrackedStorage]:
-        """Yield the storages of a sum's terms, if they are whole storages of the sum's size."""
+        """Yield the terms of a sum that are whole storages of its size."""
         for arg in args:
             found = self._live.get(arg.untyped_storage()._cdata) if isinstance(arg, Tensor) else None
             if found is not None and found[0].nbytes == nbytes:
@@ -223,7 +223,7 @@ class Timeline:
         return {place: Moment(total, kinds, tuple(most[place]), i) for place, (total, kinds, i) in fullest.items()}
 
     def alive(self, index: int) -> tuple[Alive, ...]:
-        """Return the tensors alive after an event, the largest first."""
+        """Return what was alive after an event, the largest first."""
         living: dict[int, TrackedStorage] = {}
         for storage, made in self._events[: index + 1]:
             if made:

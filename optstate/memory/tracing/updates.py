@@ -57,7 +57,7 @@ def _class_of(plan: ParamPlan, param: Tensor, grad: Tensor | None) -> tuple[Any,
 
 
 def _fullest(events: list[Event]) -> tuple[TrackedStorage, ...] | None:
-    """Return the storages alive at the fullest moment; None if events free older ones or leave something behind."""
+    """Return what of these events was alive at the fullest moment; None if they free others' or leave something."""
     alive: dict[int, TrackedStorage] = {}
     fullest: tuple[TrackedStorage, ...] = ()
     total = most = 0
