@@ -9,7 +9,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.pickle_machine import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import NotPlainError, StateDict, plain
 from optstate.checkpoint.formats.shared.statistics import ADAFACTOR, FIRST, SECOND
 from optstate.other_libraries import libraries
@@ -37,12 +37,12 @@ def read_galore(found: StateDict, optimizer: str | None = None) -> Checkpoint | 
     if not any(_is_projector(state.get("projector")) for state in found.state.values()):
         return None
     if found.kept <= {"step", "projector", *MOMENTS}:
-        return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
+        return build_checkpoint(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
     if libraries.GALORE_ADAFACTOR.fits(found.keys) and found.kept <= {
         *("step", "projector", "RMS", "exp_avg", "exp_avg_sq"),
         *(ROW, COL),
     }:
-        return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
+        return build_checkpoint(found, Source("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
     return None
 
 
@@ -138,7 +138,7 @@ def _projected_squares(draft: Draft, projection: Projection) -> tuple[int, ...]:
 
 
 def _full_shape(draft: Draft, moment: tuple[int, ...], bases: list[Stored]) -> tuple[int, ...]:
-    """Return the parameter's shape: a moment is `gradient @ right.T` with a basis `[rank, m]`, or `left.T @ gradient`."""
+    """Return the parameter's shape: a moment is `gradient @ right.T`, the basis `[rank, m]`, or `left.T @ gradient`."""
     shapes = [basis.shape for basis in bases]
     rows, columns = moment
     if all(len(shape) == 2 for shape in shapes):
