@@ -9,7 +9,7 @@ from __future__ import annotations
 from optstate.checkpoint.formats.registry import find_format, find_formats
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import ADAFACTOR, ADAM, CAME, LION, SGD, SM3, Meaning
 from optstate.checkpoint.formats.shared.tables import Kept, Layout, by_key, factored, read_tables, whole, write_tables
@@ -36,10 +36,10 @@ __all__ = [
     "StateDict",
     "Switch",
     "TreeWriter",
+    "build_checkpoint",
     "by_key",
     "check_rule",
     "check_statistics",
-    "checkpoint_of",
     "factored",
     "find_format",
     "find_formats",

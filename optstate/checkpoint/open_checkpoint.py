@@ -175,15 +175,14 @@ def _of_index(path: str) -> Checkpoint:
 
 
 def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint:
-    """Open a folder as training stacks write it, or any with one file of optimizer state."""
-    from optstate.checkpoint.formats import dcp, deepspeed, lerobot
+    """A folder as training stacks write it, or any with one file of optimizer state."""
+    from optstate.checkpoint.formats import lerobot
+    from optstate.checkpoint.formats.registry import find_folder_format
 
-    if dcp.is_dcp(path):
-        _no_key(path, "a checkpoint of torch.distributed.checkpoint", key)
-        return dcp.read_dcp(path)
-    if deepspeed.is_deepspeed(path):
-        _no_key(path, "a checkpoint of DeepSpeed", key)
-        return deepspeed.read_deepspeed(path)
+    written_by = find_folder_format(path)
+    if written_by is not None and written_by.read_at is not None:
+        _no_key(path, f"a checkpoint of {written_by.name}", key)
+        return written_by.read_at(path)
     found = _parts(path)
     if len(found) > 1:
         files = ", ".join(f"'{shown(part.name)}'" for part in found[:8])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optstate.other_libraries.flags import Departure, OtherRule, Switch, departures, followed, strays, visible
-from optstate.other_libraries.libraries import ALL, known_format, other_formats, rule_named, rule_with_keys, stem_of
+from optstate.other_libraries.libraries import ALL, find_rule, find_rule_by_keys, known_format, other_formats, stem_of
 
 __all__ = [
     "ALL",
@@ -11,11 +11,11 @@ __all__ = [
     "OtherRule",
     "Switch",
     "departures",
+    "find_rule",
+    "find_rule_by_keys",
     "followed",
     "known_format",
     "other_formats",
-    "rule_named",
-    "rule_with_keys",
     "stem_of",
     "strays",
     "visible",

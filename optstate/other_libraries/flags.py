@@ -106,7 +106,7 @@ class Departure:
 
 
 def followed(rule: OtherRule | None, group: Hyper) -> tuple[bool, set[str]]:
-    """Return whether a group follows its rule's recipe, and which chains of ours besides, in words."""
+    """Return what a group follows: whether the recipe of its rule, and which chains of ours besides, in words."""
     found = list(_of_group(rule, 0, group))
     if any(not departure.chain for departure in found):
         return False, set()
@@ -135,7 +135,7 @@ def _of_group(rule: OtherRule | None, place: int, group: Hyper) -> Iterator[Depa
 
 
 def strays(rule: OtherRule | None, groups: Sequence[Hyper]) -> list[str]:
-    """Return the keys that nobody knows and whose values are no flags that are on, in the order of the groups."""
+    """Return the keys that nobody knows, with values that are no flags that are on; in the order of the groups."""
     known = rule.knows if rule is not None else (HOW | ANYWHERE).__contains__
     return list(dict.fromkeys(key for g in groups for key, value in g.items() if value is not True and not known(key)))
 

@@ -29,7 +29,7 @@ LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
 
 def store_name(store: str) -> str:
-    """The kind of a store given in words: "Block8" of "Block8(signed=False)"."""
+    """Return the kind of a store given in words: "Block8" of "Block8(signed=False)"."""
     return store.partition("(")[0]
 
 
@@ -60,7 +60,7 @@ def _odd_names(document: Document) -> list[Issue]:
 
 
 def contradictions(checkpoint: Checkpoint) -> list[Issue]:
-    """What of the document cannot be, by the tensors that it names: their numbers would not be what it says."""
+    """Return what of the document cannot be, by the tensors that it names: their numbers would not be what it says."""
     issues = []
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
@@ -77,7 +77,7 @@ def refuse_contradictions(checkpoint: Checkpoint) -> None:
 
 
 def _wrong_codebooks(document: Document) -> list[Issue]:
-    """Maps of codes that are not what their ids say, or are not there."""
+    """Return maps of codes that are not what their ids say, or are not there."""
     problems = {key: _codebook_problem(key, values) for key, values in document.codebooks.items()}
     used = {slot.codebook for param in document.parameters for slot in param.slots.values()} - {""}
     problems |= dict.fromkeys(sorted(used - problems.keys()), "is used, but its values are not in the file")
@@ -85,7 +85,7 @@ def _wrong_codebooks(document: Document) -> list[Issue]:
 
 
 def _codebook_problem(key: str, values: tuple[float, ...]) -> str:
-    """What is wrong with the values of codes, "" for nothing."""
+    """Return what is wrong with the values of codes, "" for nothing."""
     finite = sum(abs(value) <= LARGEST_FP32 for value in values)
     if len(values) not in (16, 256) or finite < len(values):
         return f"has {len(values)} values, {finite} of them fp32 numbers: codes stand for 16 or 256"

@@ -161,7 +161,7 @@ class Document:
 
 
 def tensor_key(parameter: str, slot: str, name: str = "") -> str:
-    """The name of a tensor in the file: `<parameter>/<slot>` or `<parameter>/<slot>.<field>`.
+    """Return the name of a tensor in the file: `<parameter>/<slot>` or `<parameter>/<slot>.<field>`.
 
     A slot has no "/", so the last one ends the parameter's name.
     """

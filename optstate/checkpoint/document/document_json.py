@@ -189,7 +189,7 @@ class _Node:
         return {key: _Node(item, f"{self.place}.{key}").of(kind) for key, item in self.of(dict).value.items()}
 
     def count(self) -> int:
-        """A whole number from 0 on, within what is counted anywhere."""
+        """Return a whole number from 0 on, within what is counted anywhere."""
         if self.of(int).value < 0:
             raise self.wrong("must not be negative")
         if self.value > MAX_COUNT:
@@ -197,7 +197,7 @@ class _Node:
         return cast(int, self.value)
 
     def counts(self) -> tuple[int, ...]:
-        """The sizes of a tensor."""
+        """Return the sizes of a tensor."""
         if len(self.of(list).value) > MOST_DIMENSIONS:
             raise DocumentError(f"{self.place} has {len(self.value)} dimensions: at most {MOST_DIMENSIONS} are read")
         return tuple(item.count() for item in self.items(int))

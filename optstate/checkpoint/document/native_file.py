@@ -46,7 +46,7 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
-    """The checkpoint that files with these headers hold, whether or not it is complete.
+    """Return the checkpoint that files with these headers hold, whether or not it is complete.
 
     Tensors are in the document's order, then come those that it does not name.
 
@@ -61,7 +61,7 @@ def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
 
 
 def _only_document(path: str, headers: tuple[Header, ...]) -> Document:
-    """The document of a file, or of the one file of a set that has it."""
+    """Return the document of a file, or of the one file of a set that has it."""
     having = [header for header in headers if KEY in header.metadata]
     if len(headers) > 1 and len(having) != 1:
         names = ", ".join(shown(os.path.basename(header.path)) for header in having[:3])
@@ -72,7 +72,7 @@ def _only_document(path: str, headers: tuple[Header, ...]) -> Document:
 
 
 def document_of(header: Header) -> Document:
-    """The document of a file whose header has been read.
+    """Return the document of a file whose header has been read.
 
     Raises:
         CheckpointError: if it has none, or one that cannot be read.

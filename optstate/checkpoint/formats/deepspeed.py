@@ -22,9 +22,9 @@ from optstate.checkpoint.files.pickle_objects import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.checkpoint.formats.registry import read_state_dict
-from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.folder_weights import Weight, complete_checkpoint
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND
 from optstate.checkpoint.formats.shared.tables import Layout, read_table, whole
 from optstate.other_libraries import libraries
@@ -60,7 +60,7 @@ class _Found:
 
 
 def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
-    """The optimizer's state in a checkpoint folder, in the folder of a tag, or beside a file *_optim_states.pt.
+    """Return the optimizer's state in a checkpoint folder, in the folder of a tag, or beside a file *_optim_states.pt.
 
     The fp32 copies of weights are read as a slot of their own.
 
@@ -72,7 +72,7 @@ def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     found = _universal(files.folder, model) if files.optimizer is None else _zero(files.optimizer, model)
     others = {key: _unwrapped(found.about.value[key]) for key in OTHERS if key in found.about.value}
     tree, text = {"state": found.state, "param_groups": found.groups, **others}, os.fspath(path)
-    members = state_dict_of(tree, text)
+    members = parse_state_dict(tree, text)
     if members is not None and FUSED.fits(members):
         checkpoint = read_table(members, FUSED, NAME, [FUSED_NOTE])
     else:
@@ -82,7 +82,9 @@ def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     known = [name for name in names if name in model.weights]
     weights = {name: replace(model.weights[name], master=found.masters.get(name)) for name in known}
     about = {"tool": NAME, "kind": found.kind}
-    return completed(checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED])
+    return complete_checkpoint(
+        checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED]
+    )
 
 
 def _check_masters(path: str, masters: Mapping[str, Any]) -> None:
@@ -92,7 +94,7 @@ def _check_masters(path: str, masters: Mapping[str, Any]) -> None:
 
 
 def _unwrapped(value: Any) -> Any:
-    """The attributes of an object, such as the loss scaler."""
+    """Return the attributes of an object, such as the loss scaler."""
     return value.state if isinstance(value, Object) else value
 
 
@@ -132,7 +134,7 @@ def _tensors(nodes: Node) -> list[Node]:
 
 
 def _members(node: Node | None) -> dict[str, Node]:
-    """What is under the keys of a dict; nothing if there is none, as for parameters that were never updated."""
+    """Return what is under the keys of a dict; nothing if there is none, as for parameters that were never updated."""
     return {key: node.at(key) for key in node.of(dict)} if node is not None else {}
 
 
@@ -158,7 +160,7 @@ def _check_one_part(own: Node) -> None:
 
 
 def _groups_of(groups: Node, model: ModelFiles) -> list[dict[str, Any]]:
-    """The groups with names for their flat tensors, each of which is a parameter to the optimizer."""
+    """Return the groups with names for their flat tensors, each of which is a parameter to the optimizer."""
     found, seen = [], []
     for group in groups.items():
         flats = group.at("params").of(list)
@@ -199,7 +201,7 @@ def _mapped_starts(mappings: Node, i: int, shapes: Mapping[str, Shape]) -> dict[
 
 
 def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], whole: bool) -> dict[str, Any]:
-    """The parts of a flat tensor by the names of parameters; every parameter has its own of a number, such as a step.
+    """Return the parts of a flat tensor by the names of parameters; a number, such as a step, goes to every parameter.
 
     whole: whether it ends with the last parameter.
     """
@@ -225,7 +227,7 @@ def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], who
 
 
 def _universal(folder: Path, model: ModelFiles) -> _Found:
-    """A folder for each parameter, a file for each of its statistics."""
+    """Return a folder for each parameter, a file for each of its statistics."""
     own = deepspeed_files.read_values(folder / UNIVERSAL / STATE)
     names = sorted(entry.name for entry in (folder / UNIVERSAL).iterdir() if entry.is_dir())
     groups = own.at("param_groups")
@@ -266,7 +268,7 @@ def _check_names(path: Path, names: Iterable[str], model: ModelFiles) -> None:
 
 
 def _of_parameter(path: Path, name: str, model: ModelFiles) -> Any:
-    """What one file has for a parameter, in its shape: stage 3 writes flat tensors."""
+    """Return what one file has for a parameter, in its shape: stage 3 writes flat tensors."""
     tree = deepspeed_files.read_values(path)
     value = tree.value["param"] if isinstance(tree.value, dict) and "param" in tree.value else tree.value
     if not isinstance(value, Stored) or path.stem == "step":

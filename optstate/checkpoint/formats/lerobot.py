@@ -47,7 +47,7 @@ def _parts(name: str) -> list[str] | None:
 
 
 def read_lerobot(path: str | os.PathLike[str], optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint of LeRobot's, from its folder `training_state` or the safetensors file in it.
+    """Return a checkpoint of LeRobot's, from its folder `training_state` or the safetensors file in it.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the groups are not those of the tensors.
@@ -74,7 +74,7 @@ def read_lerobot(path: str | os.PathLike[str], optimizer: str | None = None) -> 
 
 
 def _tensors_by_id(header: Header) -> dict[int, dict[str, Any]]:
-    """The state by id; names with more parts are dicts within."""
+    """Return the state by id; names with more parts are dicts within."""
     state: dict[int, dict[str, Any]] = {}
     for entry in header.tensors:
         parts = _parts(entry.name)
@@ -104,8 +104,10 @@ def _groups(path: Path) -> list[Any]:
 
 
 def prepare_for_json(document: Document) -> Document:
-    """The document with plain numbers in its groups, and without names: LeRobot compares its groups with those of an
-    optimizer without names."""
+    """Return the document with plain numbers in its groups, and without names.
+
+    LeRobot compares the groups of a file with those of an optimizer without names.
+    """
     groups = tuple(replace(g, hyper={key: numbers(value) for key, value in g.hyper.items()}) for g in document.groups)
     document = replace(document, groups=groups)
     if document.source.get("kind") == NAME:
@@ -114,7 +116,7 @@ def prepare_for_json(document: Document) -> Document:
 
 
 def write_lerobot(writer: TreeWriter) -> Tree:
-    """The state_dict of the library whose optimizer it is; of torch's, if it was not LeRobot's file."""
+    """Return the state_dict of the library whose optimizer it is; of torch's, if it was not LeRobot's file."""
     library = find_format(writer.tool) if writer.same else None
     if library is None or library.write is None:
         library = find_format("torch")

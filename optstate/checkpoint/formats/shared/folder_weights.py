@@ -18,7 +18,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.parameter_reader import FULL
 from optstate.text import shown
 
-__all__ = ["MASTER", "Weight", "completed"]
+__all__ = ["MASTER", "Weight", "complete_checkpoint"]
 
 MASTER = "master"
 """The slot of an fp32 copy of the weight itself, which is no statistic."""
@@ -34,14 +34,14 @@ class Weight:
     tied: tuple[str, ...] = ()
 
 
-def completed(
+def complete_checkpoint(
     checkpoint: Checkpoint,
     weights: Mapping[str, Weight],
     source: Mapping[str, Any],
     files: Iterable[str | os.PathLike[str]],
     notes: Iterable[str],
 ) -> Checkpoint:
-    """The checkpoint of a folder, of one that was made of its optimizer's state.
+    """Return the checkpoint of a folder, of one that was made of its optimizer's state.
 
     weights: by the parameters' names, as far as they are known. source: as in `Document.source`, with the kind.
 
