@@ -11,7 +11,7 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.formats.registry import find_format, find_formats
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import (
     ADAFACTOR,
@@ -57,10 +57,10 @@ __all__ = [
     "Switch",
     "Tree",
     "TreeWriter",
+    "build_checkpoint",
     "by_key",
     "check_rule",
     "check_statistics",
-    "checkpoint_of",
     "factored",
     "find_format",
     "find_formats",

@@ -173,12 +173,12 @@ _LAYOUTS: dict[str, Callable[..., Layouts]] = {
     "axismax": axis_maxima_layouts,
     "block4": packed_blocks,
     "block8": blocks,
-    "factored_layouts": factored_layouts,
+    "factored": factored_layouts,
     "float8": _float8,
-    "full_layouts": full_layouts,
+    "full": full_layouts,
     "grouped": group_means,
-    "kahan_layouts": kahan_layouts,
-    "split_layouts": split_layouts,
+    "kahan": kahan_layouts,
+    "split": split_layouts,
 }
 
 _CODED = ("block4", "block8", "float8")
@@ -219,7 +219,7 @@ def kept_bytes(words: str, shape: Shape) -> int:
     """
     name = words.partition("(")[0].lower()
     in_full = is_small(shape) if name in _CODED else len(shape) < 2
-    found = full_layouts(shape) if in_full and name != "full_layouts" else layouts_of(words, shape)
+    found = full_layouts(shape) if in_full and name != "full" else layouts_of(words, shape)
     return sum(field.nbytes for field in (found or {}).values())
 
 

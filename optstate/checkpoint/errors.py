@@ -10,9 +10,9 @@ __all__ = ["CheckpointError", "UsageError"]
 
 
 class UsageError(ValueError):
-    """A wrong use that no checkpoint makes right: options that exclude each other, or words that name nothing.
+    """Raised for a wrong use that no checkpoint makes right; exit code 2 of the command line.
 
-    The command line ends with exit code 2.
+    Examples are options that exclude each other, and words that name nothing.
     """
 
 

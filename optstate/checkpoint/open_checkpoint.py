@@ -89,7 +89,7 @@ def refuse_streams(*paths: str | os.PathLike[str]) -> None:
 def _of_one_version(
     path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: OpenFiles
 ) -> Checkpoint:
-    """Open a set anew while a run replaces its files between the first and the last of them."""
+    """Open a checkpoint, and anew while a run replaces the files of a set between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -175,7 +175,7 @@ def _of_index(path: str) -> Checkpoint:
 
 
 def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint:
-    """Open a folder as training stacks write it, or any with one file of optimizer state."""
+    """Open a folder as training stacks write it, or any folder with one file of optimizer state."""
     from optstate.checkpoint.formats import lerobot
     from optstate.checkpoint.formats.registry import find_folder_format
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from optstate.checkpoint.document.canonical_names import renamed
+from optstate.checkpoint.document.canonical_names import rename_parameter
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.document.document import Parameter
@@ -326,7 +326,7 @@ def _renamed(names: Names, param: Parameter, named: Named) -> Parameter:
         hint = "the order is that of the optimizer's groups, one after the other"
         raise _refused(names, f"{reason}, which has {_list(param.shape)} in the checkpoint", hint)
     shape = named.shape if param.shape is None else param.shape
-    return replace(renamed(param, named.name), shape=shape, dtype=param.dtype or named.dtype)
+    return replace(rename_parameter(param, named.name), shape=shape, dtype=param.dtype or named.dtype)
 
 
 def _list(shape: tuple[int, ...] | None) -> str:

@@ -369,7 +369,7 @@ def _bilinear(
     `b` holds the squares of the column factors.
     """
     x = _load(part, product, value)
-    x = torch.mul(x, x) if square is None else torch.mul(x, x, out=square.like(part))
+    x = torch.mul(x, x, out=x.new_empty(x.shape) if square is None else square.like(part))  # contiguous in any case
     # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
     root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
     return root.square_().sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -28,6 +29,9 @@ from optstate.weights import Weights
 
 __all__ = ["Question", "Recipe", "recipe_of"]
 
+MADE_FOR_FUSED = "made for fused backward"
+"""What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
+
 SHAPES_TELL = ("weights_bytes", "buffer_bytes", "gradients_bytes", "state_bytes", "known_bytes")
 SEEN_ON_ONE = "gradients_most_bytes"
 """The figure of a trace that does not hold where gradients are divided among devices."""
@@ -53,7 +57,7 @@ def recipe_of(recipe: str | Build) -> Recipe:
     """Return the installed recipe of a name, or one of any callable that makes an optimizer of parameters.
 
     Raises:
-        QuestionError: if no recipe has this name, naming the nearest, or if `recipe` is neither name nor callable.
+        QuestionError: if no recipe has this name, naming the nearest; if it is neither.
     """
     build: Build
     if isinstance(recipe, str):
@@ -64,18 +68,12 @@ def recipe_of(recipe: str | Build) -> Recipe:
             raise QuestionError(str(error.args[0])) from error
     elif callable(recipe):
         build = recipe
-        inner = _inner(recipe)
+        inner = recipe.func if isinstance(recipe, partial) else recipe
         name = getattr(inner, "__name__", type(inner).__name__).lower()
     else:
         raise QuestionError(f"recipe={recipe!r} is a {type(recipe).__name__}: give a name, or what makes an optimizer")
-    return Recipe(name, build, bool(getattr(_inner(build), "made_for_fused_backward", False)))
-
-
-def _inner(build: Build) -> Any:
-    """Return the recipe behind arguments that were given to it beforehand."""
-    while isinstance(build, partial):
-        build = build.func
-    return build
+    summary = (inspect.getdoc(build) or "").partition("\n\n")[0]
+    return Recipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Question:
         """Return the estimate of a recipe.
 
         Raises:
-            QuestionError: if the recipe cannot be built for this setting.
-            SourceError: if the model cannot be built for this setting.
+            QuestionError: if the recipe cannot be built so.
+            SourceError: if the model cannot.
         """
         case = _Case(self, recipe)
         case.check()

@@ -88,12 +88,7 @@ class PerRank:
 def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size: int, shard: str) -> PerRank:
     """Return what rank 0 of `world_size` holds, see the module's text.
 
-    Args:
-        model: whose parameters are divided.
-        plan: of an optimizer for the whole model, or that optimizer.
-        setting: tells whether the backward pass is fused.
-        world_size: number of devices.
-        shard: one of `SHARDS`.
+    plan: of an optimizer for the whole model, or that optimizer. setting: of it, whether the backward pass is fused.
 
     Raises:
         ValueError: for another shard, a world size below one, or a store that cannot be kept in such parts.

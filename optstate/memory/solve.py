@@ -67,7 +67,7 @@ class LargestSize:
 def find_changes(estimate: Estimate) -> tuple[Change, ...]:
     """Find changes under which a recipe fits that does not: of each kind the smallest, each traced.
 
-    Of several recipes the one with the least peak is changed; there are no changes if one of them fits already.
+    Of several recipes it is the one with the least peak that is changed; none if one of them fits already.
 
     Raises:
         QuestionError: if there is no GPU to fit.
@@ -158,7 +158,7 @@ def _on_the_line(one: RecipeEstimate, whole: RecipeEstimate, batch: int, questio
 def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
     """Find a recipe with less state, run as it is made to be; else with all else that helps.
 
-    If the recipe with the least state does not fit, no other is tried.
+    If the one with the least does not fit, no other is tried.
     """
     installed = registry.names()
     asked = replace(question, fused_backward=None)
@@ -239,10 +239,7 @@ def _most_allocated(gpu: Gpu) -> int:
 def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> int:
     """Find the largest size from 1 whose peak is at most `limit`, 0 if there is none; peaks grow with sizes.
 
-    Args:
-        peak: returns the peak of a size, None for impossible sizes; grows with the size.
-        limit: in bytes.
-        start: the first size that is tried.
+    peak: None for sizes that cannot be.
     """
     known: dict[int, int] = {}
     fits, fails = 0, MOST + 1
@@ -263,8 +260,8 @@ def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> in
 def _next(known: dict[int, int], limit: int, fits: int, fails: int) -> int:
     """Choose the next size to try, strictly between the largest known to fit and the smallest known not to.
 
-    A straight line through two known peaks meets the limit there. Peaks are the maximum of several straight lines in
-    the size, so that a line through a size that fits and one that does not leads too low if anything.
+    It is where a straight line through two known ones meets the limit. Peaks are the most of several straight lines in
+    the size, so that a line through one that fits and one that does not leads too low if anything.
     """
     low, high = fits + 1, fails - 1
     if not fits:

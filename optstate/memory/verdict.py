@@ -75,7 +75,7 @@ def find_gpu(text: str | float) -> Gpu:
     """Find the GPU of a name ("RTX 4090", "a100-80"), or any of a size ("24GiB", "24GB"; 24 is in GiB).
 
     Raises:
-        QuestionError: if `text` is neither, naming the nearest name.
+        QuestionError: if it is neither, naming the nearest.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
         return _of_size(f"{text:g} GiB", float(text) * GIB)

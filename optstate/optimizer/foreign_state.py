@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate.other_libraries import OtherRule, departures, followed, rule_with_keys, strays, visible
+from optstate.other_libraries import OtherRule, departures, find_rule_by_keys, followed, strays, visible
 from optstate.updates import Chain
 
 __all__ = ["check_foreign_rule"]
@@ -35,7 +35,7 @@ def check_foreign_rule(
     }
     if not groups:
         return
-    rule = rule_with_keys([saved[place] for place in groups])
+    rule = find_rule_by_keys([saved[place] for place in groups])
     if rule is not None and not rule.recipe:
         raise ValueError(f"the saved state is of {rule.kind}'s {rule.optimizer}: {rule.why}; {ANYWAY}")
     for place, group in groups.items():

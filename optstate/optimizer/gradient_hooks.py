@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from optstate.distributed.placement import here
 from optstate.integrations import engines, trainers
 from optstate.optimizer import stale_weights
 from optstate.optimizer.broken_step import STEP
+from optstate.optimizer.gradient_group import GradientGroup
 from optstate.optimizer.norm_clip import NormClip, has_reentrant_checkpoint
 from optstate.optimizer.parameter_hooks import ParameterHooks
 from optstate.optimizer.parameters import Leaf, batches
@@ -48,8 +48,7 @@ class GradientHooks:
         self._mode = _Mode.UPDATE
         self._updated: list[Tensor] = []
         self._engine_checked = False
-        self._waiting: list[Tensor] = []
-        self._buffer = 0
+        self._group = GradientGroup()
 
     @property
     def runner(self) -> StepRunner:
@@ -114,7 +113,7 @@ class GradientHooks:
         self._show_weights()
         self._updated.clear()
         self._hooks.kept.clear()
-        self._waiting.clear()
+        self._group.params.clear()
         self._clip.reset()
         self._mode = _Mode.UPDATE
 
@@ -145,7 +144,8 @@ class GradientHooks:
             if leaf is None:
                 return
             if leaf.is_split:
-                self._wait_for_group(leaf, param)
+                for complete in self._group.add(leaf, param):
+                    self._update_group(complete)
                 return
             try:
                 runner.update(leaf, param, self._clip.scale)
@@ -166,7 +166,7 @@ class GradientHooks:
         consistency.require_going_on("backward")
         number = torch._C._current_graph_task_id()
         if number not in consistency.running:
-            self._begin_pass(runner, number)
+            self.begin_pass(runner, number)
         if self._clip.is_missing:
             raise RuntimeError(
                 f"clip_grad_norm={self.clip_grad_norm} needs the norm before the update: call fused.grad_norm(loss) "
@@ -175,8 +175,8 @@ class GradientHooks:
         leaf = runner.parameters.leaves.get(param)
         if leaf is None or runner.hooks is not self:
             return None
-        name = leaf.plan.spec.name
-        if name in consistency.updated or (self._waiting and any(param is other for other in self._waiting)):
+        name, waiting = leaf.plan.spec.name, self._group.params
+        if name in consistency.updated or (waiting and any(param is other for other in waiting)):
             consistency.broke_off(name, "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {name!r} arrived a second time before step(): call optimizer.step() "
@@ -192,26 +192,9 @@ class GradientHooks:
         if torch._C._current_graph_task_id() >= 0:
             stale_weights.hide_weight(param, leaf.plan.spec.name)
 
-    def _wait_for_group(self, leaf: Leaf, param: Tensor) -> None:
-        """Update split parameters together once the gradients of all in their group are there.
-
-        FSDP2 scatters the gradients of a group into one buffer and then calls the hooks of its parameters in order, so
-        none of them could be freed before the last, and sums over devices need only be taken once for all of them.
-        """
-        grad = here(param.grad) if param.grad is not None else param
-        storage = grad.untyped_storage()
-        if self._waiting and storage._cdata != self._buffer:
-            self._update_waiting()  # parameters behind them in their group had no gradient
-        self._buffer = storage._cdata
-        self._waiting.append(param)
-        end = grad.storage_offset() + leaf.on_devices.slots_in_buffer
-        if end * grad.element_size() >= storage.nbytes():
-            self._update_waiting()
-
-    def _update_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        self.runner.require_agreement(waiting)
-        self._update(waiting)
+    def _update_group(self, params: list[Tensor]) -> None:
+        self.runner.require_agreement(params)
+        self._update(params)
 
     def _update(self, params: list[Tensor]) -> None:
         runner = self.runner
@@ -225,7 +208,7 @@ class GradientHooks:
 
     # --- the beginning and the end of a pass ------------------------------------------------------------------------
 
-    def _begin_pass(self, runner: StepRunner, number: int) -> None:
+    def begin_pass(self, runner: StepRunner, number: int) -> None:
         """Before the first update of a pass: leave a mark that only the end of this backward pass takes away."""
         if not self._engine_checked:
             engines.refuse_live_objects(self._hooks.hooked)
@@ -238,41 +221,18 @@ class GradientHooks:
 
     def _end_pass(self, number: int) -> None:
         """Note that a backward pass ended well; called by autograd."""
-        if self._waiting:
+        if self._group.params:
             try:
-                self._update_waiting()
+                self._update_group(self._group.take())
             except BaseException:
                 self.abandon()
                 raise
         around = torch._C._current_autograd_node()
         if around is not None:
-            self._watch_pass_around(around)
+            _watch_pass_around(self, around)
         else:
             self._show_weights()
         self.runner.consistency.end(number)
-
-    def _watch_pass_around(self, node: Any) -> None:
-        """Mark the outer pass, which can still fail, if this pass ran inside another, as in reentrant checkpoints.
-
-        node: what the other pass is computing, whose inputs it visits next.
-        """
-        following = [before for before, _ in node.next_functions if before is not None]
-        mark = object()
-        handles: list[RemovableHandle] = []
-
-        def on_visit(hooks: GradientHooks, _: Any) -> None:
-            for handle in handles:
-                handle.remove()
-            runner = hooks.runner
-            if mark in runner.consistency.running:
-                number = torch._C._current_graph_task_id()
-                if number not in runner.consistency.running:
-                    hooks._begin_pass(runner, number)
-                runner.consistency.end(mark)
-
-        if following:
-            self.runner.consistency.running.add(mark)
-            handles += [before.register_prehook(_weakly(on_visit, self)) for before in following]
 
     def abandon(self) -> None:
         """Drop the gradients that were being collected: they must not reach the next step."""
@@ -366,6 +326,30 @@ class GradientHooks:
         except BaseException:
             self.abandon()
             raise
+
+
+def _watch_pass_around(hooks: GradientHooks, node: Any) -> None:
+    """Mark the pass inside which this one ran, as those of reentrant checkpoints do: that one can still fail.
+
+    node: what the other pass is computing, whose inputs it visits next.
+    """
+    following = [before for before, _ in node.next_functions if before is not None]
+    mark = object()
+    handles: list[RemovableHandle] = []
+
+    def on_visit(alive: GradientHooks, _: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        runner = alive.runner
+        if mark in runner.consistency.running:
+            number = torch._C._current_graph_task_id()
+            if number not in runner.consistency.running:
+                alive.begin_pass(runner, number)
+            runner.consistency.end(mark)
+
+    if following:
+        hooks.runner.consistency.running.add(mark)
+        handles += [before.register_prehook(_weakly(on_visit, hooks)) for before in following]
 
 
 def _weakly(function: Callable[..., None], hooks: GradientHooks, *args: Any) -> Callable[..., None]:

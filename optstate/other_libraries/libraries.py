@@ -14,7 +14,7 @@ from typing import Any
 from optstate.other_libraries.flags import OtherRule, Switch
 from optstate.plugins import Plugins
 
-__all__ = ["ALL", "FORMATS", "other_formats", "rule_named", "rule_with_keys", "stem_of"]
+__all__ = ["ALL", "FORMATS", "find_rule", "find_rule_by_keys", "other_formats", "stem_of"]
 
 ADAM_NUMBERS = frozenset({"lr", "betas", "eps", "weight_decay"})
 DECOUPLED_ADAM = "scale_by_adam > add_decayed_weights"
@@ -294,7 +294,7 @@ ALL = (
 _BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.kind, stem_of(rule.optimizer)): rule for rule in ALL}
 
 
-def rule_named(kind: str, optimizer: str) -> OtherRule | None:
+def find_rule(kind: str, optimizer: str) -> OtherRule | None:
     """Return the rule of a library's class; None if the class is not in the table.
 
     kind: which library, as `Document.source` has it. optimizer: in any spelling, with or without bits, as
@@ -322,7 +322,7 @@ FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem)
 """Formats of other packages, which declare their own rules."""
 
 
-def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
+def find_rule_by_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
     """Return the rule that param groups follow by their keys alone; None if the keys are nobody's.
 
     Only rules whose state looks like Adam's are told apart by keys; other rules are told by their statistics.

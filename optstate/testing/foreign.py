@@ -21,7 +21,7 @@ from optstate.checkpoint.files.torch_archive_reader import read_torch_file
 from optstate.checkpoint.files.torch_archive_writer import create_torch
 from optstate.checkpoint.formats.registry import find_formats, write_state
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.live.load import load as load_into
 from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
@@ -106,7 +106,7 @@ def everything_is_read(trial: Trial) -> None:
 def state_is_its_own(trial: Trial) -> None:
     """Expect that no other format takes the library's state for its own."""
     _, _, path = trial.train()
-    found = state_dict_of(read_torch_file(path), str(path))
+    found = parse_state_dict(read_torch_file(path), str(path))
     expect(found is not None, "its state is no state_dict")
     assert found is not None
     rivals = [other for other in find_formats() if other.names_itself >= trial.format.names_itself]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import optstate
+from adalomo import AdaLomo
 from optstate import recipes
 from optstate.memory import question as one_recipe
 from optstate.memory import verdict
@@ -574,3 +575,18 @@ class TestSolving:
 
 def test_the_factor_and_its_source_are_what_is_said() -> None:
     assert abs(FRAGMENTATION - 15.97 / 13.99) < 0.002
+
+
+class Renamed(AdaLomo):
+    """A recipe of somebody's own, whose words say nothing of the backward pass."""
+
+
+class Stepped(AdaLomo):
+    """Not made for fused backward, whatever its words look like."""
+
+    made_for_fused_backward = False
+
+
+@pytest.mark.parametrize(("recipe", "fused"), [(Renamed, True), (partial(Renamed, lr=1e-3), True), (Stepped, False)])
+def test_a_recipe_is_fused_where_its_class_says_so_and_not_where_its_words_do(recipe: Any, fused: bool) -> None:
+    assert recipe_of(recipe).fused is fused

@@ -12,7 +12,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group, Parameter, tensor_key
 from optstate.naming import canonical_names
 
-__all__ = ["renamed", "with_canonical_names", "with_groups_of"]
+__all__ = ["rename_parameter", "with_canonical_names", "with_groups_of"]
 
 
 def with_canonical_names(checkpoint: Checkpoint) -> Checkpoint:
@@ -21,7 +21,7 @@ def with_canonical_names(checkpoint: Checkpoint) -> Checkpoint:
     names = canonical_names(before)
     if names == before or len(set(names)) < len(names):
         return checkpoint
-    parameters = tuple(map(renamed, checkpoint.document.parameters, names))
+    parameters = tuple(map(rename_parameter, checkpoint.document.parameters, names))
     tensors = {
         new: checkpoint.tensors[old]
         for param, other in zip(checkpoint.document.parameters, parameters, strict=True)
@@ -30,7 +30,7 @@ def with_canonical_names(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.with_parameters(parameters, tensors)
 
 
-def renamed(param: Parameter, name: str) -> Parameter:
+def rename_parameter(param: Parameter, name: str) -> Parameter:
     """Return a parameter, and the tensors kept for it, under another name."""
     slots = {
         key: replace(slot, fields={field: tensor_key(name, key, field) for field in slot.fields})

@@ -18,9 +18,12 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.store_layouts import ACCUMULATOR, PARAMETER, layouts_of
 from optstate.text import has_controls, shown
 
-__all__ = ["contradictions", "has_axes", "inconsistencies", "refuse_contradictions", "store_name"]
+__all__ = ["contradictions", "has_axes", "inconsistencies", "is_plugged", "refuse_contradictions", "store_name"]
 
 Shape = tuple[int, ...]
+
+NO_STORES = ("Projected", "Unknown")
+"""What readers of other tools' files call what is in no store."""
 
 LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
@@ -28,6 +31,11 @@ LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 def store_name(store: str) -> str:
     """Return the kind of a store given in words: "Block8" of "Block8(signed=False)"."""
     return store.partition("(")[0]
+
+
+def is_plugged(words: str) -> bool:
+    """Return whether words name a store that is not this library's: only its class, if installed, can judge it."""
+    return store_name(words) not in NO_STORES and layouts_of(words, ()) is None
 
 
 def has_axes(slot: SlotRecord) -> bool:

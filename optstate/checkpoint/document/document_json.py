@@ -222,10 +222,6 @@ def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> Any:
-    raise DocumentError(f"it is not JSON: {name} is no number there")
-
-
 def _group_of(node: _Node) -> Group:
     head_size = node.optional("head_size", None)
     if head_size.value is not None and head_size.count() < 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from optstate.checkpoint.document.document import Document, Group, TensorValue
 from optstate.checkpoint.files.issues import Issue
-from optstate.other_libraries import Departure, OtherRule, departures, followed, rule_named, strays
+from optstate.other_libraries import Departure, OtherRule, departures, find_rule, followed, strays
 from optstate.text import shown
 
 __all__ = [
@@ -39,7 +39,7 @@ def library_of(document: Document) -> str:
 
 def other_rule(document: Document) -> OtherRule | None:
     """Return the table's entry for the class whose state it is; None for our own, and for classes that nobody knows."""
-    return rule_named(library_of(document), str(document.source.get("optimizer", "")))
+    return find_rule(library_of(document), str(document.source.get("optimizer", "")))
 
 
 def base_recipe(document: Document) -> str:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 
 from optstate.checkpoint.files.issues import Issue, IssueLog
+from optstate.checkpoint.files.opened_file import opened_at
 from optstate.checkpoint.files.safetensors_header import log_header, tensor_place
 from optstate.checkpoint.files.safetensors_index import log_index, read_index
 from optstate.text import has_controls, shown
@@ -71,6 +72,8 @@ def second_opinion(path: str | os.PathLike[str], issues: Sequence[Issue]) -> lis
     found = []
     for file in files:
         theirs = library_refusal(file)
+        if not opened_at(file).is_at(file):  # replaced since it was read here: of that version nothing was said
+            continue
         where = f"shard '{shown(os.path.basename(file))}'" if _is_set(path) else "file"
         if ours is None and theirs:
             what = f"the safetensors library refuses it, and nothing is wrong with it here: {shown(theirs)}"

@@ -22,6 +22,7 @@ STRIDE = 1 << 14
 """Characters that are decoded at a time, and a member more."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_MINUS_ZERO = re.compile(r"[\[:,\s]-0")
 
 
 class NotJSONError(Exception):
@@ -162,7 +163,7 @@ class _Walk:
         """Decode the members up to an object's end that is followed by a comma, if this is that of the last of them."""
         cut = self.text.find("},", self.at + STRIDE, self.at + 2 * STRIDE)
         part = f"{{{self.text[self.at : cut + 1]}}}"
-        if cut >= 0 and "\\" not in part and "-0" not in part:
+        if cut >= 0 and "\\" not in part and _MINUS_ZERO.search(part) is None:
             found: Pairs
             try:
                 found, end = _USUAL.raw_decode(part)
@@ -171,7 +172,7 @@ class _Walk:
             if end == len(part):
                 self.at = cut + 2
                 return found
-        self.alone = max(self.at + STRIDE, cut)
+        self.alone = max(self.at + STRIDE, cut) + 1
         return ()
 
     def _expect(self, character: str) -> None:

@@ -14,7 +14,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict, number_of, stem_of
 from optstate.checkpoint.formats.shared.statistics import FIRST, LION, SECOND, SGD, UNKNOWN, Meaning, find_beta
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -85,7 +85,7 @@ def read_bitsandbytes(found: StateDict, optimizer: str | None = None) -> Checkpo
                 else:
                     _take(draft, slot, state, meaning)
 
-    return checkpoint_of(found, source, say, notes)
+    return build_checkpoint(found, source, say, notes)
 
 
 def _unnested(found: StateDict) -> StateDict:

@@ -18,7 +18,7 @@ from optstate.checkpoint.files import dcp_folder
 from optstate.checkpoint.files.dcp_folder import METADATA, DcpFolder, Shaped
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 from optstate.checkpoint.formats.registry import read_state_dict
-from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.folder_weights import Weight, complete_checkpoint
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.state_dict import NotPlainError, plain
 from optstate.text import shown
@@ -73,7 +73,7 @@ def _checkpoint(source: DcpFolder) -> Checkpoint:
     about = {"tool": "torch.distributed.checkpoint", "kind": "dcp", "form": form, "prefix": prefix}
     notes += _of_others(key for key in source.keys if key not in source.tensors and not key.startswith(own))
     notes += _of_pieces(state)
-    return completed(read_state_dict(tree, path), known, about, source.paths, notes)
+    return complete_checkpoint(read_state_dict(tree, path), known, about, source.paths, notes)
 
 
 def _of_others(others: Iterable[str]) -> list[str]:

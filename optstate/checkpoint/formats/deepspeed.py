@@ -22,9 +22,9 @@ from optstate.checkpoint.files.pickle_objects import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.checkpoint.formats.registry import read_state_dict
-from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.folder_weights import Weight, complete_checkpoint
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND
 from optstate.checkpoint.formats.shared.tables import Layout, read_table, whole
 from optstate.other_libraries import libraries
@@ -72,7 +72,7 @@ def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     found = _universal(files.folder, model) if files.optimizer is None else _zero(files.optimizer, model)
     others = {key: _unwrapped(found.about.value[key]) for key in OTHERS if key in found.about.value}
     tree, text = {"state": found.state, "param_groups": found.groups, **others}, os.fspath(path)
-    members = state_dict_of(tree, text)
+    members = parse_state_dict(tree, text)
     if members is not None and FUSED.fits(members):
         checkpoint = read_table(members, FUSED, NAME, [FUSED_NOTE])
     else:
@@ -82,7 +82,9 @@ def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     known = [name for name in names if name in model.weights]
     weights = {name: replace(model.weights[name], master=found.masters.get(name)) for name in known}
     about = {"tool": NAME, "kind": found.kind}
-    return completed(checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED])
+    return complete_checkpoint(
+        checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED]
+    )
 
 
 def _check_masters(path: str, masters: Mapping[str, Any]) -> None:

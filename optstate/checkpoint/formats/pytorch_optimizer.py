@@ -6,7 +6,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group, Parameter
-from optstate.checkpoint.formats.shared.adafactor import read_rule, refuse_if
+from optstate.checkpoint.formats.shared.adafactor import read_adafactor_rule, refuse_if
 from optstate.checkpoint.formats.shared.axis_maxima import is_sm3, read_sm3, write_accumulators
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, find_pair, translate
@@ -161,7 +161,7 @@ def _adalomo_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
     clips = {"clip_grad_norm": writer.document.clip_grad_norm, "clip_grad_value": None}
     clips |= {key: value for key, value in group.hyper.items() if key in clips and value is not None}
     plain = {key: value for key, value in group.hyper.items() if key not in clips}
-    rule = read_rule(writer, place, Group(hyper=plain, parameters=group.parameters))
+    rule = read_adafactor_rule(writer, place, Group(hyper=plain, parameters=group.parameters))
     other = rule.floor or rule.relative or not rule.scale
     refuse_if(writer, place, other, "another rule for the step size than AdaLomo")
     refuse_if(writer, place, rule.beta1 is not None, f"beta1={rule.beta1}")

@@ -24,12 +24,12 @@ from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.files.pickle_objects import PickleError, check_tree
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.formats.shared.any_statistics import read_any
-from optstate.checkpoint.formats.shared.embedded_state import chosen, siblings
+from optstate.checkpoint.formats.shared.embedded_state import choose_state, find_siblings
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
 from optstate.checkpoint.formats.shared.hyper_parameters import check_numbers
-from optstate.checkpoint.formats.shared.master_weights import masters_note
+from optstate.checkpoint.formats.shared.master_weights import describe_masters
 from optstate.checkpoint.formats.shared.state_by_name import find_attributes
-from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
 from optstate.other_libraries import other_formats
@@ -102,14 +102,14 @@ def read_torch_file(path: str | os.PathLike[str], key: str | None = None, optimi
     strangers: dict[str, None] = {}
     notes: list[str] = []
     tree = torch_archive_reader.read_torch_file(path, strangers)
-    state = chosen(tree, text, key, notes)
+    state = choose_state(tree, text, key, notes)
     if strangers:  # it may have been in one of them, into which nobody has looked
         try:
             check_tree(state)
         except PickleError as error:
             raise CheckpointError(text, str(error)) from None
         notes.append(f"of Python objects in the file only the names are read: {_listed(strangers)}")
-    if note := masters_note(siblings(tree, state)):
+    if note := describe_masters(find_siblings(tree, state)):
         notes.append(note)
     checkpoint = read_state_dict(state, text, optimizer)
     return replace(checkpoint, notes=(*checkpoint.notes, *notes))
@@ -127,7 +127,7 @@ def read_state_dict(tree: Any, path: str, optimizer: str | None = None) -> Check
     Raises:
         CheckpointError: naming the first parameter whose state is not what its library writes.
     """
-    found = state_dict_of(tree, path) or find_attributes(tree, path)
+    found = parse_state_dict(tree, path) or find_attributes(tree, path)
     if found is None:
         raise CheckpointError(path, "not optimizer state: it lacks 'state' and 'param_groups'")
     readers = (each.read for each in find_formats() if each.read is not None)

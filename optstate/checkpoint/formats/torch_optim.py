@@ -7,7 +7,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group
-from optstate.checkpoint.formats.shared.adafactor import FP32_EPS, read_rule, refuse_if
+from optstate.checkpoint.formats.shared.adafactor import FP32_EPS, read_adafactor_rule, refuse_if
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
 from optstate.checkpoint.formats.shared.state_dict import StateDict, tell_adam_from_adamw
@@ -58,7 +58,7 @@ def _write_sgd_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
 
 def _write_adafactor_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
     """Return the hyper-parameters of a group as `torch.optim.Adafactor` has them."""
-    rule = read_rule(writer, place, group)
+    rule = read_adafactor_rule(writer, place, group)
     if not rule.floor:
         refuse_if(writer, place, rule.relative, "a relative step size")
         scale = "scale_parameter=False, where torch always scales by the parameter's RMS"

@@ -6,7 +6,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group
-from optstate.checkpoint.formats.shared.adafactor import averages_steps, read_rule, refuse_if
+from optstate.checkpoint.formats.shared.adafactor import averages_steps, read_adafactor_rule, refuse_if
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import ADAFACTOR as STATISTICS
@@ -23,7 +23,7 @@ NAME = "transformers"
 
 def _write_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
     """Return the hyper-parameters of a group as `transformers.Adafactor` has them."""
-    rule = read_rule(writer, place, group)
+    rule = read_adafactor_rule(writer, place, group)
     if rule.floor:
         decay = f"weight_decay={rule.weight_decay}, which acts by lr alone"
         refuse_if(writer, place, rule.weight_decay != 0, decay)

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.contradictions import has_axes, store_name
+from optstate.checkpoint.document.contradictions import has_axes, is_plugged, store_name
 from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
 from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load_tensor, measure_tensor
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, is_plugged, store_of_words
 from optstate.text import shown
 
 __all__ = ["find_plugged_store_issues", "find_uneven_means", "find_value_issues"]
@@ -77,7 +76,12 @@ def find_uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
 
 
 def find_plugged_store_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
-    """Yield what is wrong with the tensors of stores that other packages offer, which only their classes can judge."""
+    """Find what is wrong with the tensors of stores that other packages offer, which only their classes can judge."""
+    plugged = {slot.store for param in checkpoint.document.parameters for slot in param.slots.values()}
+    if not any(map(is_plugged, plugged)):
+        return
+    from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, store_of_words
+
     values = Values(checkpoint)
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():

@@ -9,24 +9,20 @@ import torch
 from torch import Tensor
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.contradictions import store_name
+from optstate.checkpoint.document.contradictions import is_plugged, store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load_tensor
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.kernels import Codebook
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.store_layouts import layouts_of
 from optstate.stores import Fields, Shape, Store
 from optstate.stores.blockwise import Blockwise
 from optstate.stores.registry import parse_store
 
-__all__ = ["UnreadableStatisticError", "Values", "is_plugged", "make_spec", "store_of_words"]
+__all__ = ["UnreadableStatisticError", "Values", "make_spec", "store_of_words"]
 
 
 Reader = Callable[[Fields, Shape], Tensor]
-
-NO_STORES = ("Projected", "Unknown")
-"""What readers of other tools' files call what is in no store."""
 
 
 class UnreadableStatisticError(ValueError):
@@ -126,11 +122,6 @@ def _projected_back(fields: Fields, shape: Shape) -> Tensor:
     low, basis = fields[""].float(), fields["basis"].float()
     from_left = basis.shape[1] == low.shape[0] and basis.shape[0] == shape[0] and low.shape[1] == shape[1]
     return basis @ low if from_left else low @ basis
-
-
-def is_plugged(words: str) -> bool:
-    """Return whether words name a store that is not this library's: only its class, if installed, can judge it."""
-    return store_name(words) not in NO_STORES and layouts_of(words, ()) is None
 
 
 def store_of_words(words: str) -> Store:

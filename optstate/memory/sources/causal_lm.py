@@ -63,15 +63,11 @@ def transformers_version() -> str:
 def causal_lm(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
     """Describe the causal language model of a config, with everything a trace needs.
 
-    Args:
-        config: as in a config.json.
-        name: of the model, in words.
-        origin: where the config is from, in words.
-        dtype: of the weights, torch's name.
+    name, origin: of the model, in words. dtype: of its weights, torch's name.
 
     Raises:
-        SourceError: if transformers knows no causal language model of this type, or cannot build it; from `build`, if
-            the model lacks the attention or the checkpointing asked for.
+        SourceError: if transformers knows no causal language model of this type, or cannot build it; `build` also if
+            it has no such attention or no checkpointing.
     """
     _check_causal(config)
     plain = _without(config, NOT_SIZES)
@@ -107,7 +103,7 @@ def prepared(module: nn.Module, checkpointing: bool) -> nn.Module:
     """Prepare a module as a training run has it: training, without a cache, with checkpoints if these are wanted.
 
     Raises:
-        SourceError: if the module has no checkpointing to turn on.
+        SourceError: if it has no checkpointing to turn on.
     """
     module.train()
     config: Any = getattr(module, "config", None)

@@ -32,7 +32,7 @@ def of_checkpoint(path: Path, dtype: str, names: str | None = None) -> Model:
     """Describe the model whose optimizer this was. dtype: where the file does not tell it. names: see `read_names`.
 
     Raises:
-        SourceError: if the checkpoint cannot be read, or does not tell the shape of a parameter.
+        SourceError: if it cannot be read, or says nothing of the shape of a parameter.
     """
     checkpoint = _opened(path)
     if names is not None:

@@ -34,7 +34,7 @@ def of_config_file(path: Path, dtype: str) -> Model:
     """Describe the model of a config.json.
 
     Raises:
-        SourceError: if the file is not the config of a causal language model; the message begins with the path.
+        SourceError: if it is not the config of a causal language model; the message begins with the path.
     """
     config = _config_in(path)
     parent = path.resolve().parent.name
@@ -47,11 +47,7 @@ def of_config_file(path: Path, dtype: str) -> Model:
 def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
     """Describe the model of a config, built by transformers where that is installed, else by its shapes.
 
-    Args:
-        config: as in a config.json.
-        name: of the model, in words.
-        origin: where the config is from, in words.
-        dtype: of the weights, torch's name.
+    name, origin: of the model, in words. dtype: of its weights, torch's name.
 
     Raises:
         SourceError: if there is no causal language model of this kind, or sizes are missing or impossible.

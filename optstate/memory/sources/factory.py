@@ -49,11 +49,10 @@ def of_named(source: str, inputs: Any, dtype: str) -> Model:
 def of_callable(factory: Callable[[], Any], inputs: Any, dtype: str, name: str = "") -> Model:
     """Describe the model that a function makes, called without arguments on the meta device, in the default dtype.
 
-    The meta device is used because fake tensors cannot be cast as `module.to(torch.bfloat16)` casts modules.
+    Not on fake tensors, which cannot be cast as modules are by `module.to(torch.bfloat16)`.
 
     Raises:
-        SourceError: if the function raises, reads values, makes no module, or puts a module on an accelerator; the same
-            from `build`.
+        SourceError: if it raises, reads values, makes no module, or puts it on an accelerator; the same from `build`.
     """
     name = name or getattr(factory, "__name__", type(factory).__name__)
     batch = batch_of(inputs)
@@ -73,7 +72,7 @@ def of_module(module: nn.Module, inputs: Any, dtype: str, name: str = "") -> Mod
     The module is only looked at; `build` makes a copy, without values under FakeTensorMode.
 
     Raises:
-        SourceError: if the module has no parameters or no dense ones; from `build`, if it cannot be copied.
+        SourceError: if it has no parameters or no dense ones; from `build`, if it cannot be copied.
     """
     name = name or type(module).__name__
 
@@ -214,7 +213,7 @@ def batch_of(inputs: Any) -> Inputs | None:
     tensor, a tuple or list of positional ones, a dict of named ones, or a tuple and a dict.
 
     Raises:
-        SourceError: for anything else; from the returned maker, if the function raises.
+        SourceError: for anything else; what is returned, if what was given raises.
     """
     if inputs is None:
         return None

@@ -76,13 +76,10 @@ def _weights(path: Path) -> list[Header]:
 def of_headers(path: Path, headers: Iterable[Header], dtype: str) -> Model:
     """Describe the model that these files hold the weights of: dtypes are the file's.
 
-    Args:
-        path: of the file, index or folder.
-        headers: of the files.
-        dtype: the dtype asked for; a note says where a file has another.
+    dtype: the one asked for; a note says where the file's is another.
 
     Raises:
-        SourceError: for adapters without their model, for quantised weights, and for files without weights.
+        SourceError: for adapters without their model, for quantised weights, and for files without any.
     """
     entries = [entry for header in headers for entry in header.tensors]
     where = shown(str(path))

@@ -51,9 +51,9 @@ def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, k
 
 def _class_of(plan: ParamPlan, param: Tensor, grad: Tensor | None) -> tuple[Any, ...]:
     of_grad = None if grad is None else (grad.dtype, grad.stride())
-    stores = tuple((name, str(slot.store)) for name, slot in plan.slots.items())
+    stores = tuple((name, slot.store) for name, slot in plan.slots.items())
     spec = replace(plan.spec, name="")
-    return spec, param.stride(), of_grad, str(plan.chain), stores, str(plan.weights)
+    return spec, param.stride(), of_grad, plan.chain, stores, plan.weights
 
 
 def _fullest(events: list[Event]) -> tuple[TrackedStorage, ...] | None:

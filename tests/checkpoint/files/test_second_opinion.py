@@ -18,6 +18,7 @@ from safetensors.torch import save, save_file
 from optstate import checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.issues import Issue
+from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_check import library_refusal, second_opinion, structural_issues
 from optstate.checkpoint.files.safetensors_header import read_header
 from tests.support.paths import DATA
@@ -155,3 +156,14 @@ def test_a_set_is_judged_by_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     assert opinion(index) == opinion(tmp_path) == []
     monkeypatch.setattr("optstate.checkpoint.files.safetensors_check.library_refusal", lambda path: "no")
     assert [issue.where for issue in opinion(index)] == ["shard 's.safetensors'"]
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_spoken_of(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    with reading():
+        assert structural_issues(path) == []
+        (tmp_path / "new").write_bytes(b"no safetensors file")
+        (tmp_path / "new").replace(path)
+        assert opinion(path) == []
+    assert library_refusal(path)

@@ -405,13 +405,13 @@ import sys
 from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.errors import CheckpointError
 assert "torch" not in sys.modules and "pickle" not in sys.modules and "numpy" not in sys.modules
-torch_archive_reader.read(sys.argv[-1])
+torch_archive_reader.read_torch_file(sys.argv[-1])
 events = set()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 sys.addaudithook(lambda event, args: events.add(f"open {bool(args[2] & WRITES)}" if event == "open" else event))
 for path in sys.argv[1:]:
     try:
-        torch_archive_reader.read(path)
+        torch_archive_reader.read_torch_file(path)
     except CheckpointError as error:
         assert error.refused
 print(*events, sep="\\n")

@@ -12,7 +12,7 @@ from optstate.checkpoint.document.document import Group
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, TreeWriter, number
 from optstate.text import shown
 
-__all__ = ["FP32_EPS", "AdafactorRule", "averages_steps", "find_arguments", "read_rule", "refuse_if"]
+__all__ = ["FP32_EPS", "AdafactorRule", "averages_steps", "find_arguments", "read_adafactor_rule", "refuse_if"]
 
 FP32_EPS = 2.0**-23
 DEFAULT_EPS = (1e-30, 1e-3)
@@ -76,7 +76,7 @@ class AdafactorRule:
     own: Mapping[str, Any]
 
 
-def read_rule(writer: TreeWriter, place: int, group: Group) -> AdafactorRule:
+def read_adafactor_rule(writer: TreeWriter, place: int, group: Group) -> AdafactorRule:
     """Return what the group at a place does.
 
     Raises:

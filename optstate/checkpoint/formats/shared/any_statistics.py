@@ -7,8 +7,8 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.shared.list_statistics import has_tensors, taken_apart
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.list_statistics import has_tensors, take_apart
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import UNKNOWN
 from optstate.checkpoint.formats.shared.tree_writer import Tree, TreeWriter
@@ -45,7 +45,7 @@ def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
             slot = _identifier(key)
             if slot in tensors or slot in draft.slots or (slot != key and slot in draft.left):
                 raise draft.error(f"two of its values would both be called '{slot}', one of them '{shown(key)}'")
-            fields, draft.left[key] = taken_apart(value)
+            fields, draft.left[key] = take_apart(value)
             draft.put(slot, "Unknown()", UNKNOWN, fields)
         shapes = {stored.shape for stored in tensors.values()}
         for slot, stored in tensors.items():
@@ -55,7 +55,7 @@ def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
                 draft.unknown(slot, stored)
 
     more = {"spelling": spelling} if (spelling := _spelling(found)) else None
-    return checkpoint_of(found, Source("torch", "unknown", optimizer or "unknown", more=more), say, [NOTE])
+    return build_checkpoint(found, Source("torch", "unknown", optimizer or "unknown", more=more), say, [NOTE])
 
 
 def _numbers(found: StateDict) -> set[str]:

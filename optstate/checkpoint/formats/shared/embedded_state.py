@@ -14,7 +14,7 @@ from optstate.checkpoint.formats.shared.state_by_name import are_attributes
 from optstate.checkpoint.formats.shared.state_dict import is_state_dict
 from optstate.text import shown
 
-__all__ = ["chosen", "looks_like", "siblings"]
+__all__ = ["choose_state", "find_siblings", "looks_like"]
 
 DEEPEST = 4
 """Containers around an optimizer's state: {'state': {'optimizer_states': [...]}} has two."""
@@ -24,7 +24,7 @@ MOST_SHOWN = 8
 WEIGHTS = "model weights"
 
 
-def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None = None) -> Any:
+def choose_state(tree: Any, path: str, key: str | None = None, notes: list[str] | None = None) -> Any:
     """Return the one optimizer's state in a file, or that at `key`; many of one parameter each are one together.
 
     notes: takes what a person should know of how it was found.
@@ -50,10 +50,10 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
         return state
     if notes is not None:
         notes.append(per_parameter.NOTE)
-    return per_parameter.merged(state)
+    return per_parameter.merge_states(state)
 
 
-def siblings(tree: Any, state: Any) -> list[tuple[str, Any]]:
+def find_siblings(tree: Any, state: Any) -> list[tuple[str, Any]]:
     """Return by name what is beside an optimizer's state in its container, and beside the two parts within."""
     within = [(key, value) for key, value in _children(state) if key not in ("state", "param_groups")]
     for _, container in _places(tree):

@@ -18,7 +18,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.parameter_reader import FULL
 from optstate.text import shown
 
-__all__ = ["MASTER", "Weight", "completed"]
+__all__ = ["MASTER", "Weight", "complete_checkpoint"]
 
 MASTER = "master"
 """The slot of an fp32 copy of the weight itself, which is no statistic."""
@@ -34,7 +34,7 @@ class Weight:
     tied: tuple[str, ...] = ()
 
 
-def completed(
+def complete_checkpoint(
     checkpoint: Checkpoint,
     weights: Mapping[str, Weight],
     source: Mapping[str, Any],

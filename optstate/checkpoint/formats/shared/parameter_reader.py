@@ -25,7 +25,7 @@ from optstate.checkpoint.formats.shared.state_dict import (
 from optstate.checkpoint.formats.shared.statistics import UNKNOWN, Meaning
 from optstate.text import shown
 
-__all__ = ["BLOCKS", "FULL", "Draft", "Source", "checkpoint_of", "without"]
+__all__ = ["BLOCKS", "FULL", "Draft", "Source", "build_checkpoint", "without"]
 
 FULL = {"F32": "Full()", "F64": "Full()", "BF16": "Full(dtype='bfloat16')", "F16": "Full(dtype='float16')"}
 BLOCKS = {"Block8": 256, "Block4": 128, "Float8": 256}
@@ -147,7 +147,7 @@ class Draft:
         self.put(slot, words, meaning, fields, codebook=ident, block=block)
 
     def block_of(self, slot: str, count: int, scales: int) -> int:
-        """Return the block, a power of two, for which `count` codes have so many scales; the last may be short."""
+        """Return the block, a power of two, for which `count` codes have this number of scales."""
         for block in (256, *(1 << i for i in range(1, 17))):
             if -(-count // block) == scales:
                 return block
@@ -193,7 +193,7 @@ class Draft:
         )
 
 
-def checkpoint_of(
+def build_checkpoint(
     found: StateDict, source: Source, say: Callable[[Draft], None], notes: Iterable[str] = ()
 ) -> Checkpoint:
     """Return a checkpoint of what `say` makes of every parameter, in the order of the groups."""

@@ -24,10 +24,10 @@ __all__ = [
     "StateDict",
     "is_state_dict",
     "number_of",
+    "parse_state_dict",
     "plain",
     "plain_members",
     "small_numbers",
-    "state_dict_of",
     "stem_of",
     "step_of",
     "tell_adam_from_adamw",
@@ -82,7 +82,7 @@ def is_state_dict(tree: Any) -> bool:
     return isinstance(tree, dict) and isinstance(tree.get("state"), dict) and isinstance(tree.get("param_groups"), list)
 
 
-def state_dict_of(tree: Any, path: str) -> StateDict | None:
+def parse_state_dict(tree: Any, path: str) -> StateDict | None:
     """Return the parts of `{'state': {...}, 'param_groups': [...]}`, checked; None for anything else.
 
     Raises:

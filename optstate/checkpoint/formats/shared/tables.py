@@ -11,7 +11,7 @@ from optstate.checkpoint.document.document import Group, Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.any_statistics import write_any
 from optstate.checkpoint.formats.shared.hyper_parameters import translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import CAME, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -139,7 +139,7 @@ def read_table(
             _take(draft, slot, kept)
 
     source = Source(library, library, optimizer or layout.optimizer, layout.rule.recipe, more)
-    return checkpoint_of(found, source, say, notes)
+    return build_checkpoint(found, source, say, notes)
 
 
 def _take(draft: Draft, slot: str, kept: Kept) -> None:
