@@ -305,7 +305,7 @@ class StepRunner:
             if isinstance(value, Tensor):
                 written.append(value)
         if part is not param:
-            written += map(here, written)
+            written += [here(each) for each in written]
         increment_version(written)
 
     def _finish(self, param: Tensor, state: dict[str, Any], ctx: Context) -> None:

@@ -161,6 +161,7 @@ def commanded(*arguments: Any) -> tuple[int, str, float, int]:
     return code, err.getvalue(), time.process_time() - began, peak() - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "check"])
 @pytest.mark.parametrize("name", MADE)
 def test_small_files_take_little_time(name: str, command: str, tmp_path: Path) -> None:
@@ -181,6 +182,7 @@ def best(action: Callable[[], Any]) -> float:
     return min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["groups", "tensors"])
 def test_time_grows_as_the_file_does(what: str, tmp_path: Path) -> None:
     """Eight times as much takes about eight times as long; what was quadratic took 64 times."""

@@ -186,6 +186,7 @@ class TestAnswers:
         assert "--plot" in run(weights, "--plot", tmp_path / "a.nothing", code=2)
 
 
+@pytest.mark.slow
 class TestFitting:
     def test_it_does_not_fit_and_what_would(self, tiny: Path) -> None:
         asked = (tiny, "--recipe", "adamw", "-s", 512, "-b", 512)

@@ -12,11 +12,12 @@ from optstate import kernels
 from optstate.memory.result import RecipeEstimate
 from tests.support import memory_ranks
 from tests.support.launching import launch, result
+from tests.support.pairwise import pairwise
 
 pytestmark = pytest.mark.ranks
 
 RECIPES = ("adalomo", "lomo", "adafactor", "adamw", "adamw8bit", "came")
-CASES = [(recipe, fused, rows) for recipe in RECIPES for fused in (False, True) for rows in memory_ranks.SIZES]
+CASES = pairwise(RECIPES, (False, True), list(memory_ranks.SIZES))
 CLOSE = 0.02
 """Of rank 1, whose parts of uneven rows are smaller; rank 0's figures are held to the byte."""
 

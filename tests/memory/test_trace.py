@@ -22,6 +22,8 @@ from optstate.memory.tracing.trace import UntraceableError, trace
 from optstate.recipes import AdamW, registry
 from tests.support.memory_models import MLP, Block, Tokens, llama, model_of, real_peak, token_batch, tokens
 
+pytestmark = pytest.mark.slow
+
 FP32 = Setting(dtype="float32", batch_size=8, seq_len=4)
 INPUTS, HIDDEN, OUTPUTS = 1000, 16, 4
 

@@ -19,6 +19,8 @@ from optstate.stores import block_codes
 from optstate.weights import Kahan, Plain, Split, StochasticRounding, Weights
 from tests.support.models import assert_same
 
+pytestmark = pytest.mark.slow
+
 WAYS = [Plain(), StochasticRounding(3), Kahan(), Split(8), Split(16)]
 SHAPES = [(71, 66), (9,), (2, 3, 4)]
 """The first is large enough for codes of 8 and 4 bits."""

@@ -18,6 +18,8 @@ from tests.support.interrupts import CASES, attack, first_in_step
 from tests.support.models import mlp
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 CHOSEN = ("AdaLomo fused", "AdaLomo fused, reentrant checkpoint", "AdamW stepped", "AdamW8bit loaded")
 
 

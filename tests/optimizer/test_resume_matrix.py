@@ -178,6 +178,7 @@ def words_of(combination: tuple[Case, Weights, str, bool]) -> str:
     return f"{case}; {way}; {dtype}; {'fused' if fused else 'step'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=words_of)
 def test_resuming_through_a_file_is_bit_exact(combination: tuple[Case, Weights, str, bool]) -> None:
     case, way, dtype, fused = combination

@@ -900,6 +900,7 @@ def test_lossy_stores_do_differ_from_full_ones() -> None:
             assert not torch.equal(run.params[case, (70, 90)], run.params[case.reference, (70, 90)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tail", "chunk"),
     [

@@ -1,35 +1,26 @@
 """Starting several processes that run cases together, as torchrun would; and what each of them does.
 
-All are forks of one process, which takes seconds to import torch and what else they share, and does nothing but fork.
+All are forks of one process that has imported torch, see `tests.support.forks`.
 """
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
-from select import select
 from signal import SIGKILL
-from subprocess import PIPE
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.support.paths import ROOT
-
-SHARED = ("torch._dynamo", "torch.distributed.checkpoint.state_dict", "optstate.checkpoint")
-"""Modules that torch and optstate import at their first step, save or load: imported once, not by every process."""
+from tests.support.forks import starter
 
 Case = tuple[Any, ...]
 """The name of a function and its arguments."""
@@ -54,47 +45,14 @@ def launch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(list(cases), folder / "cases.pt")
-    starter().run([module, str(folder), collective_timeout, world], timeout)
+    job = ("tests.support.launching:start_ranks", module, str(folder), collective_timeout, world)
+    starter().run(*job, log=folder / "log", timeout=timeout)
     log, codes = (folder / "log").read_text()[-3000:], folder / "codes"
     assert codes.exists(), log
     expected = [-SIGKILL if rank in killed else 0 for rank in range(world)]
     assert json.loads(codes.read_text()) == expected, (codes.read_text(), log)
     files = [folder / f"results{rank}.pt" for rank in range(world)]
     return [torch.load(file, weights_only=False) if file.exists() else {} for file in files]
-
-
-class Starter:
-    """A process that has imported what all others need, and is forked for each of them."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-        command = [sys.executable, "-m", "tests.support.launching"]
-        self.process = subprocess.Popen(command, env=environment, bufsize=0, stdin=PIPE, stdout=PIPE)
-        atexit.register(self.end)
-
-    def run(self, job: list[Any], timeout: float) -> None:
-        """Run a job, the arguments of `start_ranks`, and kill what is left of it after these seconds."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job).encode() + b"\n")
-        leader = int(self.process.stdout.readline())
-        try:
-            ended, _, _ = select([self.process.stdout], [], [], timeout)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(leader, SIGKILL)
-            self.process.stdout.readline()
-        assert ended, f"the processes took more than {timeout} seconds"
-
-    def end(self) -> None:
-        """End the process: it reads that there is no more to do."""
-        self.process.communicate()
-
-
-@cache
-def starter() -> Starter:
-    """Return the one starter of these tests."""
-    return Starter()
 
 
 def key_of(case: Case) -> Case:
@@ -114,40 +72,7 @@ def result(results: dict[Any, Any], *case: Any) -> Any:
     return found
 
 
-def serve() -> None:
-    """Start the processes of each job that comes in as a line: say who leads them, and, in a second line, their end."""
-    torch.set_num_threads(1)
-    for name in SHARED:
-        importlib.import_module(name)
-    gc.freeze()  # what was imported is no garbage, nor an engine that optimizers would have to look for
-    for line in sys.stdin:
-        module, folder, collective_timeout, world = json.loads(line)
-        leader = os.fork()
-        if leader == 0:
-            lead(module, Path(folder), collective_timeout, world)
-        print(leader, flush=True)
-        os.waitpid(leader, 0)
-        print("ended", flush=True)
-
-
-def lead(module: str, folder: Path, collective_timeout: float | None, world: int) -> None:
-    """Start the processes of a job in a session of their own, leave their exit codes in a file, and end."""
-    code = 1
-    try:
-        os.setsid()
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        start_ranks(module, folder, collective_timeout, world)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def start_ranks(module: str, folder: Path, collective_timeout: float | None, world: int) -> None:
+def start_ranks(module: str, folder: str, collective_timeout: float | None, world: int) -> None:
     """Start the processes as forks, so that what they need is imported once, and leave their exit codes in a file."""
     functions = importlib.import_module(module)
     gc.freeze()
@@ -158,7 +83,7 @@ def start_ranks(module: str, folder: Path, collective_timeout: float | None, wor
         if child == 0:
             code = 1
             try:
-                run_cases(functions, folder, limit, rank, world)
+                run_cases(functions, Path(folder), limit, rank, world)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -167,7 +92,7 @@ def start_ranks(module: str, folder: Path, collective_timeout: float | None, wor
                 os._exit(code)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    (folder / "codes").write_text(json.dumps(codes))
+    (Path(folder) / "codes").write_text(json.dumps(codes))
 
 
 def run_cases(functions: Any, folder: Path, limit: timedelta | None, rank: int, world: int) -> None:
@@ -184,7 +109,3 @@ def run_cases(functions: Any, folder: Path, limit: timedelta | None, rank: int, 
             results[key_of(case)] = traceback.format_exc()
     torch.save(results, folder / f"results{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    serve()

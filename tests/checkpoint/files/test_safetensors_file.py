@@ -690,6 +690,7 @@ def test_the_data_are_not_read(tmp_path: Path) -> None:
     assert read_header(path).tensors[0].nbytes == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["[]", "{}", '{"":0}', "[0]", '""', "0"])
 @pytest.mark.parametrize("where", ["field", "shape", "entry", "names", "metadata", "entries"])
 def test_memory_is_a_small_multiple_of_the_header(what: str, where: str, tmp_path: Path) -> None:
