@@ -87,5 +87,5 @@ def _values(summary: Summary, track: Callable[[Sequence[Any]], Iterable[Any]]) -
     return (
         issues
         if checkpoint is None
-        else [*issues, *find_uneven_means(checkpoint), *find_plugged_store_issues(checkpoint)]
+        else [*issues, *find_plugged_store_issues(checkpoint), *find_uneven_means(checkpoint)]
     )
