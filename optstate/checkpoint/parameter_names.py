@@ -232,7 +232,7 @@ def with_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
         _refuse_order_alone(checkpoint, names)
     tensors = {
         new: checkpoint.tensors[old]
-        for before, after in zip(parameters, rename_parameter, strict=True)
+        for before, after in zip(parameters, renamed, strict=True)
         for old, new in zip(before.keys, after.keys, strict=True)
     }
     made = checkpoint.with_parameters(renamed, tensors)
