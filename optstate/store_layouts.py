@@ -26,6 +26,7 @@ __all__ = [
     "factored_layouts",
     "full_layouts",
     "group_means",
+    "is_group_each",
     "is_small",
     "kahan_layouts",
     "kept_bytes",
@@ -181,6 +182,8 @@ _LAYOUTS: dict[str, Callable[..., Layouts]] = {
     "split": split_layouts,
 }
 
+_DTYPES = {*SIZES, PARAMETER, "int8", "int16"}
+
 _CODED = ("block4", "block8", "float8")
 
 
@@ -201,14 +204,21 @@ def layouts_of(words: str, shape: Shape, block: int = 0) -> Layouts | None:
     if block and name in _CODED:
         arguments, named = (), {**named, "block": block}
     try:
-        return _LAYOUTS[name](shape, *arguments, **named)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        found = _LAYOUTS[name](shape, *arguments, **named)
+    except (TypeError, ValueError, IndexError, ArithmeticError):
         return {}
+    known = all(isinstance(field.dtype, str) and field.dtype in _DTYPES for field in found.values())
+    return found if known else {}
 
 
 def is_small(shape: Shape) -> bool:
     """Return whether stores of few bits keep a statistic of this shape in full."""
     return prod(shape) < FEWEST_CODED
+
+
+def is_group_each(shape: Shape, by: str | int) -> bool:
+    """Return whether every element is a group of its own, so that `optstate.stores.Grouped` keeps all in full."""
+    return not shape or (len(shape) == 1 and by in ("row", 1))
 
 
 @lru_cache(maxsize=4096)
@@ -217,9 +227,14 @@ def kept_bytes(words: str, shape: Shape) -> int:
 
     Stores keep some shapes in full. Parameters of any dtype but float64.
     """
-    name = words.partition("(")[0].lower()
-    in_full = is_small(shape) if name in _CODED else len(shape) < 2
-    found = full_layouts(shape) if in_full and name != "full" else layouts_of(words, shape)
+    name, arguments, named = _call(words) or ("", (), {})
+    if name in _CODED:
+        in_full = is_small(shape)
+    elif name == "grouped":
+        in_full = is_group_each(shape, *arguments, **named)
+    else:
+        in_full = name != "full" and len(shape) < 2
+    found = full_layouts(shape) if in_full else layouts_of(words, shape)
     return sum(field.nbytes for field in (found or {}).values())
 
 

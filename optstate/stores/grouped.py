@@ -52,7 +52,7 @@ class Grouped(Store):
                     "param group, or take the groups from optstate.declare_roles(model)"
                 )
             return replace(self, by=spec.head_size).resolve(spec, signed)
-        if spec.ndim == 0 or (spec.ndim == 1 and self._rows_per_group(spec.shape) == 1):
+        if store_layouts.is_group_each(spec.shape, self.by):
             return Full(), f"{spec.ndim}-D: every element is a group, kept in full"
         rows = self._rows_per_group(spec.shape)
         if rows and spec.shape[0] % rows:
