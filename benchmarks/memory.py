@@ -25,7 +25,7 @@ from rich.console import Console
 
 from optstate.memory.model import Setting
 from optstate.memory.tracing.extrapolate import trace_model
-from optstate.memory.tracing.trace import trace
+from optstate.memory.tracing.trace import trace_step
 from optstate.recipes import registry
 
 THREADS = 2
@@ -78,7 +78,7 @@ def against_the_allocator(name: str, way: dict[str, Any]) -> dict[str, Any]:
     """
     setting, tied = setting_of(way)
     model, recipe = llama(SMALL, 4, tied), registry.get(name)
-    found = trace(model, recipe, setting, device="cpu")
+    found = trace_step(model, recipe, setting, device="cpu")
     before, beyond = real_bytes(model, recipe, setting)
     return {
         **row_of(name, way),

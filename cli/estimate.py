@@ -16,7 +16,17 @@ import typer
 from optstate.text import shown
 
 from .options import JSON
-from .output import FINDINGS, UNREADABLE, USAGE, columns_of_tuples, failing, print_json, print_lines, print_table, stop
+from .output import (
+    FINDINGS,
+    UNREADABLE,
+    USAGE,
+    columns_of_tuples,
+    failing,
+    print_json,
+    print_lines,
+    print_table,
+    stop_with,
+)
 
 if TYPE_CHECKING:
     from optstate.memory.result import Estimate, RecipeEstimate
@@ -173,14 +183,14 @@ def _answering(source: str) -> Iterator[None]:
     except QuestionError as error:
         if debug:
             raise
-        stop(str(error), USAGE)
+        stop_with(str(error), USAGE)
     except ValueError as error:
         from optstate.memory.sources import SourceError
 
         if debug or not isinstance(error, SourceError):
             raise
         text, name = str(error), shown(source)
-        stop(text if text.startswith(name) else f"{name}: {text}", USAGE if error.usage else UNREADABLE)
+        stop_with(text if text.startswith(name) else f"{name}: {text}", USAGE if error.usage else UNREADABLE)
     finally:
         logging.disable(before)
 
@@ -211,12 +221,12 @@ def _named(named: Sequence[str] | None, compared: str | None) -> list[str]:
 
 def _recipe_of(source: str) -> tuple[list[str], str]:
     """Find the recipe whose state a checkpoint holds, else take the default; return what is to be said of that, too."""
-    from optstate.memory.sources import SourceError, recipe_of
+    from optstate.memory.sources import SourceError, recipe_of_checkpoint
 
     if not os.path.lexists(source) or os.path.lexists(os.path.join(source, "config.json")):
         return [DEFAULT], ""
     try:
-        name = recipe_of(source)
+        name = recipe_of_checkpoint(source)
     except SourceError:  # no optimizer's checkpoint
         return [DEFAULT], ""
     if name:
@@ -228,9 +238,9 @@ def _plot(found: Estimate, path: str) -> None:
     try:
         found.plot(path)
     except ModuleNotFoundError:
-        stop("--plot needs matplotlib: pip install matplotlib", USAGE)
+        stop_with("--plot needs matplotlib: pip install matplotlib", USAGE)
     except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no kind of picture
-        stop(f"--plot {shown(path)}: {error}", USAGE)
+        stop_with(f"--plot {shown(path)}: {error}", USAGE)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -276,7 +286,7 @@ def _print(
     found: Estimate, sizes: Sequence[LargestSize] | None, changes: Sequence[Change] | None, explain: bool
 ) -> None:
     """For a person."""
-    from optstate.memory.result import format_gib, wrap
+    from optstate.memory.result import format_gib, wrap_line
 
     typer.echo(str(found))
     if explain:
@@ -285,12 +295,12 @@ def _print(
             columns = columns_of_tuples("GIB", "KIND", "SHAPE", "DTYPE", "WHAT")
             print_table(columns, [(format_gib(nbytes), *row) for nbytes, *row in _alive(one)])
     for size in sizes or ():
-        typer.echo(wrap(_size_words(size)))
+        typer.echo(wrap_line(_size_words(size)))
     for change in changes or ():
         peak = format_gib(change.estimate.peak_bytes)
-        typer.echo(wrap(f"would fit: {change.what}, {peak} GiB at the peak (traced): {change.options}"))
+        typer.echo(wrap_line(f"would fit: {change.what}, {peak} GiB at the peak (traced): {change.options}"))
     if changes is not None and not changes:
-        typer.echo(wrap(f"would fit: {_nothing_fits(found)}"))
+        typer.echo(wrap_line(f"would fit: {_nothing_fits(found)}"))
 
 
 def _print_columns(

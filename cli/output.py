@@ -29,7 +29,7 @@ __all__ = [
     "print_lines",
     "print_table",
     "progress",
-    "stop",
+    "stop_with",
 ]
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def failing() -> Iterator[None]:
     except CheckpointError as error:
         if os.environ.get("OPTSTATE_DEBUG") == "1":
             raise
-        stop(str(error), REFUSED if error.refused else UNREADABLE)
+        stop_with(str(error), REFUSED if error.refused else UNREADABLE)
     except UsageError as error:
         raise typer.BadParameter(str(error)) from None
     except BrokenPipeError:
@@ -57,12 +57,12 @@ def failing() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except OSError as error:
-        stop(escaped(str(error)), UNREADABLE)
+        stop_with(escaped(str(error)), UNREADABLE)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def stop(message: str, code: int) -> None:
+def stop_with(message: str, code: int) -> None:
     """End the command with one line on stderr and an exit code."""
     typer.echo(f"optstate: {message}", err=True)
     raise typer.Exit(code) from None

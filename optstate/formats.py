@@ -11,7 +11,7 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.formats.registry import find_format, find_formats
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import (
     ADAFACTOR,
@@ -46,13 +46,13 @@ __all__ = [
     "CheckpointError",
     "Draft",
     "Format",
+    "FormatSource",
     "Kept",
     "Layout",
     "LayoutError",
     "Meaning",
     "NewFolder",
     "OtherRule",
-    "Source",
     "StateDict",
     "Switch",
     "Tree",

@@ -20,6 +20,7 @@ __all__ = [
     "PARAMETER",
     "FieldLayout",
     "Layouts",
+    "Shape",
     "axis_maxima_layouts",
     "axis_names",
     "blocks",

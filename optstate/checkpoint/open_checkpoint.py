@@ -25,14 +25,14 @@ from optstate.checkpoint.files.file_kinds import (
     UNKNOWN,
     ZIP,
     cannot_open,
-    identify,
+    identify_file,
     read_whole,
 )
 from optstate.checkpoint.files.opened_file import FileChangedError, OpenFiles, reading
 from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import find_file_or_index
-from optstate.checkpoint.files.strict_json import NotJSONError, parse
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
 from optstate.text import shown
 
 __all__ = ["STREAM", "open_checkpoint", "refuse_streams"]
@@ -115,13 +115,13 @@ def _of_one_version(
 
 def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None) -> Checkpoint:
     text = find_file_or_index(path)
-    kind = identify(text)
+    kind = identify_file(text)
     if kind == FOLDER:
         return _of_folder(Path(text), key, optimizer)
     if kind in (TORCH_ZIP, TORCH_OLD, PICKLE, ZIP):
-        from optstate.checkpoint.formats.registry import read_torch_file
+        from optstate.checkpoint.formats.registry import read_torch_checkpoint
 
-        return read_torch_file(text, key, optimizer)
+        return read_torch_checkpoint(text, key, optimizer)
     _no_key(text, kind, key)
     if text.endswith(INDEX):
         return _of_index(text)
@@ -234,7 +234,7 @@ def _trainer_note(path: Path, checkpoint: Checkpoint) -> str:
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_SIDE_FILE:
             return ""
-        step = parse(read_whole(file, LARGEST_SIDE_FILE).decode(), pairs=dict).get("global_step")
+        step = parse_json(read_whole(file, LARGEST_SIDE_FILE).decode(), pairs=dict).get("global_step")
     except (CheckpointError, OSError, UnicodeDecodeError, NotJSONError, AttributeError):
         return f"{TRAINER_STATE} beside it cannot be read"
     steps = checkpoint.document.steps

@@ -18,17 +18,25 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.file_kinds import JSON, SAFETENSORS, UNKNOWN, identify, open_file, read_bytes, size_of
-from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, parse
+from optstate.checkpoint.files.file_kinds import (
+    JSON,
+    SAFETENSORS,
+    UNKNOWN,
+    identify_file,
+    open_file,
+    read_bytes,
+    size_of,
+)
+from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, parse_json
 from optstate.naming import canonical_names
 from optstate.text import shown
 
-__all__ = ["Named", "Names", "give_names", "read_names"]
+__all__ = ["NamedParameter", "ParameterNames", "give_names", "read_names"]
 
 LARGEST_FILE = 16 << 20
 
 
-class Named(NamedTuple):
+class NamedParameter(NamedTuple):
     """A parameter's name, and its shape and dtype (torch's name of it) where they are known, else None and ""."""
 
     name: str
@@ -37,7 +45,7 @@ class Named(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Names:
+class ParameterNames:
     """Names of all parameters in order.
 
     source: where they are from. groups: how many each param group has, () where that is not said. of_module: whether
@@ -46,13 +54,13 @@ class Names:
     """
 
     source: str
-    named: tuple[Named, ...]
+    named: tuple[NamedParameter, ...]
     groups: tuple[int, ...] = ()
     of_module: bool = False
     paragraphs: tuple[int, ...] = ()
 
 
-def read_names(source: str | os.PathLike[str]) -> Names:
+def read_names(source: str | os.PathLike[str]) -> ParameterNames:
     """Read the names that a file lists or a factory's model has.
 
     source: a text file, one name a line, in the order of the optimizer's parameters, with an empty line between its
@@ -66,7 +74,7 @@ def read_names(source: str | os.PathLike[str]) -> Names:
     text = os.fspath(source)
     if not os.path.exists(text) and ":" in text:
         return _checked(_of_factory(text))
-    kind = identify(text)
+    kind = identify_file(text)
     if kind == SAFETENSORS:
         reason = "the tensors of a model file are sorted by name, which is not the order of the model's parameters"
         hint = "give a text file with one name a line in the optimizer's order, or package.module:factory"
@@ -86,7 +94,7 @@ def read_names(source: str | os.PathLike[str]) -> Names:
     return _checked(_of_text(text, lines))
 
 
-def _checked(names: Names) -> Names:
+def _checked(names: ParameterNames) -> ParameterNames:
     """Return the names, if every one is there once."""
     seen: set[str] = set()
     for named in names.named:
@@ -98,30 +106,30 @@ def _checked(names: Names) -> Names:
     return names
 
 
-def _of_text(path: str, text: str) -> Names:
+def _of_text(path: str, text: str) -> ParameterNames:
     """Read a name a line, and what stands between empty lines."""
     lines = [line.strip() for line in text.splitlines()]
     paragraphs = tuple(len(list(some)) for filled, some in groupby(lines, bool) if filled)
-    return Names(path, tuple(Named(line) for line in lines if line), paragraphs=paragraphs)
+    return ParameterNames(path, tuple(NamedParameter(line) for line in lines if line), paragraphs=paragraphs)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
-def _of_json(path: str, text: str) -> Names:
+def _of_json(path: str, text: str) -> ParameterNames:
     """Read a list of names, a list of lists of names, or an object with a shape or null for each name."""
     try:
-        tree = parse(text)
+        tree = parse_json(text)
     except NotJSONError as error:
         raise CheckpointError(path, f"not valid JSON: {error}") from None
     if isinstance(tree, Pairs):
-        return Names(path, tuple(Named(name, _shape_of(path, name, shape)) for name, shape in tree))
+        return ParameterNames(path, tuple(NamedParameter(name, _shape_of(path, name, shape)) for name, shape in tree))
     if isinstance(tree, list) and all(isinstance(item, str) for item in tree):
-        return Names(path, tuple(map(Named, tree)))
+        return ParameterNames(path, tuple(map(NamedParameter, tree)))
     if isinstance(tree, list) and all(isinstance(group, list) for group in tree):
         flat = [name for group in tree for name in group]
         if all(isinstance(name, str) for name in flat):
-            return Names(path, tuple(map(Named, flat)), tuple(map(len, tree)))
+            return ParameterNames(path, tuple(map(NamedParameter, flat)), tuple(map(len, tree)))
     reason = "not names: a list of them, a list of lists (one per param group), or an object of names and shapes"
     raise CheckpointError(path, reason)
 
@@ -137,7 +145,7 @@ def _shape_of(path: str, name: str, shape: Any) -> tuple[int, ...] | None:
 # --- a factory ----------------------------------------------------------------------------------------------------
 
 
-def _of_factory(source: str) -> Names:
+def _of_factory(source: str) -> ParameterNames:
     """Call `package.module:factory` on the meta device, where parameters have no memory, and name what it returns."""
     import torch
 
@@ -145,7 +153,7 @@ def _of_factory(source: str) -> Names:
         with torch.device("meta"):
             made = _factory(source)()
             if isinstance(made, torch.nn.Module):
-                return Names(source, tuple(_members(source, made.named_parameters())), of_module=True)
+                return ParameterNames(source, tuple(_members(source, made.named_parameters())), of_module=True)
             return _of_iterable(source, made)
     except CheckpointError:
         raise
@@ -169,16 +177,16 @@ def _factory(source: str) -> Any:
     return found
 
 
-def _of_iterable(source: str, made: Any) -> Names:
+def _of_iterable(source: str, made: Any) -> ParameterNames:
     """Named parameters, or param groups of them."""
     if not isinstance(made, Iterable):
         hint = "return a module, pairs of name and parameter, or param groups of such pairs"
         raise CheckpointError(source, f"the factory returns a value of type {type(made).__name__}", hint)
     items = list(made)
     if not any(isinstance(item, dict) for item in items):
-        return Names(source, tuple(_members(source, items)))
+        return ParameterNames(source, tuple(_members(source, items)))
     groups = [tuple(_members(source, _pairs(source, item))) for item in items]
-    return Names(source, tuple(named for group in groups for named in group), tuple(map(len, groups)))
+    return ParameterNames(source, tuple(named for group in groups for named in group), tuple(map(len, groups)))
 
 
 def _pairs(source: str, group: Any) -> list[Any]:
@@ -189,7 +197,7 @@ def _pairs(source: str, group: Any) -> list[Any]:
     return params if names is None else list(zip(names, params, strict=True))
 
 
-def _members(source: str, pairs: Iterable[Any]) -> Iterator[Named]:
+def _members(source: str, pairs: Iterable[Any]) -> Iterator[NamedParameter]:
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             hint = "give names with them, as model.named_parameters() does"
@@ -197,13 +205,13 @@ def _members(source: str, pairs: Iterable[Any]) -> Iterator[Named]:
                 source, f"the factory gives a {type(pair).__name__} where a name and a parameter are needed", hint
             )
         name, param = pair
-        yield Named(name, tuple(param.shape), str(param.dtype).removeprefix("torch."))
+        yield NamedParameter(name, tuple(param.shape), str(param.dtype).removeprefix("torch."))
 
 
 # --- names for a checkpoint ---------------------------------------------------------------------------------------
 
 
-def give_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
+def give_names(checkpoint: Checkpoint, names: ParameterNames) -> Checkpoint:
     """Return the checkpoint with names for its numbered parameters, and with shapes and dtypes that it lacked.
 
     Parameters that have names keep them; the given ones must be the same.
@@ -236,11 +244,11 @@ def give_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
     return made
 
 
-def _refused(names: Names, reason: str, hint: str = "") -> CheckpointError:
+def _refused(names: ParameterNames, reason: str, hint: str = "") -> CheckpointError:
     return CheckpointError(names.source, reason, hint, refused=True)
 
 
-def _same_counts(checkpoint: Checkpoint, names: Names) -> None:
+def _same_counts(checkpoint: Checkpoint, names: ParameterNames) -> None:
     lengths = tuple(len(group.parameters) for group in checkpoint.document.groups)
     if len(names.named) != sum(lengths):
         theirs = f"{sum(lengths)} parameters" + (f" ({_sum(lengths)} in its groups)" if len(lengths) > 1 else "")
@@ -255,7 +263,7 @@ def _sum(lengths: Iterable[int]) -> str:
     return " + ".join(map(str, lengths))
 
 
-def _refuse_order_of_module(checkpoint: Checkpoint, names: Names) -> None:
+def _refuse_order_of_module(checkpoint: Checkpoint, names: ParameterNames) -> None:
     """Refuse the order of a module where it says nothing about that of several groups."""
     groups = [group for group in checkpoint.document.groups if group.parameters]
     if names.of_module and len(groups) > 1:
@@ -267,7 +275,7 @@ def _refuse_order_of_module(checkpoint: Checkpoint, names: Names) -> None:
         raise _refused(names, reason, hint)
 
 
-def _refuse_order_alone(checkpoint: Checkpoint, names: Names) -> None:
+def _refuse_order_alone(checkpoint: Checkpoint, names: ParameterNames) -> None:
     """Refuse names without groups where nothing tells whether they are in the order of several groups.
 
     A list is easily made in the model's order, and most trainers sort parameters into groups. Shapes tell, if no two
@@ -292,18 +300,18 @@ def _refuse_order_alone(checkpoint: Checkpoint, names: Names) -> None:
     raise _refused(names, reason, hint)
 
 
-def _same_sizes(names: Names, checkpoint: Checkpoint) -> None:
+def _same_sizes(names: ParameterNames, checkpoint: Checkpoint) -> None:
     """Refuse shapes that are given for parameters whose statistics have other numbers of elements."""
     for issue in contradictions(checkpoint):
         raise _refused(names, f"the shapes that it gives are not those of the checkpoint: {issue.where}: {issue.what}")
 
 
-def _by_own_name(checkpoint: Checkpoint, names: Names) -> dict[str, Named]:
+def _by_own_name(checkpoint: Checkpoint, names: ParameterNames) -> dict[str, NamedParameter]:
     """Find what is given for each of the checkpoint's own names, which must be the same."""
     lower = bool(checkpoint.document.source.get("lower_case"))
     own = [param.name for param in checkpoint.document.parameters]
     known = dict(zip(canonical_names(own), own, strict=True))
-    given: dict[str, Named] = {}
+    given: dict[str, NamedParameter] = {}
     for named, short in zip(names.named, canonical_names([named.name for named in names.named]), strict=True):
         key, short = (named.name.lower(), short.lower()) if lower else (named.name, short)
         given[key if key in own else known.get(short, key)] = named
@@ -320,7 +328,7 @@ def _by_own_name(checkpoint: Checkpoint, names: Names) -> dict[str, Named]:
     return given
 
 
-def _renamed(names: Names, param: Parameter, named: Named) -> Parameter:
+def _renamed(names: ParameterNames, param: Parameter, named: NamedParameter) -> Parameter:
     if None not in (param.shape, named.shape) and param.shape != named.shape:
         reason = f"it gives '{shown(named.name)}' of shape {_list(named.shape)} for parameter '{shown(param.name)}'"
         hint = "the order is that of the optimizer's groups, one after the other"

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from optstate.distributed.agreement import collective
 from optstate.spec import FieldSpec, ParamSpec, Region
 
-__all__ = ["Placement", "copy_part", "here", "index_here", "is_distributed", "placement_of", "whole"]
+__all__ = ["Placement", "copy_part", "gather_whole", "here", "index_here", "is_distributed", "placement_of"]
 
 
 def is_distributed(tensor: object) -> bool:
@@ -162,7 +162,7 @@ def copy_part(own: Tensor, theirs: Tensor) -> None:
             part = here(_as_bytes(theirs).redistribute(mine.device_mesh, mine.placements))
         here(own).copy_(_from_bytes(part, theirs.dtype))
     else:
-        here(own).copy_(whole(theirs).reshape(own.shape)[index_here(own)])
+        here(own).copy_(gather_whole(theirs).reshape(own.shape)[index_here(own)])
 
 
 def index_here(tensor: Tensor) -> tuple[slice, ...]:
@@ -176,7 +176,7 @@ def index_here(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor on every device, which must all call this together if the tensor is distributed.
 
     Raises:

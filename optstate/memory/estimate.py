@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from optstate import weights as ways
 from optstate.memory.errors import QuestionError
 from optstate.memory.model import Model, Setting
-from optstate.memory.question import Question, recipe_of
+from optstate.memory.question import Question, find_recipe
 from optstate.memory.result import Estimate
 from optstate.memory.shard import SHARDS
 from optstate.memory.sources import SourceError, find_model
@@ -43,12 +43,12 @@ CLIPS = ("none", "norm")
 
 LENGTH = 2048
 
-Source = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
+ModelSource = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
 RecipeLike = str | Callable[..., Optimizer]
 
 
 def estimate(
-    source: Source,
+    source: ModelSource,
     *,
     recipe: RecipeLike | Sequence[RecipeLike] = "adalomo",
     fused_backward: bool | None = None,
@@ -111,7 +111,7 @@ def estimate(
     for name, count in (counts | ({"seq_len": seq_len} if seq_len is not None else {})).items():
         _at_least_one(name, count)
     several: list[Any] = list(recipe) if isinstance(recipe, list | tuple) else [recipe]
-    recipes = list(dict.fromkeys(map(recipe_of, several)))
+    recipes = list(dict.fromkeys(map(find_recipe, several)))
     if not recipes:
         raise QuestionError("recipe is empty: give at least one name")
     chosen = None if gpu is None else gpu_of(gpu)

@@ -27,7 +27,7 @@ from optstate.recipes import registry
 from optstate.roles import declare_roles
 from optstate.weights import Weights
 
-__all__ = ["Question", "Recipe", "recipe_of"]
+__all__ = ["Question", "Recipe", "find_recipe"]
 
 MADE_FOR_FUSED = "made for fused backward"
 """What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
@@ -53,7 +53,7 @@ class Recipe:
     fused: bool
 
 
-def recipe_of(recipe: str | Build) -> Recipe:
+def find_recipe(recipe: str | Build) -> Recipe:
     """Return the installed recipe of a name, or one of any callable that makes an optimizer of parameters.
 
     Raises:

@@ -27,7 +27,7 @@ __all__ = [
     "list_facts",
     "make_lines",
     "setting_tree",
-    "wrap",
+    "wrap_line",
 ]
 
 SCHEMA = "optstate.estimate/1"
@@ -320,15 +320,15 @@ def make_lines(estimate: Estimate) -> list[Line]:
 
 def format_estimate(estimate: Estimate) -> str:
     """Format the table for a person, at most 100 columns wide if names are not too long."""
-    head = [wrap(f"{name:6s} {value}", 7) for name, value in list_facts(estimate)]
+    head = [wrap_line(f"{name:6s} {value}", 7) for name, value in list_facts(estimate)]
     blocks = [
         _block(estimate, estimate.recipes[start : start + WIDEST]) for start in range(0, len(estimate.recipes), WIDEST)
     ]
-    below = [wrap(line) for line in _below(estimate)]
+    below = [wrap_line(line) for line in _below(estimate)]
     return "\n".join([*head, *blocks, "", *below])
 
 
-def wrap(line: str, indent: int = 2) -> str:
+def wrap_line(line: str, indent: int = 2) -> str:
     """Break a line where it is too long."""
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from optstate.memory.errors import QuestionError
-from optstate.memory.question import Question, Recipe, recipe_of
+from optstate.memory.question import Question, Recipe, find_recipe
 from optstate.memory.result import Estimate, RecipeEstimate
 from optstate.memory.sources import SourceError
 from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, Gpu
@@ -162,7 +162,7 @@ def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
     """
     installed = registry.names()
     asked = replace(question, fused_backward=None)
-    recipes = [recipe_of(name) for name in SMALLER if name in installed and name != now.recipe]
+    recipes = [find_recipe(name) for name in SMALLER if name in installed and name != now.recipe]
     recipes = [recipe for recipe in recipes if asked.lower_bound(recipe).known_bytes < now.known_bytes]
     for helped in (False, True):
         runs = [(recipe, _run_of(asked, recipe, helped)) for recipe in recipes]

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["Departure", "OtherRule", "Switch", "departures", "followed", "strays", "visible"]
 
-Hyper = Mapping[str, Any]
+GroupValues = Mapping[str, Any]
 """A param group's hyper-parameters; tensors of one number must have been made plain numbers."""
 
 HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
@@ -41,12 +41,12 @@ class Switch:
     chain: str = ""
     advice: str = ""
 
-    def has_effect(self, key: str, group: Hyper) -> bool:
+    def has_effect(self, key: str, group: GroupValues) -> bool:
         """Whether the group's value makes it another rule."""
         value = group.get(key, self.rest[0] if self.absent is None else self.absent)
         return not _among(value, self.rest) and not self.is_idle(group)
 
-    def is_idle(self, group: Hyper) -> bool:
+    def is_idle(self, group: GroupValues) -> bool:
         """Whether the number that it is about is 0."""
         return bool(self.number) and _among(group.get(self.number), (0,))
 
@@ -105,7 +105,7 @@ class Departure:
         return f"param group {self.group} has {visible(self.key)}={_short(self.value)}: {self.effect}"
 
 
-def followed(rule: OtherRule | None, group: Hyper) -> tuple[bool, set[str]]:
+def followed(rule: OtherRule | None, group: GroupValues) -> tuple[bool, set[str]]:
     """Return whether a group follows its rule's recipe, and which chains of ours besides, in words."""
     found = list(_of_group(rule, 0, group))
     if any(not departure.chain for departure in found):
@@ -119,12 +119,12 @@ def followed(rule: OtherRule | None, group: Hyper) -> tuple[bool, set[str]]:
 UNKNOWN = "this flag is not known here, and may change the rule"
 
 
-def departures(rule: OtherRule | None, groups: Sequence[Hyper]) -> list[Departure]:
+def departures(rule: OtherRule | None, groups: Sequence[GroupValues]) -> list[Departure]:
     """Everything in the groups that makes the rule another one. A flag that nobody knows counts if it is true."""
     return [departure for place, group in enumerate(groups) for departure in _of_group(rule, place, group)]
 
 
-def _of_group(rule: OtherRule | None, place: int, group: Hyper) -> Iterator[Departure]:
+def _of_group(rule: OtherRule | None, place: int, group: GroupValues) -> Iterator[Departure]:
     for key, switch in rule.switches.items() if rule is not None else ():
         if switch.has_effect(key, group):
             value = group.get(key, switch.absent)
@@ -134,7 +134,7 @@ def _of_group(rule: OtherRule | None, place: int, group: Hyper) -> Iterator[Depa
             yield Departure(place, key, value, UNKNOWN)
 
 
-def strays(rule: OtherRule | None, groups: Sequence[Hyper]) -> list[str]:
+def strays(rule: OtherRule | None, groups: Sequence[GroupValues]) -> list[str]:
     """Return the keys that nobody knows and whose values are no flags that are on, in the order of the groups."""
     known = rule.knows if rule is not None else (HOW | ANYWHERE).__contains__
     return list(dict.fromkeys(key for g in groups for key, value in g.items() if value is not True and not known(key)))

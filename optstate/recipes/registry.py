@@ -11,7 +11,7 @@ from optstate.plugins import PluginError, Plugins, package_of
 
 __all__ = ["UnknownRecipeError", "describe", "get", "names"]
 
-Recipe = Callable[..., Optimizer]
+RecipeFactory = Callable[..., Optimizer]
 
 
 class UnknownRecipeError(LookupError):
@@ -25,7 +25,7 @@ def _problem(name: str, recipe: Any) -> str:
     return "" if callable(recipe) else f"it is a {type(recipe).__name__}, which makes no optimizer of parameters"
 
 
-PLUGINS: Plugins[Recipe] = Plugins("recipe", "optstate.recipes", _problem)
+PLUGINS: Plugins[RecipeFactory] = Plugins("recipe", "optstate.recipes", _problem)
 
 
 def names() -> list[str]:
@@ -33,7 +33,7 @@ def names() -> list[str]:
     return PLUGINS.names()
 
 
-def get(name: str) -> Recipe:
+def get(name: str) -> RecipeFactory:
     """Return the installed recipe of a name, which makes an optimizer from parameters and hyper-parameters.
 
     Raises:

@@ -5,7 +5,7 @@ A store describes and holds nothing; a `Statistic` is a store bound to the tenso
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import ClassVar
@@ -16,6 +16,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import Codebook, Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
+from optstate.store_layouts import Shape
 from optstate.stores.guard import Guard
 from optstate.stores.requests import Requests, run_alone
 from optstate.text import short
@@ -24,7 +25,6 @@ __all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "multiplied", "s
 
 NO_NOISE = Noise("", 0)
 
-Shape = Sequence[int]
 Fields = Mapping[str, Tensor]
 """The tensors of one statistic by field name. A store with a single field names it `""`."""
 

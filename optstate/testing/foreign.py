@@ -54,7 +54,7 @@ class Trial:
         generator = torch.Generator().manual_seed(0)
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
         optimizer = self.build(params)
-        step(optimizer, params, 0)
+        take_steps(optimizer, params, 0)
         torch.save(optimizer.state_dict(), self.folder / "theirs.pt")
         return params, optimizer, self.folder / "theirs.pt"
 
@@ -68,7 +68,7 @@ class Trial:
         return self.folder / name
 
 
-def step(optimizer: Any, params: list[nn.Parameter], first: int) -> None:
+def take_steps(optimizer: Any, params: list[nn.Parameter], first: int) -> None:
     """Take steps with gradients that depend on the weights and on the count; the last parameter has none."""
     for count in range(first, first + STEPS):
         for param in params[:-1]:
@@ -133,8 +133,8 @@ def recipes_go_on(trial: Trial) -> None:
     mine = copies(params)
     ours = (trial.recipe or registry.get(recipe))(mine)
     load_into(ours, path, allow_lossy=True)
-    step(ours, mine, STEPS)
-    step(optimizer, params, STEPS)
+    take_steps(ours, mine, STEPS)
+    take_steps(optimizer, params, STEPS)
     expect_together(mine, params, f"our {recipe} after its file")
     if trial.format.write is None or trial.format.pack is not None:
         return
@@ -142,8 +142,8 @@ def recipes_go_on(trial: Trial) -> None:
     target = trial.write(open_checkpoint(trial.folder / "ours.safetensors"), "of_ours.pt")
     other = trial.build(params)
     other.load_state_dict(torch.load(target, weights_only=False))
-    step(other, params, 2 * STEPS)
-    step(ours, mine, 2 * STEPS)
+    take_steps(other, params, 2 * STEPS)
+    take_steps(ours, mine, 2 * STEPS)
     expect_together(params, mine, f"the library after the file of our {recipe}")
 
 

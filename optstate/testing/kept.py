@@ -24,6 +24,7 @@ from optstate.checkpoint.operations.run_conversion import write_native
 from optstate.kernels import Noise
 from optstate.optimizer.optimizer import Optimizer
 from optstate.spec import FieldSpec, ParamSpec, Region
+from optstate.store_layouts import Shape
 from optstate.stores import Full, Store
 from optstate.stores.registry import known_also, parse_store
 from optstate.testing.devices import noise
@@ -33,8 +34,6 @@ from optstate.text import parsed_call
 from optstate.updates import Chain
 
 __all__ = ["STORE_LAWS", "chain_with", "signs"]
-
-Shape = tuple[int, ...]
 
 FP32 = torch.float32
 SHAPES: tuple[Shape, ...] = ((), (7,), (5000,), (64, 96), (61, 100), (3, 48, 40), (4, 3, 2, 2))

@@ -22,13 +22,13 @@ from optstate.checkpoint.operations.run_conversion import write_native
 from optstate.kernels import chunking
 from optstate.optimizer.fused_backward import fuse_backward
 from optstate.optimizer.optimizer import Optimizer
+from optstate.store_layouts import Shape
 from optstate.stores import NonFiniteGradientError
 from optstate.testing.devices import CutParameter, gradient_of, noise
 from optstate.testing.laws import BrokenLawError, Law, at, expect, expect_close, expect_same, one_line
 
 __all__ = ["RULE_LAWS", "Maker"]
 
-Shape = tuple[int, ...]
 Params = dict[str, nn.Parameter]
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16

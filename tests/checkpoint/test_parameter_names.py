@@ -20,7 +20,7 @@ import optstate
 from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.parameter_names import Named, give_names, read_names
+from optstate.checkpoint.parameter_names import NamedParameter, give_names, read_names
 from optstate.recipes import AdamW4bit
 from tests.support.foreign_files import Tiny, adamw, check_document, identical, saved, tensor, train
 from tests.support.paths import ROOT
@@ -106,16 +106,16 @@ def names_of(checkpoint: Checkpoint) -> list[str]:
 
 def test_a_text_file_has_a_name_a_line(tmp_path: Path) -> None:
     names = read_names(listed(tmp_path, "a.weight\n\n  b \r\nc"))
-    assert names.named == (Named("a.weight"), Named("b"), Named("c"))
+    assert names.named == (NamedParameter("a.weight"), NamedParameter("b"), NamedParameter("c"))
     assert (names.groups, names.of_module) == ((), False)
 
 
 def test_json_lists_names_groups_or_shapes(tmp_path: Path) -> None:
-    assert read_names(listed(tmp_path, ["a", "b"])).named == (Named("a"), Named("b"))
+    assert read_names(listed(tmp_path, ["a", "b"])).named == (NamedParameter("a"), NamedParameter("b"))
     nested = read_names(listed(tmp_path, [["a"], [], ["b", "c"]]))
-    assert (nested.named, nested.groups) == ((Named("a"), Named("b"), Named("c")), (1, 0, 2))
+    assert (nested.named, nested.groups) == ((NamedParameter("a"), NamedParameter("b"), NamedParameter("c")), (1, 0, 2))
     shaped = read_names(listed(tmp_path, {"b": [2, 3], "a": None}))
-    assert shaped.named == (Named("b", (2, 3)), Named("a"))
+    assert shaped.named == (NamedParameter("b", (2, 3)), NamedParameter("a"))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_a_file_of_weights_cannot_give_the_order(tmp_path: Path) -> None:
 
 def test_a_module_gives_names_shapes_and_dtypes() -> None:
     names = read_names(f"{HERE}:module")
-    expected = tuple(Named(n, tuple(p.shape), "bfloat16") for n, p in Tiny().named_parameters())
+    expected = tuple(NamedParameter(n, tuple(p.shape), "bfloat16") for n, p in Tiny().named_parameters())
     assert (names.named, names.groups, names.of_module) == (expected, (), True)
     assert [named.name for named in read_names(f"{HERE}:tied").named] == ["embed.weight"]
 
 
 def test_a_model_is_built_without_memory() -> None:
-    assert read_names(f"{HERE}:Sizes.wide").named[0] == Named("weight", (1 << 20, 1 << 20), "float32")
+    assert read_names(f"{HERE}:Sizes.wide").named[0] == NamedParameter("weight", (1 << 20, 1 << 20), "float32")
 
 
 @pytest.mark.parametrize("factory", ["groups", "groups_with_names"])

@@ -20,7 +20,7 @@ from optstate.memory import verdict
 from optstate.memory.errors import QuestionError
 from optstate.memory.estimate import WEIGHTS
 from optstate.memory.model import KINDS, BuildOptions, Model, ParamShape, Setting, Trace
-from optstate.memory.question import Question, recipe_of
+from optstate.memory.question import Question, find_recipe
 from optstate.memory.result import EXACT, TRACED, Estimate
 from optstate.memory.solve import _last_below, find_changes, find_largest
 from optstate.memory.sources import SourceError, find_model
@@ -93,7 +93,7 @@ def llama_7b() -> Model:
 
 
 def gib_of_state(model: Model, recipe: Any, **asked: Any) -> float:
-    return Question(model, Setting(), **asked).lower_bound(recipe_of(recipe)).state_bytes / GIB
+    return Question(model, Setting(), **asked).lower_bound(find_recipe(recipe)).state_bytes / GIB
 
 
 class TestState:
@@ -136,14 +136,14 @@ class TestPublishedTables:
     def test_parameters(self, name: str, count: int) -> None:
         model = find_model(name)
         assert model.numel == count
-        assert Question(model, Setting()).lower_bound(recipe_of("lomo")).weights_bytes == 2 * count
+        assert Question(model, Setting()).lower_bound(find_recipe("lomo")).weights_bytes == 2 * count
 
     def test_llama_7b(self, llama_7b: Model) -> None:
-        lomo = Question(llama_7b, Setting()).lower_bound(recipe_of("lomo"))
+        lomo = Question(llama_7b, Setting()).lower_bound(find_recipe("lomo"))
         assert lomo.weights_bytes / GIB == pytest.approx(12.551, abs=0.005)
         assert lomo.gradients_bytes == 32000 * 4096 * 2
         assert lomo.state_bytes == 0
-        stepped = Question(llama_7b, Setting(), fused_backward=False).lower_bound(recipe_of("lomo"))
+        stepped = Question(llama_7b, Setting(), fused_backward=False).lower_bound(find_recipe("lomo"))
         assert stepped.gradients_bytes == lomo.weights_bytes
         assert gib_of_state(llama_7b, "adamw") == pytest.approx(50.21, abs=0.005)
         half = partial(AdamW, first=Full("bfloat16"), second=Full("bfloat16"))
@@ -163,7 +163,7 @@ class TestPublishedTables:
         question = Question(find_model("llama-2-7b"), Setting())
         half = partial(AdamW, first=Full("bfloat16"), second=Full("bfloat16"))
         measured = {half: 51.6, "adamw8bit": 39.3, "adamw4bit": 33.2}
-        known = {recipe: question.lower_bound(recipe_of(recipe)).known_bytes / GIB for recipe in measured}
+        known = {recipe: question.lower_bound(find_recipe(recipe)).known_bytes / GIB for recipe in measured}
         residuals = [measured[recipe] - known[recipe] for recipe in measured]
         assert max(residuals) - min(residuals) < 0.1
         assert min(residuals) > 1.3
@@ -589,4 +589,4 @@ class Stepped(AdaLomo):
 
 @pytest.mark.parametrize(("recipe", "fused"), [(Renamed, True), (partial(Renamed, lr=1e-3), True), (Stepped, False)])
 def test_a_recipe_is_fused_where_its_class_says_so_and_not_where_its_words_do(recipe: Any, fused: bool) -> None:
-    assert recipe_of(recipe).fused is fused
+    assert find_recipe(recipe).fused is fused

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import optstate
 from optstate import recipes
 from optstate.memory.model import BuildOptions, Model, ParamShape
-from optstate.memory.sources import SourceError, find_model, known_models, recipe_of
+from optstate.memory.sources import SourceError, find_model, known_models, recipe_of_checkpoint
 from optstate.memory.sources.builtin import CONFIGS
 from optstate.memory.sources.modules import default_dtype
 from optstate.memory.sources.shapes import ARCHITECTURES, list_parameters
@@ -478,7 +478,7 @@ def test_a_checkpoint_of_ours(tmp_path: Path) -> None:
         assert [param.name for param in model.parameters if not param.trainable] == ["1.weight"]
         state = f"{optimizer.state_nbytes() / 2**30:.3f} GiB"
         assert any(f"resuming needs {state}" in note and "adalomo, step 1" in note for note in model.notes)
-        assert recipe_of(source) == "adalomo"
+        assert recipe_of_checkpoint(source) == "adalomo"
     saved(tmp_path, w=torch.ones(7))  # weights beside it are the model
     assert of(find_model(tmp_path)) == [("w", (7,))]
 
@@ -493,7 +493,7 @@ def test_a_checkpoint_of_pytorch(tmp_path: Path) -> None:
     assert [param.shape for param in model.parameters] == [tuple(param.shape) for param in module.parameters()]
     assert {(param.dtype, param.trainable) for param in model.parameters} == {("float16", True)}
     assert any("float16 is assumed" in note for note in model.notes)
-    assert recipe_of(file) == "adamw"
+    assert recipe_of_checkpoint(file) == "adamw"
 
 
 def test_weights_that_pytorch_saved_are_no_state(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from adalomo import AdaLomo, Lomo
 from optstate.memory import peak_extra_bytes
 from optstate.memory.model import KINDS, BuildOptions, Model, Setting, Trace
 from optstate.memory.tracing.extrapolate import trace_model
-from optstate.memory.tracing.trace import UntraceableError, trace
+from optstate.memory.tracing.trace import UntraceableError, trace_step
 from optstate.recipes import AdamW, registry
 from tests.support.memory_models import MLP, Block, Tokens, llama, model_of, real_peak, token_batch, tokens
 
@@ -31,7 +31,7 @@ INPUTS, HIDDEN, OUTPUTS = 1000, 16, 4
 def mlp(**options: Any) -> Trace:
     """On 8 rows of numbers, exact bytes."""
     model = model_of(lambda _: MLP(INPUTS, HIDDEN, OUTPUTS), lambda count, _: ((torch.zeros(count, INPUTS),), {}))
-    return trace(model, options.pop("recipe", Lomo), replace(FP32, **options), device="cpu")
+    return trace_step(model, options.pop("recipe", Lomo), replace(FP32, **options), device="cpu")
 
 
 # --- closed formulas ------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_clipping_by_norm_keeps_no_gradients_if_the_backward_is_fused() -> None:
 
 def test_storages_are_rounded_up_for_an_accelerator() -> None:
     model = model_of(lambda _: nn.Sequential(nn.Linear(3, 1), Sum()), lambda count, _: ((torch.zeros(count, 3),), {}))
-    seen = trace(model, Lomo, FP32)
+    seen = trace_step(model, Lomo, FP32)
     assert seen.at_peak["weights"] == 2 * 512
     assert seen.peak % 512 == 0
 
@@ -86,8 +86,8 @@ class Sum(nn.Module):
 def test_a_tied_matrix_needs_three_gradients_of_its_size(fused: bool) -> None:
     """The head's waits for the embedding's, and their sum is a third; untied and fused, one is alive at a time."""
     matrix = 4 * 1000 * 16
-    tied = trace(tokens(tied=True), Lomo, replace(FP32, fused_backward=fused), device="cpu")
-    untied = trace(tokens(), Lomo, replace(FP32, fused_backward=fused), device="cpu")
+    tied = trace_step(tokens(tied=True), Lomo, replace(FP32, fused_backward=fused), device="cpu")
+    untied = trace_step(tokens(), Lomo, replace(FP32, fused_backward=fused), device="cpu")
     assert tied.at_peak["weights"] < untied.at_peak["weights"]
     assert 3 * matrix <= tied.most["gradients"] < 3.1 * matrix
     assert untied.most["gradients"] == (matrix if fused else 2 * matrix + 2 * 4 * 17 * 16)
@@ -95,7 +95,7 @@ def test_a_tied_matrix_needs_three_gradients_of_its_size(fused: bool) -> None:
 
 def test_logits_and_losses_are_told_from_activations() -> None:
     """Logits, their log-softmax and its gradient, each rows x vocabulary."""
-    seen = trace(tokens(), Lomo, replace(FP32, fused_backward=True), device="cpu")
+    seen = trace_step(tokens(), Lomo, replace(FP32, fused_backward=True), device="cpu")
     logits = 4 * 8 * 4 * 1000
     assert 2 * logits <= seen.most["logits"] <= 3 * logits + 8
     assert seen.most["activations"] < logits
@@ -120,7 +120,7 @@ GRID = [
 def test_a_llama_needs_what_a_real_step_allocates(name: str, tied: bool, setting: Setting) -> None:
     model, recipe = llama(tied=tied), registry.get(name)
     expected = real_peak(model, recipe, setting)
-    assert trace(model, recipe, setting, device="cpu").peak == pytest.approx(expected, rel=0.005)
+    assert trace_step(model, recipe, setting, device="cpu").peak == pytest.approx(expected, rel=0.005)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -129,7 +129,7 @@ def test_a_llama_needs_what_a_real_step_allocates(name: str, tied: bool, setting
 def test_a_model_without_hidden_buffers_needs_it_to_the_byte(tied: bool, fused: bool, accumulated: int) -> None:
     model = tokens(vocabulary=3000, layers=3, tied=tied)
     setting = replace(FP32, fused_backward=fused, grad_accum=accumulated)
-    assert trace(model, Lomo, setting, device="cpu").peak == real_peak(model, Lomo, setting)
+    assert trace_step(model, Lomo, setting, device="cpu").peak == real_peak(model, Lomo, setting)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -146,7 +146,7 @@ def test_updates_of_large_parameters_need_what_real_ones_do(name: str) -> None:
             return (self.weight * x).sum()
 
     model = model_of(lambda _: One(), lambda *_: ((torch.zeros(()),), {}))
-    seen = trace(model, registry.get(name), FP32, device="cpu")
+    seen = trace_step(model, registry.get(name), FP32, device="cpu")
     param = nn.Parameter(torch.ones(shape))
     optimizer = registry.get(name)([("weight", param)])
     param.grad = torch.ones(shape)
@@ -182,14 +182,14 @@ SCORES = replace(FP32, batch_size=2, seq_len=512)
 @pytest.mark.parametrize("named", [False, True])
 def test_dropout_in_attention_keeps_nothing_on_an_accelerator(named: bool) -> None:
     """Flash and memory-efficient kernels keep output and log-sum-exp, and make the mask again: linear in length."""
-    seen = trace(attention(0.1, named), Lomo, SCORES)
-    assert seen == trace(attention(0.0), Lomo, SCORES)
+    seen = trace_step(attention(0.1, named), Lomo, SCORES)
+    assert seen == trace_step(attention(0.0), Lomo, SCORES)
     assert not seen.notes
     tokens = 2 * 512
     kept = 4 * tokens * (64 + 3 * 64 + 64 + 4)  # inputs, queries with keys and values, outputs, log-sum-exp
     gradients = 4 * tokens * (64 + 3 * 64 + 3 * 64)  # of outputs, of queries, keys and values, and of all in one
     assert kept <= seen.most["activations"] + seen.most["logits"] <= kept + gradients + 4 * 512
-    longer = trace(attention(0.1, named), Lomo, replace(SCORES, seq_len=1024))
+    longer = trace_step(attention(0.1, named), Lomo, replace(SCORES, seq_len=1024))
     weights = seen.at_peak["weights"]
     assert longer.peak - weights == pytest.approx(2 * (seen.peak - weights), rel=0.05)
 
@@ -214,8 +214,8 @@ def test_a_gpt2_needs_what_a_real_step_without_that_dropout_allocates() -> None:
     setting = replace(SMALL, seq_len=256)
     real = {dropout: real_peak(gpt2(dropout), AdamW, setting) for dropout in (0.0, 0.1)}
     assert real[0.1] > 1.3 * real[0.0]
-    assert trace(gpt2(0.1), AdamW, setting).peak == pytest.approx(real[0.0], rel=0.005)  # sizes rounded up to 512
-    assert trace(gpt2(0.1), AdamW, setting, device="cpu").peak == pytest.approx(real[0.1], rel=0.005)
+    assert trace_step(gpt2(0.1), AdamW, setting).peak == pytest.approx(real[0.0], rel=0.005)  # sizes rounded up to 512
+    assert trace_step(gpt2(0.1), AdamW, setting, device="cpu").peak == pytest.approx(real[0.1], rel=0.005)
 
 
 def test_attention_that_pytorch_calls_itself_is_without_dropout_too() -> None:
@@ -231,15 +231,15 @@ def test_attention_that_pytorch_calls_itself_is_without_dropout_too() -> None:
 
         return model_of(build, lambda count, length: ((torch.zeros(count, length, 64),), {}))
 
-    assert trace(layer(0.1), Lomo, SCORES) == trace(layer(0.0), Lomo, SCORES)
+    assert trace_step(layer(0.1), Lomo, SCORES) == trace_step(layer(0.0), Lomo, SCORES)
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
 def test_dropout_in_attention_is_written_out_on_the_cpu_and_real_steps_need_it() -> None:
     model = attention(0.1)
-    seen = trace(model, Lomo, SCORES, device="cpu")
+    seen = trace_step(model, Lomo, SCORES, device="cpu")
     assert seen.peak == pytest.approx(real_peak(model, Lomo, SCORES), rel=0.005)
-    assert seen.peak > 2 * 4 * 512 * 512 * 4 > trace(model, Lomo, SCORES).peak
+    assert seen.peak > 2 * 4 * 512 * 512 * 4 > trace_step(model, Lomo, SCORES).peak
     assert any("written out" in note for note in seen.notes)
 
 
@@ -250,7 +250,7 @@ def test_heads_that_no_fused_kernel_takes_are_told() -> None:
             return F.scaled_dot_product_attention(q, k, v[..., :8], is_causal=True).sum()
 
     model = replace(attention(0.0), build=lambda _: Narrow(0.0))
-    assert any("written out" in note for note in trace(model, Lomo, SCORES).notes)
+    assert any("written out" in note for note in trace_step(model, Lomo, SCORES).notes)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -267,7 +267,7 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
 
     model = model_of(lambda _: Recurrent(), lambda count, length: ((torch.zeros(count, length, 64),), {}))
     setting = replace(FP32, batch_size=16, seq_len=50)
-    seen = trace(model, AdamW, setting)
+    seen = trace_step(model, AdamW, setting)
     with torch.backends.mkldnn.flags(enabled=False):
         assert seen.peak == pytest.approx(real_peak(model, AdamW, setting), rel=0.01)  # sizes rounded up to 512 bytes
     assert any("step by step" in note for note in seen.notes)
@@ -302,9 +302,9 @@ def test_shallow_traces_tell_the_deep_one_to_the_byte(name: str, device: str, se
 def test_a_peak_that_moves_with_depth_is_found() -> None:
     """Few layers peak at the loss, many where all their gradients are: the shallow traces never see it."""
     model = tokens(vocabulary=2000, width=32, hidden=128, layers=40)
-    shallow = trace(model, Lomo, FP32, layers=5, device="cpu")
+    shallow = trace_step(model, Lomo, FP32, layers=5, device="cpu")
     short, how = trace_model(model, Lomo, FP32, device="cpu")
-    whole = trace(model, Lomo, FP32, device="cpu")
+    whole = trace_step(model, Lomo, FP32, device="cpu")
     assert "extrapolated to 40" in how
     assert shallow.phase == "backward:loss"
     assert whole.phase == "backward:embedding"
@@ -322,7 +322,7 @@ def test_layers_that_differ_are_traced_in_full() -> None:
     model = model_of(build, token_batch, layers=12)
     seen, how = trace_model(model, Lomo, FP32, device="cpu")
     assert how.startswith("traced in full, because layers add different numbers of bytes at ")
-    assert seen == trace(model, Lomo, FP32, device="cpu")
+    assert seen == trace_step(model, Lomo, FP32, device="cpu")
 
 
 def test_layers_without_a_list_of_their_own_are_traced_in_full() -> None:
@@ -354,7 +354,7 @@ def test_a_shallow_model_is_traced_in_full() -> None:
 def test_every_recipe_is_traced(name: str, fused: bool) -> None:
     model = tokens(layers=2, width=64)
     setting = replace(FP32, dtype="bfloat16", fused_backward=fused)
-    seen = trace(model, registry.get(name), setting, device="cpu")
+    seen = trace_step(model, registry.get(name), setting, device="cpu")
     module = Tokens(1000, 64, 2).to(torch.bfloat16)
     assert seen.most["state"] == registry.get(name)(optstate.declare_roles(module)).state_nbytes()
 
@@ -366,7 +366,7 @@ def test_a_live_module_is_traced_and_left_as_it_was() -> None:
     tensors = {name: id(value) for name, value in module.named_parameters(remove_duplicate=False)}
     model = model_of(lambda _: module, token_batch)
     dtype, collects, random = torch.get_default_dtype(), gc.isenabled(), torch.get_rng_state()
-    seen = trace(model, AdaLomo, replace(FP32, fused_backward=True), device="cpu")
+    seen = trace_step(model, AdaLomo, replace(FP32, fused_backward=True), device="cpu")
     assert (torch.get_default_dtype(), gc.isenabled()) == (dtype, collects)
     assert torch.equal(torch.get_rng_state(), random)
     assert {name: id(value) for name, value in module.named_parameters(remove_duplicate=False)} == tensors
@@ -374,7 +374,7 @@ def test_a_live_module_is_traced_and_left_as_it_was() -> None:
     assert [part.training for part in (module, module.embedding, module.head)] == [False, False, True]
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert all(param.grad is None for param in module.parameters())
-    fresh = trace(tokens(layers=2, tied=True), AdaLomo, replace(FP32, fused_backward=True), device="cpu")
+    fresh = trace_step(tokens(layers=2, tied=True), AdaLomo, replace(FP32, fused_backward=True), device="cpu")
     assert seen == fresh
 
 
@@ -385,8 +385,8 @@ def test_factories_may_convert_what_they_build(tied: bool) -> None:
     def build(_: BuildOptions) -> nn.Module:
         return Tokens(tied=tied).to(torch.bfloat16).cuda().train()
 
-    converted = trace(replace(tokens(tied=tied), build=build), Lomo, FP32)
-    assert converted == trace(tokens(tied=tied), Lomo, replace(FP32, dtype="bfloat16"))
+    converted = trace_step(replace(tokens(tied=tied), build=build), Lomo, FP32)
+    assert converted == trace_step(tokens(tied=tied), Lomo, replace(FP32, dtype="bfloat16"))
 
 
 def test_code_that_asks_for_a_gpu_gets_the_stand_in() -> None:
@@ -407,7 +407,7 @@ def test_code_that_asks_for_a_gpu_gets_the_stand_in() -> None:
             return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten().to(device="cuda"))
 
     model = replace(tokens(), build=lambda _: Hard())
-    seen = trace(model, Lomo, FP32)
+    seen = trace_step(model, Lomo, FP32)
     assert seen.peak > 0
     assert {tensor.device.type for tensor in made} == {"cpu"}
     assert all(isinstance(tensor, FakeTensor) for tensor in made)
@@ -502,17 +502,17 @@ def test_a_loss_may_be_where_trainers_look_for_it(wrapped: Any) -> None:
         def forward(self, ids: Tensor) -> Any:
             return wrapped(super().forward(ids))
 
-    seen = trace(replace(tokens(), build=lambda _: Wrapped()), Lomo, FP32)
-    plain = trace(tokens(), Lomo, FP32)
+    seen = trace_step(replace(tokens(), build=lambda _: Wrapped()), Lomo, FP32)
+    plain = trace_step(tokens(), Lomo, FP32)
     assert plain.peak <= seen.peak <= plain.peak + 4 * 1024  # what is returned beside it
 
 
 def test_shapes_alone_are_not_enough() -> None:
     with pytest.raises(UntraceableError, match="only the shapes of its parameters are known"):
-        trace(replace(tokens(), build=None), Lomo, FP32)
+        trace_step(replace(tokens(), build=None), Lomo, FP32)
 
 
 def test_a_recipe_that_refuses_speaks_for_itself() -> None:
     with pytest.raises(ValueError, match="learning rate|lr") as caught:
-        trace(tokens(), lambda params: Lomo(params, lr=-1.0), FP32)
+        trace_step(tokens(), lambda params: Lomo(params, lr=-1.0), FP32)
     assert not isinstance(caught.value, UntraceableError)

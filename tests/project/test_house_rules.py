@@ -38,7 +38,11 @@ store summarize take trace transform update validate walk wrap write
 
 MOST_LINES = 400
 
-LONGER_FILES: dict[str, str] = {}
+LONGER_FILES: dict[str, str] = {
+    "optstate/checkpoint/files/pickle_machine.py": "one interpreter: an instruction is a method, and there are seventy",
+    "optstate/checkpoint/files/safetensors_header.py": "one header, read fast and then judged part by part",
+    "optstate/memory/result.py": "one answer: its figures, its text and its picture",
+}
 """Files of more lines than that, each with the reason why it is still one idea."""
 
 LOOK_PRIVATE = {
@@ -50,7 +54,9 @@ LOOK_PRIVATE = {
 NOBODYS_MEMBERS = {"array._tensor": "an attribute that files/tensor_bytes.py gives an array to keep its memory alive"}
 """Attributes that only share their name with a member of a class of ours."""
 
-SAME_NAMES: dict[str, str] = {}
+SAME_NAMES: dict[str, str] = {
+    "words_of_ours": "every format has one, which its Format names",
+}
 """Public names with more than one home, each with the reason."""
 
 

@@ -15,12 +15,10 @@ from optstate.checkpoint.files.dtypes import TORCH_NAMES
 from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.safetensors_check import CONTROLS
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.store_layouts import ACCUMULATOR, PARAMETER, layouts_of
+from optstate.store_layouts import ACCUMULATOR, PARAMETER, Shape, layouts_of
 from optstate.text import has_controls, shown
 
 __all__ = ["contradictions", "has_axes", "inconsistencies", "is_plugged", "refuse_contradictions", "store_name"]
-
-Shape = tuple[int, ...]
 
 NO_STORES = ("Projected", "Unknown")
 """What readers of other tools' files call what is in no store."""

@@ -9,7 +9,7 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.document.document import KEY, Document, DocumentError
 from optstate.checkpoint.document.document_json import from_json
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.file_kinds import FOLDER, JSON, identify
+from optstate.checkpoint.files.file_kinds import FOLDER, JSON, identify_file
 from optstate.checkpoint.files.safetensors_header import Header, read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import find_file_or_index
@@ -30,7 +30,7 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             is missing that it names.
     """
     found = find_file_or_index(path)
-    if identify(found) in (FOLDER, JSON):
+    if identify_file(found) in (FOLDER, JSON):
         index = read_index(found)
         checkpoint = native_of(index.path, tuple(index.shards.values()))
         listed = {key: stored for key, stored in checkpoint.tensors.items() if key in index.weight_map}

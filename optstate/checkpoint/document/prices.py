@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from optstate.store_layouts import kept_bytes
+from optstate.store_layouts import Shape, kept_bytes
 
 __all__ = ["RECIPES", "bytes_by_recipe"]
-
-Shape = tuple[int, ...]
 
 FULL, FACTORED, BLOCK8, BLOCK4 = "Full()", "Factored()", "Block8()", "Block4()"
 OF_MATRICES = "of matrices: "

@@ -16,7 +16,7 @@ from optstate.checkpoint.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["as_bytes", "ending_in_order", "replacing", "reported", "reserve", "write_all", "write_at"]
+__all__ = ["as_bytes", "ending_in_order", "replacing", "reported", "reserve_room", "write_all", "write_at"]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
@@ -138,7 +138,7 @@ def write_at(descriptor: int, view: memoryview, position: int) -> None:
         position += count
 
 
-def reserve(descriptor: int, size: int) -> None:
+def reserve_room(descriptor: int, size: int) -> None:
     """Give the file its size and room on the disk, so that a full one is known before the work and not after it.
 
     Costs nothing: the blocks are marked, not written, and later writes in any order are as fast or faster. Does

@@ -17,6 +17,7 @@ from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS, SAFETENSORS_NAMES
 from optstate.checkpoint.files.pickle_objects import Global, Object, called
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
+from optstate.store_layouts import Shape
 from optstate.text import shown
 
 __all__ = ["METADATA", "DcpFolder", "Shaped", "read_dcp_folder"]
@@ -26,7 +27,6 @@ METADATA = ".metadata"
 LONGEST_KEY = 4096
 """Characters of a name: every end of it is looked at."""
 
-Shape = tuple[int, ...]
 Box = tuple[Shape, Shape]  # the index of its first element, and its sizes
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
-from optstate.checkpoint.files.file_kinds import FOLDER, identify, open_file, read_bytes
+from optstate.checkpoint.files.file_kinds import FOLDER, identify_file, open_file, read_bytes
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.text import shown
@@ -109,7 +109,7 @@ def find_files(path: str | os.PathLike[str]) -> DeepSpeedFiles:
         CheckpointError: if there is no ZeRO state, or it is that of several ranks.
     """
     place = Path(path)
-    folder = _tagged(place) if identify(place) == FOLDER else place.parent
+    folder = _tagged(place) if identify_file(place) == FOLDER else place.parent
     models = tuple(sorted(file for file in folder.iterdir() if _MODEL.fullmatch(file.name)))
     if _is_universal(folder):
         return DeepSpeedFiles(folder, None, models)

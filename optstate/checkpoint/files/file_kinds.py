@@ -16,7 +16,7 @@ __all__ = [
     "SAFETENSORS",
     "UNKNOWN",
     "cannot_open",
-    "identify",
+    "identify_file",
     "kind_of",
     "open_file",
     "permissions_of",
@@ -57,7 +57,7 @@ HINTS = {
 _TORCH_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def identify(path: str | os.PathLike[str]) -> str:
+def identify_file(path: str | os.PathLike[str]) -> str:
     """Return the kind of a file, by its content and never by its name: "a safetensors file", "a git-LFS pointer" ...
 
     Raises CheckpointError if it cannot be opened.

@@ -21,7 +21,7 @@ from optstate.checkpoint.files.file_kinds import (
 )
 from optstate.checkpoint.files.issues import Issue, IssueLog, raising
 from optstate.checkpoint.files.safetensors_header import Header, log_header, tensor_place, value_text
-from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, members, plain
+from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, as_plain_dicts, members
 from optstate.text import shown
 
 __all__ = ["SetIndex", "log_index", "read_index"]
@@ -117,7 +117,7 @@ def _members_of(file: Path, content: bytes, log: IssueLog) -> tuple[dict[str, An
                     raise CheckpointError(file, "weight_map is not an object")
                 weight_map = _weight_map(value, log)
             elif key == "metadata" and isinstance(value, Pairs):
-                metadata.update(plain(value))
+                metadata.update(as_plain_dicts(value))
             elif key == "metadata" and value is not None:
                 log.error("index", "metadata is not an object")
     except UnicodeDecodeError as error:

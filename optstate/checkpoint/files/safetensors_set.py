@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, reported, write_all
 from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
-from optstate.checkpoint.files.safetensors_writer import NewEntry, SafetensorsFile, create, header_size, layout
-from optstate.checkpoint.files.strict_json import NotJSONError, parse
+from optstate.checkpoint.files.safetensors_writer import (
+    NewEntry,
+    SafetensorsFile,
+    create_safetensors,
+    header_size,
+    layout,
+)
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
 from optstate.text import shown
 
 if TYPE_CHECKING:
@@ -126,7 +132,7 @@ class SafetensorsSet:
 def _one_file(
     path: Path, entries: Sequence[NewEntry], room: int, overwrite: bool, permissions: int | None
 ) -> Iterator[SafetensorsFile]:
-    with create(path, entries, room=room, overwrite=overwrite, permissions=permissions) as file:
+    with create_safetensors(path, entries, room=room, overwrite=overwrite, permissions=permissions) as file:
         _set_permissions(path, file.descriptor, permissions)
         yield file
     index = index_path(path)
@@ -152,7 +158,9 @@ def _several(
             for shard, group, size in zip(shards, groups, rooms, strict=True):
                 with _advised(len(groups)):
                     files.append(
-                        stack.enter_context(create(_beside(path, shard), group, room=size, permissions=permissions))
+                        stack.enter_context(
+                            create_safetensors(_beside(path, shard), group, room=size, permissions=permissions)
+                        )
                     )
                 made[shard] = os.fstat(files[-1].descriptor)
             yield SafetensorsSet(files, groups)
@@ -244,7 +252,7 @@ def _named_by(index: str) -> set[str] | None:
     if not os.path.isfile(index):
         return None
     try:
-        names = parse(read_whole(index, MAX_HEADER).decode(), pairs=dict)["weight_map"].values()
+        names = parse_json(read_whole(index, MAX_HEADER).decode(), pairs=dict)["weight_map"].values()
     except (CheckpointError, UnicodeDecodeError, NotJSONError, TypeError, KeyError, AttributeError):
         return None
     return {name for name in names if isinstance(name, str)}

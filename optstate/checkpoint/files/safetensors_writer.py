@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve, write_all, write_at
+from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve_room, write_all, write_at
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.file_kinds import MAX_HEADER
 from optstate.checkpoint.files.safetensors_header import METADATA
@@ -25,7 +25,7 @@ from optstate.text import shown
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["NewEntry", "SafetensorsFile", "create", "header_size", "layout", "write"]
+__all__ = ["NewEntry", "SafetensorsFile", "create_safetensors", "header_size", "layout", "write_safetensors"]
 
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
@@ -70,7 +70,7 @@ def layout(entries: Iterable[NewEntry]) -> list[NewEntry]:
     return ordered
 
 
-def write(
+def write_safetensors(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str],
     entries: Sequence[NewEntry],
@@ -107,7 +107,7 @@ def write(
 
 
 @contextmanager
-def create(
+def create_safetensors(
     path: str | os.PathLike[str],
     entries: Iterable[NewEntry],
     *,
@@ -142,7 +142,7 @@ def create(
     with replacing(path, overwrite, permissions) as descriptor:
         file = SafetensorsFile(path, descriptor, ordered, room)
         with reported(path):
-            reserve(descriptor, file.size)
+            reserve_room(descriptor, file.size)
         yield file
         if not file.finished:
             raise ValueError(f"{shown(os.fspath(path))}: the writing ended without finish()")

@@ -15,7 +15,7 @@ from typing import Any
 
 from optstate.text import shown
 
-__all__ = ["NotJSONError", "Pairs", "members", "parse", "plain"]
+__all__ = ["NotJSONError", "Pairs", "as_plain_dicts", "members", "parse_json"]
 
 MAX_VALUE = 1 << 18  # characters of a value that is decoded alone; that of a usual tensor has a hundred
 STRIDE = 1 << 14
@@ -94,7 +94,7 @@ def _skip(text: str, at: int) -> int:
     return match.end()
 
 
-def parse(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] = Pairs) -> Any:
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] = Pairs) -> Any:
     """Decode a whole text, whose length the caller bounds.
 
     Args:
@@ -214,8 +214,8 @@ class _Walk:
             length *= 2
 
 
-def plain(value: Any) -> Any:
+def as_plain_dicts(value: Any) -> Any:
     """Replace `Pairs` by ordinary dicts; the last of equal names counts."""
     if isinstance(value, Pairs):
-        return {name: plain(item) for name, item in value}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+        return {name: as_plain_dicts(item) for name, item in value}
+    return [as_plain_dicts(item) for item in value] if isinstance(value, list) else value

@@ -26,7 +26,7 @@ from optstate.checkpoint.files.file_kinds import (
     UNKNOWN,
     ZIP,
     cannot_open,
-    identify,
+    identify_file,
     open_file,
     read_bytes,
     size_of,
@@ -52,11 +52,11 @@ MOST_STRANGERS = 1000
 CUT_SHORT = "the write or the download was cut short"
 
 
-Names = dict[str, None]
+Strangers = dict[str, None]
 """Names in the order in which they came."""
 
 
-def read_torch_file(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
+def read_torch_file(path: str | os.PathLike[str], strangers: Strangers | None = None) -> Any:
     """Return what torch.save was given, as plain data.
 
     Dicts of any kind are dicts, tensors and parameters `Stored`, torch.Size a tuple, NumPy's numbers numbers; dtypes
@@ -69,7 +69,7 @@ def read_torch_file(path: str | os.PathLike[str], strangers: Names | None = None
         CheckpointError: if it is no such file or is damaged; refused if it asks for a function or class that a saved
             value does not need and that does something, as `os.system`.
     """
-    kind = identify(path)
+    kind = identify_file(path)
     strangers = {} if strangers is None else strangers
     if kind in (TORCH_ZIP, ZIP):
         with _reading(path) as file:
@@ -92,7 +92,7 @@ def read_torch_part(path: str | os.PathLike[str], start: int, length: int) -> An
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
     """Return the plain data of a pickle alone, without strangers, as torch.distributed.checkpoint writes .metadata."""
-    kind = identify(path)
+    kind = identify_file(path)
     if kind != PICKLE:
         raise CheckpointError(path, f"{_named(path, kind)}, not a pickle", HINTS.get(kind, ""))
     with _reading(path) as file:
@@ -137,7 +137,7 @@ def _load(data: bytes | BinaryIO) -> Any:
     return pickle_machine.load_pickle(data, known=KNOWN, rebuild=REBUILD)
 
 
-def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], strangers: Names) -> Any:
+def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], strangers: Strangers) -> Any:
     """Read a pickle of anything; `strangers` takes note of the names that are not known."""
 
     def strange(name: str) -> bool:
@@ -227,7 +227,9 @@ class _Part(io.RawIOBase):
 class _Archive:
     """A zip archive of torch.save, which takes `length` bytes of the file from `start` on."""
 
-    def __init__(self, path: str | os.PathLike[str], file: BinaryIO, start: int, length: int, strangers: Names) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], file: BinaryIO, start: int, length: int, strangers: Strangers
+    ) -> None:
         self._path = path
         self._file = file
         self._strangers = strangers
@@ -316,7 +318,7 @@ class _Archive:
 # storages; then each storage in the order of the keys, its number of elements before it.
 
 
-def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Names) -> Any:
+def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Strangers) -> Any:
     """Return what was saved. The values are read twice, since only what follows them tells where the storages are."""
     if _first(path, file) != MAGIC:
         raise CheckpointError(path, "a pickle, not written by torch.save")

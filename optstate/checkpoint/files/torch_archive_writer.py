@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve, write_at
+from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve_room, write_at
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor, Subclass, pickle_tree
 from optstate.text import shown
 
@@ -82,7 +82,7 @@ class TorchFile:
         self._checksums: dict[Record, int] = {}
         self._tensors: dict[str, Record] = {}
         with reported(path):
-            reserve(descriptor, self._records[-1].stop)
+            reserve_room(descriptor, self._records[-1].stop)
         for record, data in zip(self._records, known.values(), strict=False):
             self._write(record, memoryview(data))
         for record, storage in zip(self._records[len(known) : -1], storages, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import Meaning
 from optstate.other_libraries import libraries
@@ -36,7 +36,7 @@ def read_adam_mini(found: StateDict, optimizer: str | None = None) -> Checkpoint
         found = replace(found, names=dict(zip(found.names, names, strict=True)))
         notes.append(LOWER_CASE)
         about = {"lower_case": True}
-    return build_checkpoint(found, Source(NAME, NAME, "Adam_mini", "adammini", about), _say, notes)
+    return build_checkpoint(found, FormatSource(NAME, NAME, "Adam_mini", "adammini", about), _say, notes)
 
 
 def _say(draft: Draft) -> None:

@@ -14,7 +14,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict, number_of, stem_of
 from optstate.checkpoint.formats.shared.statistics import FIRST, LION, SECOND, SGD, UNKNOWN, Meaning, find_beta
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -73,7 +73,7 @@ def read_bitsandbytes(found: StateDict, optimizer: str | None = None) -> Checkpo
     eight = any(isinstance(value, Stored) and value.dtype == "U8" for s in found.state.values() for value in s.values())
     rule = CLASSES[name]
     full_name = (name + ("8bit" if eight else "")) if name else "unknown"
-    source = Source(NAME, NAME, full_name, rule.recipes[eight], {"nested": nested})
+    source = FormatSource(NAME, NAME, full_name, rule.recipes[eight], {"nested": nested})
 
     def say(draft: Draft) -> None:
         draft.take_step()

@@ -20,7 +20,7 @@ from optstate.checkpoint.files.tensor_place import Pieces, Stored
 from optstate.checkpoint.formats.registry import read_state_dict
 from optstate.checkpoint.formats.shared.folder_weights import Weight, complete_checkpoint
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.state_dict import NotPlainError, plain
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, as_plain_value
 from optstate.text import shown
 
 __all__ = ["FORMAT", "is_dcp", "read_dcp"]
@@ -174,7 +174,7 @@ def _comparable(hyper: RawGroup) -> RawGroup:
     found = {}
     for key, value in hyper.items():
         try:
-            found[key] = plain(value)
+            found[key] = as_plain_value(value)
         except NotPlainError:
             found[key] = value
     return found

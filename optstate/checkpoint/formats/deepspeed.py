@@ -28,15 +28,14 @@ from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND
 from optstate.checkpoint.formats.shared.tables import Layout, read_table, whole
 from optstate.other_libraries import libraries
+from optstate.store_layouts import Shape
 from optstate.text import shown
 
 __all__ = ["FORMAT", "is_deepspeed", "read_deepspeed"]
 
 NAME = "deepspeed"
 
-State = dict[str, dict[str, Any]]
-Shape = tuple[int, ...]
-
+RankState = dict[str, dict[str, Any]]
 OTHERS = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
 
 FUSED_NOTE = "read as AdamW's: the file does not say whether weight decay is decoupled (adam_w_mode)"
@@ -52,7 +51,7 @@ class _Found:
     """State by parameters' names. groups: hyper-parameters, with the names in `params`; masters: fp32 weights."""
 
     kind: str
-    state: State
+    state: RankState
     groups: list[dict[str, Any]]
     masters: dict[str, Any]
     files: list[Path]
@@ -113,7 +112,7 @@ def _zero(path: Path, model: ModelFiles) -> _Found:
     if not model.files:
         reason = "there is no *_model_states.pt beside it, which has the shapes of parameters"
         raise CheckpointError(path, reason, "copy the whole folder of the tag")
-    state: State = {}
+    state: RankState = {}
     masters: dict[str, Any] = {}
     for i, shapes in enumerate(model.groups):
         starts = _starts(shapes) if stage == 3 else _mapped_starts(own.at("param_slice_mappings"), i, shapes)
@@ -234,7 +233,7 @@ def _universal(folder: Path, model: ModelFiles) -> _Found:
     if not model.files:
         _assume_one_group(groups, names, model)
     _check_names(own.path, names, model)
-    state: State = {}
+    state: RankState = {}
     masters: dict[str, Any] = {}
     files = [own.path]
     for name in names:

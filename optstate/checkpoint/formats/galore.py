@@ -9,8 +9,8 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.pickle_machine import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
-from optstate.checkpoint.formats.shared.state_dict import NotPlainError, StateDict, plain
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, StateDict, as_plain_value
 from optstate.checkpoint.formats.shared.statistics import ADAFACTOR, FIRST, SECOND
 from optstate.other_libraries import libraries
 
@@ -37,12 +37,12 @@ def read_galore(found: StateDict, optimizer: str | None = None) -> Checkpoint | 
     if not any(_is_projector(state.get("projector")) for state in found.state.values()):
         return None
     if found.kept <= {"step", "projector", *MOMENTS}:
-        return build_checkpoint(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
+        return build_checkpoint(found, FormatSource("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
     if libraries.GALORE_ADAFACTOR.fits(found.keys) and found.kept <= {
         *("step", "projector", "RMS", "exp_avg", "exp_avg_sq"),
         *(ROW, COL),
     }:
-        return build_checkpoint(found, Source("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
+        return build_checkpoint(found, FormatSource("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
     return None
 
 
@@ -77,7 +77,9 @@ def _say(
     shape = projected(draft, (words, bases))
     draft.has_shape(_full_shape(draft, shape, list(bases.values())), "its projected gradient")
     try:
-        draft.extra["projector"] = plain({k: value for k, value in projector.state.items() if k != "ortho_matrix"})
+        draft.extra["projector"] = as_plain_value(
+            {k: value for k, value in projector.state.items() if k != "ortho_matrix"}
+        )
     except NotPlainError as error:
         raise draft.error(f"its projector cannot be read: {error}") from None
 

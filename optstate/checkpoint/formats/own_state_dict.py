@@ -12,7 +12,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import WEIGHT, Document
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import BLOCKS, Draft, Source, build_checkpoint
+from optstate.checkpoint.formats.shared.parameter_reader import BLOCKS, Draft, FormatSource, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import FIRST, LION, SECOND, SGD, SM3, SQUARE, Meaning
 
@@ -51,7 +51,9 @@ def read_own_state_dict(found: StateDict, optimizer: str | None = None) -> Check
             _say(draft, slot, slots[slot], meanings.get(slot, Meaning(signed=slot not in UNSIGNED)), told.get(slot, ""))
 
     bare = replace(found, rest={key: value for key, value in found.rest.items() if key != HEADER})
-    checkpoint = build_checkpoint(bare, Source(KIND, "optstate", optimizer or ""), say, [] if words else [BY_TENSORS])
+    checkpoint = build_checkpoint(
+        bare, FormatSource(KIND, "optstate", optimizer or ""), say, [] if words else [BY_TENSORS]
+    )
     return replace(checkpoint, document=_told(checkpoint.document, header if isinstance(header, dict) else {}))
 
 

@@ -43,7 +43,7 @@ __all__ = [
     "find_format",
     "find_formats",
     "read_state_dict",
-    "read_torch_file",
+    "read_torch_checkpoint",
     "translate_group",
     "writable_formats",
     "write_state",
@@ -89,7 +89,9 @@ def writable_formats() -> tuple[str, ...]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_torch_file(path: str | os.PathLike[str], key: str | None = None, optimizer: str | None = None) -> Checkpoint:
+def read_torch_checkpoint(
+    path: str | os.PathLike[str], key: str | None = None, optimizer: str | None = None
+) -> Checkpoint:
     """Return a checkpoint of what torch.save wrote.
 
     key: where in the file the optimizer's state is, as "optimizer" or "optimizer_states.0"; found if there is one only.

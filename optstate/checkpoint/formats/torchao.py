@@ -16,7 +16,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_pickle_writer import NewTensor, Subclass
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict, tell_adam_from_adamw
 from optstate.checkpoint.formats.shared.statistics import ADAM, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -26,7 +26,7 @@ from optstate.checkpoint.formats.shared.tree_writer import (
     check_rule,
     check_statistics,
     is_full,
-    scalar,
+    make_scalar_constant,
 )
 from optstate.other_libraries import libraries
 from optstate.text import shown
@@ -62,7 +62,7 @@ def read_torchao(found: StateDict, optimizer: str | None = None) -> Checkpoint |
     store = stores.pop() if len(stores) == 1 else None
     name, notes = tell_adam_from_adamw(found, optimizer, NAMES.get(store or "", "AdamW"))
     recipe = RECIPES.get(store or "", "adamw")
-    return build_checkpoint(found, Source(NAME, NAME, name, recipe), _say, notes)
+    return build_checkpoint(found, FormatSource(NAME, NAME, name, recipe), _say, notes)
 
 
 def _say(draft: Draft) -> None:
@@ -135,7 +135,7 @@ def write_torchao(writer: TreeWriter) -> Tree:
 
     def hyper_of(place: int, group: Group) -> Tree:
         hyper = translate(writer, place, writer.common(group), HYPERS)
-        return hyper | {"lr": scalar("F32", hyper["lr"])}
+        return hyper | {"lr": make_scalar_constant("F32", hyper["lr"])}
 
     writer.warn_of_casts()
     return writer.tree(state_of, hyper_of)

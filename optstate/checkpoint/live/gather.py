@@ -16,7 +16,7 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.tensor_bytes import bytes_of, load_tensor, read_into
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 from optstate.distributed.agreement import DisagreementError, LostProcessError, ProcessView, fail_together, reason_of
-from optstate.distributed.placement import copy_part, here, index_here, whole
+from optstate.distributed.placement import copy_part, gather_whole, here, index_here
 from optstate.optimizer.alike import FEW, digest_of
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 
 PARAMETER = "the parameter "
 
-Named = Iterator[tuple[str, Tensor]]
+NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 @contextmanager
@@ -81,7 +81,9 @@ def note_document(view: ProcessView, document: Document) -> None:
     view |= {f"the step of {param.name!r}": str(param.step) for param in document.parameters}
 
 
-def write_gathered(tensors: Mapping[str, Tensor], write: Callable[[Named], None], end: Callable[[], None]) -> None:
+def write_gathered(
+    tensors: Mapping[str, Tensor], write: Callable[[NamedTensors], None], end: Callable[[], None]
+) -> None:
     """Call `write` with the whole tensors, one after the other, on rank 0; every rank must call this.
 
     One whole tensor at a time is in memory. Where `write` raises, the other ranks come to the end all the same.
@@ -92,9 +94,9 @@ def write_gathered(tensors: Mapping[str, Tensor], write: Callable[[Named], None]
         LostProcessError: if another process does not take part.
     """
 
-    def gather() -> Named:
+    def gather() -> NamedTensors:
         for name, tensor in tensors.items():
-            yield name, whole(tensor)
+            yield name, gather_whole(tensor)
         end()
 
     gathered = gather()

@@ -15,7 +15,7 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import DTYPES, bytes_of
-from optstate.checkpoint.live.gather import Named, note_document, note_path, saving_together, write_gathered
+from optstate.checkpoint.live.gather import NamedTensors, note_document, note_path, saving_together, write_gathered
 from optstate.checkpoint.operations.describe_optimizer import add_tied_names, describe_optimizer, list_names
 from optstate.distributed.agreement import ProcessView
 from optstate.distributed.placement import is_distributed
@@ -87,7 +87,7 @@ def save(
     metadata = {KEY: text}
     room = header_size(metadata, entries)
 
-    def write(named: Named) -> None:
+    def write(named: NamedTensors) -> None:
         with create_set(path, entries, room=room, limit=max_shard_size, overwrite=overwrite) as file:
             for name, tensor in named:
                 file.put(name, bytes_of(tensor))

@@ -202,7 +202,7 @@ class Difference:
 
 
 Task = tuple[Pair, str]
-Track = Callable[[Sequence[Task]], Iterable[Task]]
+TrackTasks = Callable[[Sequence[Task]], Iterable[Task]]
 
 
 def compare(
@@ -213,7 +213,7 @@ def compare(
     key: str | None = None,
     names: str | None = None,
     optimizer: str | None = None,
-    track: Track = iter,
+    track: TrackTasks = iter,
 ) -> Difference:
     """Compare two checkpoints of any kinds, statistic by statistic, whatever they are stored in.
 

@@ -19,7 +19,7 @@ from optstate.checkpoint.operations.run_conversion import (
     Track,
     check_target,
     choose_layout,
-    export,
+    export_conversion,
     list_layouts,
     list_notes,
 )
@@ -98,7 +98,7 @@ def convert(
     _check_words(to, slots, recipe, settings, format)
     refuse_streams(source, target)
     checkpoint = with_canonical_names(open_checkpoint(source, key=key, names=names, optimizer=optimizer))
-    conversion = plan(checkpoint, to, slots, recipe, settings)
+    conversion = plan_as_asked(checkpoint, to, slots, recipe, settings)
     layout = choose_layout(conversion, target, format)
     if max_shard_size is not None and layout != NATIVE:
         raise UsageError(f"--max-shard-size is for files of optstate's own: a file of {layout} is one")
@@ -107,12 +107,14 @@ def convert(
     if not dry_run:
         if not allow_lossy:
             _refuse_losses(conversion, report)
-        report = export(conversion, target, layout, overwrite=overwrite, track=track, max_shard_size=max_shard_size)
+        report = export_conversion(
+            conversion, target, layout, overwrite=overwrite, track=track, max_shard_size=max_shard_size
+        )
     path, made = conversion.checkpoint.path, conversion.document.recipe
     return Converted(path, str(target), layout, made, report, notes, not dry_run)
 
 
-def plan(
+def plan_as_asked(
     checkpoint: Checkpoint,
     to: str | None = None,
     slots: Mapping[str, str] = {},

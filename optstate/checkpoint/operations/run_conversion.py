@@ -20,7 +20,7 @@ from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, write_all
 from optstate.checkpoint.files.safetensors_set import create_set, find_file_or_index
-from optstate.checkpoint.files.safetensors_writer import NewEntry, create, header_size
+from optstate.checkpoint.files.safetensors_writer import NewEntry, create_safetensors, header_size
 from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.checkpoint.files.torch_archive_writer import create_torch
 from optstate.checkpoint.operations.conversion_report import ConversionReport, make_report
@@ -40,7 +40,7 @@ __all__ = [
     "carry_out",
     "check_target",
     "choose_layout",
-    "export",
+    "export_conversion",
     "find_eps",
     "list_layouts",
     "list_notes",
@@ -148,7 +148,7 @@ def _libraries() -> ModuleType:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def export(
+def export_conversion(
     conversion: Conversion,
     target: Path,
     layout: str = NATIVE,
@@ -235,7 +235,7 @@ def _write_folder(conversion: Conversion, target: Path, made: NewFolder, track: 
     folder.mkdir()
     try:
         room = header_size({}, all_entries)
-        with create(folder / made.file, all_entries, room=room, permissions=kept) as file:
+        with create_safetensors(folder / made.file, all_entries, room=room, permissions=kept) as file:
             for name, constant in made.constants.items():
                 file.put(name, constant.data)
 

@@ -16,7 +16,7 @@ from optstate.checkpoint.document.prices import bytes_by_recipe
 from optstate.checkpoint.document.rules import rule_issues
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.files.file_kinds import SAFETENSORS, identify
+from optstate.checkpoint.files.file_kinds import SAFETENSORS, identify_file
 from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
 from optstate.checkpoint.files.safetensors_header import Header, read_header, read_stream
@@ -184,7 +184,7 @@ def _headers(path: str | os.PathLike[str]) -> tuple[Header, ...]:
     try:
         if os.path.isdir(path) or os.fspath(path).endswith(".json"):
             return tuple(read_index(path).shards.values())
-        return (read_header(path),) if identify(path) == SAFETENSORS else ()
+        return (read_header(path),) if identify_file(path) == SAFETENSORS else ()
     except CheckpointError:
         return ()
 

@@ -20,16 +20,16 @@ from optstate.checkpoint.files.file_kinds import (
     TORCH_ZIP,
     UNKNOWN,
     ZIP,
-    identify,
+    identify_file,
 )
 from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
 from optstate.memory.sources.builtin import CONFIGS, unknown_source
-from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
+from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of_checkpoint
 from optstate.text import shown
 
-__all__ = ["SourceError", "find_model", "known_models", "recipe_of"]
+__all__ = ["SourceError", "find_model", "known_models", "recipe_of_checkpoint"]
 
 READABLE = (FOLDER, JSON, PICKLE, SAFETENSORS, TORCH_OLD, TORCH_ZIP, ZIP)
 
@@ -97,7 +97,7 @@ def _of_path(path: Path, dtype: str, names: str | None) -> Model:
     """Return the model of a file or folder by its content: a config before weights, weights before optimizer state."""
     text = str(path)
     try:
-        kind = identify(path)
+        kind = identify_file(path)
     except CheckpointError as error:
         raise SourceError(str(error)) from error
     if kind == FOLDER and (path / config.FILE).is_file():

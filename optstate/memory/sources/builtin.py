@@ -12,7 +12,7 @@ from optstate.text import shown
 
 __all__ = ["CONFIGS", "find_config", "unknown_source"]
 
-Config = Mapping[str, Any]
+BuiltinConfig = Mapping[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, positions: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _gpt2(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, **sizes}
 
 
-CONFIGS: Mapping[str, Config] = MappingProxyType(
+CONFIGS: Mapping[str, BuiltinConfig] = MappingProxyType(
     {
         "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000, 2048),
         "llama-13b": _llama(5120, 13824, 40, 40, 40, 32000, 2048),

@@ -16,10 +16,10 @@ from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
 from optstate.text import shown
 
-__all__ = ["of_checkpoint", "recipe_of"]
+__all__ = ["of_checkpoint", "recipe_of_checkpoint"]
 
 
-def recipe_of(path: str | os.PathLike[str]) -> str:
+def recipe_of_checkpoint(path: str | os.PathLike[str]) -> str:
     """Return the recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if it does not tell.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
-from optstate.checkpoint.files.strict_json import NotJSONError, parse
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
 from optstate.collector import paused
 from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
@@ -85,7 +85,7 @@ def _check_all_sizes(config: Mapping[str, Any]) -> None:
 def _config_in(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
     try:
-        config = parse(read_whole(path, MAX_HEADER).decode("utf-8"), pairs=dict)
+        config = parse_json(read_whole(path, MAX_HEADER).decode("utf-8"), pairs=dict)
     except CheckpointError as error:
         raise SourceError(str(error)) from error
     except (UnicodeDecodeError, NotJSONError) as error:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from optstate.memory.model import KINDS, Model, Setting, Trace
 from optstate.memory.tracing.position import phase_of
-from optstate.memory.tracing.trace import Seen, choose_largest, observe, trace
+from optstate.memory.tracing.trace import Seen, choose_largest, observe, trace_step
 from optstate.memory.tracing.tracker import Moment
 from optstate.memory.tracing.updates import Known
 from optstate.optimizer.optimizer import Optimizer
@@ -63,12 +63,12 @@ def trace_model(
         UntraceableError: as `trace`.
     """
     if exact or model.layers is None or model.layers <= SHALLOW[-1]:
-        return trace(model, recipe, setting, device=device), "traced in full"
+        return trace_step(model, recipe, setting, device=device), "traced in full"
     known: Known = {}
     seen = [observe(model, recipe, setting, layers=count, device=device, known=known) for count in SHALLOW]
     reason = _irregular(seen)
     if reason:
-        return trace(model, recipe, setting, device=device), f"traced in full, because {reason}"
+        return trace_step(model, recipe, setting, device=device), f"traced in full, because {reason}"
     shallow, deeper, deepest = (_places(one, count) for one, count in zip(seen, SHALLOW, strict=True))
     more = model.layers - SHALLOW[0]
     deep = {place: _along(shallow[place], deeper[place], more) for place in shallow}

@@ -32,7 +32,7 @@ from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
 from optstate.optimizer.optimizer import Optimizer
 from optstate.roles import declare_roles
 
-__all__ = ["Seen", "UntraceableError", "choose_largest", "observe", "trace"]
+__all__ = ["Seen", "UntraceableError", "choose_largest", "observe", "trace_step"]
 
 LARGEST = 10
 """The number of tensors alive at the peak that a trace lists, of each kind."""
@@ -43,7 +43,7 @@ CLIP = 1.0
 WRITTEN_OUT = "_safe_softmax"
 """An operator that only `scaled_dot_product_attention` calls, where it has no fused kernel."""
 
-Recipe = Callable[[Iterable[Any]], Optimizer]
+BuildOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 class UntraceableError(ValueError):
@@ -69,7 +69,9 @@ class Seen:
     notes: tuple[str, ...] = ()
 
 
-def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None = None, device: str = "cuda") -> Trace:
+def trace_step(
+    model: Model, recipe: BuildOptimizer, setting: Setting, *, layers: int | None = None, device: str = "cuda"
+) -> Trace:
     """Run a training step on fake tensors, not the first one, and return the memory it needs; nothing is allocated.
 
     The step is::
@@ -124,7 +126,7 @@ def choose_largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
 
 def observe(
     model: Model,
-    recipe: Recipe,
+    recipe: BuildOptimizer,
     setting: Setting,
     *,
     layers: int | None = None,
@@ -161,7 +163,7 @@ class _Step:
     def __init__(
         self,
         module: nn.Module,
-        recipe: Recipe,
+        recipe: BuildOptimizer,
         setting: Setting,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],

@@ -29,7 +29,7 @@ from safetensors.torch import save, save_file
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import BITS
-from optstate.checkpoint.files.file_kinds import identify
+from optstate.checkpoint.files.file_kinds import identify_file
 from optstate.checkpoint.files.safetensors_check import CONTROLS, structural_issues
 from optstate.checkpoint.files.safetensors_header import Header, read_header, tensor_place
 from optstate.checkpoint.files.safetensors_index import read_index
@@ -183,7 +183,7 @@ def test_a_hostile_file(name: str) -> None:
 def test_a_usual_file_has_no_issues(path: Path) -> None:
     assert_like_the_library(read_header(path))
     assert structural_issues(path) == []
-    assert identify(path) == "a safetensors file"
+    assert identify_file(path) == "a safetensors file"
 
 
 DTYPES = [
@@ -363,7 +363,7 @@ def test_another_kind_of_file_is_named(name: str, tmp_path: Path) -> None:
     content, kind = OTHER_KINDS[name]
     path = tmp_path / "opt.safetensors"
     path.write_bytes(content)
-    assert identify(path) == kind
+    assert identify_file(path) == kind
     assert f"{kind}, not a safetensors file" in refusal(path)
     assert not the_library_opens(path)
 
@@ -385,7 +385,7 @@ def test_a_header_whose_length_looks_like_another_kind(length: int, tmp_path: Pa
     header = f'{{"__metadata__":{{"a":"{"x" * (length - 25)}"}}}}'
     path = file_of(tmp_path, header)
     assert path.read_bytes()[:8] == length.to_bytes(8, "little")
-    assert identify(path) == "a safetensors file"
+    assert identify_file(path) == "a safetensors file"
     assert_like_the_library(read_header(path))
     path.write_bytes(path.read_bytes()[:-1])
     assert "truncated" in refusal(path)
@@ -393,10 +393,10 @@ def test_a_header_whose_length_looks_like_another_kind(length: int, tmp_path: Pa
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     assert "a folder, not a safetensors file" in refusal(tmp_path)
-    assert identify(tmp_path) == "a folder"
+    assert identify_file(tmp_path) == "a folder"
     os.mkfifo(tmp_path / "pipe")
     assert "a named pipe, not a safetensors file" in refusal(tmp_path / "pipe")  # and does not wait for a writer
-    assert identify(tmp_path / "pipe") == "a named pipe"
+    assert identify_file(tmp_path / "pipe") == "a named pipe"
     assert "a device, not a safetensors file" in refusal("/dev/null")
     with socket.socket(socket.AF_UNIX) as listener:
         here = os.getcwd()
@@ -409,7 +409,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    for read in read_header, identify, structural_issues, read_index:
+    for read in read_header, identify_file, structural_issues, read_index:
         assert refusal(tmp_path / "nowhere", read).endswith("nowhere: no such file")
     (tmp_path / "link").symlink_to("gone")
     assert "a symbolic link to 'gone', which does not exist" in refusal(tmp_path / "link")
@@ -742,7 +742,7 @@ def assert_agrees_or_refuses(path: Path) -> None:
     """Nothing but a header or a CheckpointError comes out, and the library has the same opinion."""
     began = time.process_time()
     found = findings(path)
-    identify(path)
+    identify_file(path)
     assert time.process_time() - began < 1
     try:
         header = read_header(path)

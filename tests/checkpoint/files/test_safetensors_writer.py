@@ -25,7 +25,13 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import safetensors_writer
 from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.files.safetensors_header import read_header
-from optstate.checkpoint.files.safetensors_writer import NewEntry, create, header_size, layout, write
+from optstate.checkpoint.files.safetensors_writer import (
+    NewEntry,
+    create_safetensors,
+    header_size,
+    layout,
+    write_safetensors,
+)
 
 NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
@@ -46,7 +52,7 @@ def entries_of(tensors: dict[str, Tensor]) -> list[NewEntry]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], **options: Any) -> None:
     entries = entries_of(tensors)
-    write(path, metadata, entries, (raw(tensors[entry.name]) for entry in layout(entries)), **options)
+    write_safetensors(path, metadata, entries, (raw(tensors[entry.name]) for entry in layout(entries)), **options)
 
 
 def every_dtype() -> dict[str, Tensor]:
@@ -95,7 +101,7 @@ def test_the_bytes_are_the_librarys(metadata: dict[str, str], tmp_path: Path) ->
 
 def test_four_bit_floats_are_the_librarys_too(tmp_path: Path) -> None:
     tensor = torch.arange(12, dtype=torch.uint8).reshape(3, 4).view(torch.float4_e2m1fn_x2)
-    write(tmp_path / "ours", {}, [NewEntry("a", "F4", (3, 8))], [bytes(range(12))])
+    write_safetensors(tmp_path / "ours", {}, [NewEntry("a", "F4", (3, 8))], [bytes(range(12))])
     assert (tmp_path / "ours").read_bytes() == save({"a": tensor})
 
 
@@ -110,7 +116,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_tensor_may_come_in_several_buffers_of_any_kind(tmp_path: Path) -> None:
     values = torch.arange(10, dtype=torch.int64)
     parts = [values[:3].numpy(), b"", bytearray(raw(values[3:4])), memoryview(raw(values[4:])), b""]
-    write(tmp_path / "a", {}, [NewEntry("a", "I64", (10,)), NewEntry("e", "F32", (0, 3))], iter(parts))
+    write_safetensors(tmp_path / "a", {}, [NewEntry("a", "I64", (10,)), NewEntry("e", "F32", (0, 3))], iter(parts))
     assert torch.equal(load_file(tmp_path / "a")["a"], values)
 
 
@@ -123,7 +129,7 @@ def test_data_are_asked_for_one_after_another(tmp_path: Path) -> None:
             sizes.append(temporary.stat().st_size)
             yield bytes(1000)
 
-    write(tmp_path / "a", {}, [NewEntry(name, "U8", (1000,)) for name in "abcd"], data())
+    write_safetensors(tmp_path / "a", {}, [NewEntry(name, "U8", (1000,)) for name in "abcd"], data())
     start = read_header(tmp_path / "a").data_start
     assert sizes == [start + 1000 * i for i in range(4)]
 
@@ -157,17 +163,17 @@ def test_what_does_not_fit_leaves_no_trace(
     if existing:
         (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(ValueError, match=reason):
-        write(tmp_path / "a", {}, entries, data, overwrite=True)
+        write_safetensors(tmp_path / "a", {}, entries, data, overwrite=True)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if existing else [])
 
 
 def test_metadata_are_strings_within_the_formats_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for metadata in {"step": 3}, {3: "step"}, {"a": None}:
         with pytest.raises(TypeError, match="metadata are strings"):
-            write(tmp_path / "a", metadata, [], [])  # type: ignore[arg-type]
+            write_safetensors(tmp_path / "a", metadata, [], [])  # type: ignore[arg-type]
     monkeypatch.setattr(safetensors_writer, "MAX_HEADER", 1000)
     with pytest.raises(ValueError, match="the header would have 1032 bytes, above the format's limit of 1000"):
-        write(tmp_path / "a", {"a": "x" * 1000}, [], [])
+        write_safetensors(tmp_path / "a", {"a": "x" * 1000}, [], [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,7 +189,7 @@ def test_an_exception_from_the_data_passes_and_leaves_no_trace(
     if existing:
         (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(error):
-        write(tmp_path / "a", {}, [A], data(), overwrite=True)
+        write_safetensors(tmp_path / "a", {}, [A], data(), overwrite=True)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if existing else [])
 
 
@@ -195,7 +201,9 @@ def test_a_full_disk_leaves_the_old_file(limit: int, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
         with pytest.raises(CheckpointError, match="cannot be written: File too large") as caught:
-            write(tmp_path / "a", {}, [NewEntry("a", "U8", (2_000_000,))], [bytes(2_000_000)], overwrite=True)
+            write_safetensors(
+                tmp_path / "a", {}, [NewEntry("a", "U8", (2_000_000,))], [bytes(2_000_000)], overwrite=True
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not caught.value.refused
@@ -211,30 +219,30 @@ def test_a_failing_system_call_leaves_the_old_file(call: str, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fails)
         with pytest.raises(CheckpointError, match=r"a: cannot be written: No space left on device$"):
-            write(tmp_path / "a", {}, [A], [bytes(8)], overwrite=True)
+            write_safetensors(tmp_path / "a", {}, [A], [bytes(8)], overwrite=True)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, view: real(descriptor, view[:3]))
-    write(tmp_path / "a", {}, [A], [bytes(range(8))])
+    write_safetensors(tmp_path / "a", {}, [A], [bytes(range(8))])
     assert read_header(tmp_path / "a").tensors[0].nbytes == 8
     assert (tmp_path / "a").read_bytes().endswith(bytes(range(8)))
 
 
 def test_a_folder_that_is_not_there_or_may_not_be_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written: No such file or directory; is its folder there"):
-        write(tmp_path / "no" / "a", {}, [], [])
+        write_safetensors(tmp_path / "no" / "a", {}, [], [])
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
-        write(tmp_path / "file" / "a", {}, [], [])
+        write_safetensors(tmp_path / "file" / "a", {}, [], [])
     tmp_path.chmod(0o500)
     if root := os.geteuid() == 0:
         os.seteuid(65534)
     try:
         with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
-            write(tmp_path / "a", {}, [], [])
+            write_safetensors(tmp_path / "a", {}, [], [])
     finally:
         if root:
             os.seteuid(0)
@@ -253,11 +261,11 @@ def test_an_existing_file_is_refused_unless_overwriting(tmp_path: Path) -> None:
         yield bytes(8)
 
     with pytest.raises(CheckpointError, match="exists already; choose another name or allow overwriting") as caught:
-        write(tmp_path / "a", {}, [A], data())
+        write_safetensors(tmp_path / "a", {}, [A], data())
     assert caught.value.refused
     assert not asked  # refused before any work
     assert (tmp_path / "a").read_bytes() == b"old"
-    write(tmp_path / "a", {}, [A], data(), overwrite=True)
+    write_safetensors(tmp_path / "a", {}, [A], data(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert read_header(tmp_path / "a").tensors[0].name == "a"
 
@@ -274,10 +282,10 @@ def test_a_file_that_appears_meanwhile_is_kept(links: bool, tmp_path: Path, monk
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(CheckpointError, match="exists already") as caught:
-        write(tmp_path / "a", {}, [A], data())
+        write_safetensors(tmp_path / "a", {}, [A], data())
     assert caught.value.refused
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"theirs"]
-    write(tmp_path / "b", {}, [A], [bytes(8)])  # where there are no links as where there are
+    write_safetensors(tmp_path / "b", {}, [A], [bytes(8)])  # where there are no links as where there are
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     assert (tmp_path / "b").stat().st_nlink == 1
 
@@ -289,12 +297,12 @@ def test_permissions(umask: int, tmp_path: Path) -> None:
 
     old = os.umask(umask)
     try:
-        write(tmp_path / "new", {}, [A], [bytes(8)])
+        write_safetensors(tmp_path / "new", {}, [A], [bytes(8)])
         assert mode("new") == 0o666 & ~umask
         for kept in 0o600, 0o664, 0o444, 0o755:
             (tmp_path / "old").touch()
             (tmp_path / "old").chmod(kept)
-            write(tmp_path / "old", {}, [A], [bytes(8)], overwrite=True)
+            write_safetensors(tmp_path / "old", {}, [A], [bytes(8)], overwrite=True)
             assert mode("old") == kept
     finally:
         os.umask(old)
@@ -309,24 +317,24 @@ def test_a_private_file_is_private_while_it_is_written(tmp_path: Path) -> None:
         modes.update(stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir())
         yield bytes(8)
 
-    write(tmp_path / "a", {}, [A], data(), overwrite=True)
+    write_safetensors(tmp_path / "a", {}, [A], data(), overwrite=True)
     assert modes == {0o600}
 
 
 def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there/a")
-    write(tmp_path / "link", {}, [A], [bytes(8)])  # to a file that is not there yet
+    write_safetensors(tmp_path / "link", {}, [A], [bytes(8)])  # to a file that is not there yet
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["a"]
     with pytest.raises(CheckpointError, match="link: exists already"):
-        write(tmp_path / "link", {}, [A], [bytes(8)])
-    write(tmp_path / "link", {"new": "1"}, [A], [bytes(8)], overwrite=True)
+        write_safetensors(tmp_path / "link", {}, [A], [bytes(8)])
+    write_safetensors(tmp_path / "link", {"new": "1"}, [A], [bytes(8)], overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert read_header(tmp_path / "there" / "a").metadata == {"new": "1"}
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError, match="a symbolic link that leads to itself"):
-        write(tmp_path / "loop", {}, [A], [bytes(8)], overwrite=True)
+        write_safetensors(tmp_path / "loop", {}, [A], [bytes(8)], overwrite=True)
     assert (tmp_path / "loop").is_symlink()
 
 
@@ -335,23 +343,23 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, what in {"folder": "is a folder", "pipe": "is not a regular file"}.items():
         with pytest.raises(CheckpointError, match=what) as caught:
-            write(tmp_path / name, {}, [A], [bytes(8)], overwrite=True)
+            write_safetensors(tmp_path / name, {}, [A], [bytes(8)], overwrite=True)
         assert caught.value.refused
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
 
 
 def test_paths_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write("relative", {}, [A], [bytes(8)])
+    write_safetensors("relative", {}, [A], [bytes(8)])
     longest = "x" * 255  # a name cannot be longer, and the temporary file's must not be
-    write(longest, {}, [A], [bytes(8)])
+    write_safetensors(longest, {}, [A], [bytes(8)])
     assert sorted(os.listdir()) == ["relative", longest]
 
 
 def test_a_reader_that_maps_the_old_file_keeps_it(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "a")
     old = load_file(tmp_path / "a")["a"]
-    write(tmp_path / "a", {}, [A], [bytes(8)], overwrite=True)
+    write_safetensors(tmp_path / "a", {}, [A], [bytes(8)], overwrite=True)
     assert old.tolist() == [1, 1]
     assert load_file(tmp_path / "a")["a"].tolist() == [0, 0]
 
@@ -368,7 +376,7 @@ def test_tensors_in_any_order_make_the_same_file(
     tensors, metadata = every_dtype(), {"optstate": "x" * 77, "a": "1"}
     write_tensors(tmp_path / "one", tensors, metadata)
     entries = entries_of(tensors)
-    with create(tmp_path / "two", entries, room=header_size(metadata, entries)) as file:
+    with create_safetensors(tmp_path / "two", entries, room=header_size(metadata, entries)) as file:
         for name in sorted(tensors, reverse=True):
             file.put(name, raw(tensors[name]))
         file.finish(metadata)
@@ -380,7 +388,7 @@ def test_room_that_is_left_is_padding(tmp_path: Path) -> None:
     tensors = every_dtype()
     entries = entries_of(tensors)
     room = header_size({"optstate": "x" * 500}, entries) + 3
-    with create(tmp_path / "a", entries, room=room) as file:
+    with create_safetensors(tmp_path / "a", entries, room=room) as file:
         for name, tensor in tensors.items():
             file.put(name, raw(tensor))
         file.finish({"optstate": "ä"})
@@ -401,7 +409,7 @@ def test_a_tensor_may_come_in_parts_in_any_order(tmp_path: Path, monkeypatch: py
     parts = [(start, min(start + 17, 512)) for start in range(0, 512, 17)]
     random.Random(0).shuffle(parts)
     entries = [NewEntry("a", "I64", (64,)), NewEntry("e", "F32", (0, 3)), NewEntry("b", "U8", (2,))]
-    with create(tmp_path / "a", entries, room=1000) as file:
+    with create_safetensors(tmp_path / "a", entries, room=1000) as file:
         file.put("b", b"2", 1)
         for start, stop in parts:
             file.put("a", memoryview(data)[start:stop], start)
@@ -441,7 +449,10 @@ def test_parts_that_do_not_fit_leave_no_trace(
 ) -> None:
     if existing:
         (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(ValueError, match=reason), create(tmp_path / "a", [A], room=100, overwrite=True) as file:
+    with (
+        pytest.raises(ValueError, match=reason),
+        create_safetensors(tmp_path / "a", [A], room=100, overwrite=True) as file,
+    ):
         for name, data, offset in puts:
             file.put(name, data, offset)
         file.finish({})
@@ -468,7 +479,7 @@ ROOM = header_size({}, [A])
 def test_the_header_comes_once_and_must_fit(
     finishes: list[Any], error: type[Exception], reason: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=reason), create(tmp_path / "a", [A], room=ROOM) as file:
+    with pytest.raises(error, match=reason), create_safetensors(tmp_path / "a", [A], room=ROOM) as file:
         file.put("a", bytes(8))
         for metadata in finishes:
             if metadata is None:
@@ -484,7 +495,7 @@ def test_impossible_room_is_refused_before_the_work(tmp_path: Path, monkeypatch:
         8: f"room for a header of 8 bytes, without metadata it has {ROOM} already",
         1001: "room for a header of 1008 bytes, above the format's limit of 1000",
     }.items():
-        with pytest.raises(ValueError, match=reason), create(tmp_path / "a", [A], room=room):
+        with pytest.raises(ValueError, match=reason), create_safetensors(tmp_path / "a", [A], room=room):
             raise AssertionError
     assert list(tmp_path.iterdir()) == []
 
@@ -495,7 +506,7 @@ def test_an_exception_in_the_body_passes_and_leaves_the_old_file(
     error: type[BaseException], finished: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(error), create(tmp_path / "a", [A], room=100, overwrite=True) as file:
+    with pytest.raises(error), create_safetensors(tmp_path / "a", [A], room=100, overwrite=True) as file:
         file.put("a", bytes(8))
         if finished:
             file.finish({})
@@ -505,7 +516,10 @@ def test_an_exception_in_the_body_passes_and_leaves_the_old_file(
 
 def test_an_existing_file_is_refused_before_the_body(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(CheckpointError, match="a: exists already") as caught, create(tmp_path / "a", [A], room=100):
+    with (
+        pytest.raises(CheckpointError, match="a: exists already") as caught,
+        create_safetensors(tmp_path / "a", [A], room=100),
+    ):
         raise AssertionError
     assert caught.value.refused
     assert (tmp_path / "a").read_bytes() == b"old"
@@ -529,7 +543,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
     try:
         with (
             pytest.raises(CheckpointError, match="cannot be written: File too large") as caught,
-            create(tmp_path / "a", [NewEntry("a", "U8", (2_000_000,))], room=100, overwrite=True) as file,
+            create_safetensors(tmp_path / "a", [NewEntry("a", "U8", (2_000_000,))], room=100, overwrite=True) as file,
         ):
             reached = True
             file.put("a", bytes(2_000_000))
@@ -545,7 +559,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
 # For every line it reads: forks a child that says its number and writes files for ever, waits for its end.
 WRITER = """
 import os, signal, sys
-from optstate.checkpoint.files.safetensors_writer import NewEntry, write
+from optstate.checkpoint.files.safetensors_writer import NewEntry, write_safetensors
 
 def write_for_ever():
     number = 0
@@ -553,7 +567,7 @@ def write_for_ever():
         number = number % 200 + 1
         entries = [NewEntry(f"t{i:02d}", "U8", (20_000,)) for i in range(40)]
         data = (bytes([number]) * 20_000 for _ in entries)
-        write(sys.argv[1], {"number": str(number)}, entries, data, overwrite=True)
+        write_safetensors(sys.argv[1], {"number": str(number)}, entries, data, overwrite=True)
 
 for _ in sys.stdin:
     child = os.fork()
@@ -604,7 +618,7 @@ def test_a_killed_writer_leaves_one_complete_file(tmp_path: Path) -> None:
         assert all(name.startswith(".optstate-") and name.endswith(".tmp") for name in names)
     assert names  # else no kill came in the middle of a write, and this shows nothing
     entries = [NewEntry(f"t{i:02d}", "U8", (1,)) for i in range(40)]
-    write(path, {"number": "0"}, entries, [b"\0"] * 40, overwrite=True)
+    write_safetensors(path, {"number": "0"}, entries, [b"\0"] * 40, overwrite=True)
     assert_complete(path)
     assert {other.name for other in tmp_path.iterdir()} == names | {path.name}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.serialization import config
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.file_kinds import TORCH_ZIP, identify
+from optstate.checkpoint.files.file_kinds import TORCH_ZIP, identify_file
 from optstate.checkpoint.files.torch_archive_writer import (
     Constant,
     NewTensor,
@@ -155,7 +155,7 @@ def a_tree() -> dict[Any, Any]:
 def test_torch_reads_the_tree(options: dict[str, Any], tmp_path: Path) -> None:
     tree = a_tree()
     write_tree(tmp_path / "a.pt", tree)
-    assert identify(tmp_path / "a.pt") == TORCH_ZIP
+    assert identify_file(tmp_path / "a.pt") == TORCH_ZIP
     loaded = torch.load(tmp_path / "a.pt", **options)
     if "map_location" in options:
         assert loaded["state"][0]["exp_avg"].is_meta

@@ -30,7 +30,7 @@ from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.files.pickle_objects import Stranger, Unread
 from optstate.checkpoint.files.torch_types import is_harmful
-from optstate.checkpoint.formats.registry import read_torch_file
+from optstate.checkpoint.formats.registry import read_torch_checkpoint
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.cli.test_hostile import answer, refusal
 from tests.support.foreign_files import Tiny, fields, identical, param, saved, train
@@ -516,4 +516,4 @@ def test_a_file_cannot_fill_the_message_with_names(adamw: dict[str, Any], tmp_pa
     path = saved(state, tmp_path)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"Plain", b"P\x1b[3m"))
-    assert all(note.isprintable() for note in read_torch_file(path).notes)
+    assert all(note.isprintable() for note in read_torch_checkpoint(path).notes)

@@ -8,7 +8,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.list_statistics import has_tensors, take_apart
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import UNKNOWN
 from optstate.checkpoint.formats.shared.tree_writer import Tree, TreeWriter
@@ -55,7 +55,7 @@ def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
                 draft.unknown(slot, stored)
 
     more = {"spelling": spelling} if (spelling := _spelling(found)) else None
-    return build_checkpoint(found, Source("torch", "unknown", optimizer or "unknown", more=more), say, [NOTE])
+    return build_checkpoint(found, FormatSource("torch", "unknown", optimizer or "unknown", more=more), say, [NOTE])
 
 
 def _numbers(found: StateDict) -> set[str]:

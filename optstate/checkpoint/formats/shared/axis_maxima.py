@@ -7,7 +7,7 @@ import re
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict, number_of
 from optstate.checkpoint.formats.shared.statistics import SM3, UNKNOWN, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import Tree, TreeWriter
@@ -26,7 +26,7 @@ def is_sm3(found: StateDict) -> bool:
 
 def read_sm3(found: StateDict, library: str) -> Checkpoint:
     """Return a checkpoint of SM3 as a library has it."""
-    return build_checkpoint(found, Source(library, library, "SM3", "sm3"), _say)
+    return build_checkpoint(found, FormatSource(library, library, "SM3", "sm3"), _say)
 
 
 def _say(draft: Draft) -> None:

@@ -18,14 +18,14 @@ from optstate.checkpoint.formats.shared.state_dict import (
     Id,
     NotPlainError,
     StateDict,
-    plain,
+    as_plain_value,
     plain_members,
     step_of,
 )
 from optstate.checkpoint.formats.shared.statistics import UNKNOWN, Meaning
 from optstate.text import shown
 
-__all__ = ["BLOCKS", "FULL", "Draft", "Source", "build_checkpoint", "without"]
+__all__ = ["BLOCKS", "FULL", "Draft", "FormatSource", "build_checkpoint", "without"]
 
 FULL = {"F32": "Full()", "F64": "Full()", "BF16": "Full(dtype='bfloat16')", "F16": "Full(dtype='float16')"}
 BLOCKS = {"Block8": 256, "Block4": 128, "Float8": 256}
@@ -33,7 +33,7 @@ BLOCKS = {"Block8": 256, "Block4": 128, "Float8": 256}
 
 
 @dataclass(frozen=True)
-class Source:
+class FormatSource:
     """Whose file it is, for `Document.source`; `more` is what writing the same layout again needs.
 
     recipe: which of ours follows the same rule, unless a switch in the groups makes it another one.
@@ -175,7 +175,7 @@ class Draft:
         """Return the parameter; what is left of its state must be plain values."""
         for key, value in self.left.items():
             try:
-                self.extra[key] = plain(value)
+                self.extra[key] = as_plain_value(value)
             except NotPlainError as error:
                 raise self.error(f"'{shown(key)}' cannot be read: {error}") from None
             if key.startswith("$"):
@@ -194,7 +194,7 @@ class Draft:
 
 
 def build_checkpoint(
-    found: StateDict, source: Source, say: Callable[[Draft], None], notes: Iterable[str] = ()
+    found: StateDict, source: FormatSource, say: Callable[[Draft], None], notes: Iterable[str] = ()
 ) -> Checkpoint:
     """Return a checkpoint of what `say` makes of every parameter, in the order of the groups."""
     books, said = Codebooks(), list(notes)
@@ -224,7 +224,7 @@ def build_checkpoint(
     return Checkpoint(found.path, source.kind, "layout", document, tensors, (found.path,), tuple(said))
 
 
-def _source_of(found: StateDict, source: Source) -> dict[str, Any]:
+def _source_of(found: StateDict, source: FormatSource) -> dict[str, Any]:
     about: dict[str, Any] = {"tool": source.tool, "kind": source.kind, "optimizer": source.optimizer}
     about["named"] = any("param_names" in group for group in found.groups)
     if any(isinstance(ident, str) for ident in found.names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optstate.checkpoint.formats.shared.state_dict import NotPlainError, is_state_dict, plain
+from optstate.checkpoint.formats.shared.state_dict import NotPlainError, as_plain_value, is_state_dict
 
 __all__ = ["NOTE", "is_one_each", "merge_states"]
 
@@ -61,7 +61,7 @@ def _comparable(group: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in group.items():
         try:
-            found[key] = plain(value)
+            found[key] = as_plain_value(value)
         except NotPlainError:
             found[key] = value
     return found

@@ -22,10 +22,10 @@ __all__ = [
     "Id",
     "NotPlainError",
     "StateDict",
+    "as_plain_value",
     "is_state_dict",
     "number_of",
     "parse_state_dict",
-    "plain",
     "plain_members",
     "small_numbers",
     "stem_of",
@@ -202,7 +202,7 @@ def small_numbers(stored: Stored) -> tuple[float | int, ...]:
         raise NotPlainError(str(error)) from None
 
 
-def plain(value: Any, depth: int = 0) -> Any:
+def as_plain_value(value: Any, depth: int = 0) -> Any:
     """Return a value as a document holds it: numbers, text, lists, tuples, dicts; small tensors with their numbers.
 
     Raises:
@@ -215,11 +215,11 @@ def plain(value: Any, depth: int = 0) -> Any:
             raise NotPlainError(f"it is a {value.dtype} tensor of shape {list(value.shape)}")
         return TensorValue(TORCH_NAMES[value.dtype], value.shape, small_numbers(value))
     if isinstance(value, list | tuple):
-        return type(value)(plain(item, depth + 1) for item in value)
+        return type(value)(as_plain_value(item, depth + 1) for item in value)
     if isinstance(value, dict):
         if any(not isinstance(key, str) or key.startswith("$") for key in value):
             raise NotPlainError("it is a dict with keys that are no plain text")
-        return {key: plain(item, depth + 1) for key, item in value.items()}
+        return {key: as_plain_value(item, depth + 1) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if (number := only_element(value)) is not None:
@@ -234,7 +234,7 @@ def plain_members(values: Mapping[Any, Any], where: str, notes: list[str]) -> di
         try:
             if not isinstance(key, str) or key.startswith("$"):
                 raise NotPlainError("its name is no text that does not begin with '$'")
-            found[key] = plain(value)
+            found[key] = as_plain_value(value)
         except NotPlainError as error:
             notes.append(f"{where} '{shown(str(key))}' is left out: {error}")
     return found

@@ -11,7 +11,7 @@ from optstate.checkpoint.document.document import Group, Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.any_statistics import write_any
 from optstate.checkpoint.formats.shared.hyper_parameters import translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, FormatSource, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import CAME, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -20,7 +20,7 @@ from optstate.checkpoint.formats.shared.tree_writer import (
     TreeWriter,
     check_rule,
     check_statistics,
-    scalar,
+    make_scalar_constant,
 )
 from optstate.other_libraries import OtherRule
 
@@ -138,7 +138,7 @@ def read_table(
         for slot, kept in layout.slots.items():
             _take(draft, slot, kept)
 
-    source = Source(library, library, optimizer or layout.optimizer, layout.rule.recipe, more)
+    source = FormatSource(library, library, optimizer or layout.optimizer, layout.rule.recipe, more)
     return build_checkpoint(found, source, say, notes)
 
 
@@ -190,7 +190,7 @@ def write_tables(writer: TreeWriter, own: Iterable[Layout], by_rule: Mapping[str
             else:
                 state |= write_any(writer, param, slot, extra)
         if state and layout is not None and not writer.same:
-            state |= {key: scalar("F32", number) for key, number in layout.anew.items()}
+            state |= {key: make_scalar_constant("F32", number) for key, number in layout.anew.items()}
         return state | extra
 
     def hyper_of(place: int, group: Group) -> Tree:

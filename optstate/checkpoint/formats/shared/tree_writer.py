@@ -24,11 +24,11 @@ __all__ = [
     "TreeWriter",
     "check_rule",
     "check_statistics",
-    "constant",
     "is_full",
+    "make_constant",
+    "make_scalar_constant",
     "number",
     "numbers",
-    "scalar",
 ]
 
 Tree = dict[str, Any]
@@ -119,7 +119,7 @@ class TreeWriter:
             values = self.document.codebooks.get(record.codebook)
             if values is None:
                 raise LayoutError(f"the values of the codes {record.codebook!r} are not in the file")
-            self.books[record.codebook] = constant(TensorValue("float32", (len(values),), values))
+            self.books[record.codebook] = make_constant(TensorValue("float32", (len(values),), values))
         return self.books[record.codebook]
 
     def step(self, param: Parameter, form: str) -> Tree:
@@ -138,7 +138,7 @@ class TreeWriter:
             )
         if form in NO_NUMBER:
             return {"step": param.step if form == "int" else float(param.step)}
-        return {"step": scalar(form, param.step)}
+        return {"step": make_scalar_constant(form, param.step)}
 
     def extra(self, param: Parameter, *without: str, droppable: tuple[str, ...] = ("RMS",)) -> Tree:
         """Return what else the layout kept for a parameter, less what has its own place.
@@ -296,14 +296,14 @@ def is_full(record: SlotRecord) -> bool:
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
-def scalar(dtype: str, value: float) -> Constant:
+def make_scalar_constant(dtype: str, value: float) -> Constant:
     """Return a tensor without dimensions; `dtype` is the safetensors format's name."""
     if dtype not in FORMS and dtype != "BF16":
         raise LayoutError(f"a step of dtype {dtype!r} cannot be written")
-    return constant(TensorValue(TORCH_NAMES[dtype], (), (value,)))
+    return make_constant(TensorValue(TORCH_NAMES[dtype], (), (value,)))
 
 
-def constant(value: TensorValue) -> Constant:
+def make_constant(value: TensorValue) -> Constant:
     """Return a small tensor with its bytes.
 
     Raises:
@@ -326,7 +326,7 @@ def constant(value: TensorValue) -> Constant:
 def with_constants(value: Any) -> Any:
     """Plain data with small tensors as what is written of them."""
     if isinstance(value, TensorValue):
-        return constant(value)
+        return make_constant(value)
     if isinstance(value, tuple | list):
         return type(value)(with_constants(item) for item in value)
     return {key: with_constants(item) for key, item in value.items()} if isinstance(value, dict) else value
