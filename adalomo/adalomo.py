@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import optstate
 from optstate import stores, updates
@@ -40,6 +40,8 @@ class AdaLomo(optstate.Optimizer):
         TypeError: if `decay_rate` is no number.
         ValueError: for numbers out of range.
     """
+
+    made_for_fused_backward: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import optstate
 from optstate import updates
@@ -25,6 +25,8 @@ class Lomo(optstate.Optimizer):
         weights: how results are written; "auto" rounds bf16 and fp16 parameters stochastically.
         fused_backward: update inside `loss.backward()` at once; see `optstate.fuse_backward`.
     """
+
+    made_for_fused_backward: ClassVar[bool] = True
 
     def __init__(
         self,

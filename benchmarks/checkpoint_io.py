@@ -14,7 +14,7 @@ from timing import Action, interleaved
 from torch import Tensor, nn
 
 import optstate
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.tensor_bytes import bytes_of
 from optstate.recipes import AdamW
 

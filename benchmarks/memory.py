@@ -24,7 +24,7 @@ from report import Goal, environment, number, print_goals, print_table, text, wr
 from rich.console import Console
 
 from optstate.memory.model import Setting
-from optstate.memory.tracing.extrapolate import traced
+from optstate.memory.tracing.extrapolate import trace_model
 from optstate.memory.tracing.trace import trace
 from optstate.recipes import registry
 
@@ -95,9 +95,9 @@ def against_the_whole(name: str, way: dict[str, Any]) -> dict[str, Any]:
     setting, tied = setting_of(way)
     model, recipe = llama(SMALL, DEEP, tied), registry.get(name)
     start = time.perf_counter()
-    short, how = traced(model, recipe, setting)
+    short, how = trace_model(model, recipe, setting)
     between = time.perf_counter()
-    whole, _ = traced(model, recipe, setting, exact=True)
+    whole, _ = trace_model(model, recipe, setting, exact=True)
     end = time.perf_counter()
     same = (short.at_peak, short.most, short.phase) == (whole.at_peak, whole.most, whole.phase)
     return {

@@ -19,7 +19,7 @@ from .options import JSON, KEY, NAMES, OPTIMIZER
 from .output import Columns, bytes_text, failing, finite, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
-    from optstate.checkpoint.operations.conversion_report import Report, Row
+    from optstate.checkpoint.operations.conversion_report import ConversionReport, ConversionRow
     from optstate.checkpoint.operations.convert import Converted
 
 SCHEMA = "optstate.convert/1"
@@ -144,7 +144,7 @@ def _tree(found: Converted) -> dict[str, Any]:
     }
 
 
-def _row_tree(row: Row) -> dict[str, Any]:
+def _row_tree(row: ConversionRow) -> dict[str, Any]:
     tree = asdict(row)
     tree["from"], tree["to"] = tree.pop("was"), tree.pop("now")
     return tree | {name: finite(tree[name]) for name in ("relative_error", "update_relative_error", "inflation")}
@@ -202,7 +202,7 @@ ERROR_COLUMNS: Columns = {
 }
 
 
-def _print_for_people(report: Report) -> None:
+def _print_for_people(report: ConversionReport) -> None:
     """Print a table that fits 80 columns, and below it what is rare."""
     lossy = any(row.relative_error for row in report.rows)
     print_table({**SHORT_COLUMNS, **(ERROR_COLUMNS if lossy else {})}, report.rows)

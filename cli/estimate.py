@@ -20,7 +20,7 @@ from .output import FINDINGS, UNREADABLE, USAGE, columns_of_tuples, failing, pri
 
 if TYPE_CHECKING:
     from optstate.memory.result import Estimate, RecipeEstimate
-    from optstate.memory.solve import Change, Largest
+    from optstate.memory.solve import Change, LargestSize
 
 DEFAULT = "adalomo"
 """The recipe where none is asked for and the source names none."""
@@ -115,7 +115,7 @@ def estimate(
     assumed = ""
     with failing(), _answering(model):
         from optstate.memory.estimate import estimate as answer  # imports torch: not for --help
-        from optstate.memory.solve import largest, what_would_fit
+        from optstate.memory.solve import find_changes, find_largest
 
         if solve is not None or gpu is not None:
             _check(solve, gpu)
@@ -142,8 +142,8 @@ def estimate(
         )
         if assumed:
             found = replace(found, notes=(*found.notes, assumed))
-        sizes = largest(found, solve) if solve is not None else None
-        changes = what_would_fit(found) if sizes is None and gpu is not None and not found.fits else None
+        sizes = find_largest(found, solve) if solve is not None else None
+        changes = find_changes(found) if sizes is None and gpu is not None and not found.fits else None
     if plot is not None:
         _plot(found, plot)
     with failing():
@@ -189,7 +189,7 @@ def _check(solve: str | None, gpu: str | None) -> None:
     """Refuse --solve and --gpu at once that would be refused seconds later."""
     from optstate.memory.errors import QuestionError
     from optstate.memory.solve import QUANTITIES
-    from optstate.memory.verdict import gpu as gpu_of
+    from optstate.memory.verdict import find_gpu as gpu_of
 
     if solve is not None and solve not in QUANTITIES:
         raise QuestionError(f"--solve {solve!r}: give {' or '.join(QUANTITIES)}")
@@ -237,7 +237,7 @@ def _plot(found: Estimate, path: str) -> None:
 
 
 def _tree(
-    found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[Change] | None, explain: bool
+    found: Estimate, sizes: Sequence[LargestSize] | None, changes: Sequence[Change] | None, explain: bool
 ) -> dict[str, Any]:
     tree = found.to_json()
     if not explain:
@@ -272,32 +272,34 @@ def _tree(
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _print(found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[Change] | None, explain: bool) -> None:
+def _print(
+    found: Estimate, sizes: Sequence[LargestSize] | None, changes: Sequence[Change] | None, explain: bool
+) -> None:
     """For a person."""
-    from optstate.memory.report import filled, gib
+    from optstate.memory.result import format_gib, wrap
 
     typer.echo(str(found))
     if explain:
         for one in found.recipes:
             typer.echo(f"\nalive at the peak of {one.recipe}")
             columns = columns_of_tuples("GIB", "KIND", "SHAPE", "DTYPE", "WHAT")
-            print_table(columns, [(gib(nbytes), *row) for nbytes, *row in _alive(one)])
+            print_table(columns, [(format_gib(nbytes), *row) for nbytes, *row in _alive(one)])
     for size in sizes or ():
-        typer.echo(filled(_size_words(size)))
+        typer.echo(wrap(_size_words(size)))
     for change in changes or ():
-        peak = gib(change.estimate.peak_bytes)
-        typer.echo(filled(f"would fit: {change.what}, {peak} GiB at the peak (traced): {change.options}"))
+        peak = format_gib(change.estimate.peak_bytes)
+        typer.echo(wrap(f"would fit: {change.what}, {peak} GiB at the peak (traced): {change.options}"))
     if changes is not None and not changes:
-        typer.echo(filled(f"would fit: {_nothing_fits(found)}"))
+        typer.echo(wrap(f"would fit: {_nothing_fits(found)}"))
 
 
 def _print_columns(
-    found: Estimate, sizes: Sequence[Largest] | None, changes: Sequence[Change] | None, explain: bool
+    found: Estimate, sizes: Sequence[LargestSize] | None, changes: Sequence[Change] | None, explain: bool
 ) -> None:
     """For a program: the same columns always. Sizes are bytes."""
-    from optstate.memory.report import facts
+    from optstate.memory.result import list_facts
 
-    lines = [*facts(found), *(("note", note) for note in found.notes)]
+    lines = [*list_facts(found), *(("note", note) for note in found.notes)]
     lines += [("note", f"{one.recipe}: {note}") for one in found.recipes for note in one.notes]
     lines += [("trace", f"{one.recipe}: {one.how}") for one in found.recipes if one.how]
     lines += [("not included", what) for what in found.not_included]
@@ -346,12 +348,12 @@ def _nothing_fits(found: Estimate) -> str:
     return "nothing that was tried; divide it among devices, or take a smaller model"
 
 
-def _size_words(size: Largest) -> str:
-    from optstate.memory.report import gib
+def _size_words(size: LargestSize) -> str:
+    from optstate.memory.result import format_gib
 
     what = {"batch": "batch", "seq": "sequence"}[size.quantity]
     why = f"; {size.why}" if size.why else ""
     if size.estimate is None:
         return f"{size.recipe}: no {what} fits for sure, not even of 1{why}"
-    peak = gib(size.estimate.peak_bytes)
+    peak = format_gib(size.estimate.peak_bytes)
     return f"{size.recipe}: the largest {what} that fits is {size.value}, {peak} GiB at the peak (traced){why}"

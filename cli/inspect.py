@@ -19,7 +19,7 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE
 from optstate.checkpoint.document.document import TensorValue
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.open_checkpoint import STREAM
-from optstate.checkpoint.operations.summarize import GroupSummary, Row, Summary, summarize, summarize_stream
+from optstate.checkpoint.operations.summarize import GroupSummary, Summary, TensorRow, summarize, summarize_stream
 from optstate.text import shown
 
 from .options import JSON, KEY, NAMES, OPTIMIZER
@@ -96,7 +96,7 @@ def _from_stdin(stats: bool) -> Summary:
     return summarize_stream(sys.stdin.buffer)
 
 
-def _selected(rows: Sequence[Row], pattern: str | None, sort: Sort | None) -> list[Row]:
+def _selected(rows: Sequence[TensorRow], pattern: str | None, sort: Sort | None) -> list[TensorRow]:
     kept = [
         row for row in rows if pattern is None or fnmatchcase(row.name, pattern) or fnmatchcase(row.parameter, pattern)
     ]
@@ -110,16 +110,16 @@ def _selected(rows: Sequence[Row], pattern: str | None, sort: Sort | None) -> li
     return kept if sort is None else sorted(kept, key=keys[sort])
 
 
-def _statistics(row: Row) -> dict[str, Any]:
-    from optstate.checkpoint.files.tensor_bytes import statistics  # imports torch
+def _statistics(row: TensorRow) -> dict[str, Any]:
+    from optstate.checkpoint.files.tensor_bytes import measure_tensor  # imports torch
 
-    return asdict(statistics(row.stored))
+    return asdict(measure_tensor(row.stored))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
-def _tree(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any]] | None) -> dict[str, Any]:
+def _tree(summary: Summary, rows: list[TensorRow] | None, numbers: list[dict[str, Any]] | None) -> dict[str, Any]:
     issues = [asdict(issue) for issue in summary.issues]
     tree: dict[str, Any] = {
         "schema": SCHEMA,
@@ -171,7 +171,7 @@ def _group_tree(index: int, group: GroupSummary) -> dict[str, Any]:
     }
 
 
-def _row_tree(row: Row) -> dict[str, Any]:
+def _row_tree(row: TensorRow) -> dict[str, Any]:
     return {
         "name": row.name,
         "parameter": row.parameter or None,
@@ -199,7 +199,7 @@ def _json_value(value: Any) -> Any:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _print(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any]] | None) -> None:
+def _print(summary: Summary, rows: list[TensorRow] | None, numbers: list[dict[str, Any]] | None) -> None:
     print_lines(_facts(summary))
     if summary.groups:
         typer.echo()
@@ -222,7 +222,7 @@ def _print(summary: Summary, rows: list[Row] | None, numbers: list[dict[str, Any
             print_table(columns, list(zip(rows, numbers, strict=True)))
 
 
-def _of_pair(side: int, show: Callable[[Any], Any], pair: tuple[Row, dict[str, Any]]) -> Any:
+def _of_pair(side: int, show: Callable[[Any], Any], pair: tuple[TensorRow, dict[str, Any]]) -> Any:
     """Show a tensor, or the statistics of its numbers."""
     return show(pair[side])
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +22,8 @@ __all__ = ["PluginError", "PluginWarning", "Plugins"]
 T = TypeVar("T")
 
 OURS = "optstate"
+
+_HELD: ContextVar[Mapping[tuple[str, str], Any]] = ContextVar("_HELD", default={})  # noqa: B039 - never written to
 
 
 class PluginWarning(UserWarning):
@@ -48,9 +52,29 @@ class Plugins(Generic[T]):
         """Return the entry points by name, nothing imported; one package for each name, this one before others."""
         return _offered(self, tuple(sys.path))
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a package offers a part of this name, which may be broken."""
+        return (self.group, name) in _HELD.get() or name in self.offered()
+
+    @contextmanager
+    def holding(self, name: str, part: T) -> Iterator[None]:
+        """Take a part for installed inside the block, for tests of one that is not.
+
+        Raises:
+            ValueError: if the object is no such part.
+        """
+        if problem := self.problem(name, part):
+            raise ValueError(f"{part!r}: {problem}")
+        token = _HELD.set({**_HELD.get(), (self.group, name): part})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
+
     def names(self) -> list[str]:
         """Return the names of all parts that can be used, sorted. Imports their packages; warns of the others."""
-        return [name for name in sorted(self.offered()) if self._usable(name)]
+        held = {name for group, name in _HELD.get() if group == self.group}
+        return sorted(held | {name for name in self.offered() if self._usable(name)})
 
     def get(self, name: str) -> T:
         """Return the part of this name.
@@ -59,6 +83,8 @@ class Plugins(Generic[T]):
             KeyError: if no package offers one.
             PluginError: if it cannot be imported, or is not such a part.
         """
+        if (self.group, name) in _HELD.get():
+            return _HELD.get()[self.group, name]  # type: ignore[no-any-return]
         loaded = _loaded(self, self.offered()[name])
         if isinstance(loaded, PluginError):
             raise loaded

@@ -20,19 +20,20 @@ __all__ = [
     "PARAMETER",
     "FieldLayout",
     "Layouts",
-    "axis_maxima",
+    "axis_maxima_layouts",
     "axis_names",
     "blocks",
-    "factored",
-    "full",
+    "factored_layouts",
+    "full_layouts",
     "group_means",
+    "is_group_each",
     "is_small",
-    "kahan",
+    "kahan_layouts",
     "kept_bytes",
     "layouts_of",
     "packed_blocks",
     "rank_one_codes",
-    "split",
+    "split_layouts",
 ]
 
 Shape = tuple[int, ...]
@@ -71,12 +72,12 @@ Layouts = dict[str, FieldLayout]
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 
-def full(shape: Shape, dtype: str | None = None, stochastic: bool | None = None) -> Layouts:
+def full_layouts(shape: Shape, dtype: str | None = None, stochastic: bool | None = None) -> Layouts:
     """Return the layout of one number per element."""
     return {"": _alike(shape, dtype or ACCUMULATOR)}
 
 
-def factored(shape: Shape) -> Layouts:
+def factored_layouts(shape: Shape) -> Layouts:
     """Return the layout of the row and column means of the last two dimensions.
 
     Raises:
@@ -108,7 +109,7 @@ def axis_names(ndim: int) -> list[str]:
     return [*(f"axis{i}" for i in range(ndim - 2)), "row", "col"]
 
 
-def axis_maxima(shape: Shape, dtype: str = ACCUMULATOR) -> Layouts:
+def axis_maxima_layouts(shape: Shape, dtype: str = ACCUMULATOR) -> Layouts:
     """Return the layout of one number per index of every dimension.
 
     Raises:
@@ -134,7 +135,7 @@ def packed_blocks(shape: Shape, block: int = 128, rank1: bool = False, signed: b
 
 def rank_one_codes(shape: Shape) -> Layouts:
     """Return the layout of two codes a byte and one fp32 maximum per index of every dimension."""
-    return {"codes": _per_byte(shape), **axis_maxima(shape, "float32")}
+    return {"codes": _per_byte(shape), **axis_maxima_layouts(shape, "float32")}
 
 
 def _alike(shape: Shape, dtype: str) -> FieldLayout:
@@ -152,12 +153,12 @@ def _per_byte(shape: Shape) -> FieldLayout:
 # --- what is kept for writing weights -----------------------------------------------------------------------------
 
 
-def kahan(shape: Shape) -> Layouts:
+def kahan_layouts(shape: Shape) -> Layouts:
     """Return the layout of what `weights.Kahan` keeps: a number of the parameter's dtype per element."""
     return {"compensation": _alike(shape, PARAMETER)}
 
 
-def split(shape: Shape, bits: int) -> Layouts:
+def split_layouts(shape: Shape, bits: int) -> Layouts:
     """Return the layout of what `weights.Split` keeps: 8 or 16 more bits per element."""
     return {"correction": _alike(shape, f"int{bits}")}
 
@@ -170,16 +171,18 @@ def _float8(shape: Shape, block: int = 256, signed: bool = True) -> Layouts:
 
 
 _LAYOUTS: dict[str, Callable[..., Layouts]] = {
-    "axismax": axis_maxima,
+    "axismax": axis_maxima_layouts,
     "block4": packed_blocks,
     "block8": blocks,
-    "factored": factored,
+    "factored": factored_layouts,
     "float8": _float8,
-    "full": full,
+    "full": full_layouts,
     "grouped": group_means,
-    "kahan": kahan,
-    "split": split,
+    "kahan": kahan_layouts,
+    "split": split_layouts,
 }
+
+_DTYPES = {*SIZES, PARAMETER, "int8", "int16"}
 
 _CODED = ("block4", "block8", "float8")
 
@@ -201,14 +204,21 @@ def layouts_of(words: str, shape: Shape, block: int = 0) -> Layouts | None:
     if block and name in _CODED:
         arguments, named = (), {**named, "block": block}
     try:
-        return _LAYOUTS[name](shape, *arguments, **named)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        found = _LAYOUTS[name](shape, *arguments, **named)
+    except (TypeError, ValueError, IndexError, ArithmeticError):
         return {}
+    known = all(isinstance(field.dtype, str) and field.dtype in _DTYPES for field in found.values())
+    return found if known else {}
 
 
 def is_small(shape: Shape) -> bool:
     """Return whether stores of few bits keep a statistic of this shape in full."""
     return prod(shape) < FEWEST_CODED
+
+
+def is_group_each(shape: Shape, by: str | int) -> bool:
+    """Return whether every element is a group of its own, so that `optstate.stores.Grouped` keeps all in full."""
+    return not shape or (len(shape) == 1 and by in ("row", 1))
 
 
 @lru_cache(maxsize=4096)
@@ -217,9 +227,14 @@ def kept_bytes(words: str, shape: Shape) -> int:
 
     Stores keep some shapes in full. Parameters of any dtype but float64.
     """
-    name = words.partition("(")[0].lower()
-    in_full = is_small(shape) if name in _CODED else len(shape) < 2
-    found = full(shape) if in_full and name != "full" else layouts_of(words, shape)
+    name, arguments, named = _call(words) or ("", (), {})
+    if name in _CODED:
+        in_full = is_small(shape)
+    elif name == "grouped":
+        in_full = is_group_each(shape, *arguments, **named)
+    else:
+        in_full = name != "full" and len(shape) < 2
+    found = full_layouts(shape) if in_full else layouts_of(words, shape)
     return sum(field.nbytes for field in (found or {}).values())
 
 

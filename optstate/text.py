@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 from unicodedata import category
 
-__all__ = ["HIDDEN", "escaped", "from_words", "has_controls", "parsed_call", "short", "shown"]
+__all__ = ["HIDDEN", "escaped", "has_controls", "parse_item", "parsed_call", "short", "shown"]
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def parsed_call(text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     return call.func.id.lower(), arguments, named
 
 
-def from_words(text: str, kinds: Mapping[str, type[T]]) -> T:
+def parse_item(text: str, kinds: Mapping[str, type[T]]) -> T:
     """Make the item that `text` describes, such as "Block8(block=64)" as `short` prints it, or "block8".
 
     Args:

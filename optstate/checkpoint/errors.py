@@ -10,8 +10,10 @@ __all__ = ["CheckpointError", "UsageError"]
 
 
 class UsageError(ValueError):
-    """A wrong use that no checkpoint makes right: options that exclude each other, words that name nothing (exit code
-    2 of the command line)."""
+    """Raised for a wrong use that no checkpoint makes right; exit code 2 of the command line.
+
+    Examples are options that exclude each other, and words that name nothing.
+    """
 
 
 class CheckpointError(Exception):

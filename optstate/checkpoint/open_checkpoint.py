@@ -5,7 +5,6 @@ Readers are imported when one is needed: a file of optstate's own does not wait 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -29,9 +28,11 @@ from optstate.checkpoint.files.file_kinds import (
     identify,
     read_whole,
 )
-from optstate.checkpoint.files.opened_file import FileChangedError, Files, reading
-from optstate.checkpoint.files.safetensors_file import read_header, read_index
-from optstate.checkpoint.files.safetensors_set import find
+from optstate.checkpoint.files.opened_file import FileChangedError, OpenFiles, reading
+from optstate.checkpoint.files.safetensors_header import read_header
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.safetensors_set import find_file_or_index
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.text import shown
 
 __all__ = ["STREAM", "open_checkpoint", "refuse_streams"]
@@ -55,7 +56,7 @@ FSDP_FOLDER = re.compile(r"optimizer(_\d+)?")
 def open_checkpoint(
     path: str | os.PathLike[str], *, key: str | None = None, names: str | None = None, optimizer: str | None = None
 ) -> Checkpoint:
-    """What a file or folder holds of an optimizer's state, whoever wrote it; no statistic is read.
+    """Open what a file or folder holds of an optimizer's state, whoever wrote it; no statistic is read.
 
     Args:
         path: a file, the index or folder of a sharded set, or a folder that holds one checkpoint.
@@ -72,9 +73,9 @@ def open_checkpoint(
         _agrees(checkpoint, optimizer)
     if names is None:
         return checkpoint
-    from optstate.checkpoint.parameter_names import read_names, with_names
+    from optstate.checkpoint.parameter_names import give_names, read_names
 
-    return with_names(checkpoint, read_names(names))
+    return give_names(checkpoint, read_names(names))
 
 
 def refuse_streams(*paths: str | os.PathLike[str]) -> None:
@@ -85,8 +86,10 @@ def refuse_streams(*paths: str | os.PathLike[str]) -> None:
         raise CheckpointError(STREAM, reason, hint, refused=True)
 
 
-def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: Files) -> Checkpoint:
-    """Opened anew while a run replaces the files of a set between the first and the last of them."""
+def _of_one_version(
+    path: str | os.PathLike[str], key: str | None, optimizer: str | None, files: OpenFiles
+) -> Checkpoint:
+    """Open a checkpoint, and anew while a run replaces the files of a set between the first and the last of them."""
     problem = CheckpointError(path, "cannot be opened")
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -111,7 +114,7 @@ def _of_one_version(path: str | os.PathLike[str], key: str | None, optimizer: st
 
 
 def _opened(path: str | os.PathLike[str], key: str | None, optimizer: str | None) -> Checkpoint:
-    text = find(path)
+    text = find_file_or_index(path)
     kind = identify(text)
     if kind == FOLDER:
         return _of_folder(Path(text), key, optimizer)
@@ -160,7 +163,7 @@ def _of_safetensors(path: str, optimizer: str | None) -> Checkpoint:
 
 
 def _of_index(path: str) -> Checkpoint:
-    """A sharded set: the document is in one of its shards."""
+    """Open a sharded set, whose document is in one of its shards."""
     headers = read_index(path).shards.values()
     if not any(KEY in header.metadata for header in headers):
         reason = f"{len(headers)} shards without an optstate document: looks like model weights, not optimizer state"
@@ -172,15 +175,14 @@ def _of_index(path: str) -> Checkpoint:
 
 
 def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint:
-    """A folder as training stacks write it, or any with one file of optimizer state."""
-    from optstate.checkpoint.formats import dcp, deepspeed, lerobot
+    """Open a folder as training stacks write it, or any folder with one file of optimizer state."""
+    from optstate.checkpoint.formats import lerobot
+    from optstate.checkpoint.formats.registry import find_folder_format
 
-    if dcp.is_dcp(path):
-        _no_key(path, "a checkpoint of torch.distributed.checkpoint", key)
-        return dcp.read_dcp(path)
-    if deepspeed.is_deepspeed(path):
-        _no_key(path, "a checkpoint of DeepSpeed", key)
-        return deepspeed.read_deepspeed(path)
+    written_by = find_folder_format(path)
+    if written_by is not None and written_by.read_at is not None:
+        _no_key(path, f"a checkpoint of {written_by.name}", key)
+        return written_by.read_at(path)
     found = _parts(path)
     if len(found) > 1:
         files = ", ".join(f"'{shown(part.name)}'" for part in found[:8])
@@ -197,7 +199,7 @@ def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint
 
 
 def _parts(path: Path) -> list[Path]:
-    """What holds optimizer state in a folder, by name: files, folders, or the folder itself."""
+    """List what holds optimizer state in a folder, by name: files, folders, or the folder itself."""
     from optstate.checkpoint.formats import dcp, lerobot
 
     try:
@@ -232,8 +234,8 @@ def _trainer_note(path: Path, checkpoint: Checkpoint) -> str:
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_SIDE_FILE:
             return ""
-        step = json.loads(read_whole(file, LARGEST_SIDE_FILE).decode()).get("global_step")
-    except (CheckpointError, OSError, ValueError, AttributeError, RecursionError):
+        step = parse(read_whole(file, LARGEST_SIDE_FILE).decode(), pairs=dict).get("global_step")
+    except (CheckpointError, OSError, UnicodeDecodeError, NotJSONError, AttributeError):
         return f"{TRAINER_STATE} beside it cannot be read"
     steps = checkpoint.document.steps
     if type(step) is not int or not steps or step == steps[-1]:

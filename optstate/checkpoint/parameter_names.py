@@ -6,7 +6,6 @@ torch is imported only to build a model.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,16 +13,17 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from optstate.checkpoint.document.canonical_names import renamed
+from optstate.checkpoint.document.canonical_names import rename_parameter
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import JSON, SAFETENSORS, UNKNOWN, identify, open_file, read_bytes, size_of
+from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, parse
 from optstate.naming import canonical_names
 from optstate.text import shown
 
-__all__ = ["Named", "Names", "read_names", "with_names"]
+__all__ = ["Named", "Names", "give_names", "read_names"]
 
 LARGEST_FILE = 16 << 20
 
@@ -111,10 +111,10 @@ def _of_text(path: str, text: str) -> Names:
 def _of_json(path: str, text: str) -> Names:
     """Read a list of names, a list of lists of names, or an object with a shape or null for each name."""
     try:
-        tree = json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:
+        tree = parse(text)
+    except NotJSONError as error:
         raise CheckpointError(path, f"not valid JSON: {error}") from None
-    if isinstance(tree, _Pairs):
+    if isinstance(tree, Pairs):
         return Names(path, tuple(Named(name, _shape_of(path, name, shape)) for name, shape in tree))
     if isinstance(tree, list) and all(isinstance(item, str) for item in tree):
         return Names(path, tuple(map(Named, tree)))
@@ -124,10 +124,6 @@ def _of_json(path: str, text: str) -> Names:
             return Names(path, tuple(map(Named, flat)), tuple(map(len, tree)))
     reason = "not names: a list of them, a list of lists (one per param group), or an object of names and shapes"
     raise CheckpointError(path, reason)
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object in its order, with its duplicates."""
 
 
 def _shape_of(path: str, name: str, shape: Any) -> tuple[int, ...] | None:
@@ -207,7 +203,7 @@ def _members(source: str, pairs: Iterable[Any]) -> Iterator[Named]:
 # --- names for a checkpoint ---------------------------------------------------------------------------------------
 
 
-def with_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
+def give_names(checkpoint: Checkpoint, names: Names) -> Checkpoint:
     """Return the checkpoint with names for its numbered parameters, and with shapes and dtypes that it lacked.
 
     Parameters that have names keep them; the given ones must be the same.
@@ -330,7 +326,7 @@ def _renamed(names: Names, param: Parameter, named: Named) -> Parameter:
         hint = "the order is that of the optimizer's groups, one after the other"
         raise _refused(names, f"{reason}, which has {_list(param.shape)} in the checkpoint", hint)
     shape = named.shape if param.shape is None else param.shape
-    return replace(renamed(param, named.name), shape=shape, dtype=param.dtype or named.dtype)
+    return replace(rename_parameter(param, named.name), shape=shape, dtype=param.dtype or named.dtype)
 
 
 def _list(shape: tuple[int, ...] | None) -> str:

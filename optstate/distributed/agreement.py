@@ -17,19 +17,19 @@ __all__ = [
     "DisagreementError",
     "Groups",
     "LostProcessError",
-    "View",
+    "ProcessView",
     "collective",
-    "difference",
+    "describe_difference",
+    "fail_together",
     "from_all",
     "listed",
     "reason_of",
-    "together",
 ]
 
 Groups = tuple[Any, ...]
 """Process groups, one per dimension of a mesh: collectives over one after another reach every process of the mesh."""
 
-View = dict[str, str]
+ProcessView = dict[str, str]
 """Things that must be the same on all processes: a description of each, and its value on this process."""
 
 LONGEST_WORDS = 200
@@ -85,9 +85,9 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def together(
+def fail_together(
     doing: str, views: Iterable[Groups], say: Callable[[BaseException], str] = reason_of
-) -> Iterator[dict[Groups, View]]:
+) -> Iterator[dict[Groups, ProcessView]]:
     """Run the body on every process; if the body raises on one process, raise on all, so that none goes on or waits.
 
     The body gets a `View` for each of `views`, and notes in it what must be the same on all of these processes.
@@ -102,7 +102,7 @@ def together(
         DisagreementError: if the body raised on another process only, or the processes noted different things.
         LostProcessError: if another process does not answer.
     """
-    noted: dict[Groups, View] = {groups: {"the call": doing} for groups in views}
+    noted: dict[Groups, ProcessView] = {groups: {"the call": doing} for groups in views}
     failure: BaseException | None = None
     try:
         yield noted
@@ -111,7 +111,7 @@ def together(
     found = ""
     if not isinstance(failure, LostProcessError):
         try:
-            found = difference(noted, "" if failure is None else say(failure))
+            found = describe_difference(noted, "" if failure is None else say(failure))
         except LostProcessError as error:
             failure = failure or error
     if failure is not None:
@@ -120,7 +120,7 @@ def together(
         raise DisagreementError(found)
 
 
-def difference(views: Mapping[Groups, View], failure: str = "") -> str:
+def describe_difference(views: Mapping[Groups, ProcessView], failure: str = "") -> str:
     """Return in words what failed on a process, or is not the same on all of them; "" if nothing. The host waits.
 
     A digest of each view goes to the others, and the whole view only where digests differ. A group's finding is told to
@@ -155,7 +155,7 @@ def difference(views: Mapping[Groups, View], failure: str = "") -> str:
     return found
 
 
-def _first_difference(views: Mapping[int, View]) -> str:
+def _first_difference(views: Mapping[int, ProcessView]) -> str:
     """Return in words the first thing that is not the same on all processes, of whose views there is one per rank."""
     for what in dict.fromkeys(what for view in views.values() for what in view):
         having: dict[str, list[int]] = {}

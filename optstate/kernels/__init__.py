@@ -4,15 +4,15 @@ A kernel reads a `Product` (a gradient times its factors, not yet multiplied out
 sums it up or writes it into a parameter. Kernels know nothing of recipes, stores or optimizers.
 """
 
-from optstate.kernels.chunking import Piece, chunk_elements, chunks, pieces, slice_elements
+from optstate.kernels.chunking import Piece, chunk_elements, chunks, cut_into_pieces, slice_elements
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
 from optstate.kernels.eager import (
     add_weight,
     all_finite,
-    apply,
+    apply_update,
     ema,
     ema_of_square,
-    evaluate,
+    multiply_out,
     sum_of_squares,
     sums,
     sums_of_difference,
@@ -35,18 +35,18 @@ __all__ = [
     "WeightCodec",
     "add_weight",
     "all_finite",
-    "apply",
+    "apply_update",
     "chunk_elements",
     "chunks",
+    "cut_into_pieces",
     "device_type",
     "dynamic_map",
     "ema",
     "ema_of_square",
-    "evaluate",
     "global_index",
     "known_finite",
     "linear_map",
-    "pieces",
+    "multiply_out",
     "rehearsal",
     "rehearsing",
     "round_bf16",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optstate.kernels.rehearsal import STAND_IN
 
-__all__ = ["Piece", "chunk_elements", "chunks", "pieces", "slice_elements"]
+__all__ = ["Piece", "chunk_elements", "chunks", "cut_into_pieces", "slice_elements"]
 
 CPU_CHUNK = 1 << 19
 """Elements per chunk on a CPU: one fp32 buffer is 2 MB; two stay near a core's L2 cache and under 8 MB of scratch."""
@@ -66,7 +66,7 @@ def chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous range of a parameter's elements in row-major order, one of the parts `pieces` cuts a shape into.
+    """A contiguous range of a parameter's elements in row-major order, one of those `cut_into_pieces` returns.
 
     Attributes:
         index: places in the leading dimensions.
@@ -116,7 +116,7 @@ class GatheredPiece(Piece):
             done += view.numel()
 
 
-def pieces(shape: Sequence[int], limit: int, align: int = 1) -> list[Piece]:
+def cut_into_pieces(shape: Sequence[int], limit: int, align: int = 1) -> list[Piece]:
     """Cut a shape of at least one dimension into pieces of about `limit` elements that begin at multiples of `align`.
 
     The pieces are sub-tensors where sub-tensors of at most `max(limit, align)` elements exist, else flat copies.

@@ -21,10 +21,10 @@ from optstate.spec import accumulator_dtype
 __all__ = [
     "add_weight",
     "all_finite",
-    "apply",
+    "apply_update",
     "ema",
     "ema_of_square",
-    "evaluate",
+    "multiply_out",
     "sum_of_squares",
     "sums",
     "sums_of_difference",
@@ -148,7 +148,7 @@ def sum_of_squares(product: Product) -> Tensor:
     return total if _is_one(product.scale) else total * (product.scale * product.scale)
 
 
-def evaluate(product: Product) -> Tensor:
+def multiply_out(product: Product) -> Tensor:
     """Multiply a product out into a new contiguous tensor of its whole shape, fp32 (fp64 for fp64 operands)."""
     dense = product.dense
     result = torch.empty(dense.shape, dtype=accumulator_dtype(dense.dtype), device=dense.device)
@@ -163,10 +163,10 @@ def evaluate(product: Product) -> Tensor:
 
 
 def values(product: Product) -> Tensor:
-    """Return the value of a product as `evaluate` does, or `dense` itself, not to be written, where the two agree."""
+    """Return what `multiply_out` returns, or `dense` itself, not to be written, where the two are equal."""
     dense = product.dense
     as_is = not product.factors and product.bound is None and product.finite is None and _is_one(product.scale)
-    return dense if as_is and dense.dtype == accumulator_dtype(dense.dtype) else evaluate(product)
+    return dense if as_is and dense.dtype == accumulator_dtype(dense.dtype) else multiply_out(product)
 
 
 def ema(target: Tensor, product: Product, weight: Scalar) -> None:
@@ -193,7 +193,7 @@ def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float =
     _update(target, product, step)
 
 
-def apply(
+def apply_update(
     param: Tensor, product: Product, decay: Scalar = 0.0, codec: WeightCodec | None = None, start: int = 0
 ) -> None:
     """Write a step into a parameter, in place: `param <- param * (1 - decay) - value`.
@@ -369,7 +369,7 @@ def _bilinear(
     `b` holds the squares of the column factors.
     """
     x = _load(part, product, value)
-    x = torch.mul(x, x) if square is None else torch.mul(x, x, out=square.like(part))
+    x = torch.mul(x, x, out=x.new_empty(x.shape) if square is None else square.like(part))  # contiguous in any case
     # The root first: a row without gradient has a factor whose square may overflow, and inf * 0 is NaN.
     root = torch.mv(x, b[0]).sqrt_().mul_(a[:, 0]) if x.ndim == 2 else x.mul_(b).sqrt_().mul_(a).view(-1)
     return root.square_().sum()

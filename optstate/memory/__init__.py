@@ -1,4 +1,4 @@
-"""What training needs in bytes: measured here, estimated before training."""
+"""The memory that training needs: measured as it runs, or estimated before training."""
 
 from optstate.memory.measure import peak_extra_bytes
 

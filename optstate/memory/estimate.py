@@ -1,4 +1,4 @@
-"""What training a model needs in memory, answered before anything is allocated."""
+"""`optstate.estimate`: the memory that training a model needs, answered before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optstate.memory.question import Question, recipe_of
 from optstate.memory.result import Estimate
 from optstate.memory.shard import SHARDS
 from optstate.memory.sources import SourceError, find_model
-from optstate.memory.verdict import gpu as gpu_of
+from optstate.memory.verdict import find_gpu as gpu_of
 from optstate.optimizer.optimizer import Optimizer
 from optstate.weights import Weights
 
@@ -66,12 +66,12 @@ def estimate(
     gpu: str | float | None = None,
     exact: bool = False,
 ) -> Estimate:
-    """What training needs in memory, part by part, and whether it fits: from shapes, and from a step on fake tensors.
+    """Tell what training needs in memory, part by part, and whether it fits, from shapes and a step on fake tensors.
 
-    Weights, gradients and optimizer state are exact: the recipe's own plan says them. Activations, temporaries and the
-    peak come from running the model and the real optimizer, hooks included, on tensors without values; where a GPU has
-    other kernels than a CPU, the GPU's are counted. Nothing is allocated, nothing is downloaded, and no GPU is needed.
-    Printing the answer shows a table in GiB (2**30 bytes).
+    Weights, gradients and optimizer state are exact: they come from the recipe's own plan. Activations, temporaries and
+    the peak come from running the model and the real optimizer, hooks included, on tensors without values; where a GPU
+    has other kernels than a CPU, the GPU's are counted. Nothing is downloaded, and no GPU is needed. Printing the
+    answer shows a table in GiB (2**30 bytes).
 
     Args:
         source: a published model's name ("llama-7b"), a config.json or a folder with one, a safetensors file or index
@@ -83,13 +83,14 @@ def estimate(
         dtype: of weights and gradients. Files and modules keep their own.
         weights: how weights are written: one of `optstate.weights`, or "auto", "split8", "split16", "kahan", "plain",
             "stochastic".
-        batch_size, seq_len: of one micro-batch. seq_len: 2048 tokens, or as many as the model has positions for.
+        batch_size: sequences in one micro-batch.
+        seq_len: tokens in a sequence; None for 2048, or as many as the model has positions for.
         grad_accum: micro-batches per step.
         checkpointing: recompute activations layer by layer.
         attention: "sdpa", which keeps what a GPU's fused kernels keep, or "eager".
         clip: "norm" clips by the global norm of all gradients, else "none".
-        world_size, shard: devices, and what they divide among them: "none", "zero1" (state), "zero2" (gradients, too),
-            "fsdp" (weights, too). Figures are those of one device.
+        world_size: devices. Figures are those of one.
+        shard: what they divide among them: "none", "zero1" (state), "zero2" (gradients, too), "fsdp" (weights, too).
         example_inputs: what the model is called with where it is no language model of transformers: a function of
             batch size and length, or its name, called with `dtype` as the default; or arguments, which have a size of
             their own.
@@ -165,7 +166,7 @@ def _at_least_one(name: str, count: object) -> None:
 
 
 def _way_of(weights: Weights | str) -> Weights | str:
-    """How weights are written, by its short name or as its words say."""
+    """Return the way to write weights that a short name, or the way's own words, stand for."""
     if not isinstance(weights, str):
         if not isinstance(weights, Weights):
             raise QuestionError(f"weights {weights!r}: give {', '.join(WEIGHTS)}, or one of optstate.weights")
@@ -173,13 +174,13 @@ def _way_of(weights: Weights | str) -> Weights | str:
     if weights in WEIGHTS:
         return WEIGHTS[weights]
     try:
-        return ways.from_words(weights)
+        return ways.parse_weights(weights)
     except ValueError:
         raise QuestionError(f"weights {weights!r}: give {', '.join(WEIGHTS)}") from None
 
 
 def _possible_length(model: Model, setting: Setting) -> tuple[Setting, list[str]]:
-    """The setting with sequences that the model has positions for, and what there is to say about it."""
+    """Return the setting with sequences that the model has positions for, and a note where they are shorter."""
     if model.batch is None:
         return setting, []
     length = setting.seq_len
@@ -197,7 +198,7 @@ def _possible_length(model: Model, setting: Setting) -> tuple[Setting, list[str]
 
 
 def _versions() -> dict[str, str]:
-    """What the figures depend on: activations differ from version to version."""
+    """Return the versions that the figures depend on: activations differ between them."""
     found = {"torch": str(torch.__version__)}
     try:
         found["transformers"] = version("transformers")

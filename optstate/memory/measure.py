@@ -1,4 +1,4 @@
-"""Measuring what a piece of code allocates, temporaries inside operators included."""
+"""Measure the memory that a piece of code allocates, temporaries inside operators included."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["peak_extra_bytes"]
 def peak_extra_bytes(fn: Callable[[], object]) -> int:
     """Call `fn` once and return the most bytes that were alive at one moment beyond those alive at its start.
 
-    It counts what PyTorch's CPU allocator hands out while `fn` runs, in exact bytes: tensors made in Python, in
-    autograd and inside operators alike, and what `fn` returns or stores like any temporary. Tensors from before
-    that `fn` frees make no room: the allocator does not know their size. Drop old gradients before measuring.
+    Counted is what PyTorch's CPU allocator hands out while `fn` runs, in exact bytes: tensors made in Python, in
+    autograd and inside operators alike, and what `fn` returns or stores like any temporary. Older tensors that `fn`
+    frees make no room: the allocator does not know their size. Drop old gradients before measuring.
 
     Not counted: memory that libraries take past the allocator (workspaces of matrix products), Python objects,
     and memory of accelerators.
@@ -48,7 +48,7 @@ def peak_extra_bytes(fn: Callable[[], object]) -> int:
 
 
 def _memory_events(roots: list[Any]) -> list[tuple[int, int]]:
-    """(address, bytes) of each allocation, and with negative bytes of each release, in the order of time."""
+    """Return (address, bytes) of each allocation, and with negative bytes of each release, in the order of time."""
     events, waiting = [], list(roots)
     while waiting:
         event = waiting.pop()

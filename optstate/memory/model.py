@@ -1,4 +1,4 @@
-"""What a run that is to be estimated looks like, and what is known of its model."""
+"""Data of an estimate: the model, the setting of a training run, and the trace of one step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from torch import nn
 __all__ = ["Alive", "BuildOptions", "Model", "ParamShape", "Setting", "Trace"]
 
 KINDS = ("weights", "gradients", "state", "activations", "logits", "scratch")
-"""What a byte that is alive during a step can belong to: scratch is what updates and losses need for a moment."""
+"""The kinds of memory of a step; scratch is what updates and losses need for a moment."""
 
 
 @dataclass(frozen=True)
 class ParamShape:
-    """One parameter. dtype: torch's name of it. Tied parameters are one, with the first of their names."""
+    """The shape of one parameter; tied parameters are one, with the first of their names.
+
+    Attributes:
+        dtype: torch's name of the dtype, such as "bfloat16".
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,14 +36,20 @@ class ParamShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weight."""
+        """Bytes of the weight."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return self.numel * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a model is to be built. layers: of its identical ones, None for all of them."""
+    """The options with which a model is built.
+
+    Attributes:
+        layers: number of the identical layers; None for all of them.
+        attention: "sdpa" or "eager".
+        checkpointing: whether activations are recomputed layer by layer.
+    """
 
     layers: int | None = None
     attention: str = "sdpa"
@@ -48,13 +58,20 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that nothing has been allocated for.
+    """A model for which nothing has been allocated.
 
-    parameters: every one of them, in the model's order. buffer_bytes: of its buffers. layers: how many identical layers
-    it has, None if that is unknown. build: makes the module, in the default dtype, on fake tensors if the caller is in
-    a FakeTensorMode; None where only shapes are known. batch: arguments of the module for a batch size and a sequence
-    length; what it returns has a `loss`, begins with it, or is it. sized: whether the batch follows these two. origin:
-    where this is from, in words, with versions.
+    Attributes:
+        name: of the model, for people.
+        parameters: every parameter, in the model's order.
+        origin: where the model is from, in words, with versions.
+        buffer_bytes: bytes of all buffers.
+        layers: number of identical layers; None if unknown.
+        build: makes the module in the default dtype, on fake tensors if the caller is in a FakeTensorMode; None where
+            only shapes are known.
+        batch: returns the module's arguments for a batch size and a sequence length; the module returns a loss, a tuple
+            that begins with a loss, or an object with a `loss`. None where no inputs are known.
+        sized: whether the batch follows batch size and sequence length.
+        notes: what a reader of the figures should know.
     """
 
     name: str
@@ -69,16 +86,24 @@ class Model:
 
     @property
     def numel(self) -> int:
-        """Elements of all parameters."""
+        """Number of elements of all parameters."""
         return sum(param.numel for param in self.parameters)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is run.
+    """The setting of a training step.
 
-    dtype: of the weights, torch's name. weights: how they are written, in words as `str(weights)` prints them, or
-    "auto". clip: "none", or "norm" by the global norm of all gradients. grad_accum: micro-batches per step.
+    Attributes:
+        fused_backward: whether parameters are updated inside the backward pass.
+        dtype: of the weights, torch's name.
+        weights: how the weights are written, in words as `str(weights)` prints them, or "auto".
+        batch_size: sequences of a micro-batch.
+        seq_len: tokens of a sequence.
+        grad_accum: micro-batches per step.
+        checkpointing: whether activations are recomputed layer by layer.
+        attention: "sdpa" or "eager".
+        clip: "none", or "norm" for the global norm of all gradients.
     """
 
     fused_backward: bool = False
@@ -94,7 +119,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Alive:
-    """A tensor that is alive at the peak. what: a parameter's name or the operator that made it. kind: of `KINDS`."""
+    """A tensor that is alive at the peak.
+
+    Attributes:
+        what: the name of a parameter, or of the operator that made the tensor.
+        kind: one of `KINDS`.
+        shape, dtype: of the tensor; torch's name of the dtype.
+        nbytes: of the tensor's storage.
+    """
 
     what: str
     kind: str
@@ -105,11 +137,16 @@ class Alive:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one step was seen to need, in bytes, each storage rounded up to a multiple of 512.
+    """The memory that one traced step needs, in bytes, each storage rounded up to a multiple of 512.
 
-    peak: the most bytes alive at one moment. at_peak: of these, by kind. phase: where that was: "forward", "loss",
-    "backward" or "update", with the module or parameter after a colon where known. alive: the largest tensors then.
-    most: the most bytes of each kind at any moment. notes: where an accelerator may keep something else.
+    Attributes:
+        peak: the most bytes alive at one moment.
+        at_peak: the bytes of the peak by kind.
+        phase: place of the peak: "forward", "loss", "backward" or "update", with the module or parameter after a colon
+            where known.
+        alive: the largest tensors at the peak.
+        most: the most bytes of each kind at any moment.
+        notes: points at which an accelerator may keep something else.
     """
 
     peak: int

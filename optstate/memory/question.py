@@ -1,4 +1,4 @@
-"""The estimate of one recipe under one setting."""
+"""Questions to the estimate: recipes under one setting, each answered from shapes and from a traced step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optstate.memory.result import ASSUMED, EXACT, TRACED, RecipeEstimate
 from optstate.memory.shard import PerRank, per_rank
 from optstate.memory.sources import SourceError
 from optstate.memory.sources.modules import default_dtype
-from optstate.memory.tracing.extrapolate import traced
+from optstate.memory.tracing.extrapolate import trace_model
 from optstate.memory.tracing.trace import UntraceableError
 from optstate.memory.verdict import Gpu
 from optstate.optimizer.optimizer import Optimizer
@@ -34,7 +34,7 @@ MADE_FOR_FUSED = "made for fused backward"
 
 SHAPES_TELL = ("weights_bytes", "buffer_bytes", "gradients_bytes", "state_bytes", "known_bytes")
 SEEN_ON_ONE = "gradients_most_bytes"
-"""What a trace tells that does not hold where gradients are divided among devices."""
+"""The figure of a trace that does not hold where gradients are divided among devices."""
 TRACES_TELL = ("activations_bytes", "logits_bytes", "scratch_bytes")
 PEAK_TELLS = ("peak_bytes", "peak_phase", "at_peak")
 
@@ -54,7 +54,7 @@ class Recipe:
 
 
 def recipe_of(recipe: str | Build) -> Recipe:
-    """The installed recipe of a name, or any callable that makes an optimizer of parameters.
+    """Return the installed recipe of a name, or one of any callable that makes an optimizer of parameters.
 
     Raises:
         QuestionError: if no recipe has this name, naming the nearest; if it is neither.
@@ -78,11 +78,18 @@ def recipe_of(recipe: str | Build) -> Recipe:
 
 @dataclass(frozen=True)
 class Question:
-    """All that is asked.
+    """A question to the estimate: a model, a setting, and the recipes asked about.
 
-    weights: how they are written, or "auto". fused_backward: None for what each recipe is made for. exact: trace all
-    layers instead of a few. world_size, shard: as `optstate.memory.shard` has them. recipes: those asked about.
-    answered: what was answered already, for this question and those made of it.
+    Attributes:
+        model: what is trained.
+        setting: of the run, apart from what each recipe decides.
+        weights: how weights are written, or "auto".
+        fused_backward: whether recipes update inside the backward pass; None for what each recipe is made for.
+        gpu: the GPU that the run should fit; None for none.
+        exact: trace all layers instead of a few.
+        world_size, shard: as in `optstate.memory.shard`.
+        recipes: the recipes asked about.
+        answered: answers so far, shared with the questions that were made from this one.
     """
 
     model: Model
@@ -97,11 +104,11 @@ class Question:
     answered: dict[Any, RecipeEstimate] = field(default_factory=dict, repr=False, compare=False)
 
     def named(self, name: str) -> Recipe:
-        """One of the recipes that are asked about."""
+        """Return the recipe of this name among those asked about."""
         return next(recipe for recipe in self.recipes if recipe.name == name)
 
     def answer(self, recipe: Recipe) -> RecipeEstimate:
-        """The estimate of a recipe.
+        """Return the estimate of a recipe.
 
         Raises:
             QuestionError: if the recipe cannot be built so.
@@ -119,7 +126,7 @@ class Question:
         if self.model.build is None or self.model.batch is None:
             return case.from_shapes("none, from shapes alone: no activations and no peak", notes)
         try:
-            trace, how = traced(self.model, case.build_undeclared, case.setting, exact=self.exact)
+            trace, how = trace_model(self.model, case.build_undeclared, case.setting, exact=self.exact)
         except UntraceableError as error:
             if isinstance(error.__cause__, SourceError):  # what was asked for cannot be: not the model's operations
                 raise error.__cause__ from None
@@ -127,7 +134,7 @@ class Question:
         return case.from_trace(trace, how, notes)
 
     def lower_bound(self, recipe: Recipe) -> RecipeEstimate:
-        """What shapes alone tell: nothing is traced, nothing noted."""
+        """Return the estimate from shapes alone, without a trace and without notes."""
         return _Case(self, recipe).from_shapes()
 
 
@@ -153,12 +160,12 @@ class _Case:
 
     @property
     def build(self) -> Build:
-        """The recipe, which writes weights as was asked."""
+        """The function that makes the recipe's optimizer, with weights written as was asked."""
         weights = self.question.weights
         return self.recipe.build if weights == "auto" else partial(self.recipe.build, weights=weights)
 
     def build_undeclared(self, groups: Iterable[dict[str, Any]]) -> Optimizer:
-        """The recipe for `model.named_parameters()`, from groups that declare roles."""
+        """Return the recipe for `model.named_parameters()`, from groups that declare roles."""
         return self.build([named for group in groups for named in group["params"]])
 
     @cached_property
@@ -176,12 +183,12 @@ class _Case:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the optimizer keeps of every parameter."""
+        """The plan of the real optimizer."""
         return self.optimizer.plan()
 
     @cached_property
     def rank(self) -> PerRank:
-        """What this device holds of weights, gradients and state."""
+        """The bytes of weights, gradients and state on one device."""
         question = self.question
         one_at_a_time = self.setting.fused_backward and self.setting.grad_accum == 1
         setting = replace(self.setting, fused_backward=one_at_a_time)
@@ -192,7 +199,7 @@ class _Case:
             raise QuestionError(f"recipe {self.recipe.name!r} {devices}: {error}") from error
 
     def from_shapes(self, why: str = "", notes: tuple[str, ...] = ()) -> RecipeEstimate:
-        """Without a trace: weights, gradients and state."""
+        """Return the estimate without a trace: weights, gradients and state."""
         return RecipeEstimate(
             recipe=self.recipe.name,
             fused_backward=self.setting.fused_backward,
@@ -207,7 +214,7 @@ class _Case:
         )
 
     def from_trace(self, trace: Trace, how: str, notes: tuple[str, ...]) -> RecipeEstimate:
-        """With all that a trace tells."""
+        """Return the estimate with all figures of a trace."""
         divided = self.question.world_size > 1
         peak, phase = self._divided(trace) if divided else (dict(trace.at_peak), trace.phase)
         guessed = ("reserved_bytes", "device_bytes", *(("verdict",) if self.question.gpu is not None else ()))
@@ -233,8 +240,9 @@ class _Case:
         )
 
     def _divided(self, trace: Trace) -> tuple[dict[str, int], str]:
-        """The peak on one of several devices, and where it is: a bound put together from what one device was seen to
-        need, since nothing was traced on several.
+        """Bound the peak on one of several devices, and say where it is.
+
+        The bound is put together from what one device was seen to need, since nothing was traced on several.
 
         At the start of the backward pass all activations are alive; at the end of its layers all their gradients are,
         and the activations of one layer; then, under fsdp, the root's gradients are scattered; then comes the update.
@@ -258,7 +266,7 @@ class _Case:
 
     @property
     def _gradients_of_layers(self) -> int:
-        """Gradients that are here when those of all layers are: the root's are still whole."""
+        """Bytes of gradients on this device when all layers have theirs, while the root's are still whole."""
         fused = self.setting.fused_backward and self.setting.grad_accum == 1
         return self.rank.one_layer if fused and self.rank.one_layer else self.rank.gradients - self.rank.one_root
 
@@ -267,7 +275,7 @@ class _Case:
         return max((param.nbytes for param in self.question.model.parameters if param.trainable), default=0)
 
     def notes(self) -> Iterable[str]:
-        """What a reader of the figures should know."""
+        """Yield what a reader of the figures should know."""
         if self.setting.fused_backward and self.setting.grad_accum > 1:
             yield "gradients of several micro-batches are kept until the last: fusing saves no gradients"
         if self.setting.fused_backward and self.setting.clip == "norm":
@@ -282,7 +290,7 @@ class _Case:
         yield from self.rank.notes
 
     def _declared(self) -> Iterable[str]:
-        """What a recipe that asks for roles keeps where they are declared."""
+        """Yield how much a recipe that asks for roles keeps where they are declared."""
         build = self.question.model.build
         if build is None:
             return
@@ -296,7 +304,7 @@ class _Case:
 
 
 def _parameters_on_meta(model: Model) -> list[tuple[str, nn.Parameter]]:
-    """Named parameters of the model's shapes and dtypes, without memory."""
+    """Return named parameters of the model's shapes and dtypes, without memory."""
     made = []
     for param in model.parameters:
         tensor = torch.empty(param.shape, dtype=getattr(torch, param.dtype), device="meta")

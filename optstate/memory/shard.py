@@ -1,4 +1,4 @@
-"""What each of several devices holds when parameters, gradients or state are split among them: worked out, not traced.
+"""Bytes on each of several devices that divide state, gradients or weights among them: computed, not traced.
 
 Every parameter is cut along its first dimension into chunks of `ceil(m / W)` rows, as PyTorch's `fully_shard` does
 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); rank 0 has the first chunk, the largest, and
@@ -44,14 +44,20 @@ SPLIT = {"none": "", "zero1": "state", "zero2": "state gradients", "fsdp": "stat
 
 @dataclass(frozen=True)
 class PerRank:
-    """Bytes on rank 0, which has the most. All of it follows from shapes: analytic, no step was run.
+    """The bytes on rank 0, which has the most; all figures follow from shapes, no step is run.
 
-    weights, gradients, state: what stays for the step; gradients are the largest single one under a fused backward, or
-    under fsdp those of the largest group. gathered: whole weights of two layers. scattered: whole gradients of one
-    layer, and of one laid out. root, root_gradients, root_scattered: whole weights, gradients, and laid-out gradients
-    of what is in no layer. one_layer, one_root: gradients of the largest layer, and of the root, that are here in the
-    end. All but the first three are 0 unless the shard is "fsdp". notes: what is not counted, and what is kept
-    otherwise than on one device.
+    All figures but `weights`, `gradients` and `state` are 0 unless the shard is "fsdp". The root is everything that is
+    in no layer.
+
+    Attributes:
+        world_size, shard: number of devices, and what they divide among them.
+        weights, gradients, state: what stays for the step; under a fused backward `gradients` is the largest single
+            gradient, or under fsdp those of the largest group.
+        gathered: whole weights of two layers.
+        scattered: whole gradients of one layer, and of one layer laid out to be scattered.
+        root, root_gradients, root_scattered: whole weights, gradients, and laid-out gradients of the root.
+        one_layer, one_root: gradients of the largest layer, and of the root, that stay on the device.
+        notes: what is not counted, and what has another store than on one device.
     """
 
     world_size: int
@@ -70,17 +76,17 @@ class PerRank:
 
     @property
     def nbytes(self) -> int:
-        """All of it, which bounds what is alive at one moment from above."""
+        """The sum of all figures, which bounds what is alive at one moment from above."""
         return self.weights + self.gradients + self.state + self.whole
 
     @property
     def whole(self) -> int:
-        """What is there for a while only, of whole parameters."""
+        """Bytes of whole weights and gradients, which are there for a while only."""
         return self.gathered + self.scattered + self.root + self.root_gradients + self.root_scattered
 
 
 def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size: int, shard: str) -> PerRank:
-    """What rank 0 of `world_size` holds, see the module's text.
+    """Return what rank 0 of `world_size` holds, see the module's text.
 
     plan: of an optimizer for the whole model, or that optimizer. setting: of it, whether the backward pass is fused.
 
@@ -110,7 +116,7 @@ def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size:
 
 
 def local_shape(shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """What rank 0 has of a parameter: the first `ceil(m / W)` rows; a scalar is everywhere."""
+    """Return what rank 0 has of a parameter: the first `ceil(m / W)` rows; a scalar is everywhere."""
     return (-(-shape[0] // world_size), *shape[1:]) if shape else ()
 
 
@@ -120,7 +126,7 @@ def _weight_bytes(param: ParamShape, world_size: int) -> int:
 
 
 def region_of_first(shape: tuple[int, ...], world_size: int) -> Region | None:
-    """The part of a parameter that rank 0 has; None for all of it."""
+    """Return the part of a parameter that rank 0 has; None for all of it."""
     if world_size == 1 or not shape:
         return None
     others = len(shape) - 1
@@ -128,7 +134,7 @@ def region_of_first(shape: tuple[int, ...], world_size: int) -> Region | None:
 
 
 def _planned_in_parts(plan: Plan, world_size: int) -> Iterator[ParamPlan]:
-    """The plan of each parameter that trains, as rank 0 has it. Parameters that are alike are planned once."""
+    """Yield the plan of each parameter that trains, as rank 0 has it; parameters that are alike are planned once."""
     alike: dict[tuple[ParamSpec, Chain, Weights], ParamPlan] = {}
     for param in plan:
         if not param.trainable:
@@ -140,12 +146,12 @@ def _planned_in_parts(plan: Plan, world_size: int) -> Iterator[ParamPlan]:
 
 
 def _state_bytes(param: ParamPlan) -> int:
-    """Bytes of all that rank 0 keeps for a parameter."""
+    """Return the bytes of all fields that rank 0 keeps for a parameter."""
     return sum(field.largest_part(param.spec) * field.dtype.itemsize for field in param.fields.values())
 
 
 def _kept_otherwise(plan: Plan, in_parts: Iterable[ParamPlan]) -> Iterator[str]:
-    """Statistics whose store is another one than on one device, counted by the reason."""
+    """Yield notes on statistics whose store is another one than on one device, counted by the reason."""
     whole = [slot for param in plan if param.trainable for slot in param.slots.values()]
     parts = [slot for param in in_parts for slot in param.slots.values()]
     changed = Counter(part.note for one, part in zip(whole, parts, strict=True) if one.store != part.store)
@@ -154,7 +160,7 @@ def _kept_otherwise(plan: Plan, in_parts: Iterable[ParamPlan]) -> Iterator[str]:
 
 
 def _whole_parameters(model: Model, world_size: int) -> dict[str, int]:
-    """Bytes of what fsdp has of groups of parameters for a while."""
+    """Return the bytes of whole groups of parameters that fsdp has for a while, as attributes of `PerRank`."""
     layers = _layers(model.parameters)
     inside = {param.name for layer in layers for param in layer}
     root = [param for param in model.parameters if param.name not in inside]
@@ -174,7 +180,7 @@ def _whole_parameters(model: Model, world_size: int) -> dict[str, int]:
 
 
 def _layers(parameters: tuple[ParamShape, ...]) -> list[list[ParamShape]]:
-    """The longest numbered list of modules, at least two: what is sharded layer by layer."""
+    """Return the longest numbered list of modules, at least two: what is sharded layer by layer."""
     longest = max(families(parameters).values(), key=len, default=[])
     return longest if len(longest) > 1 else []
 

@@ -1,4 +1,4 @@
-"""What would make a run fit a GPU: changes and sizes that are tried, not guessed."""
+"""Find changes and sizes with which a run fits a GPU, by trying them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from optstate.memory.sources import SourceError
 from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, Gpu
 from optstate.recipes import registry
 
-__all__ = ["QUANTITIES", "Change", "Largest", "largest", "what_would_fit"]
+__all__ = ["QUANTITIES", "Change", "LargestSize", "find_changes", "find_largest"]
 
 QUANTITIES = ("batch", "seq")
-"""What can be solved for."""
+"""The sizes that can be solved for."""
 
 SMALLER = ("adamw8bit", "adamfactor", "adamw4bit", "adafactor", "adalomo", "lomo")
 """Recipes that are tried in place of one whose state is larger, where they are installed: AdamW's nearest first."""
 
 MOST = 1 << 24
-"""No batch and no sequence is longer."""
+"""The largest batch or sequence that is tried."""
 
 UNCHANGED = 64
-"""So many times the size with the same activations, and inputs do not depend on it."""
+"""If a size this many times as large has the same activations, the inputs do not depend on the size."""
 
 BY_SECANT = 12
-"""Sizes tried along straight lines before the rest is halved: a peak is made of a few straight pieces."""
+"""Number of sizes tried along straight lines before the rest is halved: peaks are made of a few straight pieces."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change that makes a run fit. kind: "run", "batch" or "recipe", by what is another. what: then, in words.
-    options: of the command line that make the change. estimate: with it.
+    """A change that makes a run fit.
+
+    kind: "run", "batch" or "recipe", by what is another. what: then, in words. options: of the command line that make
+    the change. estimate: with it.
     """
 
     kind: str
@@ -44,8 +46,16 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Largest:
-    """The largest size that fits for a recipe: 0 if none does. estimate: with that size. why: nothing larger goes."""
+class LargestSize:
+    """The largest size with which a recipe fits.
+
+    Attributes:
+        quantity: "batch" or "seq".
+        value: the size; 0 if none fits.
+        recipe: name of the recipe.
+        estimate: with this size; None if no size fits.
+        why: the reason why the model takes no larger size, if it is not the memory.
+    """
 
     quantity: str
     value: int
@@ -54,8 +64,8 @@ class Largest:
     why: str = ""
 
 
-def what_would_fit(estimate: Estimate) -> tuple[Change, ...]:
-    """Changes under which a recipe fits that does not: of each kind the smallest, each traced.
+def find_changes(estimate: Estimate) -> tuple[Change, ...]:
+    """Find changes under which a recipe fits that does not: of each kind the smallest, each traced.
 
     Of several recipes it is the one with the least peak that is changed; none if one of them fits already.
 
@@ -75,13 +85,13 @@ def what_would_fit(estimate: Estimate) -> tuple[Change, ...]:
 
 
 def _asked(estimate: Estimate) -> tuple[Question, Gpu]:
-    if estimate.question is None or estimate.gpu is None:
+    if not isinstance(estimate.question, Question) or estimate.gpu is None:
         raise QuestionError("nothing says which memory to fit: give gpu, as 24GiB or RTX4090")
     return estimate.question, estimate.gpu
 
 
 def _fits(question: Question, recipe: Recipe) -> RecipeEstimate | None:
-    """The estimate if it fits; nothing is traced that cannot by its weights, gradients and state alone."""
+    """Return the estimate if the run fits; what cannot by weights, gradients and state alone is not traced."""
     try:
         if question.lower_bound(recipe).verdict == NO:
             return None
@@ -96,7 +106,7 @@ Run = tuple[Question, str, str]
 
 
 def _runs(question: Question, recipe: Recipe) -> list[Run]:
-    """The same recipe run otherwise, to the same end: the smallest change first, all of them together last."""
+    """List other ways to run the recipe, to the same end: the smallest change first, all together last."""
     fused = recipe.fused if question.fused_backward is None else question.fused_backward
     checkpointed = replace(question, setting=replace(question.setting, checkpointing=True))
     runs = []
@@ -120,7 +130,7 @@ def _other_run(question: Question, recipe: Recipe) -> Change | None:
 
 
 def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
-    """A batch that fits, with nothing else changed, else with all else that helps."""
+    """Find a batch that fits, with nothing else changed, else with all else that helps."""
     batch = question.setting.batch_size
     if batch == 1:
         return None
@@ -137,7 +147,7 @@ def _smaller_batch(question: Question, recipe: Recipe) -> Change | None:
 
 
 def _on_the_line(one: RecipeEstimate, whole: RecipeEstimate, batch: int, question: Question) -> int:
-    """The batch that fits if peaks grow evenly from a batch of one."""
+    """Return the batch that fits if peaks grow evenly from a batch of one."""
     assert one.peak_bytes is not None
     assert whole.peak_bytes is not None
     assert question.gpu is not None
@@ -146,7 +156,7 @@ def _on_the_line(one: RecipeEstimate, whole: RecipeEstimate, batch: int, questio
 
 
 def _other_recipe(question: Question, now: RecipeEstimate) -> Change | None:
-    """A recipe with less state, run as it is made to be; else with all else that helps.
+    """Find a recipe with less state, run as it is made to be; else with all else that helps.
 
     If the one with the least does not fit, no other is tried.
     """
@@ -174,8 +184,8 @@ def _run_of(question: Question, recipe: Recipe, helped: bool) -> Run:
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 
-def largest(estimate: Estimate, quantity: str) -> tuple[Largest, ...]:
-    """The largest batch or sequence that surely fits the GPU, for each recipe: it fits, and one more does not.
+def find_largest(estimate: Estimate, quantity: str) -> tuple[LargestSize, ...]:
+    """Find the largest batch or sequence that surely fits the GPU, for each recipe: one more does not.
 
     Raises:
         QuestionError: without a GPU, for another quantity, or for a model that cannot be traced.
@@ -186,12 +196,12 @@ def largest(estimate: Estimate, quantity: str) -> tuple[Largest, ...]:
     return tuple(_largest(question, question.named(one.recipe), quantity) for one in estimate.recipes)
 
 
-def _largest(question: Question, recipe: Recipe, quantity: str) -> Largest:
+def _largest(question: Question, recipe: Recipe, quantity: str) -> LargestSize:
     answers: dict[int, RecipeEstimate] = {}
     why = ""
 
     def peak(size: int) -> int | None:
-        """None where the model takes no such size."""
+        """Return the peak with this size; None where the model does not take the size."""
         nonlocal why
         try:
             answers[size] = _with_size(question, quantity, size).answer(recipe)
@@ -209,10 +219,10 @@ def _largest(question: Question, recipe: Recipe, quantity: str) -> Largest:
 
     assert question.gpu is not None
     if question.lower_bound(recipe).verdict == NO:
-        return Largest(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
+        return LargestSize(quantity, 0, recipe.name, None, "weights, gradients and state alone are too much")
     start = question.setting.batch_size if quantity == "batch" else question.setting.seq_len
     value = _last_below(peak, _most_allocated(question.gpu), start)
-    return Largest(quantity, value, recipe.name, answers.get(value), why)
+    return LargestSize(quantity, value, recipe.name, answers.get(value), why)
 
 
 def _with_size(question: Question, quantity: str, size: int) -> Question:
@@ -222,12 +232,12 @@ def _with_size(question: Question, quantity: str, size: int) -> Question:
 
 
 def _most_allocated(gpu: Gpu) -> int:
-    """The largest peak that fits for sure."""
+    """Return the largest peak that fits for sure."""
     return math.floor((gpu.nbytes - CONTEXT[1]) / FRAGMENTATION)
 
 
 def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> int:
-    """The largest size from 1 whose peak is at most `limit`, 0 if there is none; peaks grow with sizes.
+    """Find the largest size from 1 whose peak is at most `limit`, 0 if there is none; peaks grow with sizes.
 
     peak: None for sizes that cannot be.
     """
@@ -248,7 +258,7 @@ def _last_below(peak: Callable[[int], int | None], limit: int, start: int) -> in
 
 
 def _next(known: dict[int, int], limit: int, fits: int, fails: int) -> int:
-    """The next size to try, strictly between the largest known to fit and the smallest known not to.
+    """Choose the next size to try, strictly between the largest known to fit and the smallest known not to.
 
     It is where a straight line through two known ones meets the limit. Peaks are the most of several straight lines in
     the size, so that a line through one that fits and one that does not leads too low if anything.

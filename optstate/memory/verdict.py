@@ -1,4 +1,4 @@
-"""Whether an allocated peak fits a GPU: what the allocator and the driver add, and how large GPUs are."""
+"""Judge whether an allocated peak fits a GPU: what the allocator and the driver add, and how large GPUs are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from dataclasses import dataclass
 
 from optstate.memory.errors import QuestionError
 
-__all__ = ["CONTEXT", "FITS", "FRAGMENTATION", "NO", "TIGHT", "UNKNOWN", "Gpu", "device", "gpu", "judge", "reserved"]
+__all__ = [
+    "CONTEXT",
+    "FITS",
+    "FRAGMENTATION",
+    "NO",
+    "TIGHT",
+    "UNKNOWN",
+    "Gpu",
+    "device_bytes",
+    "find_gpu",
+    "judge_peak",
+    "reserved_bytes",
+]
 
 GIB = 2**30
 
@@ -53,14 +65,14 @@ UNITS = {"mib": 2**20, "gib": GIB, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb":
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. nbytes: what a process can have of its memory, the context of the driver included."""
+    """A GPU; `nbytes` is the memory that a process can have, the context of the driver included."""
 
     name: str
     nbytes: int
 
 
-def gpu(text: str | float) -> Gpu:
-    """The GPU of this name ("RTX 4090", "a100-80"), or any with this much memory ("24GiB", "24GB"; 24 is in GiB).
+def find_gpu(text: str | float) -> Gpu:
+    """Find the GPU of a name ("RTX 4090", "a100-80"), or any of a size ("24GiB", "24GB"; 24 is in GiB).
 
     Raises:
         QuestionError: if it is neither, naming the nearest.
@@ -90,26 +102,31 @@ def _of_size(name: str, nbytes: float) -> Gpu:
 
 
 def _key(name: str) -> str:
-    """A name as it is compared: what people write around the model's number left out."""
+    """Return a name as it is compared: what people write around the model's number left out."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia|amd|instinct|tesla|geforce|rtx)+", "", re.sub(r"(gib|gb)$", "", plain))
 
 
-def reserved(allocated: int) -> int:
-    """Bytes that PyTorch's caching allocator holds when so many are in use: assumed, since it depends on the run."""
+def reserved_bytes(allocated: int) -> int:
+    """Return the bytes that PyTorch's caching allocator reserves for a peak: assumed, as this depends on the run."""
     return math.ceil(allocated * FRAGMENTATION)
 
 
-def device(allocated: int) -> tuple[int, int]:
-    """Bytes that the GPU shows as used, least and most: without fragmentation and with a small context, with both."""
+def device_bytes(allocated: int) -> tuple[int, int]:
+    """Return the least and the most bytes that the GPU shows as used.
+
+    The least is without fragmentation and with a small context, the most with fragmentation and a large context.
+    """
     least, most = CONTEXT
-    return allocated + least, reserved(allocated) + most
+    return allocated + least, reserved_bytes(allocated) + most
 
 
-def judge(allocated: int, memory: int) -> str:
-    """Whether a peak fits into `memory` bytes: "fits" if the most it can become does, "no" if not even the least does,
-    "tight" if it depends."""
-    least, most = device(allocated)
+def judge_peak(allocated: int, memory: int) -> str:
+    """Return whether a peak fits into `memory` bytes.
+
+    "fits" if the most that the peak can become does, "no" if not even the least does, "tight" if it depends.
+    """
+    least, most = device_bytes(allocated)
     if most <= memory:
         return FITS
     return TIGHT if least <= memory else NO

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.distributed.agreement import Groups, View
+from optstate.distributed.agreement import Groups, ProcessView
 from optstate.distributed.placement import is_distributed
 from optstate.optimizer.parameters import Leaf
 from optstate.spec import is_fake
@@ -22,7 +22,7 @@ FEW = 16
 
 
 def processes(leaves: Iterable[Leaf]) -> list[Groups]:
-    """The groups of processes that have parts or copies of these parameters as DTensors, each once.
+    """Return the groups of processes that have parts or copies of these parameters as DTensors, each once.
 
     Parameters that are plain tensors say nothing of other processes: replicas under DistributedDataParallel and experts
     of a process's own look alike, so nothing is asked of them.
@@ -33,13 +33,16 @@ def processes(leaves: Iterable[Leaf]) -> list[Groups]:
 
 def views(
     leaves: Sequence[Leaf], groups: Sequence[Mapping[str, Any]], steps: Mapping[int, int], **more: Any
-) -> dict[Groups, View]:
-    """For all processes that share parameters, what must be the same on them.
+) -> dict[Groups, ProcessView]:
+    """Note what must be the same on all processes that share parameters.
 
-    leaves: of all parameters in order. groups: the param groups with the hyper-parameters that count. steps: how often
-    each parameter that has state was updated, by its place. more: what else must be alike.
+    Args:
+        leaves: of all parameters in order.
+        groups: the param groups with the hyper-parameters that count.
+        steps: how often each parameter that has state was updated, by its place.
+        **more: other values that must be the same, by what they are.
     """
-    found: dict[Groups, View] = {each: {} for each in processes(leaves)}
+    found: dict[Groups, ProcessView] = {each: {} for each in processes(leaves)}
     for each, view in found.items():
         shared = [i for i, leaf in enumerate(leaves) if leaf.placement is not None and leaf.placement.everyone == each]
         for i in shared:
@@ -54,22 +57,22 @@ def views(
     return found
 
 
-def content(tensors: Mapping[str, Tensor]) -> View:
-    """Digests of a few numbers of each tensor, by which two that were saved at different times are told apart.
+def content(tensors: Mapping[str, Tensor]) -> ProcessView:
+    """Note digests of a few numbers of each tensor, which tell tensors saved at different times apart.
 
-    Of distributed tensors every process has another part: they are left out.
+    Distributed tensors are left out, as every process has another part.
     """
     whole = {name: tensor for name, tensor in tensors.items() if not is_distributed(tensor) and not is_fake(tensor)}
     return {f"the content of {name!r}": digest_of(_sample(tensor)) for name, tensor in whole.items()}
 
 
 def digest_of(data: bytes) -> str:
-    """A few characters that differ where data does."""
+    """Return a few characters that differ where data does."""
     return sha256(data).hexdigest()[:12]
 
 
 def _sample(tensor: Tensor) -> bytes:
-    """The first few elements, and as many from the middle on."""
+    """Return the bytes of the first few elements, and of as many from the middle on."""
     flat = tensor.detach().reshape(-1)
     middle = flat.numel() // 2
     parts = [flat[start : start + FEW].cpu().contiguous().view(torch.uint8) for start in (0, middle)]
@@ -77,7 +80,7 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether what repr() says of it is its value, not its place in memory."""
+    """Return whether repr() of a value tells the value, not its place in memory."""
     if isinstance(value, Tensor):
         return value.numel() <= FEW and not is_fake(value) and not is_distributed(value)
     if isinstance(value, dict):

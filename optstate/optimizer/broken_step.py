@@ -58,7 +58,7 @@ class Consistency:
         self._unfinished.pop(name, None)
 
     def refused_everywhere(self) -> None:
-        """A gradient was refused, on all devices alike: parameters that are not being written here are so nowhere."""
+        """Note that all devices refused a gradient: parameters that are not being written here are so nowhere."""
         for name in [name for name, writing in self._unfinished.items() if not writing]:
             del self._unfinished[name]
 

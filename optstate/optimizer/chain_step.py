@@ -31,7 +31,7 @@ def context(
     """Return what the transforms of one step see, with the parameter's own way of being read and written."""
     fields = {field: state[key] for field, key in plan.weight_keys.items()} if plan.weight_keys else {}
     codec = plan.weights.codec(plan.spec, step, fields)
-    return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec)
+    return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec, is_whole=plan.spec.region is None)
 
 
 def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
@@ -88,11 +88,11 @@ def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic
     elif not update.factors and all(t.is_contiguous() for t in (param, grad, update.dense)):
         param, grad, update = param.view(-1), grad.view(-1), replace(update, dense=update.dense.view(-1))
     factors = {name: statistic.factors() for name, statistic in moved.items()}
-    pieces = kernels.pieces(param.shape, plan.slice_elements(param.device), plan.alignment)
+    pieces = kernels.cut_into_pieces(param.shape, plan.slice_elements(param.device), plan.alignment)
     for piece in kernels.worth_running(pieces, lambda piece: piece.stop - piece.start):
         of_update, of_param = update.piece(piece), piece.of(param)
         of_grad = of_update.dense if is_gradient else piece.of(grad)
-        here = replace(ctx, param=of_param, grad=of_grad, start=piece.start)
+        here = replace(ctx, param=of_param, grad=of_grad, start=piece.start, is_whole=False)
         slices = {name: _slice_of(s, plan.slots[name], piece, of_param) for name, s in independent.items()}
         for name, statistic in moved.items():
             slices[name] = MovedStatistic(statistic, tuple(map(piece.of, factors[name])), of_param.shape)
@@ -122,7 +122,7 @@ def _write(plan: ParamPlan, update: Update, ctx: Context) -> None:
         masked = ctx.guard.masked
         update = replace(update, scale=masked(update.scale), decay=masked(update.decay), finite=ctx.guard.finite)
     ctx.guard.begin_writing()
-    kernels.apply(ctx.param, update, update.decay, ctx.codec, ctx.start)
+    kernels.apply_update(ctx.param, update, update.decay, ctx.codec, ctx.start)
 
 
 def _slice_of(whole: Statistic, slot: SlotPlan, piece: Piece, param: Tensor) -> Statistic:

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate.other_libraries import OtherRule, departures, followed, rule_with_keys, strays, visible
+from optstate.other_libraries import OtherRule, departures, find_rule_by_keys, followed, strays, visible
 from optstate.updates import Chain
 
-__all__ = ["check_rule"]
+__all__ = ["check_foreign_rule"]
 
 ANYWAY = "optstate.load(optimizer, file, allow_lossy=True) takes the statistics over all the same"
 
 
-def check_rule(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], chains: Sequence[Chain]) -> None:
+def check_foreign_rule(
+    saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], chains: Sequence[Chain]
+) -> None:
     """Raise if saved param groups are of an optimizer that follows another rule than the chains of our groups.
 
     saved: of a `state_dict` that does not say that it is ours. own, chains: our groups in the same order, and where a
@@ -33,7 +35,7 @@ def check_rule(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, An
     }
     if not groups:
         return
-    rule = rule_with_keys([saved[place] for place in groups])
+    rule = find_rule_by_keys([saved[place] for place in groups])
     if rule is not None and not rule.recipe:
         raise ValueError(f"the saved state is of {rule.kind}'s {rule.optimizer}: {rule.why}; {ANYWAY}")
     for place, group in groups.items():
@@ -43,7 +45,7 @@ def check_rule(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, An
 
 
 def _of_others(theirs: Mapping[str, Any], ours: Mapping[str, Any], chain: Chain) -> dict[str, Any]:
-    """A group without what ours has, too: a user's own keys, and with numbers for tensors of one."""
+    """Return the keys of a group that ours does not have with the same value, tensors of one number as numbers."""
     plain = {key: value.item() if _is_number(value) else value for key, value in theirs.items()}
     return {key: value for key, value in plain.items() if key in chain.hyper or not _same(value, ours.get(key))}
 

@@ -80,7 +80,7 @@ class FusedBackward:
         return self._hooks.active
 
     def attach(self) -> None:
-        """Hook every parameter that trains and has no hook of this optimizer: after unfreezing, for example."""
+        """Attach hooks to every parameter that trains and has none of this optimizer, as after unfreezing."""
         self._hooks.attach()
 
     def remove(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from optstate.distributed.placement import here
 from optstate.integrations import engines, trainers
 from optstate.optimizer import stale_weights
 from optstate.optimizer.broken_step import STEP
+from optstate.optimizer.gradient_group import GradientGroup
 from optstate.optimizer.norm_clip import NormClip, has_reentrant_checkpoint
+from optstate.optimizer.parameter_hooks import ParameterHooks
 from optstate.optimizer.parameters import Leaf, batches
 from optstate.optimizer.step_runner import StepRunner
 
@@ -31,8 +31,11 @@ class _Mode(Enum):
 
 
 class GradientHooks:
-    """Updates parameters inside the backward pass. Held by the runner of the optimizer's steps, and holds that weakly:
-    an optimizer that is deleted is gone at once, and its hooks with it."""
+    """The hooks that update parameters inside the backward pass.
+
+    The runner of the optimizer's steps holds the hooks, which hold the runner weakly: an optimizer that is deleted is
+    gone at once, and its hooks with it.
+    """
 
     def __init__(
         self, runner: StepRunner, clip_grad_norm: float | None, make_handle: Callable[[Any, GradientHooks], Any]
@@ -41,14 +44,11 @@ class GradientHooks:
         self._make_handle = make_handle
         self._handle: weakref.ref[Any] | None = None
         self._clip = NormClip(clip_grad_norm)
-        self._handles: dict[Tensor, RemovableHandle] = {}
-        self._unhooked: list[Tensor] = []  # as they were frozen when they were last looked at
+        self._hooks = ParameterHooks(self)
         self._mode = _Mode.UPDATE
         self._updated: list[Tensor] = []
-        self._kept: set[Tensor] = set()
         self._engine_checked = False
-        self._waiting: list[Tensor] = []
-        self._buffer = 0
+        self._group = GradientGroup()
 
     @property
     def runner(self) -> StepRunner:
@@ -86,64 +86,24 @@ class GradientHooks:
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hook every parameter that trains and has no hook of this optimizer: after unfreezing, for example."""
+        """Attach hooks to every parameter that trains and has none of this optimizer, as after unfreezing."""
         self._require_active("attach")
         self.runner.follow()
-        self._hook([p for p in self.runner.params() if p.requires_grad and not self._is_hooked(p)])
-
-    def _attach_new(self) -> None:
-        """Hook parameters that began to train after fusing. Lost hooks are not healed: `close_step` reports them."""
-        for param in self._unhooked:
-            if param.requires_grad:
-                self._hook([p for p in self._unhooked if p.requires_grad])
-                return
+        self._hooks.attach(self.runner)
 
     def follow(self, replaced: Mapping[Tensor, Tensor], gone: Iterable[Tensor]) -> None:
-        """Hook parameters that were put in the place of others, and let those go: they may be whole where these are
-        sharded. Let parameters go that are in no group any more."""
-        for param in (*replaced, *gone):
-            handle = self._handles.pop(param, None)
-            if handle is not None:
-                handle.remove()
-            self._kept.discard(param)
-        self._hook([param for param in replaced.values() if param.requires_grad])
+        """Move hooks to parameters that were put in the place of others, which may be whole where these are sharded.
+
+        Parameters that are in no group any more are let go.
+        """
+        self._hooks.release((*replaced, *gone))
+        self._hooks.add(self.runner, [param for param in replaced.values() if param.requires_grad])
         if replaced:
             self.look_again()
 
-    def _hook(self, missing: list[Tensor]) -> None:
-        if missing:
-            engines.refuse_live_objects(missing)
-            self._replace_older(missing)
-            engines.refuse_parameters((self.runner.name(param), param) for param in missing)
-        for param in missing:
-            handle = param.register_post_accumulate_grad_hook(_Hook(self))  # type: ignore[no-untyped-call]
-            weakref.finalize(self, handle.remove).atexit = False  # an optimizer that is gone leaves nothing behind
-            self._handles[param] = handle
-            if param.grad is not None:
-                self._kept.add(param)
-        self._unhooked = [param for param in self.runner.params() if param not in self._handles]
-
-    def _replace_older(self, params: list[Tensor]) -> None:
-        """Take the hooks over from optimizers that were fused earlier: a second fit, or a notebook cell run again."""
-        hooks = (hook for p in params for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values())
-        found = {hook.hooks(): None for hook in hooks if isinstance(hook, _Hook)}
-        for older in found:
-            if older is None or older is self or older._runner() is None:
-                continue
-            which = f"{type(older.optimizer).__name__} over {len(older.runner.params())} parameters"
-            older.runner.replaced_by = weakref.ref(self)
-            older.remove()
-            warnings.warn(
-                f"an older {which} was fused over parameters of this {type(self.optimizer).__name__}: only this one "
-                "updates from now on. Call fused.remove() on the older one, or delete it, before you fuse a new one",
-                stacklevel=5,
-            )
-
     def remove(self) -> None:
         """Detach: backward passes leave gradients again and `step()` updates. State stays."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        self._hooks.release(list(self._hooks.hooked))
         if self.active:
             self.runner.hooks = None
         self._reset()
@@ -152,8 +112,8 @@ class GradientHooks:
         """Forget the step in progress: what was updated and measured since the last `step()`."""
         self._show_weights()
         self._updated.clear()
-        self._kept.clear()
-        self._waiting.clear()
+        self._hooks.kept.clear()
+        self._group.params.clear()
         self._clip.reset()
         self._mode = _Mode.UPDATE
 
@@ -166,10 +126,6 @@ class GradientHooks:
         if not self.active:
             raise RuntimeError(f"{action}() needs an active fused backward: this one was removed, fuse again")
 
-    def _is_hooked(self, param: Tensor) -> bool:
-        handle = self._handles.get(param)
-        return handle is not None and _is_alive(handle, param)
-
     # --- what a gradient triggers -----------------------------------------------------------------------------------
 
     def on_gradient(self, runner: StepRunner, param: Tensor) -> None:
@@ -177,7 +133,7 @@ class GradientHooks:
         if param.grad is None:
             return
         if self._mode is _Mode.ACCUMULATE:
-            self._kept.add(param)
+            self._hooks.kept.add(param)
             return
         try:
             if self._mode is _Mode.MEASURE:
@@ -188,7 +144,8 @@ class GradientHooks:
             if leaf is None:
                 return
             if leaf.is_split:
-                self._wait_for_group(leaf, param)
+                for complete in self._group.add(leaf, param):
+                    self._update_group(complete)
                 return
             try:
                 runner.update(leaf, param, self._clip.scale)
@@ -209,7 +166,7 @@ class GradientHooks:
         consistency.require_going_on("backward")
         number = torch._C._current_graph_task_id()
         if number not in consistency.running:
-            self._begin_pass(runner, number)
+            self.begin_pass(runner, number)
         if self._clip.is_missing:
             raise RuntimeError(
                 f"clip_grad_norm={self.clip_grad_norm} needs the norm before the update: call fused.grad_norm(loss) "
@@ -218,8 +175,8 @@ class GradientHooks:
         leaf = runner.parameters.leaves.get(param)
         if leaf is None or runner.hooks is not self:
             return None
-        name = leaf.plan.spec.name
-        if name in consistency.updated or (self._waiting and any(param is other for other in self._waiting)):
+        name, waiting = leaf.plan.spec.name, self._group.params
+        if name in consistency.updated or (waiting and any(param is other for other in waiting)):
             consistency.broke_off(name, "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {name!r} arrived a second time before step(): call optimizer.step() "
@@ -233,28 +190,11 @@ class GradientHooks:
         """Remember that a parameter was updated, and hide its new values from the rest of the pass."""
         self._updated.append(param)
         if torch._C._current_graph_task_id() >= 0:
-            stale_weights.hide(param, leaf.plan.spec.name)
+            stale_weights.hide_weight(param, leaf.plan.spec.name)
 
-    def _wait_for_group(self, leaf: Leaf, param: Tensor) -> None:
-        """Update split parameters together once the gradients of all in their group are there.
-
-        FSDP2 scatters the gradients of a group into one buffer and then calls the hooks of its parameters in order, so
-        none of them could be freed before the last, and sums over devices need only be taken once for all of them.
-        """
-        grad = here(param.grad) if param.grad is not None else param
-        storage = grad.untyped_storage()
-        if self._waiting and storage._cdata != self._buffer:
-            self._update_waiting()  # parameters behind them in their group had no gradient
-        self._buffer = storage._cdata
-        self._waiting.append(param)
-        end = grad.storage_offset() + leaf.on_devices.slots_in_buffer
-        if end * grad.element_size() >= storage.nbytes():
-            self._update_waiting()
-
-    def _update_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        self.runner.require_agreement(waiting)
-        self._update(waiting)
+    def _update_group(self, params: list[Tensor]) -> None:
+        self.runner.require_agreement(params)
+        self._update(params)
 
     def _update(self, params: list[Tensor]) -> None:
         runner = self.runner
@@ -268,54 +208,31 @@ class GradientHooks:
 
     # --- the beginning and the end of a pass ------------------------------------------------------------------------
 
-    def _begin_pass(self, runner: StepRunner, number: int) -> None:
+    def begin_pass(self, runner: StepRunner, number: int) -> None:
         """Before the first update of a pass: leave a mark that only the end of this backward pass takes away."""
         if not self._engine_checked:
-            engines.refuse_live_objects(self._handles)
+            engines.refuse_live_objects(self._hooks.hooked)
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
             self._engine_checked = True
         runner.require_ready()
-        self._attach_new()
+        self._hooks.attach_unfrozen(runner)
         runner.consistency.begin(number)
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))
 
     def _end_pass(self, number: int) -> None:
-        """Called by autograd at the end of a backward pass that ended well."""
-        if self._waiting:
+        """Note that a backward pass ended well; called by autograd."""
+        if self._group.params:
             try:
-                self._update_waiting()
+                self._update_group(self._group.take())
             except BaseException:
                 self.abandon()
                 raise
         around = torch._C._current_autograd_node()
         if around is not None:
-            self._watch_pass_around(around)
+            _watch_pass_around(self, around)
         else:
             self._show_weights()
         self.runner.consistency.end(number)
-
-    def _watch_pass_around(self, node: Any) -> None:
-        """This pass ran inside another, as those of reentrant checkpoints do, which can still fail: mark that one.
-
-        node: what the other pass is computing, whose inputs it visits next.
-        """
-        following = [before for before, _ in node.next_functions if before is not None]
-        mark = object()
-        handles: list[RemovableHandle] = []
-
-        def on_visit(hooks: GradientHooks, _: Any) -> None:
-            for handle in handles:
-                handle.remove()
-            runner = hooks.runner
-            if mark in runner.consistency.running:
-                number = torch._C._current_graph_task_id()
-                if number not in runner.consistency.running:
-                    hooks._begin_pass(runner, number)
-                runner.consistency.end(mark)
-
-        if following:
-            self.runner.consistency.running.add(mark)
-            handles += [before.register_prehook(_weakly(on_visit, self)) for before in following]
 
     def abandon(self) -> None:
         """Drop the gradients that were being collected: they must not reach the next step."""
@@ -325,7 +242,7 @@ class GradientHooks:
 
     def _show_weights(self) -> None:
         for param in self._updated:
-            stale_weights.show(param)
+            stale_weights.show_weight(param)
 
     # --- clipping and accumulation ----------------------------------------------------------------------------------
 
@@ -343,7 +260,7 @@ class GradientHooks:
                 "grad_norm() cannot see gradients behind checkpoint(..., use_reentrant=True): use use_reentrant=False"
             )
         runner.follow()
-        self._attach_new()
+        self._hooks.attach_unfrozen(runner)
         self._reset()
         self._mode = _Mode.MEASURE
         try:
@@ -358,8 +275,9 @@ class GradientHooks:
         self._require_active("accumulate")
         if self._updated:
             raise RuntimeError("accumulate() after a backward that updated: accumulate first, update last")
-        self.runner.follow()
-        self._attach_new()
+        runner = self.runner
+        runner.follow()
+        self._hooks.attach_unfrozen(runner)
         outer, self._mode = self._mode, _Mode.ACCUMULATE
         try:
             yield
@@ -378,16 +296,8 @@ class GradientHooks:
             RuntimeError: if hooks were lost, or no gradient arrived since the last step.
         """
         runner = self.runner
-        held, lost = [], []
-        for param in runner.params():
-            if param.grad is not None:
-                held.append(param)
-        for param, handle in self._handles.items():
-            if param.requires_grad and not _is_alive(handle, param):
-                lost.append(param)
-        for param in held:
-            if self._is_hooked(param) and param not in self._kept:  # a swapped tensor keeps a dead hook
-                lost.append(param)
+        held = [param for param in runner.params() if param.grad is not None]
+        lost = self._hooks.lost(held)
         if lost:
             raise RuntimeError(
                 f"{runner.name(lost[0])!r} and {len(lost) - 1} more lost their backward hooks, so nothing updates "
@@ -403,7 +313,7 @@ class GradientHooks:
         if held:
             self._step_held(runner, held)
         self._reset()
-        self._attach_new()
+        self._hooks.attach_unfrozen(runner)
 
     def _step_held(self, runner: StepRunner, held: list[Tensor]) -> None:
         """Update accumulated gradients, and those of parameters that were unfrozen after fusing."""
@@ -418,17 +328,28 @@ class GradientHooks:
             raise
 
 
-class _Hook:
-    """A gradient hook that does not keep the optimizer alive."""
+def _watch_pass_around(hooks: GradientHooks, node: Any) -> None:
+    """Mark the pass inside which this one ran, as those of reentrant checkpoints do: that one can still fail.
 
-    def __init__(self, hooks: GradientHooks) -> None:
-        self.hooks = weakref.ref(hooks)
+    node: what the other pass is computing, whose inputs it visits next.
+    """
+    following = [before for before, _ in node.next_functions if before is not None]
+    mark = object()
+    handles: list[RemovableHandle] = []
 
-    def __call__(self, param: Tensor) -> None:
-        hooks = self.hooks()
-        runner = hooks._runner() if hooks is not None else None
-        if hooks is not None and runner is not None:
-            hooks.on_gradient(runner, param)
+    def on_visit(alive: GradientHooks, _: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        runner = alive.runner
+        if mark in runner.consistency.running:
+            number = torch._C._current_graph_task_id()
+            if number not in runner.consistency.running:
+                alive.begin_pass(runner, number)
+            runner.consistency.end(mark)
+
+    if following:
+        hooks.runner.consistency.running.add(mark)
+        handles += [before.register_prehook(_weakly(on_visit, hooks)) for before in following]
 
 
 def _weakly(function: Callable[..., None], hooks: GradientHooks, *args: Any) -> Callable[..., None]:
@@ -441,9 +362,3 @@ def _weakly(function: Callable[..., None], hooks: GradientHooks, *args: Any) -> 
             function(alive, *args, *more)
 
     return call
-
-
-def _is_alive(handle: RemovableHandle, param: Tensor) -> bool:
-    """Whether the hook of a handle is still among those of the parameter."""
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None)
-    return hooks is not None and handle.id in hooks

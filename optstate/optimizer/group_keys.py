@@ -69,7 +69,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _meant(key: str, names: Collection[str]) -> str | None:
-    """The hyper-parameter that a key is nearly, in its letters; a name with more words to it is another name."""
+    """Return the hyper-parameter that a key nearly spells; a key with more words is another name."""
     spelled = key.lower().replace("-", "_")
     if spelled in SYNONYMS:
         return SYNONYMS[spelled]

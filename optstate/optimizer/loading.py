@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from optstate.distributed.agreement import DisagreementError, reason_of, together
+from optstate.distributed.agreement import DisagreementError, fail_together, reason_of
 from optstate.distributed.placement import here
 from optstate.optimizer import alike
 from optstate.optimizer import state_dict as resume
@@ -33,7 +33,7 @@ def load_prepared(
     runner.follow()
     optimizer, parameters, consistency = runner.optimizer, runner.parameters, runner.consistency
     shared = alike.processes(parameters.leaves.values())
-    with together("load", shared) as views:
+    with fail_together("load", shared) as views:
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "loading inside a backward pass is refused: gradients of the old state would meet the new one; "
@@ -41,7 +41,7 @@ def load_prepared(
             )
         saved, copy = prepare()
         plan = parameters.plan(optimizer.param_groups)
-        gaps = resume.check(optimizer, plan, saved)
+        gaps = resume.check_state_dict(optimizer, plan, saved)
         taken_over = resume.names_to_take_over(optimizer, plan, saved)
         if shared:
             _note_what_is_loaded(runner, views, saved, content())
@@ -49,7 +49,7 @@ def load_prepared(
     # A load is written ahead: whatever ends it before its end, no step and no save follow.
     consistency.reason = "loading has not come to its end"
     try:
-        with together("load, after reading", shared):
+        with fail_together("load, after reading", shared):
             _fill(runner, saved, gaps, copy)
     except DisagreementError as error:
         consistency.reason = f"loading failed elsewhere: {error}"

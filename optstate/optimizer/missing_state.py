@@ -28,11 +28,15 @@ class Gap(Enum):
 
 
 def rule(name: str, *, saved: bool, here: bool, trains: bool, complete: bool) -> Gap:
-    """What becomes of the state of one parameter.
+    """Decide what becomes of the state of one parameter.
 
-    saved: whether there is any of it in what was saved. here: whether there is any in the optimizer. trains: whether
-    the parameter requires gradients now. complete: whether the saved run kept state for all parameters that trained,
-    as this library does from the beginning; torch.distributed.checkpoint leaves out what is frozen when it is saved.
+    Args:
+        name: of the parameter.
+        saved: whether the saved run has state of the parameter.
+        here: whether the optimizer has state of the parameter.
+        trains: whether the parameter requires gradients now.
+        complete: whether the saved run kept state for all parameters that trained, as this library does from the
+            beginning; torch.distributed.checkpoint leaves out parameters that are frozen when it saves.
 
     Raises:
         ValueError: where a complete run kept nothing and the parameter trains here. It was frozen, or state was lost.

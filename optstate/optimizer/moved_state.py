@@ -37,7 +37,7 @@ class Watch:
             self._marks[param] = _mark(self._state[param])
 
     def moved(self) -> Tensor | None:
-        """A parameter whose state is not what it was; None if there is none."""
+        """Return a parameter whose state is not what it was; None if there is none."""
         now = dict(list(self._state.items()))
         for param in {**self._marks, **now}:
             if param not in now or param not in self._marks or _mark(now[param]) != self._marks[param]:

@@ -49,7 +49,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     made_for_fused_backward: ClassVar[bool] = False
-    """Whether a recipe is meant to be fused into the backward pass: what `optstate.estimate` assumes of it."""
+    """Whether a recipe is to be fused into the backward pass unless that is turned off, as `optstate.estimate` assumes.
+    A recipe that is a function may have such an attribute, too."""
 
     runner: StepRunner
     """What makes the steps; the hooks of a fused backward pass hold it, too."""
@@ -226,11 +227,11 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     def watch(self, action: str) -> Callable[[], None]:
-        """What to call when the state has been read for `action`: it raises if a parameter was updated meanwhile.
+        """Return a function to call when the state has been read for `action`.
 
         Raises:
-            MovedStateError: by what is returned.
-            InconsistentStateError: by what is returned, if a step has begun and not ended.
+            MovedStateError: from the function, if a parameter was updated meanwhile.
+            InconsistentStateError: from the function, if a step has begun and not ended.
         """
         return loading.watch_state(self.runner, action)
 
@@ -265,11 +266,13 @@ class Optimizer(torch.optim.Optimizer):
     def load_prepared(
         self, prepare: Callable[[], tuple[Mapping[str, Any], Copy]], content: Callable[[], Mapping[str, str]] = dict
     ) -> None:
-        """What `load_state_dict` does between its hooks, on all processes that share parameters or on none.
+        """Load state as `load_state_dict` does between its hooks, on all processes that share parameters or on none.
 
-        prepare: gives what was saved, and what brings the values of a saved tensor into one of this optimizer's. Saved
-            tensors need only shape and dtype, so that a file can be read into place.
-        content: what else must be the same on them, in words; called after `prepare` where there are such processes.
+        Args:
+            prepare: returns what was saved, and a function that copies a saved tensor into one of this optimizer's.
+                Saved tensors need only shape and dtype, so that a file can be read into place.
+            content: returns what else must be the same on the processes, in words; called after `prepare` where there
+                are several.
 
         Raises:
             What `prepare` raises, and as `load_state_dict`.

@@ -35,7 +35,7 @@ __all__ = [
 
 
 def checked_params(params: Any) -> list[dict[str, Any]]:
-    """The parameters, named parameters or groups, as groups whose `params` are lists.
+    """Return parameters, named parameters or groups as groups whose `params` are lists.
 
     Raises:
         TypeError: for a single tensor, a module, or a dict; ValueError: for nothing at all.
@@ -68,7 +68,7 @@ def _listed(group: Any) -> dict[str, Any]:
 
 
 def names_in(groups: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names that come with the parameters of listed groups."""
+    """Return the names that come with the parameters of listed groups."""
     names: list[str] = []
     for group in groups:
         names += [item[0] for item in group["params"] if isinstance(item, tuple) and isinstance(item[0], str)]
@@ -85,7 +85,7 @@ def refuse_inference_mode(action: str) -> None:
 
 
 def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
-    """A param group whose parameters can be added: tensors in a list, and `param_names`, as given, if they have names.
+    """Return a param group whose parameters can be added: `params` a list of tensors, `param_names` if there are any.
 
     Frozen parameters may be of any dtype: they are never stepped. A group may be empty.
 
@@ -118,7 +118,7 @@ def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
 
 
 def _named(group: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
-    """The names of a group's parameters, none if they have none, and the parameters."""
+    """Return the names of a group's parameters (an empty list without names), and the parameters."""
     items, names = list(group["params"]), group.get("param_names")
     pairs = [item for item in items if isinstance(item, tuple)]
     if pairs:
@@ -212,7 +212,7 @@ def split_by_chain(
 
 
 def shared_defaults(chains: Sequence[Chain]) -> dict[str, Any]:
-    """The hyper-parameters that all of these chains have, as the first of them has them."""
+    """Return the hyper-parameters that all of these chains have, with the defaults of the first chain."""
     first, *others = chains
     return {key: value for key, value in first.hyper.items() if all(key in chain.hyper for chain in others)}
 
@@ -258,7 +258,7 @@ class UsedValues:
 
 
 def _kept(value: Any) -> Any:
-    """A value that stays what it is when the group's changes in place."""
+    """Return a value that stays as it is when the group's value changes in place."""
     return list(value) if isinstance(value, list) else value
 
 
@@ -275,10 +275,16 @@ def _in_group(place: int) -> Iterator[None]:
 
 
 def spec_of(name: str, param: Tensor, group: Mapping[str, Any], given: str = "") -> ParamSpec:
-    """What every decision about a parameter is based on. given: the name before wrappers' words were left out.
+    """Make the specification of a parameter, on which every decision about the parameter is based.
+
+    Args:
+        name: canonical name.
+        param: the parameter.
+        group: the param group, with the role and the head size.
+        given: the name before wrappers' words were left out.
 
     Raises:
-        ValueError: if it is distributed in a way that cannot be stepped.
+        ValueError: if the parameter is distributed in a way that cannot be stepped.
     """
     try:
         placement = placement_of(param)
@@ -296,7 +302,11 @@ def spec_of(name: str, param: Tensor, group: Mapping[str, Any], given: str = "")
 
 
 def checked_gradient(param: Tensor, spec: ParamSpec, placement: Placement | None = None) -> Tensor:
-    """What of the gradient is here, if it can be stepped and the parameter is still what was planned."""
+    """Return the gradient's part on this device, after checking that the parameter is still as planned.
+
+    Raises:
+        RuntimeError, TypeError: if the parameter or its gradient cannot be stepped.
+    """
     name, grad = spec.name, param.grad
     if param.dtype != spec.dtype or param.shape != spec.shape:
         raise RuntimeError(

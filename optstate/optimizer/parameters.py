@@ -48,8 +48,10 @@ class Leaf:
 
     @property
     def held(self) -> int:
-        """Elements of temporaries that its step keeps while it waits for sums: those of the largest part, so that all
-        devices decide alike."""
+        """Number of elements of temporaries that a step keeps while it waits for sums.
+
+        Those of the largest part count, so that all devices decide alike.
+        """
         plan, spec = self.plan, self.plan.spec
         if spec.region is None or plan.knows_no_shape:
             return 0
@@ -60,8 +62,10 @@ class Leaf:
 
 
 def batches(params: Iterable[tuple[Tensor, Leaf]]) -> Iterator[list[Tensor]]:
-    """Parameters in order: those that are whole one by one, split ones as many together as share their rounds of sums
-    without much memory."""
+    """Yield parameters in order: whole ones one by one, split ones in batches that share their rounds of sums.
+
+    A batch is as large as it can be without much memory.
+    """
     batch: list[Tensor] = []
     held = 0
     for param, leaf in params:
@@ -78,8 +82,10 @@ def batches(params: Iterable[tuple[Tensor, Leaf]]) -> Iterator[list[Tensor]]:
 
 
 def replacements(ours: Sequence[Tensor], now: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Which of our parameters were replaced by distributed ones of the same shape and dtype, in order; none if
-    something else was put in the place of one."""
+    """Return our parameters that were replaced by distributed ones of the same shape and dtype, with these.
+
+    The result is empty if something else was put in the place of a parameter.
+    """
     found = {}
     known = set(ours)
     for old, param in zip(ours, now, strict=False):

@@ -76,7 +76,7 @@ class ParamPlan:
         return sum(field.nbytes for field in self.fields.values()) if self.trainable else 0
 
     def for_region(self, region: Region | None) -> ParamPlan:
-        """The plan of the same parameter where this device has that part of it, None for all of it.
+        """Plan the same parameter for a device that has this part of it; None for all of it.
 
         Raises:
             ValueError: if a store cannot be kept in such parts.
@@ -102,15 +102,16 @@ class ParamPlan:
         return math.sqrt(torch.finfo(torch.float32 if coded else self.spec.accumulator).max) if squared else math.inf
 
     def largest_gradient(self, group: Mapping[str, Any]) -> float:
-        """The largest magnitude of a gradient element that a step with the group's hyper-parameters can take."""
+        """Return the largest magnitude of a gradient element that a step with a group's hyper-parameters can take."""
         clip = self.chain.transforms[0] if self.chain.transforms else None
         clipped = isinstance(clip, clip_by_value) and isinstance(clip.bound, Hyper) and clip.bound.read(group)
         return math.inf if clipped else self.largest_square_root
 
     @cached_property
     def first_sliced(self) -> int | None:
-        """The place in the chain from which on it runs slice by slice, so that scratch memory does not grow with the
-        parameter; None if nothing after the last sum over the whole parameter needs scratch.
+        """Place in the chain from which on transforms run slice by slice, so that scratch memory stays small.
+
+        None if nothing after the last sum over the whole parameter needs scratch memory.
 
         Every transform before it keeps the update on paper or pays for temporaries. The one at this place may need
         sums too, if it can take them beforehand (`Transform.prepare`).

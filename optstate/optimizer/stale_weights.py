@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["hide", "show"]
+__all__ = ["hide_weight", "show_weight"]
 
 # What tells about a tensor, or hangs something on it, without its values. Attributes are named by their getters.
 _WITHOUT_VALUES = frozenset(
@@ -39,7 +39,7 @@ class _Guarded:
 
     def __deepcopy__(self, memo: Any) -> Any:
         copied = super().__deepcopy__(memo)  # type: ignore[misc]
-        show(copied)
+        show_weight(copied)
         return copied
 
     @classmethod
@@ -50,7 +50,7 @@ class _Guarded:
             name = func.__self__.__name__
         if torch._C._current_graph_task_id() < 0:  # no pass runs here: the one that updated them ended, well or not
             for item in _hidden_in(args, kwargs):
-                show(item)
+                show_weight(item)
         elif not sets and name not in _WITHOUT_VALUES and (items := _of_this_pass(_hidden_in(args, kwargs))):
             which = " and ".join(_NAMES.get(id(item), "a weight") for item in items)
             raise RuntimeError(
@@ -96,7 +96,7 @@ _THREADS: dict[int, threading.Thread | None] = {}
 """The thread in which a tensor was updated, None for one of autograd's own."""
 
 
-def hide(param: Tensor, name: str) -> None:
+def hide_weight(param: Tensor, name: str) -> None:
     """Make every reading of a parameter's values in a backward pass fail, until `show`.
 
     Parameters of other people's classes, distributed ones among them, stay as they are.
@@ -109,7 +109,7 @@ def hide(param: Tensor, name: str) -> None:
         param.__class__ = hidden
 
 
-def show(param: Tensor) -> None:
+def show_weight(param: Tensor) -> None:
     """Let a parameter be read again."""
     kind = _AFTERWARDS.get(type(param))
     if kind is not None:

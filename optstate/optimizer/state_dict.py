@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optstate import naming
-from optstate.optimizer.foreign_state import check_rule
+from optstate.optimizer.foreign_state import check_foreign_rule
 from optstate.optimizer.missing_state import Gap, rule
 from optstate.optimizer.param_groups import check_values
 from optstate.optimizer.plan import ParamPlan, Plan
@@ -24,7 +24,7 @@ __all__ = [
     "COMPLETE",
     "KEY",
     "NAMES_COMPARED",
-    "check",
+    "check_state_dict",
     "entries",
     "header",
     "loaded_groups",
@@ -49,8 +49,10 @@ NAMES_COMPARED = "names_compared"
 
 
 def header(plan: Plan, clip_grad_norm: float | None) -> dict[str, Any]:
-    """What `state_dict` says besides: a version, by parameter index the store of every slot and how the weight is
-    written, the fused norm clip."""
+    """Return what `state_dict` adds to torch's keys: a version, stores and ways to write weights, and the norm clip.
+
+    Stores and ways to write weights are given by parameter index.
+    """
     stores = {i: param.stores for i, param in enumerate(plan)}
     weights = {i: str(param.weights) for i, param in enumerate(plan)}
     return {"version": VERSION, "stores": stores, "weights": weights, "clip_grad_norm": clip_grad_norm}
@@ -89,7 +91,7 @@ def entries(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Itera
 
 
 def paired(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any] | None]:
-    """The saved group of each of this optimizer's own, None for an empty one that was not saved.
+    """Return the saved group for each of this optimizer's own, None for an empty one that was not saved.
 
     Trainers make an empty group or leave it out, as parameters happen to need it: it holds no state either way.
 
@@ -107,7 +109,7 @@ def paired(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]])
 
 
 def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved hyper-parameters with this optimizer's parameters and names, and with what only its groups have."""
+    """Return the saved hyper-parameters with this optimizer's parameters and names, and with keys of its own."""
     groups = []
     for ours, theirs in zip(own, paired(own, saved), strict=True):
         hyper = {key: value for key, value in (theirs or {}).items() if key not in ("params", "param_names")}
@@ -134,7 +136,7 @@ def warn_if_unnamed(own: Sequence[Mapping[str, Any]], plan: Plan) -> None:
 
 
 def _names(saved: Mapping[str, Any]) -> list[str] | None:
-    """The saved parameters' names in order, None if they have none."""
+    """Return the saved parameters' names in order; None if they have none."""
     groups = [group for group in saved["param_groups"] if len(group["params"])]
     if not groups or not all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
         return None
@@ -161,8 +163,10 @@ def names_to_take_over(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapp
 def warn_if_rounded_otherwise(
     saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]], plan: Plan, taken_over: Sequence[str]
 ) -> None:
-    """Warn if random rounding goes on with other bits than in the saved run, as the names are others; or if state was
-    matched by places, and names were taken over with it."""
+    """Warn if random rounding goes on with other bits than in the saved run, as the names are others.
+
+    Warns, too, if state was matched by places, and names were taken over with the state.
+    """
     if saved.get(KEY, {}).get(NAMES_COMPARED, False):
         return
     ours_too = saved.get(KEY, {}).get("weights", {})  # state of other libraries was not rounded so
@@ -191,8 +195,8 @@ def warn_if_rounded_otherwise(
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
-def check(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[Gap]:
-    """What becomes of the state of each parameter, in order.
+def check_state_dict(optimizer: torch.optim.Optimizer, plan: Plan, saved: Mapping[str, Any]) -> list[Gap]:
+    """Check saved state against this optimizer, and return what becomes of each parameter's state, in order.
 
     Raises:
         ValueError: at the first difference between what was saved and what this optimizer keeps.
@@ -270,7 +274,7 @@ def _check_rule(optimizer: torch.optim.Optimizer, plan: Plan, saved: Sequence[Ma
     for group in optimizer.param_groups:
         chains.append(plan.params[first].chain if group["params"] else Chain())
         first += len(group["params"])
-    check_rule(theirs, optimizer.param_groups, chains)
+    check_foreign_rule(theirs, optimizer.param_groups, chains)
 
 
 def _check_stores(param: ParamPlan, saved: Mapping[str, str] | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from optstate import kernels
-from optstate.distributed.agreement import Agreement, LostProcessError, difference, reason_of
+from optstate.distributed.agreement import Agreement, LostProcessError, describe_difference, reason_of
 from optstate.distributed.placement import here
 from optstate.distributed.sums import run_together
 from optstate.kernels import Scalar
@@ -173,7 +173,9 @@ class StepRunner:
     def _require_alike(self) -> None:
         optimizer = self.optimizer
         try:
-            found = difference(self.views(optimizer.param_groups, {p: s["step"] for p, s in optimizer.state.items()}))
+            found = describe_difference(
+                self.views(optimizer.param_groups, {p: s["step"] for p, s in optimizer.state.items()})
+            )
         except LostProcessError as error:
             raise self.lost(list(self.parameters.leaves), error) from error.__cause__
         if found:

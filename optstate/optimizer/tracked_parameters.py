@@ -23,8 +23,8 @@ from optstate.weights import Weights
 
 __all__ = ["Changes", "TrackedParameters"]
 
-Groups = list[dict[str, Any]]
-State = dict[Tensor, Any]
+ParamGroups = list[dict[str, Any]]
+ParamStates = dict[Tensor, Any]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class TrackedParameters:
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
-    def split_group(self, given: dict[str, Any], groups: Groups, defaults: Mapping[str, Any]) -> Groups:
+    def split_group(self, given: dict[str, Any], groups: ParamGroups, defaults: Mapping[str, Any]) -> ParamGroups:
         """Return one complete group for each chain that the route picks for a group's parameters; take their names.
 
         Raises:
@@ -73,7 +73,7 @@ class TrackedParameters:
         self.names.use(as_given, canonical)
         return parts
 
-    def name_empty_groups(self, part: dict[str, Any], groups: Groups) -> None:
+    def name_empty_groups(self, part: dict[str, Any], groups: ParamGroups) -> None:
         """Give empty groups the empty list of names that torch wants where other groups have names."""
         if not part["params"] and self.names:
             part["param_names"] = []
@@ -81,7 +81,7 @@ class TrackedParameters:
             for group in groups:
                 group["param_names"] = []
 
-    def adopt(self, index: int, groups: Groups, state: State) -> None:
+    def adopt(self, index: int, groups: ParamGroups, state: ParamStates) -> None:
         """Plan the parameters of one group, and make the state of those that train."""
         group = groups[index]
         for param, plan in zip(group["params"], self._plan_group(group, state), strict=True):
@@ -90,7 +90,9 @@ class TrackedParameters:
             if param.requires_grad and param not in state:
                 self.allocate(param, state)
 
-    def _plan_group(self, group: dict[str, Any], state: State, made_of: Mapping[str, str] = {}) -> list[ParamPlan]:
+    def _plan_group(
+        self, group: dict[str, Any], state: ParamStates, made_of: Mapping[str, str] = {}
+    ) -> list[ParamPlan]:
         """Return the plans of a group's parameters, which are numbered on where they have no names.
 
         made_of: the given names of canonical ones that are not in use yet.
@@ -105,7 +107,7 @@ class TrackedParameters:
         return plans
 
     @torch.inference_mode(False)
-    def allocate(self, param: Tensor, state: State) -> dict[str, Any]:
+    def allocate(self, param: Tensor, state: ParamStates) -> dict[str, Any]:
         """Create the state of one parameter: step 0 and zeros."""
         leaf = self.leaves[param]
         leaf.plan = replace(leaf.plan, trainable=True)
@@ -119,7 +121,7 @@ class TrackedParameters:
         state[param] = entry
         return entry
 
-    def drop(self, param: Tensor, state: State) -> None:
+    def drop(self, param: Tensor, state: ParamStates) -> None:
         """Forget the state of a frozen parameter; new state is made when the parameter trains again."""
         del state[param]
         leaf = self.leaves[param]
@@ -127,7 +129,7 @@ class TrackedParameters:
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
-    def plan(self, groups: Groups) -> Plan:
+    def plan(self, groups: ParamGroups) -> Plan:
         """Return the plans of all parameters in the order of the groups."""
         return Plan(tuple(self.leaves[param].plan for group in groups for param in group["params"]))
 
@@ -136,7 +138,7 @@ class TrackedParameters:
         chains = list(dict.fromkeys(self.chains.values())) or self.route.chains
         return {"lr": lr, **param_groups.shared_defaults(chains)}
 
-    def take_names(self, names: Iterable[str], groups: Groups) -> None:
+    def take_names(self, names: Iterable[str], groups: ParamGroups) -> None:
         """Give parameters that have no names these, in order."""
         names = list(names)
         self.names.use(names, names)
@@ -149,11 +151,16 @@ class TrackedParameters:
 
     # --- following --------------------------------------------------------------------------------------------------
 
-    def follow(self, groups: Groups, state: State, tell: Callable[[Changes], None]) -> None:
-        """Take over parameters that were put in the place of others when the model was sharded (accelerate's `prepare`
-        does so with FSDP2): plan them anew and give them their part of the state. Let those go that are in no group.
+    def follow(self, groups: ParamGroups, state: ParamStates, tell: Callable[[Changes], None]) -> None:
+        """Take over parameters that were put in the place of others when the model was sharded.
 
-        tell: is called with what has changed, as soon as it has.
+        accelerate's `prepare` puts them there with FSDP2. They are planned anew and get their part of the state.
+        Parameters that are in no group any more are let go.
+
+        Args:
+            groups: the optimizer's param groups.
+            state: the optimizer's state.
+            tell: called with the changes as soon as they are made.
 
         Raises:
             RuntimeError: if state that has begun to fill would have to change its format; if a group has not the
@@ -179,7 +186,7 @@ class TrackedParameters:
             tell(self._follow_moved(order, groups, state))
             self._places = places
 
-    def _follow_moved(self, order: list[Tensor], groups: Groups, state: State) -> Changes:
+    def _follow_moved(self, order: list[Tensor], groups: ParamGroups, state: ParamStates) -> Changes:
         """Follow parameters that users put into other groups, and let those go that are in no group any more."""
         of = {param: i for i, group in enumerate(groups) for param in group["params"]}
         if len(of) < len(order):
@@ -209,7 +216,7 @@ class TrackedParameters:
                 group["param_names"] = [self.leaves[param].name for param in group["params"]]
         return changes
 
-    def _chains_of(self, of: Mapping[Tensor, int], groups: Groups) -> dict[int, Chain]:
+    def _chains_of(self, of: Mapping[Tensor, int], groups: ParamGroups) -> dict[int, Chain]:
         """Return the chain of each group, if every parameter fits into its own. of: each parameter's group."""
         chains: dict[int, Chain] = {}
         for param, index in of.items():
@@ -227,7 +234,7 @@ class TrackedParameters:
                 )
         return chains
 
-    def _plan_again(self, param: Tensor, old: Tensor, groups: Groups, state: State) -> ParamPlan:
+    def _plan_again(self, param: Tensor, old: Tensor, groups: ParamGroups, state: ParamStates) -> ParamPlan:
         """Return the plan of `param` in the place of `old`, if the state there is can become its state."""
         leaf = self.leaves[old]
         spec = param_groups.spec_of(leaf.name, param, groups[leaf.group], leaf.plan.spec.given)
@@ -240,7 +247,7 @@ class TrackedParameters:
             )
         return plan
 
-    def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan, state: State) -> None:
+    def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan, state: ParamStates) -> None:
         """Let `param` take the place of `old`, with its state."""
         self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param))
         past = state.pop(old, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optstate.other_libraries.flags import Departure, OtherRule, Switch, departures, followed, strays, visible
-from optstate.other_libraries.libraries import ALL, FORMATS, rule_named, rule_with_keys, stem_of
+from optstate.other_libraries.libraries import ALL, FORMATS, find_rule, find_rule_by_keys, other_formats, stem_of
 
 __all__ = [
     "ALL",
@@ -12,9 +12,10 @@ __all__ = [
     "OtherRule",
     "Switch",
     "departures",
+    "find_rule",
+    "find_rule_by_keys",
     "followed",
-    "rule_named",
-    "rule_with_keys",
+    "other_formats",
     "stem_of",
     "strays",
     "visible",

@@ -12,7 +12,7 @@ Hyper = Mapping[str, Any]
 """A param group's hyper-parameters; tensors of one number must have been made plain numbers."""
 
 HOW = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""These choose an implementation and change no result."""
+"""Keys that choose an implementation and change no result."""
 
 ANYWHERE = frozenset(
     {
@@ -21,7 +21,7 @@ ANYWHERE = frozenset(
         *("base_momentum", "max_momentum", "min_momentum"),
     }
 )
-"""What the optimizers of all libraries and their schedulers keep in a group."""
+"""Keys that the optimizers of all libraries and their schedulers keep in a group."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Departure:
 
 
 def followed(rule: OtherRule | None, group: Hyper) -> tuple[bool, set[str]]:
-    """What a group follows: whether the recipe of its rule, and which chains of ours besides, in words."""
+    """Return whether a group follows its rule's recipe, and which chains of ours besides, in words."""
     found = list(_of_group(rule, 0, group))
     if any(not departure.chain for departure in found):
         return False, set()
@@ -135,13 +135,13 @@ def _of_group(rule: OtherRule | None, place: int, group: Hyper) -> Iterator[Depa
 
 
 def strays(rule: OtherRule | None, groups: Sequence[Hyper]) -> list[str]:
-    """The keys that nobody knows, with values that are no flags that are on; in the order of the groups."""
+    """Return the keys that nobody knows and whose values are no flags that are on, in the order of the groups."""
     known = rule.knows if rule is not None else (HOW | ANYWHERE).__contains__
     return list(dict.fromkeys(key for g in groups for key, value in g.items() if value is not True and not known(key)))
 
 
 def visible(key: str) -> str:
-    """A key for a message: control characters as escapes, and not too long."""
+    """Return a key for a message: control characters as escapes, and not too long."""
     return _short(key)[1:-1] if len(key) > 40 or not key.isprintable() else key
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from optstate.other_libraries.flags import OtherRule, Switch
 from optstate.plugins import Plugins
 
-__all__ = ["ALL", "FORMATS", "rule_named", "rule_with_keys", "stem_of"]
+__all__ = ["ALL", "FORMATS", "find_rule", "find_rule_by_keys", "other_formats", "stem_of"]
 
 ADAM_NUMBERS = frozenset({"lr", "betas", "eps", "weight_decay"})
 DECOUPLED_ADAM = "scale_by_adam > add_decayed_weights"
@@ -277,7 +277,7 @@ FUSED_ADAM = OtherRule(
 
 
 def stem_of(optimizer: str) -> str:
-    """An optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
+    """Return an optimizer's name without spelling and bits: "adamw" of "PagedAdamW8bit" and of "adam_w"."""
     stem = optimizer.lower().replace("_", "").replace("-", "").removeprefix("paged")
     for bits in ("8bit", "4bit", "32bit", "fp8"):
         stem = stem.removesuffix(bits)
@@ -294,8 +294,8 @@ ALL = (
 _BY_NAME: Mapping[tuple[str, str], OtherRule] = {(rule.kind, stem_of(rule.optimizer)): rule for rule in ALL}
 
 
-def rule_named(kind: str, optimizer: str) -> OtherRule | None:
-    """The rule of a library's class; None if it is not in the table.
+def find_rule(kind: str, optimizer: str) -> OtherRule | None:
+    """Return the rule of a library's class; None if the class is not in the table.
 
     kind: which library, as `Document.source` has it. optimizer: in any spelling, with or without bits, as
     "AdamW8bit".
@@ -303,12 +303,12 @@ def rule_named(kind: str, optimizer: str) -> OtherRule | None:
     found = _BY_NAME.get((kind, stem_of(optimizer)))
     if found is not None or kind in _KINDS or not kind:
         return found
-    rules = (rule for name in FORMATS.names() for rule in FORMATS.get(name).rules)
+    rules = (rule for declared in other_formats() for rule in declared.rules)
     return next((rule for rule in rules if (rule.kind, stem_of(rule.optimizer)) == (kind, stem_of(optimizer))), None)
 
 
 def _problem(name: str, declared: Any) -> str:
-    """Why an object cannot be a format, "" if it can."""
+    """Return in words why an object cannot be a format; "" if it can."""
     if getattr(declared, "name", None) != name:
         return f"it is a {type(declared).__name__} without the name {name!r}"
     rules = getattr(declared, "rules", None)
@@ -322,9 +322,10 @@ FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem)
 """Formats of other packages, which declare their own rules."""
 
 
-def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
-    """The rule that param groups are of by their keys alone, among those whose state looks like Adam's: of the rest
-    their statistics tell. None if the keys are nobody's.
+def find_rule_by_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
+    """Return the rule that param groups follow by their keys alone; None if the keys are nobody's.
+
+    Only rules whose state looks like Adam's are told apart by keys; other rules are told by their statistics.
     """
     keys = [set(group) for group in groups]
     common = set.intersection(*keys) if keys else set()
@@ -332,3 +333,8 @@ def rule_with_keys(groups: Iterable[Mapping[str, object]]) -> OtherRule | None:
 
 
 _LIKE_ADAM = (ADAMW, NADAM, FUSED_ADAM, ADAMAX, RADAM, SPARSE_ADAM, OLD_ADAMW)
+
+
+def other_formats() -> list[Any]:
+    """Return the formats of other packages that can be used, each a `Format`."""
+    return [FORMATS.get(name) for name in FORMATS.names()]

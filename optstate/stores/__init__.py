@@ -1,5 +1,15 @@
-"""How one statistic is kept between steps."""
+"""How one statistic is kept between steps.
 
+To write a store: subclass `Store` as a frozen dataclass with `fields` (names, shapes and dtypes of what is kept, as
+`FieldSpec`s of a parameter), `read` (tensors to numbers) and `encode` (numbers to tensors, with `Noise` for random
+rounding). Where elements are not kept independently, set `elementwise = False`, and write `encode_part`, which yields
+what it needs of the whole parameter (`Partial` sums, `Largest` values). A transform declares what it keeps as `Slot`s
+and gets a `Statistic` for each. `optstate.testing.check_store` says what is wrong; an entry point of the group
+`optstate.stores` lets files name the store. `examples/plugin` is a whole package.
+"""
+
+from optstate.kernels import Noise
+from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores.axes import AxisMax
 from optstate.stores.base import Fields, Shape, Statistic, Store
 from optstate.stores.block_codes import Block4, Block8, Float8
@@ -18,6 +28,7 @@ __all__ = [
     "Block8",
     "DeferredFlags",
     "Factored",
+    "FieldSpec",
     "Fields",
     "Float8",
     "Full",
@@ -25,7 +36,9 @@ __all__ = [
     "Guard",
     "Largest",
     "MovedStatistic",
+    "Noise",
     "NonFiniteGradientError",
+    "ParamSpec",
     "Partial",
     "Requests",
     "Shape",

@@ -22,7 +22,7 @@ __all__ = ["AxisMax", "axis_maxima", "broadcast_axes", "whole_axis_maxima"]
 
 
 def axis_maxima(value: Tensor, signed: bool) -> dict[str, Tensor]:
-    """The largest magnitude at every index of every dimension, 0 where there is nothing."""
+    """Return the largest magnitude at every index of every dimension, 0 in a tensor without elements."""
     names, dims = axis_names(value.ndim), [other_dims(i, value.ndim) for i in range(value.ndim)]
     if not value.numel():
         return {name: value.new_zeros(size) for name, size in zip(names, value.shape, strict=True)}
@@ -34,27 +34,28 @@ def axis_maxima(value: Tensor, signed: bool) -> dict[str, Tensor]:
 
 
 def whole_axis_maxima(value: Tensor, signed: bool) -> Requests[dict[str, Tensor]]:
-    """`axis_maxima`, over all of a parameter of which this device may have a part only."""
+    """Return `axis_maxima` over all of a parameter of which this device may have a part only."""
     maxima = axis_maxima(value, signed)
     totals = yield tuple(Largest(m, other_dims(i, value.ndim)) for i, m in enumerate(maxima.values()))
     return dict(zip(maxima, totals, strict=True))
 
 
 def other_dims(dim: int, ndim: int) -> tuple[int, ...]:
-    """All dimensions but one."""
+    """Return all dimensions but one."""
     return tuple(d for d in range(ndim) if d != dim)
 
 
 def broadcast_axes(fields: Mapping[str, Tensor], shape: Shape) -> list[Tensor]:
-    """The vector of every dimension in a shape that broadcasts: `[m, 1]` and `[1, n]` from `[m]` and `[n]`."""
+    """Return the vector of every dimension in a shape that broadcasts: `[m, 1]` and `[1, n]` from `[m]` and `[n]`."""
     ndim = len(shape)
     return [fields[name].view([-1 if d == i else 1 for d in range(ndim)]) for i, name in enumerate(axis_names(ndim))]
 
 
 @dataclass(frozen=True)
 class AxisMax(Store):
-    """The largest value at every index of every dimension; an element is read as the smallest of its own (SM3,
-    arXiv 1901.11150, section 4: a bound from above on what was stored).
+    """The largest value at every index of every dimension; an element is read as the smallest of its maxima.
+
+    What is read bounds what was stored from above (SM3, arXiv 1901.11150, section 4).
 
     Bytes: `4 (m + n)` per matrix. Relative error of an element: never below what was stored; unbounded above. Exact
     where one of an element's row or column holds nothing larger.
@@ -81,7 +82,7 @@ class AxisMax(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.axis_maxima(spec.shape))
+        return FieldSpec.of(spec, store_layouts.axis_maxima_layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         return reduce(torch.minimum, broadcast_axes(fields, shape))

@@ -1,5 +1,7 @@
-"""What a store is, the description of how one statistic of one parameter is kept between steps; and a statistic during
-one step, which is a store bound to its tensors."""
+"""The base class of stores, which tell how a statistic is kept, and a statistic during one step.
+
+A store describes and holds nothing; a `Statistic` is a store bound to the tensors of one parameter.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from optstate.stores.guard import Guard
 from optstate.stores.requests import Requests, run_alone
 from optstate.text import short
 
-__all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "difference", "multiplied", "square_of"]
+__all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "multiplied", "square_of", "subtract"]
 
 NO_NOISE = Noise("", 0)
 
@@ -28,7 +30,7 @@ Fields = Mapping[str, Tensor]
 
 
 class Store:
-    """Describes a format and holds no tensors. Subclasses are frozen dataclasses.
+    """A way to keep one statistic of a parameter between steps; holds no tensors. Subclasses are frozen dataclasses.
 
     `fields` is the only source of sizes: allocation, plan, checkpoint header and estimate all read it.
     """
@@ -37,86 +39,116 @@ class Store:
         return short(self)
 
     elementwise: ClassVar[bool] = True
-    """Elements, or blocks of `alignment` elements, are kept independently of each other, so slices are too."""
+    """Whether elements, or blocks of `alignment` elements, are kept independently, so that slices can be, too."""
 
     exact_sums: ClassVar[bool] = False
-    """Not elementwise, but an average is exact on the stored sums, which are moved before anything is updated and
-    notice a gradient that is not finite. What the store holds is then a product of small factors."""
+    """Whether averages are exact on stored sums over the parameter, of which the statistic is a product.
+
+    The sums are moved before anything is updated and notice a gradient that is not finite. Not for elementwise stores.
+    """
 
     @property
     def reads_anew(self) -> bool:
-        """Whether reading it makes a tensor of the parameter's size, in a chain that cannot run slice by slice."""
+        """Whether reading makes a tensor of the parameter's size in a chain that cannot run slice by slice."""
         return not self.exact_sums
 
     @property
     def takes_parts(self) -> bool:
-        """Whether it can keep a parameter of which this device has only a part."""
+        """Whether the store can keep a statistic of a parameter of which this device has only a part."""
         return self.elementwise or self.exact_sums or type(self).encode_part is not Store.encode_part
 
     @property
     def alignment(self) -> int:
-        """A slice must begin at a multiple of this many elements of the flattened parameter."""
+        """Number of elements of the flattened parameter at a multiple of which every slice must begin."""
         return 1
 
     @property
     def codebook(self) -> Codebook | None:
-        """What codes stand for; None where the tensors hold numbers."""
+        """The table that tells what codes stand for; None where the tensors hold numbers."""
         return None
 
     @property
     def scale_block(self) -> int:
-        """How many consecutive elements share a scale, as files say beside the words; 0 where there are no blocks."""
+        """Number of consecutive elements that share a scale, as files say beside the words; 0 without blocks."""
         return 0
 
     def as_recorded(self, signed: bool, block: int) -> Store:
-        """Return the store that reads what a file holds under these words.
+        """Return the store that reads a statistic which a file keeps under this store's words.
 
-        signed, block: what the file says beside the words: whether the statistic can be negative, and `scale_block`,
-        which is 0 where the file is of another tool that does not say.
+        Args:
+            signed: whether the statistic can be negative, says the file.
+            block: `scale_block`, says the file; 0 where the file is of another tool that does not say.
 
         Raises:
-            ValueError: if it cannot be what the file says.
+            ValueError: if this store cannot be what the file says.
         """
         return self
 
     def resolve(self, spec: ParamSpec, signed: bool) -> tuple[Store, str]:
-        """The store used for this parameter, fitted to the statistic's sign, and, if there is something that a reader
-        of the recipe would not expect, what and why.
+        """Return the store used for this parameter, and why, if it is not the one that a reader would expect.
+
+        Args:
+            spec: the parameter's specification.
+            signed: whether the statistic can be negative.
+
+        Returns:
+            The store, and a note in words; "" if there is nothing to note.
 
         Raises:
-            ValueError: if the parameter cannot be kept in this format.
+            ValueError: if this store cannot keep the parameter's statistic.
         """
         return self, ""
 
     def check(self, signed: bool, smallest_weight: float) -> None:
-        """Raise ValueError if the format cannot hold a statistic of this kind (see `Slot`)."""
+        """Check that the store can hold a statistic of this kind (see `Slot`), when an optimizer is built.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        self.check_weight(smallest_weight)
+
+    def check_weight(self, weight: float) -> None:
+        """Check that steps of an average that moves by this weight are not rounded away.
+
+        Asked in every step, too, as hyper-parameters may have changed since the optimizer was built.
+
+        Raises:
+            ValueError: if they would be.
+        """
 
     def is_random(self, smallest_weight: float) -> bool:
-        """Whether `encode` uses its random bits for a statistic whose averaging weight gets as small as this."""
+        """Return whether `encode` uses random bits for a statistic whose averaging weight gets as small as this."""
         return False
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        """Name, global shape, dtype and placement of every tensor kept."""
+        """Return name, global shape, dtype and placement of every tensor kept."""
         raise NotImplementedError
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        """The statistic in the parameter's local shape, fp32. May be the stored tensor: do not write to it.
+        """Return the statistic, fp32 in the parameter's local shape; may be the stored tensor, so do not write to it.
 
-        An elementwise store is also given a slice: a shape, and flat fields of the elements in it.
+        Args:
+            fields: the stored tensors, local parts; of a slice, flat and of its elements alone.
+            shape: local shape of the parameter; of a slice, which only elementwise stores are given, its shape.
         """
         raise NotImplementedError
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
-        """What the fields become when the statistic is `value`, fp32 in a local shape or a slice's; each tensor
-        flat, in the field's shape, or anything that can be copied into it. May overwrite `value`.
+        """Return the fields that stand for the statistic `value`; may overwrite `value`.
 
-        noise: random bits for formats that round stochastically. weight: the least weight that this step's average
-        gave to what is new; a format with few mantissa bits rounds steps of a small weight away.
+        Args:
+            value: fp32, in the local shape or a slice's.
+            noise: random bits for stores that round stochastically.
+            weight: the least weight that this step's average gave to new values; a store with few mantissa bits rounds
+                steps of a small weight away.
+
+        Returns:
+            A tensor for each field, flat, in the field's shape, or anything that can be copied into the field.
         """
         raise NotImplementedError
 
     def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
-        """`encode`, of the part of the parameter on this device: fields as far as they are here.
+        """Encode the part of the parameter on this device into the parts of the fields here; see `encode`.
 
         Raises:
             TypeError: if the format needs all of the parameter to take a value.
@@ -127,7 +159,7 @@ class Store:
         return self.encode(value, statistic.noise, statistic.weight)
 
     def factors(self, fields: Fields, shape: Shape) -> tuple[Tensor, ...]:
-        """The statistic as factors whose product it is, with the parameter's dimensions, each of full size or 1."""
+        """Return factors whose product is the statistic, with the parameter's dimensions, each of full size or 1."""
         return (self.read(fields, shape),)
 
     def factors_here(self, statistic: Statistic) -> tuple[Tensor, ...]:
@@ -149,12 +181,12 @@ class Store:
     ) -> Requests[None]:
         """Move the statistic towards `(value - minus)**2 + eps` by `weight` of the distance."""
         yield from ()
-        statistic.hold_ema_of_square(value if minus is None else difference(value, minus), weight, eps)
+        statistic.hold_ema_of_square(value if minus is None else subtract(value, minus), weight, eps)
 
     def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
         """Add `value**2` to the statistic."""
         yield from ()
-        x = kernels.evaluate(value)
+        x = kernels.multiply_out(value)
         statistic.hold(torch.addcmul(statistic.read(), x, x), weight=0.0)  # a sum of t squares grows by about 1 / t
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
@@ -194,7 +226,7 @@ class Statistic:
         """A mean over the whole parameter that no field on this device has, once the step has asked for it."""
 
     def read(self) -> Tensor:
-        """The statistic as of this step, fp32, the parameter's local shape. Do not write to it."""
+        """Return the statistic as of this step, fp32 in the parameter's local shape; do not write to it."""
         if self._held is not None:
             return self._held.to(self.spec.accumulator)
         if self.store.elementwise or self.spec.region is None:
@@ -206,7 +238,7 @@ class Statistic:
         return self.read() if self._held is not None else multiplied(self.factors()).to(self.spec.accumulator)
 
     def factors(self) -> tuple[Tensor, ...]:
-        """The statistic as of this step as small factors whose product it is."""
+        """Return small factors whose product is the statistic as of this step."""
         return self.store.factors_here(self)
 
     @property
@@ -291,11 +323,11 @@ class Statistic:
         """
         if isinstance(weight, Tensor):
             weight = 0.0
-        self.store.check(signed=False, smallest_weight=weight)
+        self.store.check_weight(weight)
         self.weight = min(self.weight, weight)
 
     def _flagged(self, value: Product) -> Product:
-        """The value, with word for the kernel of a gradient that may not be finite: nothing is held back in place."""
+        """Return the value with the guard's flag for the kernel, as an in-place move cannot be held back."""
         return value if self.guard.finite is None else replace(value, finite=self.guard.finite)
 
     @property
@@ -306,16 +338,16 @@ class Statistic:
         return stored.numel() > kernels.chunk_elements(stored.device)
 
 
-def difference(value: Product, minus: Tensor) -> Product:
-    """`value - minus`, multiplied out."""
-    return Product(kernels.evaluate(value).sub_(minus), finite=value.finite)
+def subtract(value: Product, minus: Tensor) -> Product:
+    """Return `value - minus`, multiplied out."""
+    return Product(kernels.multiply_out(value).sub_(minus), finite=value.finite)
 
 
 def square_of(floor: float, like: Tensor) -> float:
-    """`floor**2`, at least the smallest normal number of `like`'s dtype: 1e-30 squared would underflow to zero."""
+    """Return `floor**2`, at least the smallest normal number of `like`'s dtype: 1e-30 squared would underflow."""
     return max(floor * floor, torch.finfo(like.dtype).tiny)
 
 
 def multiplied(factors: tuple[Tensor, ...]) -> Tensor:
-    """The product of all factors, broadcast."""
+    """Return the product of all factors, broadcast."""
     return reduce(torch.mul, factors)

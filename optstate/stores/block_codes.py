@@ -167,7 +167,7 @@ class _RankOne4(Store):
     @staticmethod
     def _pieces(shape: Shape, device: torch.device) -> list[Piece]:
         """Pieces that begin at whole bytes."""
-        return kernels.pieces(shape, kernels.slice_elements(device) // 2, align=2)
+        return kernels.cut_into_pieces(shape, kernels.slice_elements(device) // 2, align=2)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Codes with one scale per block of consecutive elements, whole on a device or of which several have parts."""
+"""Stores with a code per element and one scale per block of consecutive elements, on one device or several."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ class SharedBlocks(Store):
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of several."""
+    """Join flat tensors into one."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _blocks(flat: Tensor, absmax: Tensor, block: int) -> list[tuple[Tensor, Tensor]]:
-    """The full blocks as `[blocks, block]` beside their maxima `[blocks, 1]`, then the short block at the end."""
+    """Return the full blocks `[blocks, block]` with their maxima `[blocks, 1]`, then the short block at the end."""
     whole = flat.numel() // block
     parts = [(flat[: whole * block].view(-1, block), absmax[:whole, None])]
     return [*parts, (flat[whole * block :], absmax[-1:])] if whole * block < flat.numel() else parts

@@ -1,4 +1,4 @@
-"""A non-negative statistic kept as row and column means (Shazeer and Stern 2018, section 3; AdaLomo, algorithm 1)."""
+"""Store: row and column means of a non-negative statistic (Shazeer and Stern 2018, section 3; AdaLomo, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Factored(Store):
             )
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.factored(spec.shape))
+        return FieldSpec.of(spec, store_layouts.factored_layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         share, col = self.factors(fields, shape)
@@ -65,7 +65,7 @@ class Factored(Store):
 
     @staticmethod
     def _overall_mean(statistic: Statistic) -> Tensor:
-        """The mean of every matrix, `[..., 1]`, which is that of either vector: of one that is whole on this device."""
+        """Return the mean of every matrix, `[..., 1]`, from a vector of means that is whole on this device."""
         if statistic.spec.region is None:
             return statistic.current["row"].mean(-1, keepdim=True)
         if _is_split_both_ways(statistic.spec):
@@ -87,7 +87,7 @@ class Factored(Store):
         return {"row": value.mean(-1), "col": value.mean(-2)}
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
-        dense = kernels.evaluate(value)
+        dense = kernels.multiply_out(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)
         row, col = self._means(statistic, rows, cols)
         fields = statistic.fields

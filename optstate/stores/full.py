@@ -1,4 +1,4 @@
-"""A statistic kept element by element."""
+"""Store: one number per element, in fp32 or bf16."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Full(Store):
             return self, f"rounded stochastically where an averaging weight is below {SMALLEST_BF16_WEIGHT:.2g}"
         return self, ""
 
-    def check(self, signed: bool, smallest_weight: float) -> None:
-        if self.stochastic is False and self.dtype == "bfloat16" and smallest_weight < SMALLEST_BF16_WEIGHT:
+    def check_weight(self, weight: float) -> None:
+        if self.stochastic is False and self.dtype == "bfloat16" and weight < SMALLEST_BF16_WEIGHT:
             raise ValueError(
                 f"a bfloat16 statistic rounded to nearest does not decay with an averaging weight of "
-                f"{smallest_weight:.3g} (less than {SMALLEST_BF16_WEIGHT:.3g} is rounded away): leave out "
+                f"{weight:.3g} (less than {SMALLEST_BF16_WEIGHT:.3g} is rounded away): leave out "
                 "stochastic=False, keep it in Full(), or lower beta"
             )
 
@@ -72,7 +72,7 @@ class Full(Store):
         return self.stochastic is True or (self.stochastic is None and swallows)
 
     def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.full(spec.shape, self.dtype))
+        return FieldSpec.of(spec, store_layouts.full_layouts(spec.shape, self.dtype))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         stored = fields[""].view(shape)

@@ -1,4 +1,4 @@
-"""A non-negative statistic kept as one mean per group of rows (Adam-mini, arXiv 2406.16793)."""
+"""Store: one mean per group of rows of a non-negative statistic (Adam-mini, arXiv 2406.16793)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from optstate import kernels, store_layouts
 from optstate.kernels import Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
-from optstate.stores.base import Fields, Shape, Statistic, Store, difference
+from optstate.stores.base import Fields, Shape, Statistic, Store, subtract
 from optstate.stores.full import Full
 from optstate.stores.requests import Partial, Requests
 
@@ -52,7 +52,7 @@ class Grouped(Store):
                     "param group, or take the groups from optstate.declare_roles(model)"
                 )
             return replace(self, by=spec.head_size).resolve(spec, signed)
-        if spec.ndim == 0 or (spec.ndim == 1 and self._rows_per_group(spec.shape) == 1):
+        if store_layouts.is_group_each(spec.shape, self.by):
             return Full(), f"{spec.ndim}-D: every element is a group, kept in full"
         rows = self._rows_per_group(spec.shape)
         if rows and spec.shape[0] % rows:
@@ -95,7 +95,7 @@ class Grouped(Store):
         return {"mean": value.reshape(value.shape[0] // self._rows_per_group(value.shape), -1).mean(-1)}
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
-        dense = kernels.evaluate(value)
+        dense = kernels.multiply_out(value)
         totals, _ = yield from self._totals(
             statistic, dense.sum(tuple(range(1, dense.ndim)), keepdim=True), dense.new_zeros(())
         )
@@ -104,7 +104,7 @@ class Grouped(Store):
     def ema_of_square(
         self, statistic: Statistic, value: Product, weight: Scalar, eps: float, minus: Tensor | None = None
     ) -> Requests[None]:
-        value = value if minus is None else difference(value, minus)
+        value = value if minus is None else subtract(value, minus)
         means = yield from self._means_of_square(statistic, value)
         self._hold_ema(statistic, means.add_(eps), statistic.guard.masked(weight))
 
@@ -123,8 +123,17 @@ class Grouped(Store):
         return self._means(statistic, totals)
 
     def _totals(self, statistic: Statistic, rows: Tensor, everything: Tensor) -> Requests[tuple[Tensor, Tensor]]:
-        """The sums of the local rows over all shards of the other dimensions, of all rows in every group that no
-        device has whole; and the sum of `everything`, 0-d, over all shards."""
+        """Ask for the sums over the devices that hold parts of the same rows, and for the sum of `everything`.
+
+        Args:
+            statistic: of the parameter, of which this device may have a part.
+            rows: sums of the local rows.
+            everything: 0-d.
+
+        Returns:
+            The sums of the local rows over all shards of the other dimensions, or of all rows where groups are cut; and
+            the sum of `everything` over all shards.
+        """
         spec = statistic.spec
         if self.by == "tensor":
             sums: Tensor | Partial = rows.sum()

@@ -1,4 +1,4 @@
-"""Refusing a gradient that is not finite, without making the processor wait for an accelerator."""
+"""Refuse gradients that are not finite, without making the host wait for an accelerator."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["DeferredFlags", "Guard", "NonFiniteGradientError"]
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds an infinite or NaN element. The parameter and its state were left as they were."""
+    """Raised for a gradient with an infinite or NaN element; the parameter and its state are left as they were."""
 
 
 class Guard:
-    """Watches one parameter's gradient for one step.
+    """The watch over one parameter's gradient during one step.
 
-    On a CPU the flag is at hand, and `check` raises before anything is written. On an accelerator reading it
+    On a CPU the flag is at hand, and `check` raises before anything is written. On an accelerator reading the flag
     would stall the queue: the step then runs with every weight and scale set to zero where the flag is False,
     which leaves parameter and state as they were, and the optimizer reads the flag later.
 
@@ -63,7 +63,7 @@ class Guard:
             self._before_write = None
 
     def masked(self, weight: Scalar) -> Scalar:
-        """`weight`, or zero if the gradient is known on the device not to be finite."""
+        """Return `weight`, or zero if the gradient is known on the device not to be finite."""
         if self.finite is None:
             return weight
         if isinstance(weight, Tensor):
@@ -71,7 +71,7 @@ class Guard:
         return self.finite.to(self.dtype) * weight
 
     def choose(self, new: Tensor, old: Tensor) -> Tensor:
-        """`new`, or `old` if the gradient is known on the device not to be finite."""
+        """Return `new`, or `old` if the gradient is known on the device not to be finite."""
         if self.finite is None:
             return new
         if old.dtype.itemsize == 1 and old.is_floating_point():  # where() does not know 8-bit floats

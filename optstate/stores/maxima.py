@@ -8,16 +8,16 @@ from torch import Tensor
 __all__ = ["block_maxima", "kept_maxima"]
 
 SMALLEST_MAXIMUM = 2.0**-120
-"""The least that is kept: the smallest code times a smaller one would underflow to zero."""
+"""The least maximum that is kept: the smallest code times a smaller maximum would underflow to zero."""
 
 
 def kept_maxima(maxima: Tensor) -> Tensor:
-    """The maxima, in place, within what codes can be multiplied by without becoming zero or infinite."""
+    """Clamp maxima in place so that codes times a maximum become neither zero nor infinite, and return them."""
     return maxima.clamp_(SMALLEST_MAXIMUM, torch.finfo(torch.float32).max)
 
 
 def block_maxima(flat: Tensor, block: int) -> Tensor:
-    """The largest magnitude of every block of consecutive elements, as it is kept; the last block may be short."""
+    """Return the largest magnitude of every block of consecutive elements, clamped; the last block may be short."""
     whole = flat.numel() // block * block
     magnitude = flat.abs()
     maxima = magnitude[:whole].view(-1, block).amax(-1)

@@ -8,13 +8,10 @@ A package adds stores by entry points of the group `optstate.stores`, named as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from typing import Any
 
-from optstate import text as describe
 from optstate.plugins import PluginError, Plugins
 from optstate.stores.axes import AxisMax
 from optstate.stores.base import Store
@@ -22,8 +19,9 @@ from optstate.stores.block_codes import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
+from optstate.text import parse_item, parsed_call
 
-__all__ = ["from_words", "known_also", "names"]
+__all__ = ["known_also", "parse_store", "store_names"]
 
 OWN: dict[str, type[Store]] = {
     kind.__name__.lower(): kind for kind in (AxisMax, Block4, Block8, Factored, Float8, Full, Grouped)
@@ -44,32 +42,23 @@ def _problem(name: str, kind: Any) -> str:
 
 PLUGINS: Plugins[type[Store]] = Plugins("store", "optstate.stores", _problem, frozenset(OWN) | frozenset(SHORT))
 
-_ALSO: ContextVar[Mapping[str, type[Store]]] = ContextVar("_ALSO", default=OWN)
 
-
-@contextmanager
-def known_also(kind: type[Store]) -> Iterator[None]:
-    """Let files name a store that is not installed, inside the block: for tests of one.
+def known_also(kind: type[Store]) -> AbstractContextManager[None]:
+    """Return a context in which files may name a store that is not installed: for tests of one.
 
     Raises:
-        ValueError: if it is none that could be installed.
+        ValueError: when entered, if it is none that could be installed.
     """
-    problem = _problem(kind.__name__.lower(), kind)
-    if problem:
-        raise ValueError(f"{kind!r}: {problem}")
-    token = _ALSO.set({**_ALSO.get(), kind.__name__.lower(): kind})
-    try:
-        yield
-    finally:
-        _ALSO.reset(token)
+    name = kind.__name__.lower()
+    return nullcontext() if OWN.get(name) is kind else PLUGINS.holding(name, kind)
 
 
-def names() -> list[str]:
+def store_names() -> list[str]:
     """Return the names of all stores that files may name, sorted: class names in lower case."""
-    return sorted({*_ALSO.get(), *PLUGINS.names()})
+    return sorted({*OWN, *PLUGINS.names()})
 
 
-def from_words(text: str) -> Store:
+def parse_store(text: str) -> Store:
     """Return the store that `text` names: "Block8(block=64)" as it is printed, "block8", "factored", "fp32", "bf16".
 
     Only stores of this library and of entry points are built, with constants, and nothing else is called.
@@ -80,17 +69,17 @@ def from_words(text: str) -> Store:
     short = SHORT.get(text.strip().lower())
     if short is not None:
         return short
-    kinds = dict(_ALSO.get())
+    kinds = dict(OWN)
     try:
-        name = describe.parsed_call(text)[0]
-        if name not in kinds and name in PLUGINS.offered():
+        name = parsed_call(text)[0]
+        if name not in kinds and name in PLUGINS:
             kinds[name] = PLUGINS.get(name)
     except PluginError as error:
         raise ValueError(str(error)) from None
     except ValueError:
         pass  # said below, with what there is
     try:
-        return describe.from_words(text, kinds)
+        return parse_item(text, kinds)
     except ValueError:
         raise
     except Exception as error:  # the class of another package may raise anything

@@ -1,4 +1,4 @@
-"""What a computation on a part of a parameter asks for: sums and largest values over all of it."""
+"""Requests: sums and largest values over a whole parameter, asked for by a computation on a part of it."""
 
 from __future__ import annotations
 
@@ -14,31 +14,40 @@ T = TypeVar("T")
 
 
 class Partial(NamedTuple):
-    """A sum over dimension `dim`, or several, of a local shard (negative, counted from the end)."""
+    """The request of a sum of local values over one or several dimensions of the parameter.
+
+    Attributes:
+        local: the sum over this device's part.
+        dim: the dimensions, negative, counted from the end.
+    """
 
     local: Tensor
     dim: int | tuple[int, ...]
 
 
 class Largest(NamedTuple):
-    """The largest values of a local shard over dimension `dim`, or several, or all of them (None). None is negative;
-    zero stands for those of an empty shard."""
+    """The request of the largest of non-negative local values over one or several dimensions of the parameter.
+
+    Attributes:
+        local: the largest values of this device's part, no value negative; zero for an empty part.
+        dim: the dimensions, counted from the end if negative; None for all.
+    """
 
     local: Tensor
     dim: int | tuple[int, ...] | None = None
 
 
 Requests = Generator[Any, Any, T]
-"""A computation that works on one shard of a parameter and needs sums, or largest values, over all of it.
+"""A computation on one shard of a parameter that needs sums, or largest values, over the whole parameter.
 
-It yields the local sum and is sent back the total: a tensor stands for a sum over every dimension, a `Partial`
-for one over a single dimension, a `Largest` for largest values, a tuple for several in one round. On one device each
-total is the local sum. The total is the receiver's own and may be overwritten.
+The generator yields a request and is sent back the reply: a tensor is the request of a sum over every dimension, a
+`Partial` of a sum over some dimensions, a `Largest` of largest values, a tuple of several requests in one round. On one
+device the reply is the local value. The reply is the receiver's own and may be overwritten.
 """
 
 
 def own_totals(request: Any) -> Any:
-    """The reply to a request where nothing is sharded: each total is the local sum."""
+    """Return the reply to a request where nothing is sharded: each total is the local value."""
     if isinstance(request, Partial | Largest):
         return request.local
     if isinstance(request, tuple):
@@ -47,7 +56,12 @@ def own_totals(request: Any) -> Any:
 
 
 def run_alone(requests: Requests[T], asked: Any = None) -> T:
-    """Drive one computation whose parameter is whole on this device. asked: what has been asked for already."""
+    """Drive one computation whose parameter is whole on this device, and return its result.
+
+    Args:
+        requests: the computation.
+        asked: its first request, if the computation has begun already.
+    """
     try:
         request = next(requests) if asked is None else asked
         while True:
@@ -57,7 +71,7 @@ def run_alone(requests: Requests[T], asked: Any = None) -> T:
 
 
 def together(runs: Sequence[Requests[None]]) -> Requests[None]:
-    """Several computations about one parameter as one, which asks for what all of them ask for at once."""
+    """Run several computations about one parameter as one, which asks for all their requests at once."""
     replies: tuple[Any, ...] = (None,) * len(runs)
     while runs:
         asked = []

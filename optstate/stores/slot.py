@@ -1,4 +1,4 @@
-"""What a transform keeps of a parameter, and what a statistic can be of."""
+"""Slots: the declaration of a statistic that a transform keeps, and the meanings that a statistic can have."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ __all__ = ["MEANINGS", "Slot"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One statistic that a transform keeps.
+    """The declaration of one statistic that a transform keeps.
 
-    signed: whether it can be negative; second moments cannot.
-    smallest_weight: the least `1 - beta` its moving average ever uses; a format with few mantissa bits rounds
-        steps of a small weight away.
-    of: what is averaged or summed, in the words of `MEANINGS`; "" for anything else.
-    beta: set for an average that began at zero and gives the past this weight at every step: after t steps it is
-        `1 - beta**t` times the average proper, whether or not its transform corrects for that.
+    Attributes:
+        store: how the statistic is kept.
+        signed: whether the statistic can be negative; second moments cannot.
+        smallest_weight: the least `1 - beta` that the moving average ever uses; a store with few mantissa bits rounds
+            steps of a small weight away.
+        of: what is averaged or summed, a key of `MEANINGS`; "" for anything else.
+        beta: set for an average that began at zero and gives the past this weight at every step: after t steps the
+            average is `1 - beta**t` times the average proper, whether or not its transform corrects for the factor.
     """
 
     store: Store
@@ -29,7 +31,7 @@ class Slot:
 
     @property
     def of_squares(self) -> bool:
-        """Whether squares of the update go into it, so that a gradient must be refused whose squares overflow."""
+        """Whether the statistic is of squares, so that a gradient must be refused whose squares overflow."""
         return self.of in ("square", "square_sum")
 
 
@@ -41,4 +43,4 @@ MEANINGS = {
     "square_sum": "sum of squared gradients",
     "distance": "average of squared distances of updates from their average",
 }
-"""What a statistic can be, so that state can go from one recipe to another that keeps the same."""
+"""The meanings of statistics; state can go from one recipe to another that keeps a statistic of the same meaning."""

@@ -1,4 +1,4 @@
-"""Check a store, a transform or a recipe of your own against the laws that this library keeps.
+"""Check a store, a transform, a recipe or a format of your own against the laws that this library keeps.
 
     from optstate import testing
 
@@ -14,22 +14,43 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from torch import nn
+
 from optstate import updates
+from optstate.formats import Format
 from optstate.optimizer.optimizer import Optimizer
 from optstate.stores import Store
 from optstate.stores.registry import known_also
+from optstate.testing.foreign import LIBRARY_LAWS, Trial
 from optstate.testing.kept import STORE_LAWS, chain_with, signs
 from optstate.testing.laws import LawError, enforce
+from optstate.testing.library_files import FORMAT_LAWS, installed_format
 from optstate.testing.rules import RULE_LAWS, Maker
 from optstate.updates import Chain, Transform
 
-__all__ = ["LAWS_OF_RULES", "LAWS_OF_STORES", "LawError", "check_recipe", "check_store", "check_transform"]
+__all__ = [
+    "LAWS_OF_FORMATS",
+    "LAWS_OF_LIBRARIES",
+    "LAWS_OF_RULES",
+    "LAWS_OF_STORES",
+    "LawError",
+    "check_format",
+    "check_recipe",
+    "check_store",
+    "check_transform",
+]
+
+LAWS_OF_LIBRARIES = tuple(law.name for law in LIBRARY_LAWS)
+"""What `check_format` asks besides where it can build an optimizer of the library itself."""
 
 LAWS_OF_RULES = tuple(law.name for law in RULE_LAWS)
 """What `check_transform` and `check_recipe` ask of every chain."""
 
 LAWS_OF_STORES = (*(law.name for law in STORE_LAWS), *LAWS_OF_RULES)
 """What `check_store` asks: of the store itself, then of chains that keep statistics in it."""
+
+LAWS_OF_FORMATS = tuple(law.name for law in FORMAT_LAWS)
+"""What `check_format` asks."""
 
 LR = 1e-3
 
@@ -81,6 +102,35 @@ def check_recipe(recipe: Callable[..., Optimizer], *, laws: Collection[str] | No
     """
     words = getattr(recipe, "__name__", repr(recipe))
     enforce(RULE_LAWS, Maker(words, lambda params: recipe(params, **options)), words, laws)
+
+
+def check_format(
+    declared: Format,
+    build: Callable[[list[nn.Parameter]], Any] | None = None,
+    recipe: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    *,
+    laws: Collection[str] | None = None,
+) -> None:
+    """Check a format: state of every rule in its `stores` is written in it, read, loaded, written again and damaged.
+
+    declared: need not be installed. Of a format without `write` only its declaration can be checked, and that it claims
+    nobody else's files. build: makes an optimizer of the library itself, whose state is then read, written and stepped
+    on, too. recipe: makes ours of the same rule; by default the one that the format's rules name. laws: names of
+    `LAWS_OF_FORMATS` and `LAWS_OF_LIBRARIES`, None for all.
+
+    Raises:
+        LawError: for the first law that it breaks.
+        ValueError: for a name that no law has.
+    """
+    _refuse_unknown(laws, (*LAWS_OF_FORMATS, *LAWS_OF_LIBRARIES))
+    of_formats, of_libraries = (
+        None if laws is None else [name for name in laws if name in known]
+        for known in (LAWS_OF_FORMATS, LAWS_OF_LIBRARIES)
+    )
+    enforce(FORMAT_LAWS, declared, f"format {declared.name!r}", of_formats)
+    if build is not None:
+        with installed_format(declared):
+            enforce(LIBRARY_LAWS, Trial(declared, build, recipe), f"format {declared.name!r}", of_libraries)
 
 
 def _refuse_unknown(laws: Collection[str] | None, known: Collection[str]) -> None:

@@ -62,6 +62,8 @@ class DevicePart:
     def step(self, param: Tensor, grad: Tensor, group: dict[str, Any], step: int) -> Iterator[Any]:
         """Run one step; yields every request with the device that makes it."""
         guard = Guard(self.plan.spec.name, grad)
+        if not self.plan.guards:
+            guard.check(torch.isfinite(grad).all())
         requests: Any = run_chain(
             self.plan, self.state, context(self.plan, self.state, param, grad, group, step, guard)
         )
@@ -136,7 +138,7 @@ class CutParameter:
     def _total(
         self, part: DevicePart, request: Any, pending: list[tuple[DevicePart, Any]], path: tuple[int, ...]
     ) -> Any:
-        """What a device gets: its request added up over the devices that differ from it along the dimensions asked."""
+        """Add a device's request up over the devices that differ from it in the dimensions asked."""
         if isinstance(request, tuple) and not isinstance(request, Partial | Largest):
             return tuple(self._total(part, item, pending, (*path, i)) for i, item in enumerate(request))
         ndim = len(self.shape)

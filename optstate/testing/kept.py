@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,15 +17,15 @@ from optstate import kernels, updates
 from optstate.checkpoint.document.contradictions import contradictions
 from optstate.checkpoint.live.save import save
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.check_values import plugged_store_issues
-from optstate.checkpoint.operations.plan_conversion import in_stores
+from optstate.checkpoint.operations.check_values import find_plugged_store_issues
+from optstate.checkpoint.operations.plan_conversion import plan_stores
 from optstate.checkpoint.operations.read_values import Values
-from optstate.checkpoint.operations.run_conversion import write_converted
+from optstate.checkpoint.operations.run_conversion import write_native
 from optstate.kernels import Noise
 from optstate.optimizer.optimizer import Optimizer
 from optstate.spec import FieldSpec, ParamSpec, Region
 from optstate.stores import Full, Store
-from optstate.stores.registry import from_words, known_also
+from optstate.stores.registry import known_also, parse_store
 from optstate.testing.devices import noise
 from optstate.testing.laws import BrokenLawError, Law, at, expect, expect_close, expect_same, one_line
 from optstate.testing.rules import Maker
@@ -43,18 +44,19 @@ CONSTANTS = (2.0, 1e-3)
 NEAR = 0.25
 """How far a constant may be read from what was stored, in parts of it: formats of few bits round."""
 
-MOVED = 2.0**-10
-"""An averaging weight so small that formats of few mantissa bits round at random."""
-
 
 @dataclass(frozen=True)
-class Setting:
+class StoreCase:
     """A store fitted to one parameter and to a sign, with the tensors that it declares."""
 
     store: Store
     spec: ParamSpec
     signed: bool
     fields: dict[str, FieldSpec]
+
+    def place(self) -> AbstractContextManager[None]:
+        """Return the context in which whatever breaks is said to be in this setting."""
+        return at(self.spec.shape, self.spec.dtype, f"signed={self.signed}")
 
     def encoded(self, value: Tensor) -> dict[str, Tensor]:
         """Return the tensors of a statistic of this value, as they are kept."""
@@ -84,7 +86,7 @@ def signs(store: Store) -> list[bool]:
     return found
 
 
-def settings(store: Store, dtypes: tuple[torch.dtype, ...] = (FP32,)) -> Iterator[Setting]:
+def settings(store: Store, dtypes: tuple[torch.dtype, ...] = (FP32,)) -> Iterator[StoreCase]:
     """Yield the store in every setting that it takes and does not hand on to one of this library's stores."""
     for signed in signs(store):
         for dtype in dtypes:
@@ -99,7 +101,8 @@ def settings(store: Store, dtypes: tuple[torch.dtype, ...] = (FP32,)) -> Iterato
                 if isinstance(fitted, Full) and not isinstance(store, Full):
                     continue
                 with at(shape, dtype, f"signed={signed}"):
-                    yield Setting(fitted, spec, signed, fitted.fields(spec, signed))
+                    case = StoreCase(fitted, spec, signed, fitted.fields(spec, signed))
+                yield case
 
 
 def chain_with(store: Store, signed: bool) -> Chain:
@@ -111,87 +114,97 @@ def chain_with(store: Store, signed: bool) -> Chain:
 
 
 def words_name_it(store: Store) -> None:
-    """A store is a frozen dataclass that its own words build again."""
+    """Check that the words of a store build a store that is equal to it."""
     expect(bool(signs(store)), "it takes neither signed nor unsigned statistics")
     expect(parsed_call(str(store))[0] == type(store).__name__.lower(), f"its words {store} are not named as its class")
     with known_also(type(store)):
-        again = from_words(str(store))
+        again = parse_store(str(store))
     expect(again == store and hash(again) == hash(store), f"its words {store} build {again!r}, not {store!r}")
 
 
 def sizes_are_declared(store: Store) -> None:
-    """Every tensor has the name, number of elements and dtype that `fields` declares, always the same."""
+    """Check that every tensor has the name, number of elements and dtype that `fields` declares, always the same."""
     for case in settings(store, DTYPES):
-        spec, signed = case.spec, case.signed
-        again = case.store.fields(spec, signed)
-        expect(again == case.fields, "fields() does not answer the same twice")
-        if spec.numel and spec.shape:
-            rows = Region(spec.shape, (0,) * spec.ndim, spec.shape, (2, *spec.shape[1:]))
-            part = ParamSpec(name="p", shape=spec.shape, dtype=spec.dtype, head_size=16, region=rows)
-            sizes = {name: (field.shape, field.dtype) for name, field in case.store.fields(part, signed).items()}
-            whole = {name: (field.shape, field.dtype) for name, field in case.fields.items()}
-            expect(sizes == whole, "fields() depends on the part that a device has: shapes are those of the whole")
-        encoded = case.store.encode(case.values().to(spec.accumulator), Noise("p/statistic", 1))
-        expect(encoded.keys() == case.fields.keys(), f"encode gives {sorted(encoded)}, declared {sorted(case.fields)}")
-        for name, field in case.fields.items():
-            new, label = encoded[name], name or "the tensor"
-            count = math.prod(field.shape)
-            expect(new.numel() == count, f"{label} has {new.numel()} elements, declared {count}")
-            floats = new.dtype.is_floating_point and field.dtype.is_floating_point
-            expect(
-                new.dtype == field.dtype or floats, f"{label} is {new.dtype}, declared {field.dtype}: it would be cast"
-            )
-            expect(
-                len(field.dims) in (0, len(field.shape)), f"{label} has {len(field.dims)} dims of {len(field.shape)}"
-            )
+        with case.place():
+            _sizes_of(case)
+
+
+def _sizes_of(case: StoreCase) -> None:
+    spec, signed = case.spec, case.signed
+    again = case.store.fields(spec, signed)
+    expect(again == case.fields, "fields() does not answer the same twice")
+    if spec.numel and spec.shape:
+        half = (-(-spec.shape[0] // 2), *spec.shape[1:])
+        rows = Region(spec.shape, (0,) * spec.ndim, half, (2, *(1,) * (spec.ndim - 1)))
+        part = ParamSpec(name="p", shape=spec.shape, dtype=spec.dtype, head_size=16, region=rows)
+        sizes = {name: (field.shape, field.dtype) for name, field in case.store.fields(part, signed).items()}
+        whole = {name: (field.shape, field.dtype) for name, field in case.fields.items()}
+        expect(sizes == whole, "fields() depends on the part that a device has: shapes are those of the whole")
+    encoded = case.store.encode(case.values().to(spec.accumulator), Noise("p/statistic", 1))
+    expect(encoded.keys() == case.fields.keys(), f"encode gives {sorted(encoded)}, declared {sorted(case.fields)}")
+    for name, field in case.fields.items():
+        new, label = encoded[name], name or "the tensor"
+        count = math.prod(field.shape)
+        expect(new.numel() == count, f"{label} has {new.numel()} elements, declared {count}")
+        floats = new.dtype.is_floating_point and field.dtype.is_floating_point
+        expect(new.dtype == field.dtype or floats, f"{label} is {new.dtype}, declared {field.dtype}: it would be cast")
+        expect(len(field.dims) in (0, len(field.shape)), f"{label} has {len(field.dims)} dims of {len(field.shape)}")
 
 
 def numbers_come_back(store: Store) -> None:
-    """What is read has the parameter's shape, is zero at the start, and near a constant that was stored."""
+    """Check that a statistic is read in the parameter's shape, zero at the start, and near a stored constant."""
     for case in settings(store):
-        start = case.store.read(case.empty(), case.spec.shape)
-        expect(tuple(start.shape) == case.spec.shape, f"a statistic of shape {list(start.shape)} is read")
-        expect(start.dtype == FP32, f"{start.dtype} is read instead of torch.float32")
-        expect(
-            not bool((start.abs() > 1e-30).any()), f"a statistic that begins is read as {float(start.abs().max()):.3g}"
-        )
-        for constant in (*CONSTANTS, *((-CONSTANTS[0],) if case.signed else ())):
-            value = torch.full(case.spec.shape, constant)
-            found = case.store.read(case.encoded(value), case.spec.shape)
-            expect_close(found, value, f"{constant} was stored, and what is read is", NEAR)
+        with case.place():
+            _numbers_of(case)
+
+
+def _numbers_of(case: StoreCase) -> None:
+    start = case.store.read(case.empty(), case.spec.shape)
+    expect(tuple(start.shape) == case.spec.shape, f"a statistic of shape {list(start.shape)} is read")
+    expect(start.dtype == FP32, f"{start.dtype} is read instead of torch.float32")
+    expect(not bool((start.abs() > 1e-30).any()), f"a statistic that begins is read as {float(start.abs().max()):.3g}")
+    for constant in (*CONSTANTS, *((-CONSTANTS[0],) if case.signed else ())):
+        value = torch.full(case.spec.shape, constant)
+        found = case.store.read(case.encoded(value), case.spec.shape)
+        expect_close(found, value, f"{constant} was stored, and what is read is", NEAR)
 
 
 def slices_are_kept_alone(store: Store) -> None:
-    """A slice of an elementwise store is what the whole has there; other stores are the product of their factors."""
+    """Check that slices of an elementwise store are the whole's, and that other stores are their factors' product."""
     for case in settings(store):
-        spec, value = case.spec, case.values()
-        if not spec.shape:
-            continue
-        fields = case.encoded(value)
-        whole = case.store.read(fields, spec.shape)
-        if not case.store.elementwise:
-            product = reduce(torch.mul, case.store.factors(fields, spec.shape)).expand(spec.shape)
-            expect_close(product, whole, "the product of its factors beside what is read", 1e-5)
-            continue
-        align, written = case.store.alignment, case.empty()
-        for piece in kernels.pieces(spec.shape, max(spec.numel // 3 // align, 1) * align, align):
-            parts = {name: piece.of_field(field, case.fields[name].per) for name, field in fields.items()}
-            found = case.store.read(parts, (piece.stop - piece.start,))
-            expect_same(found, piece.of(whole).reshape(-1), f"elements {piece.start} to {piece.stop} read alone")
-            part, bits = piece.of(value).reshape(-1).clone(), Noise("p/statistic", 1).at(piece.start)
-            for name, new in case.store.encode(part, bits).items():
-                place = piece.of_field(written[name], case.fields[name].per)
-                expect(
-                    new.numel() == place.numel(),
-                    f"{name or 'it'} of a slice has {new.numel()} elements, not {place.numel()}",
-                )
-                place.copy_(new.reshape(place.shape))
-        for name, field in fields.items():
-            expect_same(written[name], field, f"{name or 'the tensor'} written slice by slice")
+        with case.place():
+            _slices_of(case)
+
+
+def _slices_of(case: StoreCase) -> None:
+    spec, value = case.spec, case.values()
+    if not spec.shape:
+        return
+    fields = case.encoded(value)
+    whole = case.store.read(fields, spec.shape)
+    if not case.store.elementwise:
+        product = reduce(torch.mul, case.store.factors(fields, spec.shape)).expand(spec.shape)
+        expect_close(product, whole, "the product of its factors beside what is read", 1e-5)
+        return
+    align, written = case.store.alignment, case.empty()
+    for piece in kernels.cut_into_pieces(spec.shape, max(spec.numel // 3 // align, 1) * align, align):
+        parts = {name: piece.of_field(field, case.fields[name].per) for name, field in fields.items()}
+        found = case.store.read(parts, (piece.stop - piece.start,))
+        expect_same(found, piece.of(whole).reshape(-1), f"elements {piece.start} to {piece.stop} read alone")
+        part, bits = piece.of(value).reshape(-1).clone(), Noise("p/statistic", 1).at(piece.start)
+        for name, new in case.store.encode(part, bits).items():
+            place = piece.of_field(written[name], case.fields[name].per)
+            expect(
+                new.numel() == place.numel(),
+                f"{name or 'it'} of a slice has {new.numel()} elements, not {place.numel()}",
+            )
+            place.copy_(new.reshape(place.shape))
+    for name, field in fields.items():
+        expect_same(written[name], field, f"{name or 'the tensor'} written slice by slice")
 
 
 def files_hold_it(store: Store) -> None:
-    """A file of fp32 statistics becomes one in this store and goes back, with the numbers that it reads."""
+    """Check that a file of fp32 statistics becomes one in this store and goes back, with the numbers that it reads."""
     for signed in signs(store):
         rule = Maker(str(store), lambda params, signed=signed: Optimizer(params, chain_with(Full(), signed), lr=1e-3))
         shapes = {f"p{i}": shape for i, shape in enumerate(SHAPES) if _takes(store, shape, signed)}
@@ -201,22 +214,22 @@ def files_hold_it(store: Store) -> None:
             save(optimizer, folder / "full.safetensors")
             full = open_checkpoint(folder / "full.safetensors")
             slot = next(iter(full.document.parameters[0].slots))
-            there = in_stores(full, None, {slot: str(store)})
+            there = plan_stores(full, None, {slot: str(store)})
             there.check()
-            write_converted(there, folder / "kept.safetensors")
+            write_native(there, folder / "kept.safetensors")
             kept = open_checkpoint(folder / "kept.safetensors")
-            issues = [*contradictions(kept), *plugged_store_issues(kept)]
+            issues = [*contradictions(kept), *find_plugged_store_issues(kept)]
             expect(not issues, f"the file is found to be wrong: {issues[0].where} {issues[0].what}" if issues else "")
-            back = in_stores(kept, None, {slot: "fp32"})
+            back = plan_stores(kept, None, {slot: "fp32"})
             back.check()
-            write_converted(back, folder / "back.safetensors")
+            write_native(back, folder / "back.safetensors")
             numbers = Values(open_checkpoint(folder / "back.safetensors"))
             for param in numbers.checkpoint.document.parameters:
                 assert param.shape is not None
                 with at(param.shape, FP32, f"signed={signed}"):
                     spec = ParamSpec(name="p", shape=param.shape, dtype=FP32, head_size=16)
                     fitted, _ = store.resolve(spec, signed)
-                    case = Setting(fitted, spec, signed, fitted.fields(spec, signed))
+                    case = StoreCase(fitted, spec, signed, fitted.fields(spec, signed))
                     value = optimizer.state[params[param.name]][slot]
                     fields = case.empty()
                     fitted.write(fields, value.clone())

@@ -15,7 +15,7 @@ from optstate.spec import ParamSpec
 from optstate.stores import Guard, Requests, Slot, Statistic, Store
 from optstate.updates.hyper import Hyper, Rule
 
-__all__ = ["Context", "State", "Transform", "Update", "run"]
+__all__ = ["Context", "State", "Transform", "Update", "run_transform"]
 
 State = Mapping[str, Statistic]
 """The statistics of one parameter by slot name, as a transform gets them."""
@@ -70,7 +70,7 @@ class Update(Product):
         """
         if isinstance(self.decay, float) and self.decay == 0.0:
             return self
-        dense = kernels.evaluate(self)
+        dense = kernels.multiply_out(self)
         kernels.add_weight(dense, ctx.param.detach(), self.decay, ctx.codec, ctx.start)
         return Update(dense, finite=self.finite)
 
@@ -89,6 +89,7 @@ class Context:
         grad_scale: coefficient of a global norm clip, already in the first update's scale.
         codec: reads and writes the parameter's value; None if the value is what the parameter holds.
         start: flat index of the slice's first element.
+        is_whole: whether `param` is all of the parameter, neither a shard nor a slice, so that its sums are totals.
         param_squares: sum of squares of the whole parameter before this step, once known; 0-d.
     """
 
@@ -101,6 +102,7 @@ class Context:
     grad_scale: Scalar = 1.0
     codec: WeightCodec | None = None
     start: int = 0
+    is_whole: bool = False
     param_squares: Tensor | None = field(default=None, repr=False)
 
     def read(self, number: float | Hyper | None) -> Any:
@@ -130,7 +132,7 @@ class Context:
     def mean_square(self, update: Product) -> Requests[Tensor]:
         """Return the mean square of an update over the whole parameter, 0-d; drive with `yield from`."""
         total = kernels.sum_of_squares(update)
-        if self.spec.region is not None:  # else the sum is the total, and asking for it costs a round
+        if not self.is_whole:
             total = yield total
         return total / self.spec.numel
 
@@ -141,7 +143,7 @@ class Context:
         """
         if self.param_squares is None:
             self.param_squares = kernels.weight_sum_of_squares(self.param.detach(), self.codec)
-            if self.spec.region is not None:
+            if not self.is_whole:
                 self.param_squares = yield self.param_squares
         return self.param_squares / self.spec.numel
 
@@ -282,7 +284,7 @@ def collect_defaults(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
     return defaults
 
 
-def run(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
+def run_transform(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
     """Call a transform, whether or not its `__call__` is a generator; drive with `yield from`."""
     result = transform(update, state, ctx)
     if isinstance(result, GeneratorType):

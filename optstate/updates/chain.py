@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from optstate.spec import ParamSpec
 from optstate.stores import Requests, Slot
-from optstate.updates.base import Context, State, Transform, Update, run
+from optstate.updates.base import Context, State, Transform, Update, run_transform
 from optstate.updates.clip import clip_by_value
 from optstate.updates.hyper import Hyper
 from optstate.updates.scale import add_decayed_weights
@@ -87,7 +87,7 @@ class Chain(Transform):
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         for transform in self.transforms:
-            update = yield from run(transform, update, state, ctx)
+            update = yield from run_transform(transform, update, state, ctx)
         return update
 
     def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:

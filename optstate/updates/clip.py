@@ -98,4 +98,4 @@ class clip_by_value(Transform):
             yield from ctx.check_finite(kernels.all_finite(ctx.grad))
         if update.is_gradient(ctx):
             return replace(update, bound=bound if update.bound is None else min(bound, update.bound))
-        return Update(kernels.evaluate(update.whole(ctx)).clamp_(-bound, bound), finite=update.finite)
+        return Update(kernels.multiply_out(update.whole(ctx)).clamp_(-bound, bound), finite=update.finite)

@@ -197,14 +197,14 @@ class momentum(Transform):
         statistic, beta = state[self.slot], ctx.read(self.beta)
         if self.heavy_ball:
             share = 1.0 if ctx.step == 1 else 1 - ctx.read(self.dampening)
-            value = kernels.evaluate(update)
+            value = kernels.multiply_out(update)
             statistic.hold(statistic.read().mul(beta).add_(value, alpha=share), weight=1 - beta)
             ahead = statistic.read().mul(beta).add_(value) if self.nesterov else statistic.read()
         else:
             yield from statistic.ema(update, 1 - beta)
             ahead = statistic.read()
             if self.nesterov:
-                ahead = torch.lerp(ahead, kernels.evaluate(update), 1 - beta)
+                ahead = torch.lerp(ahead, kernels.multiply_out(update), 1 - beta)
         return Update(ahead, finite=update.finite, decay=carried)
 
 
@@ -235,7 +235,7 @@ class sign_momentum(Transform):
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
         statistic, (beta1, beta2) = state["exp_avg"], map(ctx.read, self.betas)
-        direction = torch.lerp(statistic.read(), kernels.evaluate(update), 1 - beta1).sign_()
+        direction = torch.lerp(statistic.read(), kernels.multiply_out(update), 1 - beta1).sign_()
         yield from statistic.ema(update, 1 - beta2)
         return Update(direction, finite=update.finite)
 

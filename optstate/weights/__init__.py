@@ -1,14 +1,14 @@
 """Ways to write the new value of a parameter: rounded to nearest, stochastically, or with bits kept beside it."""
 
-from optstate import text as describe
 from optstate.spec import ParamSpec
+from optstate.text import parse_item
 from optstate.weights.base import Weights
 from optstate.weights.kahan import Kahan
 from optstate.weights.plain import Plain
 from optstate.weights.split import Split
 from optstate.weights.stochastic import StochasticRounding
 
-__all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weights", "from_words"]
+__all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weights", "parse_weights"]
 
 
 def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
@@ -32,11 +32,11 @@ def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:
     return weights.resolve(spec)
 
 
-def from_words(text: str) -> Weights:
+def parse_weights(text: str) -> Weights:
     """Make the way to write weights that `text` describes as it is printed, such as "Split(bits=8)".
 
     Raises:
         ValueError: if `text` describes none.
     """
     kinds: tuple[type[Weights], ...] = (Kahan, Plain, Split, StochasticRounding)
-    return describe.from_words(text, {kind.__name__.lower(): kind for kind in kinds})
+    return parse_item(text, {kind.__name__.lower(): kind for kind in kinds})

@@ -34,7 +34,7 @@ class Kahan(Weights):
         return self if spec.dtype in (torch.bfloat16, torch.float16) else Plain()
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.kahan(spec.shape))
+        return FieldSpec.of(spec, store_layouts.kahan_layouts(spec.shape))
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
         return _Compensated(fields["compensation"].view(-1))

@@ -57,7 +57,7 @@ class Split(Weights):
         return self if spec.dtype == torch.bfloat16 else Plain()
 
     def fields(self, spec: ParamSpec) -> dict[str, FieldSpec]:
-        return FieldSpec.of(spec, store_layouts.split(spec.shape, self.bits))
+        return FieldSpec.of(spec, store_layouts.split_layouts(spec.shape, self.bits))
 
     def codec(self, spec: ParamSpec, step: int, fields: Mapping[str, Tensor]) -> WeightCodec:
         return _Halves(fields["correction"].view(-1), dropped=16 - self.bits)

@@ -14,7 +14,7 @@ from torch import nn
 import optstate
 from optstate import checkpoint
 from optstate.checkpoint import CheckpointError, UsageError
-from optstate.checkpoint.files.safetensors_file import Issue
+from optstate.checkpoint.files.issues import Issue
 from optstate.recipes import AdamW, AdamW8bit
 
 COMMANDS = Path(__file__).parents[2] / "cli"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import structural_issues
+from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.operations.summarize import summarize
 from tests.support.fuzz_cases import KINDS, SPARE
 from tests.support.fuzzing import damaged_json, safetensors_of

@@ -20,7 +20,7 @@ import optstate
 from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.parameter_names import Named, read_names, with_names
+from optstate.checkpoint.parameter_names import Named, give_names, read_names
 from optstate.recipes import AdamW4bit
 from tests.support.foreign_files import Tiny, adamw, check_document, identical, saved, tensor, train
 from tests.support.paths import ROOT
@@ -210,7 +210,7 @@ def test_a_factory_in_the_working_directory_is_found(tmp_path: Path) -> None:
 def test_a_list_names_parameters_in_the_order_of_the_groups(numbered: Checkpoint, tmp_path: Path) -> None:
     paragraphs = "\n".join([*IN_GROUPS[:3], "", "", *IN_GROUPS[3:], ""])
     for content in (paragraphs, [IN_GROUPS[:3], IN_GROUPS[3:]]):
-        named = with_names(numbered, read_names(listed(tmp_path, content)))
+        named = give_names(numbered, read_names(listed(tmp_path, content)))
         check_document(named)
         assert names_of(named) == IN_GROUPS
         assert [list(group.parameters) for group in named.document.groups] == [IN_GROUPS[:3], IN_GROUPS[3:]]
@@ -222,16 +222,16 @@ def test_a_list_names_parameters_in_the_order_of_the_groups(numbered: Checkpoint
 
 
 def test_a_module_names_one_group_and_gives_dtypes(one_group: Checkpoint) -> None:
-    named = with_names(one_group, read_names(f"{HERE}:module"))
+    named = give_names(one_group, read_names(f"{HERE}:module"))
     assert names_of(named) == [name for name, _ in Tiny().named_parameters()]
     assert {param.dtype for param in named.document.parameters} == {"bfloat16"}
 
 
 def test_the_order_of_a_module_is_not_that_of_groups(numbered: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=r"optimizer's 2 groups, which have 3 \+ 3 parameters") as caught:
-        with_names(numbered, read_names(f"{HERE}:module"))
+        give_names(numbered, read_names(f"{HERE}:module"))
     assert caught.value.refused
-    assert names_of(with_names(numbered, read_names(f"{HERE}:groups"))) == IN_GROUPS
+    assert names_of(give_names(numbered, read_names(f"{HERE}:groups"))) == IN_GROUPS
 
 
 def test_shapes_that_differ_are_refused_with_both(numbered: Checkpoint) -> None:
@@ -239,7 +239,7 @@ def test_shapes_that_differ_are_refused_with_both(numbered: Checkpoint) -> None:
         CheckpointError,
         match=r"gives 'fc1.bias' of shape \[80\] for parameter '#2', which has \[96, 80\] in the checkpoint",
     ) as caught:
-        with_names(numbered, read_names(f"{HERE}:pairs"))
+        give_names(numbered, read_names(f"{HERE}:pairs"))
     assert caught.value.refused
 
 
@@ -247,9 +247,9 @@ def test_counts_and_groups_must_be_the_same(numbered: Checkpoint, tmp_path: Path
     with pytest.raises(
         CheckpointError, match=r"gives 5 names, the checkpoint has 6 parameters \(3 \+ 3 in its groups\)"
     ):
-        with_names(numbered, read_names(listed(tmp_path, IN_GROUPS[:5])))
+        give_names(numbered, read_names(listed(tmp_path, IN_GROUPS[:5])))
     with pytest.raises(CheckpointError, match=r"groups of 2 \+ 4 names, the checkpoint's have 3 \+ 3 parameters"):
-        with_names(numbered, read_names(listed(tmp_path, [IN_GROUPS[:2], IN_GROUPS[2:]])))
+        give_names(numbered, read_names(listed(tmp_path, [IN_GROUPS[:2], IN_GROUPS[2:]])))
 
 
 @pytest.mark.parametrize("build", [torch.optim.AdamW, bitsandbytes.optim.AdamW8bit])
@@ -296,7 +296,7 @@ def test_shapes_name_several_groups_unless_two_groups_share_one(tmp_path: Path) 
 
 def test_a_single_group_takes_a_list_with_empty_lines(one_group: Checkpoint, tmp_path: Path) -> None:
     order = [name for name, _ in Tiny().named_parameters()]
-    named = with_names(one_group, read_names(listed(tmp_path, "\n\n".join(order))))
+    named = give_names(one_group, read_names(listed(tmp_path, "\n\n".join(order))))
     assert names_of(named) == order
 
 
@@ -337,14 +337,14 @@ def test_names_that_a_file_has_must_be_the_given_ones(tmp_path: Path) -> None:
     tree = train(model, torch.optim.AdamW(model.named_parameters())).state_dict()
     own = open_checkpoint(saved(tree, tmp_path))
     order = [name for name, _ in model.named_parameters()]
-    same = with_names(own, read_names(f"{HERE}:module"))
+    same = give_names(own, read_names(f"{HERE}:module"))
     assert names_of(same) == order
     assert {param.dtype for param in same.document.parameters} == {"bfloat16"}
     other = [*order[:5], "head.weight"]
     with pytest.raises(CheckpointError, match="does not have 'fc2.weight', a parameter's name.*'head.weight'"):
-        with_names(own, read_names(listed(tmp_path, other)))
+        give_names(own, read_names(listed(tmp_path, other)))
     with pytest.raises(CheckpointError, match="parameter 1 is 'fc1.weight' in the checkpoint and 'fc2.weight' there"):
-        with_names(own, read_names(listed(tmp_path, IN_GROUPS[:1] + IN_GROUPS[2:3] + IN_GROUPS[1:2] + IN_GROUPS[3:])))
+        give_names(own, read_names(listed(tmp_path, IN_GROUPS[:1] + IN_GROUPS[2:3] + IN_GROUPS[1:2] + IN_GROUPS[3:])))
 
 
 def test_adam_minis_lower_case_names_are_spelt_again(tmp_path: Path) -> None:
@@ -355,4 +355,4 @@ def test_adam_minis_lower_case_names_are_spelt_again(tmp_path: Path) -> None:
     own = open_checkpoint(saved(optimizer.state_dict(), tmp_path))
     names = [name for name, _ in model.named_parameters()]
     assert names_of(own) == [name.lower() for name in names]
-    assert names_of(with_names(own, read_names(listed(tmp_path, names)))) == names
+    assert names_of(give_names(own, read_names(listed(tmp_path, names)))) == names

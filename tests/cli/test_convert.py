@@ -22,7 +22,7 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.document.native_file import document_of
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.recipes import SGD, AdamW, AdamW8bit, Lion, SGDM8bit
 from optstate.weights import Kahan
 from tests.checkpoint.formats.test_writers import assert_equal
@@ -441,7 +441,7 @@ def test_a_setting_that_rules_out_the_files_rule_wins(tmp_path: Path) -> None:
         (["--recipe", "adalomo", "--set", "rl=1"], "no hyper-parameter 'rl'"),
         (["--recipe", "adalomo", "--set", "lr=fast"], "give a number"),
         (["--format", "pytorch"], "did you mean 'torch'?"),
-        (["--format", "numpy"], "one of optstate, torch"),
+        (["--format", "numpy"], "one of optstate, bitsandbytes"),
         (["--max-shard-size", "5XB"], "such as 5GB"),
         (["--format", "torch", "--max-shard-size", "5KB"], "files of optstate's own"),
         (["--nonsense"], "No such option"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import optstate
 from adalomo import AdaLomo
 from optstate.checkpoint.document.document import KEY
-from optstate.checkpoint.operations.compare import deviation
+from optstate.checkpoint.operations.compare import measure_deviation
 from optstate.recipes import AdamW, AdamW4bit, AdamW8bit
 from optstate.weights import Kahan
 from tests.cli.test_inspect import as_json, run, table
@@ -249,10 +249,10 @@ def test_a_deviation_longer_than_a_piece() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1_200_003, generator=generator)
     y = x + 1e-3 * torch.randn(x.shape, generator=generator)
-    found, error = deviation(x, y), (x.double() - y.double())
+    found, error = measure_deviation(x, y), (x.double() - y.double())
     assert found.max_abs == error.abs().max().item()
     assert found.relative_l2 == pytest.approx((error.norm() / x.double().norm()).item(), rel=1e-12)
-    empty = deviation(torch.zeros(0, 3), torch.zeros(0, 3))
+    empty = measure_deviation(torch.zeros(0, 3), torch.zeros(0, 3))
     assert (empty.max_abs, empty.relative_l2, empty.cosine) == (0.0, 0.0, 1.0)
 
 

@@ -19,9 +19,9 @@ from optstate_cli import app
 from typer.testing import CliRunner
 
 import optstate
-from optstate.checkpoint.document.document import to_json
+from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.files.atomic_write import ending_in_order
-from optstate.checkpoint.files.safetensors_file import structural_issues
+from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.run_conversion import MOST_HISTORY
 from tests.support.fuzzing import safetensors_of

@@ -188,9 +188,9 @@ class TestInspect:
                 for view in [*views, base[0].expand(3, 30, 20)]:
                     place = 3 + 4 * view.storage_offset()
                     stored = Stored(str(tmp_path / "a"), place, "F32", tuple(view.shape), view.stride())
-                    assert torch.equal(tensor_bytes.load(stored), view)
-                    found = tensor_bytes.statistics(stored)
-                    parts = list(tensor_bytes.pieces(stored))
+                    assert torch.equal(tensor_bytes.load_tensor(stored), view)
+                    found = tensor_bytes.measure_tensor(stored)
+                    parts = list(tensor_bytes.iterate_pieces(stored))
                     assert max((part.numel() for part in parts), default=0) <= piece
                     assert torch.equal(torch.cat(parts).sort().values, view.double().flatten().sort().values)
                     if view.numel():

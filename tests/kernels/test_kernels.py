@@ -236,7 +236,7 @@ def test_squares_that_overflow_half_precision_are_summed():
 def test_evaluate_multiplies_out_into_new_contiguous_memory(product, limit):
     before = copies(product.dense, *product.factors)
     with chunk_of(limit):
-        value = kernels.evaluate(product)
+        value = kernels.multiply_out(product)
     assert value.dtype == accumulator_dtype(product.dense.dtype)
     assert value.is_contiguous()
     same(value, value64(product), ELEMENT[value.dtype])
@@ -251,11 +251,11 @@ def test_a_gradient_known_on_the_device_not_to_be_finite_reads_as_finite_numbers
     x = torch.where(x > 0.3, math.inf, torch.where(x < -0.3, math.nan, x))
     product = replace(product, dense=x, finite=torch.tensor(False))
     with chunk_of(limit):
-        assert kernels.evaluate(product).isfinite().all()
+        assert kernels.multiply_out(product).isfinite().all()
         assert kernels.sum_of_squares(product).isfinite()
         param = noise(product.shape, 5).float()
         kept = param.clone()
-        kernels.apply(param, replace(product, scale=torch.tensor(0.0)))
+        kernels.apply_update(param, replace(product, scale=torch.tensor(0.0)))
     assert torch.equal(param, kept)
 
 
@@ -335,7 +335,7 @@ def test_apply_decays_the_parameter_and_subtracts_the_value(case):
     param = case.param.clone()
     before = copies(case.product.dense, *case.product.factors)
     with chunk_of(case.limit):
-        kernels.apply(param, case.product, case.decay)
+        kernels.apply_update(param, case.product, case.decay)
     same(param, case.want, ELEMENT[param.dtype])
     assert all(torch.equal(a, b) for a, b in zip(before, (case.product.dense, *case.product.factors), strict=True))
 
@@ -345,7 +345,7 @@ def test_apply_decays_the_parameter_and_subtracts_the_value(case):
 def test_low_precision_apply_rounds_the_exact_result_once(case):
     param = laid_out(case.param, "contiguous").clone()
     with chunk_of(case.limit):
-        kernels.apply(param, case.product, case.decay)
+        kernels.apply_update(param, case.product, case.decay)
     # Half a unit in the last place is what one rounding costs; a second one would cost another half. fp32 arithmetic
     # before it adds some 6e-8 of the largest term, seen beside half a unit only where two terms cancel.
     terms = case.param.double().abs() + value64(case.product).abs()
@@ -369,7 +369,7 @@ def test_low_precision_apply_is_fp32_arithmetic_rounded_to_nearest(dtype, decay,
     x = x * row * col if product.factors else x * 0.037
     keep = param.float() * (1 - decay) if decay else param.float()
     want = (keep - x).to(dtype)
-    kernels.apply(param, product, decay)
+    kernels.apply_update(param, product, decay)
     wrong = param != want
     # A fused multiply-add skips one fp32 rounding of 2**-24; it shows only where the sum lies that close to the
     # middle of two neighbours: at 8 or 11 bits, less than one element in 1000, and then one neighbour away.
@@ -391,7 +391,7 @@ def test_a_writer_sees_every_new_value_at_its_flat_index_and_alone_writes(case):
             seen.append(value.flatten().clone())
 
     with chunk_of(max(case.limit, 4)):  # where there is a codec, chunks are smaller
-        kernels.apply(param, case.product, case.decay, Recording())
+        kernels.apply_update(param, case.product, case.decay, Recording())
     assert torch.equal(param, case.param)
     assert starts == [sum(len(s) for s in seen[:i]) for i in range(len(seen))]
     flat = torch.cat(seen) if seen else torch.empty(0)
@@ -405,7 +405,7 @@ def test_a_writer_writes_into_the_parameter_whatever_its_strides():
 
     param = torch.zeros(6, 5, dtype=BF16).t()
     with chunk_of(16):
-        kernels.apply(param, Product(torch.arange(30.0).view(5, 6)), codec=Rounding())
+        kernels.apply_update(param, Product(torch.arange(30.0).view(5, 6)), codec=Rounding())
     assert torch.equal(param, -torch.arange(30.0).view(5, 6).bfloat16())
 
 
@@ -448,7 +448,7 @@ def test_scratch_does_not_grow_with_the_parameter(kernel, factors):
     product = Product(dense, factors, scale=torch.tensor(1e-3))
     if kernel == "apply":
         param = torch.ones(MATRIX, dtype=BF16)
-        assert peak_extra_bytes(lambda: kernels.apply(param, product, 0.1)) <= LIMIT
+        assert peak_extra_bytes(lambda: kernels.apply_update(param, product, 0.1)) <= LIMIT
     else:
         assert peak_extra_bytes(lambda: getattr(kernels, kernel)(product)) <= LIMIT
 
@@ -456,7 +456,7 @@ def test_scratch_does_not_grow_with_the_parameter(kernel, factors):
 @pytest.mark.parametrize("shape", [(1, 1 << 24), (1 << 24,), (1 << 20, 16)], ids=["one row", "vector", "tall"])
 def test_apply_needs_little_scratch_whatever_the_shape(shape):
     param, dense = torch.ones(shape, dtype=BF16), torch.ones(shape, dtype=BF16)
-    assert peak_extra_bytes(lambda: kernels.apply(param, Product(dense, scale=torch.tensor(1e-3)))) <= LIMIT
+    assert peak_extra_bytes(lambda: kernels.apply_update(param, Product(dense, scale=torch.tensor(1e-3)))) <= LIMIT
 
 
 def test_averages_need_little_scratch():

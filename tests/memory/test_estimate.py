@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import optstate
+from adalomo import AdaLomo
 from optstate import recipes
 from optstate.memory import question as one_recipe
 from optstate.memory import verdict
@@ -21,9 +22,20 @@ from optstate.memory.estimate import WEIGHTS
 from optstate.memory.model import KINDS, BuildOptions, Model, ParamShape, Setting, Trace
 from optstate.memory.question import Question, recipe_of
 from optstate.memory.result import EXACT, TRACED, Estimate
-from optstate.memory.solve import _last_below, largest, what_would_fit
+from optstate.memory.solve import _last_below, find_changes, find_largest
 from optstate.memory.sources import SourceError, find_model
-from optstate.memory.verdict import CONTEXT, FITS, FRAGMENTATION, NO, TIGHT, UNKNOWN, device, gpu, judge, reserved
+from optstate.memory.verdict import (
+    CONTEXT,
+    FITS,
+    FRAGMENTATION,
+    NO,
+    TIGHT,
+    UNKNOWN,
+    device_bytes,
+    find_gpu,
+    judge_peak,
+    reserved_bytes,
+)
 from optstate.recipes import AdamW
 from optstate.stores import Full
 from optstate.weights import Split
@@ -277,11 +289,16 @@ class TestPeak:
 class TestVerdict:
     def test_it_turns_where_the_band_crosses_the_memory(self) -> None:
         allocated = 20 * GIB
-        least, most = device(allocated)
+        least, most = device_bytes(allocated)
         assert least == allocated + CONTEXT[0]
-        assert most == reserved(allocated) + CONTEXT[1]
-        assert reserved(100) == 114
-        assert [judge(allocated, memory) for memory in (most, most - 1, least, least - 1)] == [FITS, TIGHT, TIGHT, NO]
+        assert most == reserved_bytes(allocated) + CONTEXT[1]
+        assert reserved_bytes(100) == 114
+        assert [judge_peak(allocated, memory) for memory in (most, most - 1, least, least - 1)] == [
+            FITS,
+            TIGHT,
+            TIGHT,
+            NO,
+        ]
 
     @pytest.mark.parametrize(
         ("text", "nbytes"),
@@ -300,7 +317,7 @@ class TestVerdict:
         ],
     )
     def test_gpus(self, text: str | float, nbytes: int) -> None:
-        assert gpu(text).nbytes == nbytes
+        assert find_gpu(text).nbytes == nbytes
 
     @pytest.mark.parametrize(
         ("text", "hint"),
@@ -314,11 +331,11 @@ class TestVerdict:
     )
     def test_what_is_no_gpu(self, text: str, hint: str) -> None:
         with pytest.raises(QuestionError, match=hint):
-            gpu(text)
+            find_gpu(text)
 
     def test_every_name_is_known_by_itself(self) -> None:
         for name, size in verdict.CAPACITY.items():
-            assert gpu(name) == gpu(name.lower().replace(" ", "")) == verdict.Gpu(name, int(size * GIB))
+            assert find_gpu(name) == find_gpu(name.lower().replace(" ", "")) == verdict.Gpu(name, int(size * GIB))
 
 
 class TestFits:
@@ -334,7 +351,7 @@ class TestFits:
         found = optstate.estimate(Small(), recipe=["adamw", "lomo"], gpu="24GiB")  # without inputs: shapes alone
         assert {one.verdict for one in found.recipes} == {UNKNOWN}
         assert not found.fits
-        assert what_would_fit(found) == ()
+        assert find_changes(found) == ()
 
     def test_without_a_gpu_nothing_is_too_large(self) -> None:
         assert optstate.estimate(Small()).fits
@@ -495,7 +512,7 @@ class TestSolving:
         size = "batch_size" if quantity == "batch" else "seq_len"
         asked: dict[str, Any] = {"recipe": recipe, "gpu": "6GiB"}
         other = {"seq_len": 1024} if quantity == "batch" else {"batch_size": 16}
-        (found,) = largest(optstate.estimate("made up", **asked, **other, **{size: start}), quantity)
+        (found,) = find_largest(optstate.estimate("made up", **asked, **other, **{size: start}), quantity)
         assert found.value > 1
         assert len(worked_out) <= 14
         verdicts = [
@@ -505,11 +522,11 @@ class TestSolving:
         assert verdicts[0] == FITS != verdicts[1]
 
     def test_limits_of_the_model_are_limits(self, worked_out: list[Setting]) -> None:
-        (found,) = largest(optstate.estimate("made up", gpu="80GiB"), "seq")
+        (found,) = find_largest(optstate.estimate("made up", gpu="80GiB"), "seq")
         assert (found.value, found.why) == (4096, "no more than 4096 tokens")
 
     def test_nothing_fits_where_state_alone_is_too_much(self, worked_out: list[Setting]) -> None:
-        (found,) = largest(optstate.estimate("made up", recipe="adamw", gpu="2GiB"), "batch")
+        (found,) = find_largest(optstate.estimate("made up", recipe="adamw", gpu="2GiB"), "batch")
         assert (found.value, found.estimate) == (0, None)
         assert len(worked_out) == 1
 
@@ -521,12 +538,12 @@ class TestSolving:
     def test_sizes_that_change_nothing_are_noticed(self) -> None:
         found = optstate.estimate(Small(), example_inputs=(torch.zeros(3, 71),), gpu="24GiB")
         with pytest.raises(QuestionError, match="need the same"):
-            largest(found, "batch")
+            find_largest(found, "batch")
 
     def test_changes_that_fit_come_smallest_first_and_were_tried(self, worked_out: list[Setting]) -> None:
         found = optstate.estimate("made up", recipe="adamw8bit", batch_size=16, gpu="5GiB")
         assert not found.fits
-        run, batch, other = what_would_fit(found)
+        run, batch, other = find_changes(found)
         assert (run.kind, run.options) == ("run", "--recipe adamw8bit --checkpointing")
         assert batch.kind == "batch"
         assert other.kind == "recipe"
@@ -537,24 +554,39 @@ class TestSolving:
 
     def test_state_that_is_too_much_needs_another_recipe(self, worked_out: list[Setting]) -> None:
         found = optstate.estimate("made up", recipe="adamw", gpu="4.5GiB")
-        (change,) = what_would_fit(found)
+        (change,) = find_changes(found)
         assert change.kind == "recipe"
         assert change.estimate.recipe == "adamw8bit" or change.estimate.state_bytes < GIB
 
     def test_nothing_is_tried_where_something_fits_or_nothing_can(self, worked_out: list[Setting]) -> None:
-        assert what_would_fit(optstate.estimate("made up", recipe=["adamw", "lomo"], gpu="4GiB")) == ()
+        assert find_changes(optstate.estimate("made up", recipe=["adamw", "lomo"], gpu="4GiB")) == ()
         worked_out.clear()
-        assert what_would_fit(optstate.estimate("made up", gpu="1GiB")) == ()
+        assert find_changes(optstate.estimate("made up", gpu="1GiB")) == ()
         assert len(worked_out) == 1
 
     def test_questions_without_a_gpu_are_refused(self, worked_out: list[Setting]) -> None:
         found = optstate.estimate("made up")
-        for ask in (what_would_fit, partial(largest, quantity="batch")):
+        for ask in (find_changes, partial(find_largest, quantity="batch")):
             with pytest.raises(QuestionError, match="gpu"):
                 ask(found)
         with pytest.raises(QuestionError, match="batch or seq"):
-            largest(optstate.estimate("made up", gpu=24), "layers")
+            find_largest(optstate.estimate("made up", gpu=24), "layers")
 
 
 def test_the_factor_and_its_source_are_what_is_said() -> None:
     assert abs(FRAGMENTATION - 15.97 / 13.99) < 0.002
+
+
+class Renamed(AdaLomo):
+    """A recipe of somebody's own, whose words say nothing of the backward pass."""
+
+
+class Stepped(AdaLomo):
+    """Not made for fused backward, whatever its words look like."""
+
+    made_for_fused_backward = False
+
+
+@pytest.mark.parametrize(("recipe", "fused"), [(Renamed, True), (partial(Renamed, lr=1e-3), True), (Stepped, False)])
+def test_a_recipe_is_fused_where_its_class_says_so_and_not_where_its_words_do(recipe: Any, fused: bool) -> None:
+    assert recipe_of(recipe).fused is fused

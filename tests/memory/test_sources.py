@@ -27,7 +27,7 @@ from optstate.memory.model import BuildOptions, Model, ParamShape
 from optstate.memory.sources import SourceError, find_model, known_models, recipe_of
 from optstate.memory.sources.builtin import CONFIGS
 from optstate.memory.sources.modules import default_dtype
-from optstate.memory.sources.shapes import ARCHITECTURES, parameters
+from optstate.memory.sources.shapes import ARCHITECTURES, list_parameters
 from tests.support.models import mlp
 
 pytestmark = pytest.mark.peer
@@ -146,7 +146,7 @@ def fails(source: Any, **settings: Any) -> str:
 
 def test_published_models_are_exact_to_the_parameter() -> None:
     assert list(PUBLISHED) == known_models()
-    counts = {name: sum(torch.Size(shape).numel() for _, shape in parameters(CONFIGS[name])) for name in CONFIGS}
+    counts = {name: sum(torch.Size(shape).numel() for _, shape in list_parameters(CONFIGS[name])) for name in CONFIGS}
     assert counts == PUBLISHED
 
 
@@ -154,12 +154,12 @@ def test_published_models_are_exact_to_the_parameter() -> None:
 def test_published_shapes_are_those_of_transformers(name: str) -> None:
     layers = "n_layer" if CONFIGS[name]["model_type"] == "gpt2" else "num_hidden_layers"
     config = {**CONFIGS[name], layers: 2}
-    assert parameters(config) == names_and_shapes(on_meta(config))
+    assert list_parameters(config) == names_and_shapes(on_meta(config))
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config["model_type"])
 def test_names_shapes_and_order_are_those_of_transformers(config: dict[str, Any]) -> None:
-    assert parameters(config) == names_and_shapes(on_meta(config))
+    assert list_parameters(config) == names_and_shapes(on_meta(config))
     assert {variant["model_type"] for variant in VARIANTS} == set(ARCHITECTURES)
 
 
@@ -169,7 +169,7 @@ def test_a_published_model_is_described() -> None:
     assert {param.dtype for param in model.parameters} == {"float16"}
     assert max(param.numel for param in model.parameters) == 131_072_000
     assert transformers.__version__ in model.origin
-    assert of(model) == parameters(CONFIGS["llama-7b"])
+    assert of(model) == list_parameters(CONFIGS["llama-7b"])
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
@@ -228,7 +228,7 @@ def test_a_model_is_built_with_any_number_of_layers(tmp_path: Path) -> None:
         with FakeTensorMode():
             built = model.build(BuildOptions(layers=layers))
         config = {**LLAMA, "model_type": "qwen2", "num_hidden_layers": layers or 4}
-        assert names_and_shapes(built) == parameters(config)
+        assert names_and_shapes(built) == list_parameters(config)
 
 
 def test_a_type_that_tells_its_layers_itself_is_built_with_any_number(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
     maps = {"auto_map": {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Own"}}
     written(tmp_path, {**LLAMA, **maps, "_name_or_path": str(tmp_path)})
     model = find_model(tmp_path)
-    assert of(model) == parameters(LLAMA)
+    assert of(model) == list_parameters(LLAMA)
     assert model.build is not None
     with FakeTensorMode():
         assert type(model.build(BuildOptions())).__module__.startswith("transformers.")
@@ -650,7 +650,7 @@ def test_outside_of_fake_tensors_a_model_has_values(source: Any) -> None:
 
 def test_a_factory_of_a_language_model_needs_no_inputs() -> None:
     model = find_model(language_model)
-    assert of(model) == parameters(LLAMA)
+    assert of(model) == list_parameters(LLAMA)
     assert model.batch is not None
     assert model.build is not None
     with FakeTensorMode():

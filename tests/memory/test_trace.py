@@ -17,7 +17,7 @@ import optstate
 from adalomo import AdaLomo, Lomo
 from optstate.memory import peak_extra_bytes
 from optstate.memory.model import KINDS, BuildOptions, Model, Setting, Trace
-from optstate.memory.tracing.extrapolate import traced
+from optstate.memory.tracing.extrapolate import trace_model
 from optstate.memory.tracing.trace import UntraceableError, trace
 from optstate.recipes import AdamW, registry
 from tests.support.memory_models import MLP, Block, Tokens, llama, model_of, real_peak, token_batch, tokens
@@ -289,8 +289,8 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
 def test_shallow_traces_tell_the_deep_one_to_the_byte(name: str, device: str, setting: Setting) -> None:
     model = llama(layers=12, hidden_size=64, intermediate_size=172, num_attention_heads=4)
     recipe = registry.get(name)
-    short, how = traced(model, recipe, setting, device=device)
-    whole, how_whole = traced(model, recipe, setting, exact=True, device=device)
+    short, how = trace_model(model, recipe, setting, device=device)
+    whole, how_whole = trace_model(model, recipe, setting, exact=True, device=device)
     assert how == "traced with 3, 4 and 5 layers, extrapolated to 12"
     assert how_whole == "traced in full"
     assert (short.peak, short.phase, short.at_peak, short.most) == (whole.peak, whole.phase, whole.at_peak, whole.most)
@@ -303,7 +303,7 @@ def test_a_peak_that_moves_with_depth_is_found() -> None:
     """Few layers peak at the loss, many where all their gradients are: the shallow traces never see it."""
     model = tokens(vocabulary=2000, width=32, hidden=128, layers=40)
     shallow = trace(model, Lomo, FP32, layers=5, device="cpu")
-    short, how = traced(model, Lomo, FP32, device="cpu")
+    short, how = trace_model(model, Lomo, FP32, device="cpu")
     whole = trace(model, Lomo, FP32, device="cpu")
     assert "extrapolated to 40" in how
     assert shallow.phase == "backward:loss"
@@ -320,7 +320,7 @@ def test_layers_that_differ_are_traced_in_full() -> None:
         return made
 
     model = model_of(build, token_batch, layers=12)
-    seen, how = traced(model, Lomo, FP32, device="cpu")
+    seen, how = trace_model(model, Lomo, FP32, device="cpu")
     assert how.startswith("traced in full, because layers add different numbers of bytes at ")
     assert seen == trace(model, Lomo, FP32, device="cpu")
 
@@ -339,11 +339,11 @@ def test_layers_without_a_list_of_their_own_are_traced_in_full() -> None:
             return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
     model = model_of(lambda options: Flat(options.layers or 8), token_batch, layers=8)
-    assert traced(model, Lomo, FP32)[1] == "traced in full, because its layers could not be told apart"
+    assert trace_model(model, Lomo, FP32)[1] == "traced in full, because its layers could not be told apart"
 
 
 def test_a_shallow_model_is_traced_in_full() -> None:
-    assert traced(tokens(layers=5), Lomo, FP32)[1] == "traced in full"
+    assert trace_model(tokens(layers=5), Lomo, FP32)[1] == "traced in full"
 
 
 # --- what is left as it was -------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_what_cannot_be_traced_names_the_operation(kind: type[nn.Module], words:
     model = replace(tokens(), name="my model", build=lambda _: kind())
     dtype, collects = torch.get_default_dtype(), gc.isenabled()
     with pytest.raises(UntraceableError) as caught:
-        traced(model, Lomo, replace(FP32, dtype="bfloat16"))
+        trace_model(model, Lomo, replace(FP32, dtype="bfloat16"))
     message = str(caught.value)
     assert message.startswith("my model cannot be traced: ")
     assert all(word in message for word in words), message

@@ -556,7 +556,7 @@ class TestBrokenOutsideOfHooks:
             param.data[0] = 7.0
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("optstate.kernels.apply", interrupted)
+        monkeypatch.setattr("optstate.kernels.apply_update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             param.square().sum().backward()
             optimizer.step()

@@ -106,8 +106,8 @@ def by_torch_file(saved: Saved, module: nn.Module, optimizer: AdamW, folder: Pat
 
 def by_converted_torch_file(saved: Saved, module: nn.Module, optimizer: AdamW, folder: Path) -> None:
     from optstate.checkpoint.open_checkpoint import open_checkpoint
-    from optstate.checkpoint.operations.plan_recipe import as_recipe
-    from optstate.checkpoint.operations.run_conversion import write_converted
+    from optstate.checkpoint.operations.plan_recipe import plan_recipe
+    from optstate.checkpoint.operations.run_conversion import write_native
 
     found = saved[1].state_dict()
     del found["param_groups"][0]["param_names"]
@@ -115,7 +115,7 @@ def by_converted_torch_file(saved: Saved, module: nn.Module, optimizer: AdamW, f
     checkpoint = open_checkpoint(
         folder / "opt.pt", names="tests.optimizer.test_missing_state:model"
     )  # it has the shapes
-    write_converted(as_recipe(checkpoint, "adamw"), folder / "opt.safetensors")
+    write_native(plan_recipe(checkpoint, "adamw"), folder / "opt.safetensors")
     optstate.load(optimizer, folder / "opt.safetensors")
 
 

@@ -22,7 +22,7 @@ from adalomo import AdaLomo
 from optstate import stores, updates, weights
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.compare import compare
-from optstate.checkpoint.parameter_names import read_names, with_names
+from optstate.checkpoint.parameter_names import give_names, read_names
 from optstate.naming import canonical_names, same_names
 from optstate.recipes import SGD, AdamW
 
@@ -339,11 +339,11 @@ def test_files_are_compared_converted_and_named_without_prefixes(tmp_path: Path)
     assert [p.name for p in open_checkpoint(target).document.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     optstate.load(AdamW(net().named_parameters()), target)
     (tmp_path / "names").write_text("module.0.weight\nmodule.0.bias\nmodule.1.weight\nmodule.1.bias\n")
-    named = with_names(open_checkpoint(paths[1]), read_names(tmp_path / "names"))
+    named = give_names(open_checkpoint(paths[1]), read_names(tmp_path / "names"))
     assert named.document.parameters[0].name == "module.0.weight"
     (tmp_path / "names").write_text("1.weight\n0.bias\n0.weight\n1.bias\n")
     with pytest.raises(optstate.CheckpointError, match="parameter 0 is '_orig_mod.0.weight' in the checkpoint"):
-        with_names(open_checkpoint(paths[1]), read_names(tmp_path / "names"))
+        give_names(open_checkpoint(paths[1]), read_names(tmp_path / "names"))
 
 
 # --- routes -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_pieces_cover_a_tensor_once_in_order_and_begin_at_blocks(
     shape: Shape, limit: int, align: int, layout: str
 ) -> None:
     index = laid_out(torch.arange(math.prod(shape)).view(shape), layout)
-    pieces = list(kernels.pieces(shape, limit, align))
+    pieces = list(kernels.cut_into_pieces(shape, limit, align))
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop == index.numel()
     for piece in pieces:
@@ -84,7 +84,7 @@ def test_pieces_cover_a_tensor_once_in_order_and_begin_at_blocks(
 @given(shapes, limits, alignments)
 def test_pieces_are_as_large_as_the_limit_allows(shape: Shape, limit: int, align: int) -> None:
     """Never above it, unless a single block is; and never so many that each is next to nothing."""
-    pieces = list(kernels.pieces(shape, limit, align))
+    pieces = list(kernels.cut_into_pieces(shape, limit, align))
     sizes = [piece.stop - piece.start for piece in pieces]
     assert max(sizes) <= max(limit, align)
     # Rows that fit the limit only once, or a last piece at the end of every row longer than the limit: at worst half.
@@ -96,7 +96,7 @@ def test_pieces_are_as_large_as_the_limit_allows(shape: Shape, limit: int, align
 def test_what_broadcasts_is_cut_alongside(shape: Shape, limit: int, align: int, mask: int, layout: str) -> None:
     factor = noise(tuple(n if mask >> i & 1 else 1 for i, n in enumerate(shape)), mask)
     dense = laid_out(noise(shape, 1), layout)
-    for piece in kernels.pieces(shape, limit, align):
+    for piece in kernels.cut_into_pieces(shape, limit, align):
         product = (piece.of(dense) * piece.of(factor)).reshape(-1)
         assert torch.equal(product, (dense * factor).reshape(-1)[piece.start : piece.stop])
 
@@ -108,7 +108,7 @@ def test_fields_are_cut_where_their_blocks_are(shape: Shape, limit: int, align: 
     per = data.draw(st.sampled_from([d for d in range(1, align + 1) if align % d == 0]))
     numel = math.prod(shape)
     field = torch.arange(math.ceil(numel / per))
-    for piece in kernels.pieces(shape, limit, align):
+    for piece in kernels.cut_into_pieces(shape, limit, align):
         entries = sorted({i // per for i in range(piece.start, piece.stop)})
         assert piece.of_field(field, per).tolist() == entries
 
@@ -118,11 +118,11 @@ def test_fields_are_cut_where_their_blocks_are(shape: Shape, limit: int, align: 
 def test_what_is_written_to_a_piece_arrives_in_the_tensor(shape: Shape, limit: int, align: int, layout: str) -> None:
     tensor = laid_out(noise(shape, 0), layout)
     before = tensor.clone()
-    for i, piece in enumerate(kernels.pieces(shape, limit, align)):
+    for i, piece in enumerate(kernels.cut_into_pieces(shape, limit, align)):
         part = piece.of(tensor)
         part.add_(i + 1)
         piece.write_back(tensor, part)
-    counts = [piece.stop - piece.start for piece in kernels.pieces(shape, limit, align)]
+    counts = [piece.stop - piece.start for piece in kernels.cut_into_pieces(shape, limit, align)]
     added = torch.arange(1.0, len(counts) + 1).repeat_interleave(torch.tensor(counts)).view(shape)
     assert torch.equal(tensor, before + added)
 
@@ -177,7 +177,7 @@ def stepped(
     shape, of_param, of_grad = place
     param = nn.Parameter(laid_out((noise(shape, 1) * 0.1).to(dtype), of_param))
     strides = param.stride()
-    with chunk_of(chunk), mock.patch.object(kernels, "pieces", wraps=kernels.pieces) as cut:
+    with chunk_of(chunk), mock.patch.object(kernels, "cut_into_pieces", wraps=kernels.cut_into_pieces) as cut:
         optimizer = build([("p", param)], lr=0.01, **options)
         for step in range(2):
             param.grad = laid_out(noise(shape, 2 + step).to(dtype), of_grad)

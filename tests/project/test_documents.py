@@ -31,13 +31,24 @@ def test_the_migration_guide_runs_from_top_to_bottom() -> None:
         exec(compile(source, f"migrate_from_lomo_optim.md block {i}", "exec"), namespace)
 
 
-def test_the_readme_names_only_files_and_targets_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"(?:docs|examples|benchmarks)/[\w./]+\w", text):
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_documents_name_only_files_and_targets_that_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"\b(?:docs|examples|benchmarks|optstate|tests|cli|adalomo)/[\w./]*\w", text):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake (demo|test|check|bench|quality)\b", text)):
+    for target in set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_every_room_stands_in_the_list_of_rooms() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    listed = set(re.findall(r"`([\w/]+(?:\.py)?)/?`", text[text.index("## The rooms") : text.index("## To add")]))
+    rooms = [
+        path for path in (ROOT / "optstate").iterdir() if path.name not in ("__init__.py", "__pycache__", "py.typed")
+    ]
+    for room in rooms:
+        assert {f"optstate/{room.name}", f"optstate/{room.name}/", room.name} & listed, room.name
 
 
 def test_the_readme_lists_every_public_part() -> None:

@@ -31,7 +31,7 @@ def test_importing_optstate_does_not_import_what_it_only_sometimes_needs() -> No
 def test_names_are_imported_when_they_are_used() -> None:
     code = (
         "import sys, optstate; names = dir(optstate); assert 'torch' not in sys.modules\n"
-        "import optstate.checkpoint.files.safetensors_file; assert 'torch' not in sys.modules\n"
+        "import optstate.checkpoint.files.safetensors_header; assert 'torch' not in sys.modules\n"
         "from optstate import *; from optstate import Optimizer as O; import pickle\n"
         "assert set(optstate.__all__) <= set(names) & set(globals())\n"
         "assert O is optstate.Optimizer is Optimizer\n"

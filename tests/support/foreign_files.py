@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.document import Parameter, SlotRecord, from_json, to_json
+from optstate.checkpoint.document.document import Parameter, SlotRecord
+from optstate.checkpoint.document.document_json import from_json, to_json
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 

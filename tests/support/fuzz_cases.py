@@ -38,15 +38,15 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import inconsistencies, refuse_contradictions
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
-from optstate.checkpoint.files.safetensors_file import structural_issues
-from optstate.checkpoint.files.tensor_bytes import statistics
+from optstate.checkpoint.files.safetensors_check import structural_issues
+from optstate.checkpoint.files.tensor_bytes import measure_tensor
 from optstate.checkpoint.files.torch_archive_writer import create_torch
 from optstate.checkpoint.formats.registry import choose_format, writable_formats, write_state
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.check_values import uneven_means, value_issues
+from optstate.checkpoint.operations.check_values import find_uneven_means, find_value_issues
 from optstate.checkpoint.operations.compare import compare
-from optstate.checkpoint.operations.conversion_report import report_of
-from optstate.checkpoint.operations.plan_conversion import in_stores, unchanged
+from optstate.checkpoint.operations.conversion_report import make_report
+from optstate.checkpoint.operations.plan_conversion import plan_copy, plan_stores
 from optstate.checkpoint.operations.read_values import Values
 from optstate.checkpoint.operations.summarize import Summary, summarize
 from tests.support.fuzzing import (
@@ -140,10 +140,12 @@ def checked(summary: Summary) -> None:
     """What `check` does besides."""
     checkpoint = summary.checkpoint
     for row in summary.rows:
-        statistics(row.stored)
-    list(value_issues([(row.name, row.stored) for row in summary.rows], checkpoint.document if checkpoint else None))
+        measure_tensor(row.stored)
+    list(
+        find_value_issues([(row.name, row.stored) for row in summary.rows], checkpoint.document if checkpoint else None)
+    )
     if checkpoint is not None:
-        list(uneven_means(checkpoint))
+        list(find_uneven_means(checkpoint))
 
 
 def converted(checkpoint: Checkpoint, random: Random) -> None:
@@ -151,9 +153,9 @@ def converted(checkpoint: Checkpoint, random: Random) -> None:
     refuse_contradictions(checkpoint)
     for stores in (None, random.choice(["block8", "block4", "factored", "bf16", "float8"])):
         with suppress(ValueError, ArithmeticError):
-            conversion = unchanged(checkpoint) if stores is None else in_stores(checkpoint, stores, {})
+            conversion = plan_copy(checkpoint) if stores is None else plan_stores(checkpoint, stores, {})
             conversion.check()
-            report_of(conversion)
+            make_report(conversion)
             entries = {entry.name: entry for entry in conversion.entries}
             known = random.random() < 0.5
             layout = random.choice(writable_formats()) if known else choose_format(conversion.document)
@@ -317,7 +319,7 @@ class Corpus:
         self.content |= {path: path.read_bytes() for folder in self.folders for path in files_in(folder)}
         self.single = [*self.natives, *self.zips, old, strange]
         trees = [path for path in self.content if path.suffix in (".pt", ".bin") and path != strange]
-        self.trees = {path: writable(torch_archive_reader.read(path)) for path in trees}
+        self.trees = {path: writable(torch_archive_reader.read_torch_file(path)) for path in trees}
         self.metadata = {
             path: torch_archive_reader.read_pickle(path) for path in self.content if path.name == ".metadata"
         }

@@ -13,7 +13,7 @@ from typing import Any
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.pickle_machine import Global, Object
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.files.torch_pickle_writer import Constant, Subclass, dump
+from optstate.checkpoint.files.torch_pickle_writer import Constant, Subclass, pickle_tree
 
 __all__ = ["damaged", "damaged_json", "damaged_pickle", "damaged_tree", "damaged_zip", "rezipped", "safetensors_of"]
 
@@ -346,7 +346,7 @@ def _opcodes(value: Any) -> bytes:
     if isinstance(value, list | tuple):
         items = b"".join(map(_opcodes, value))
         return b"](" + items + b"e" if isinstance(value, list) else b"(" + items + b"t"
-    return dump(value)[0][2:-1]
+    return pickle_tree(value)[0][2:-1]
 
 
 def rezipped(content: bytes, change: Callable[[bytes], bytes]) -> bytes:

@@ -130,16 +130,12 @@ def first_in_step(places: list[Place]) -> Iterable[int]:
     return sorted(i for (file, _), i in first.items() if file in DRIVERS)
 
 
-DRIVERS = {
-    *(
-        "optimizer/broken_step.py",
-        "optimizer/chain_step.py",
-        "optimizer/fused_kernels.py",
-        "optimizer/gradient_hooks.py",
-    ),
-    *("optimizer/norm_clip.py", "optimizer/optimizer.py", "optimizer/step_runner.py", "distributed/sums.py"),
-    *("stores/guard.py", "stores/base.py"),
+ROOMS = {
+    "optimizer": "broken_step chain_step gradient_hooks loading norm_clip optimizer state_dict step_runner",
+    "distributed": "sums",
+    "stores": "guard base",
 }
+DRIVERS = {f"{room}/{file}.py" for room, files in ROOMS.items() for file in files.split()}
 
 
 def _attack(make: Callable[[], Case], choose: Callable[[list[Place]], Iterable[int]]) -> Outcome:

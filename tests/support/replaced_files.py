@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import optstate
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.tensor_bytes import load
+from optstate.checkpoint.files.tensor_bytes import load_tensor
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.recipes import AdamW
 from tests.support.paths import ROOT
@@ -71,7 +71,7 @@ def held(path: Path) -> set[int]:
     """The numbers among a file's first moments, one for every version in it; read tensor by tensor."""
     checkpoint = open_checkpoint(path)
     keys = [param.slots["exp_avg"].fields[""] for param in checkpoint.document.parameters]
-    return {round(number) for key in keys for number in load(checkpoint.tensors[key]).unique().tolist()}
+    return {round(number) for key in keys for number in load_tensor(checkpoint.tensors[key]).unique().tolist()}
 
 
 def loaded(path: Path, folder: Path) -> set[int]:

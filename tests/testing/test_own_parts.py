@@ -61,7 +61,7 @@ def test_recipes_keep_the_laws(name: str) -> None:
 
 
 def test_no_store_and_no_transform_is_left_out() -> None:
-    assert {type(store).__name__.lower() for store in STORES} == set(registry.names())
+    assert {type(store).__name__.lower() for store in STORES} == set(registry.store_names())
     kinds = {kind for kind in vars(updates).values() if isinstance(kind, type) and issubclass(kind, Transform)}
     tested = {type(t) for t in TRANSFORMS} | {type(t) for chain in TRANSFORMS for t in getattr(chain, "transforms", ())}
     assert {kind.__name__ for kind in kinds - {Transform} - tested} == set()

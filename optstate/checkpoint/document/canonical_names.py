@@ -12,16 +12,16 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group, Parameter, tensor_key
 from optstate.naming import canonical_names
 
-__all__ = ["renamed", "with_canonical_names", "with_groups_of"]
+__all__ = ["rename_parameter", "with_canonical_names", "with_groups_of"]
 
 
 def with_canonical_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its parameters' names as optimizers know them, if these are different from each other."""
+    """Return the checkpoint with the names that optimizers know parameters by, if these differ from each other."""
     before = [param.name for param in checkpoint.document.parameters]
     names = canonical_names(before)
     if names == before or len(set(names)) < len(names):
         return checkpoint
-    parameters = tuple(map(renamed, checkpoint.document.parameters, names))
+    parameters = tuple(map(rename_parameter, checkpoint.document.parameters, names))
     tensors = {
         new: checkpoint.tensors[old]
         for param, other in zip(checkpoint.document.parameters, parameters, strict=True)
@@ -30,8 +30,8 @@ def with_canonical_names(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.with_parameters(parameters, tensors)
 
 
-def renamed(param: Parameter, name: str) -> Parameter:
-    """A parameter, and the tensors kept for it, under another name."""
+def rename_parameter(param: Parameter, name: str) -> Parameter:
+    """Return a parameter, and the tensors kept for it, under another name."""
     slots = {
         key: replace(slot, fields={field: tensor_key(name, key, field) for field in slot.fields})
         for key, slot in param.slots.items()
@@ -40,7 +40,7 @@ def renamed(param: Parameter, name: str) -> Parameter:
 
 
 def with_groups_of(checkpoint: Checkpoint, counts: Sequence[int]) -> Checkpoint:
-    """The checkpoint with empty groups where an optimizer has them, and nowhere else.
+    """Return the checkpoint with empty groups where an optimizer has them, and nowhere else.
 
     Trainers make an empty group or leave it out, as parameters happen to need it. Where other groups differ, too, the
     checkpoint stays as it is.

@@ -34,7 +34,7 @@ class Checkpoint:
     notes: tuple[str, ...] = field(default=())
 
     def fields_of(self, slot: SlotRecord) -> dict[str, Stored]:
-        """The tensors of one statistic, by field name."""
+        """Return the tensors of one statistic, by field name."""
         return {name: self.tensors[key] for name, key in slot.fields.items()}
 
     @property
@@ -53,7 +53,7 @@ class Checkpoint:
         return any(not param.name.startswith("#") for param in self.document.parameters)
 
     def with_parameters(self, parameters: tuple[Parameter, ...], tensors: Mapping[str, Stored]) -> Checkpoint:
-        """The same with other parameters, in the same groups, and their tensors."""
+        """Return the same with other parameters, in the same groups, and their tensors."""
         document = replace(self.document, parameters=parameters)
         groups = tuple(
             replace(group, parameters=tuple(param.name for param in held))

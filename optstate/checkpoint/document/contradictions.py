@@ -12,26 +12,35 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.files.safetensors_file import CONTROLS, Issue
+from optstate.checkpoint.files.issues import Issue
+from optstate.checkpoint.files.safetensors_check import CONTROLS
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.store_layouts import ACCUMULATOR, PARAMETER, layouts_of
 from optstate.text import has_controls, shown
 
-__all__ = ["contradictions", "has_axes", "inconsistencies", "refuse_contradictions", "store_name"]
+__all__ = ["contradictions", "has_axes", "inconsistencies", "is_plugged", "refuse_contradictions", "store_name"]
 
 Shape = tuple[int, ...]
+
+NO_STORES = ("Projected", "Unknown")
+"""What readers of other tools' files call what is in no store."""
 
 LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 
 
 def store_name(store: str) -> str:
-    """The kind of a store given in words: "Block8" of "Block8(signed=False)"."""
+    """Return the kind of a store given in words: "Block8" of "Block8(signed=False)"."""
     return store.partition("(")[0]
+
+
+def is_plugged(words: str) -> bool:
+    """Return whether words name a store that is not this library's: only its class, if installed, can judge it."""
+    return store_name(words) not in NO_STORES and layouts_of(words, ()) is None
 
 
 def has_axes(slot: SlotRecord) -> bool:
     """Whether codes are scaled by maxima along every dimension instead of blocks."""
-    return store_name(slot.store) == "Block4" and "rank1=True" in slot.store
+    return {"codes", "row", "col"} <= slot.fields.keys()
 
 
 def inconsistencies(checkpoint: Checkpoint) -> list[Issue]:
@@ -51,7 +60,7 @@ def _odd_names(document: Document) -> list[Issue]:
 
 
 def contradictions(checkpoint: Checkpoint) -> list[Issue]:
-    """What of the document cannot be, by the tensors that it names: their numbers would not be what it says."""
+    """Return what of the document cannot be, by the tensors that it names: their numbers would not be what it says."""
     issues = []
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
@@ -68,7 +77,7 @@ def refuse_contradictions(checkpoint: Checkpoint) -> None:
 
 
 def _wrong_codebooks(document: Document) -> list[Issue]:
-    """Maps of codes that are not what their ids say, or are not there."""
+    """Return maps of codes that are not what their ids say, or are not there."""
     problems = {key: _codebook_problem(key, values) for key, values in document.codebooks.items()}
     used = {slot.codebook for param in document.parameters for slot in param.slots.values()} - {""}
     problems |= dict.fromkeys(sorted(used - problems.keys()), "is used, but its values are not in the file")
@@ -76,7 +85,7 @@ def _wrong_codebooks(document: Document) -> list[Issue]:
 
 
 def _codebook_problem(key: str, values: tuple[float, ...]) -> str:
-    """What is wrong with the values of codes, "" for nothing."""
+    """Return what is wrong with the values of codes, "" for nothing."""
     finite = sum(abs(value) <= LARGEST_FP32 for value in values)
     if len(values) not in (16, 256) or finite < len(values):
         return f"has {len(values)} values, {finite} of them fp32 numbers: codes stand for 16 or 256"

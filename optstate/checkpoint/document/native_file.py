@@ -6,12 +6,14 @@ import os
 from dataclasses import replace
 
 from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
-from optstate.checkpoint.document.document import KEY, Document, DocumentError, from_json
+from optstate.checkpoint.document.document import KEY, Document, DocumentError
+from optstate.checkpoint.document.document_json import from_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import FOLDER, JSON, identify
-from optstate.checkpoint.files.safetensors_file import Header, read_header, read_index
-from optstate.checkpoint.files.safetensors_set import find
-from optstate.checkpoint.files.tensor_place import stored_entry
+from optstate.checkpoint.files.safetensors_header import Header, read_header
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.safetensors_set import find_file_or_index
+from optstate.checkpoint.files.tensor_place import locate_entry
 from optstate.text import shown
 
 __all__ = ["document_of", "native_checkpoint", "native_of"]
@@ -27,7 +29,7 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: if something is unreadable or invalid, there is not exactly one optstate document, or a tensor
             is missing that it names.
     """
-    found = find(path)
+    found = find_file_or_index(path)
     if identify(found) in (FOLDER, JSON):
         index = read_index(found)
         checkpoint = native_of(index.path, tuple(index.shards.values()))
@@ -44,14 +46,14 @@ def native_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
-    """The checkpoint that files with these headers hold, whether or not it is complete.
+    """Return the checkpoint that files with these headers hold, whether or not it is complete.
 
     Tensors are in the document's order, then come those that it does not name.
 
     Raises:
         CheckpointError: if there is not exactly one optstate document, or it cannot be read.
     """
-    stored = {entry.name: stored_entry(header, entry) for header in headers for entry in header.tensors}
+    stored = {entry.name: locate_entry(header, entry) for header in headers for entry in header.tensors}
     files = tuple(header.path for header in headers)
     document = _only_document(path, headers)
     named = {key: stored[key] for param in document.parameters for key in param.keys if key in stored}
@@ -59,7 +61,7 @@ def native_of(path: str, headers: tuple[Header, ...]) -> Checkpoint:
 
 
 def _only_document(path: str, headers: tuple[Header, ...]) -> Document:
-    """The document of a file, or of the one file of a set that has it."""
+    """Return the document of a file, or of the one file of a set that has it."""
     having = [header for header in headers if KEY in header.metadata]
     if len(headers) > 1 and len(having) != 1:
         names = ", ".join(shown(os.path.basename(header.path)) for header in having[:3])
@@ -70,7 +72,7 @@ def _only_document(path: str, headers: tuple[Header, ...]) -> Document:
 
 
 def document_of(header: Header) -> Document:
-    """The document of a file whose header has been read.
+    """Return the document of a file whose header has been read.
 
     Raises:
         CheckpointError: if it has none, or one that cannot be read.

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from optstate.checkpoint.document.document import Document, Group, TensorValue
-from optstate.checkpoint.files.safetensors_file import Issue
-from optstate.other_libraries import Departure, OtherRule, departures, followed, rule_named, strays
+from optstate.checkpoint.files.issues import Issue
+from optstate.other_libraries import Departure, OtherRule, departures, find_rule, followed, strays
 from optstate.text import shown
 
 __all__ = [
@@ -38,18 +38,18 @@ def library_of(document: Document) -> str:
 
 
 def other_rule(document: Document) -> OtherRule | None:
-    """The table's entry for the class whose state it is; None for our own, and for classes that nobody knows."""
-    return rule_named(library_of(document), str(document.source.get("optimizer", "")))
+    """Return the table's entry for the class whose state it is; None for our own, and for classes that nobody knows."""
+    return find_rule(library_of(document), str(document.source.get("optimizer", "")))
 
 
 def base_recipe(document: Document) -> str:
-    """The recipe that does the same while all switches are at rest, "" for none: the document's own if it has one."""
+    """Return the recipe of the same rule while all switches are at rest, "" for none; the document's own first."""
     rule = other_rule(document)
     return document.recipe or (rule.recipe if rule is not None else "")
 
 
 def plain_hyper(group: Group) -> dict[str, Any]:
-    """A group's hyper-parameters, tensors of one number as that number."""
+    """Return a group's hyper-parameters, tensors of one number as that number."""
     return {
         key: value.values[0] if isinstance(value, TensorValue) and len(value.values) == 1 else value
         for key, value in group.hyper.items()
@@ -69,7 +69,7 @@ def _departures(document: Document) -> list[Departure]:
 
 
 def _marks(document: Document) -> list[str]:
-    """What the state of parameters tells of the rule, beside their groups."""
+    """Return what the state of parameters tells of the rule, beside their groups."""
     rule = other_rule(document)
     found = dict.fromkeys(key for param in document.parameters for key in param.extra)
     return [f"parameters keep {key}: {rule.marks[key]}" for key in found if rule is not None and key in rule.marks]
@@ -81,7 +81,7 @@ def follows_recipe(document: Document) -> bool:
 
 
 def other_chains(document: Document, place: int) -> tuple[bool, set[str]]:
-    """What the group at `place` follows: whether the recipe, and which chains of ours besides, in words."""
+    """Return what the group at `place` follows: whether the recipe, and which chains of ours besides, in words."""
     if is_own(document) or not is_known_rule(document) or _marks(document):
         return False, set()
     return followed(other_rule(document), plain_hyper(document.groups[place]))
@@ -123,7 +123,7 @@ def stray_keys(document: Document) -> list[str]:
 
 
 def rule_notes(document: Document) -> list[str]:
-    """What a person should know of the rule of another tool's file."""
+    """Return what a person should know of the rule of another tool's file."""
     found = [f"{shown(str(departure))}; no recipe does that" for departure in _departures(document)]
     found += [f"{mark}; no recipe does that" for mark in _marks(document)]
     if keys := stray_keys(document):
@@ -132,7 +132,7 @@ def rule_notes(document: Document) -> list[str]:
 
 
 def doubts(document: Document) -> list[str]:
-    """What the file does not tell of its rule, and what is assumed."""
+    """Return what the file does not tell of its rule, and what is assumed."""
     rule, decaying = other_rule(document), [group for group in document.groups if not _no_decay(group)]
     if rule is None or not decaying:
         return []

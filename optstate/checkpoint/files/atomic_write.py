@@ -25,7 +25,7 @@ _NO_RESERVATION = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], overwrite: bool, permissions: int | None = None) -> Iterator[int]:
-    """A descriptor to write the new file with; it takes its place when the body ends without an exception.
+    """Yield a descriptor of a new file, which takes the target's place when the body ends without an exception.
 
     A symbolic link is followed. An existing file keeps its permissions, a new one gets those that are given, else those
     of the process (0666 less the umask). On any exception, KeyboardInterrupt included, the temporary file is removed,
@@ -104,7 +104,7 @@ def ending_in_order() -> Iterator[None]:
 
 @contextmanager
 def reported(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns the OSError of an operation on the file into a CheckpointError."""
+    """Turn the OSError of an operation on the file into a CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def reported(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def as_bytes(buffer: Buffer, what: str) -> memoryview:
-    """A C-contiguous buffer as bytes; raises ValueError that begins with `what` for another."""
+    """Return a C-contiguous buffer as bytes; raise ValueError that begins with `what` for another."""
     view = memoryview(buffer)
     if not view.c_contiguous:
         raise ValueError(f"{what}: a buffer that is not contiguous")

@@ -14,13 +14,12 @@ from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
+from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS, SAFETENSORS_NAMES
 from optstate.checkpoint.files.pickle_objects import Global, Object, called
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
-from optstate.checkpoint.files.torch_types import DTYPES
 from optstate.text import shown
 
-__all__ = ["METADATA", "Folder", "Shaped", "read"]
+__all__ = ["METADATA", "DcpFolder", "Shaped", "read_dcp_folder"]
 
 METADATA = ".metadata"
 
@@ -51,9 +50,11 @@ class _Place:
 
 
 @dataclass
-class Folder:
-    """One folder. keys: of everything, in order; tensors: those of tensors. nested: the path of a key before it was
-    joined. files: those that were read.
+class DcpFolder:
+    """One folder of torch.distributed.checkpoint.
+
+    keys: of everything, in order; tensors: those of tensors. nested: the path of a key before it was joined. files:
+    those that were read.
     """
 
     path: Path
@@ -69,7 +70,7 @@ class Folder:
         return [self.path / name for name in (METADATA, *sorted(self.files))]
 
     def get(self, key: str) -> Any:
-        """What is under a key: a tensor's place, `Pieces` if there are several, or the value itself."""
+        """Return what is under a key: a tensor's place, `Pieces` if there are several, or the value itself."""
         return self._tensor(key, self.tensors[key]) if key in self.tensors else self._item(key, None)
 
     def _tensor(self, key: str, shaped: Shaped) -> Stored:
@@ -100,7 +101,7 @@ class Folder:
             reason = f"'{shown(place.file)}' is missing: it has {count} of the {len(self.places)} items in {METADATA}"
             raise CheckpointError(self.path, reason, "copy the whole folder, the files of all ranks")
         self.files.add(place.file)
-        return torch_archive_reader.read_at(path, place.start, place.length)
+        return torch_archive_reader.read_torch_part(path, place.start, place.length)
 
     def _check_filled(self, key: str, shaped: Shaped) -> None:
         """Every element is in one box, and in one only."""
@@ -115,7 +116,7 @@ class Folder:
             raise self.wrong(f"the {len(boxes)} parts of '{shown(key)}' do not fill its shape {list(shaped.shape)}")
 
     def wrong(self, reason: str) -> CheckpointError:
-        """What contradicts itself in the folder."""
+        """Return the error for a contradiction within the folder."""
         return CheckpointError(self.path, reason)
 
 
@@ -138,8 +139,8 @@ def _overlap(boxes: list[Box]) -> bool:
 # --- the pickle ---------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str]) -> Folder:
-    """What `.metadata` of a folder says; none of the other files is opened.
+def read_dcp_folder(path: str | os.PathLike[str]) -> DcpFolder:
+    """Return what `.metadata` of a folder says; the other files are not opened.
 
     Raises:
         CheckpointError: if there is no `.metadata`, or it is not one.
@@ -163,20 +164,20 @@ class _Reading:
         return CheckpointError(self.source, f"not the metadata of torch.distributed.checkpoint: {what}")
 
     def attributes(self, value: Any, kind: str) -> dict[str, Any]:
-        """The attributes of an instance of one of torch's classes."""
+        """Return the attributes of an instance of one of torch's classes."""
         if isinstance(value, Object) and value.name.endswith(f".{kind}") and isinstance(value.state, dict):
             return value.state
         raise self.wrong(f"{called(value)} instead of {kind}")
 
     def counts(self, value: Any, what: str) -> Shape:
-        """A shape or an index."""
+        """Return a shape or an index that the metadata give."""
         if isinstance(value, tuple | list) and len(value) > MOST_DIMENSIONS:
             raise self.wrong(f"{what} has {len(value)} dimensions: at most {MOST_DIMENSIONS} are read")
         if isinstance(value, tuple | list) and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value):
             return tuple(value)
         raise self.wrong(f"{what} is {called(value)}, no list of counts")
 
-    def folder(self, path: Path, parts: dict[str, Any]) -> Folder:
+    def folder(self, path: Path, parts: dict[str, Any]) -> DcpFolder:
         described, placed = parts.get("state_dict_metadata"), parts.get("storage_data")
         if not isinstance(described, dict) or not isinstance(placed, dict):
             raise self.wrong("it does not say what there is, and where")
@@ -192,7 +193,7 @@ class _Reading:
             if not isinstance(value, Object) or not value.name.endswith(".BytesStorageMetadata")
         }
         known = {key: paths[key] for key in described if isinstance(paths.get(key), tuple)}
-        return Folder(path, tuple(described), tensors, known, self.places(placed))
+        return DcpFolder(path, tuple(described), tensors, known, self.places(placed))
 
     def tensor(self, key: str, parts: dict[str, Any]) -> Shaped:
         properties, chunks = parts.get("properties"), parts.get("chunks")
@@ -208,7 +209,7 @@ class _Reading:
             if not len(first) == len(sizes) == len(shape):
                 raise self.wrong(f"a part of '{shown(key)}' has another number of dimensions")
             boxes.append((first, sizes))
-        return Shaped(DTYPES.get(dtype.name, dtype.name), shape, tuple(boxes))
+        return Shaped(SAFETENSORS_NAMES.get(dtype.name, dtype.name), shape, tuple(boxes))
 
     def places(self, placed: dict[Any, Any]) -> dict[tuple[str, Shape | None], _Place]:
         found: dict[tuple[str, Shape | None], _Place] = {}

@@ -15,7 +15,16 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.text import shown
 
-__all__ = ["STATE", "UNIVERSAL", "Files", "Node", "find", "is_deepspeed", "read", "several_ranks"]
+__all__ = [
+    "STATE",
+    "UNIVERSAL",
+    "DeepSpeedFiles",
+    "Node",
+    "find_files",
+    "is_deepspeed",
+    "read_values",
+    "refusal_of_ranks",
+]
 
 UNIVERSAL = "zero"
 """The folder of a universal checkpoint that has a folder for each parameter."""
@@ -32,7 +41,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Files:
+class DeepSpeedFiles:
     """The files of one checkpoint. optimizer: None in the universal form. models: of the first data-parallel rank."""
 
     folder: Path
@@ -49,33 +58,33 @@ class Node:
     place: str = "it"
 
     def wrong(self, what: str) -> CheckpointError:
-        """What is not as DeepSpeed writes it."""
+        """Return the error for a value that is not as DeepSpeed writes it."""
         return CheckpointError(self.path, f"{shown(self.place)} {what}")
 
     def at(self, key: Any) -> Node:
-        """The value under a key."""
+        """Return the value under a key."""
         if not isinstance(self.value, dict) or key not in self.value:
             raise self.wrong(f"has no {key!r}, which DeepSpeed's ZeRO writes")
         return Node(self.path, self.value[key], str(key) if self.place == "it" else f"{self.place}.{key}")
 
     def optional(self, key: Any) -> Node | None:
-        """The value under a key, if there is one."""
+        """Return the value under a key, if there is one."""
         return self.at(key) if isinstance(self.value, dict) and self.value.get(key) is not None else None
 
     def of(self, kind: type[T]) -> T:
-        """The value itself, of this type."""
+        """Return the value itself, of this type."""
         if not isinstance(self.value, kind):
             raise self.wrong(f"is {type_name(self.value)}, not a {kind.__name__}")
         return self.value
 
     def tensor(self) -> Stored:
-        """The value, which must be a tensor."""
+        """Return the value, which must be a tensor."""
         if not isinstance(self.value, Stored):
             raise self.wrong(f"is {type_name(self.value)}, not a tensor")
         return self.value
 
     def items(self) -> list[Node]:
-        """The values in a list."""
+        """Return the values in a list."""
         return [Node(self.path, value, f"{self.place}[{i}]") for i, value in enumerate(self.of(list))]
 
 
@@ -93,8 +102,8 @@ def is_deepspeed(path: str | os.PathLike[str]) -> bool:
     return _is_universal(folder) or any(folder.glob("*_optim_states.pt")) or any(folder.glob("*_model_states.pt"))
 
 
-def find(path: str | os.PathLike[str]) -> Files:
-    """The files of a checkpoint; none is opened.
+def find_files(path: str | os.PathLike[str]) -> DeepSpeedFiles:
+    """Return the files of a checkpoint without opening them.
 
     Raises:
         CheckpointError: if there is no ZeRO state, or it is that of several ranks.
@@ -103,17 +112,17 @@ def find(path: str | os.PathLike[str]) -> Files:
     folder = _tagged(place) if identify(place) == FOLDER else place.parent
     models = tuple(sorted(file for file in folder.iterdir() if _MODEL.fullmatch(file.name)))
     if _is_universal(folder):
-        return Files(folder, None, models)
+        return DeepSpeedFiles(folder, None, models)
     found = sorted(file for file in folder.iterdir() if _OPTIMIZER.fullmatch(file.name))
     if not found:
         hint = "without ZeRO it is in *_model_states.pt under 'optimizer': give that file"
         raise CheckpointError(path, "a DeepSpeed checkpoint without *_optim_states.pt of ZeRO", hint)
     if len(found) > 1:
-        raise several_ranks(path, len(found))
-    return Files(folder, found[0], models)
+        raise refusal_of_ranks(path, len(found))
+    return DeepSpeedFiles(folder, found[0], models)
 
 
-def several_ranks(path: str | os.PathLike[str], count: int) -> CheckpointError:
+def refusal_of_ranks(path: str | os.PathLike[str], count: int) -> CheckpointError:
     """Why the state of many ranks is not read."""
     reason = f"state of {count} ranks: each has its part of every flat tensor"
     hint = (
@@ -123,9 +132,9 @@ def several_ranks(path: str | os.PathLike[str], count: int) -> CheckpointError:
     return CheckpointError(path, reason, hint, refused=True)
 
 
-def read(path: Path) -> Node:
-    """The values in one file."""
-    return Node(path, torch_archive_reader.read(path))
+def read_values(path: Path) -> Node:
+    """Return the values in one file."""
+    return Node(path, torch_archive_reader.read_torch_file(path))
 
 
 def _is_universal(folder: Path) -> bool:
@@ -133,7 +142,7 @@ def _is_universal(folder: Path) -> bool:
 
 
 def _tagged(folder: Path) -> Path:
-    """The folder of the tag that `latest` names, else the folder itself."""
+    """Return the folder of the tag that `latest` names, else the folder itself."""
     latest = next((folder / name for name in LATEST if (folder / name).is_file()), None)
     if latest is None:
         return folder

@@ -58,7 +58,7 @@ _TORCH_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def identify(path: str | os.PathLike[str]) -> str:
-    """What a path leads to, by its content and never by its name: "a safetensors file", "a git-LFS pointer" ...
+    """Return the kind of a file, by its content and never by its name: "a safetensors file", "a git-LFS pointer" ...
 
     Raises CheckpointError if it cannot be opened.
     """
@@ -70,7 +70,7 @@ def identify(path: str | os.PathLike[str]) -> str:
 
 
 def kind_of(first: bytes, size: int) -> str:
-    """The kind of a file by its first 512 bytes and its size."""
+    """Return the kind of a file by its first 512 bytes and its size."""
     if size == 0:
         return EMPTY
     length = int.from_bytes(first[:8], "little")
@@ -98,7 +98,7 @@ def kind_of(first: bytes, size: int) -> str:
 
 
 def special_kind(path: str | os.PathLike[str]) -> str | None:
-    """What a path leads to if it is no regular file; looked at before opening, since opening a pipe would wait."""
+    """Return what a path leads to if that is no regular file: asked before opening, since opening a pipe would wait."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -110,7 +110,7 @@ def special_kind(path: str | os.PathLike[str]) -> str | None:
 
 
 def cannot_open(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    """The CheckpointError for an error on the way to a file's bytes."""
+    """Return the CheckpointError for an error on the way to a file's bytes."""
     if isinstance(error, FileNotFoundError):
         try:
             target = os.readlink(path)
@@ -123,7 +123,7 @@ def cannot_open(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
 
 
 def open_file(path: str | os.PathLike[str]) -> View:
-    """A regular file for reading, unbuffered; the caller has ruled out the special ones.
+    """Return a regular file for reading, unbuffered; the caller has ruled out the special ones.
 
     It is opened once in a `reading`: all that is read there of one path is of one version of the file.
     """
@@ -142,7 +142,7 @@ def permissions_of(path: str | os.PathLike[str]) -> int:
 
 
 def source_of(file: BinaryIO | View) -> Opened:
-    """What `open_file` opened, also where a buffer lies between."""
+    """Return what `open_file` opened, also where a buffer lies between."""
     view = getattr(file, "raw", file)
     assert isinstance(view, View)
     return view.opened

@@ -21,7 +21,7 @@ from weakref import ref
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MOST_OPEN", "FileChangedError", "Files", "Opened", "View", "opened_at", "reading"]
+__all__ = ["MOST_OPEN", "FileChangedError", "OpenFiles", "Opened", "View", "opened_at", "reading"]
 
 MOST_OPEN = 128
 """Descriptors that are kept: of more files the ones used last. The others are opened again and compared."""
@@ -95,7 +95,7 @@ class Opened:
 
     @contextmanager
     def _reading(self) -> Iterator[int]:
-        """The descriptor, which stays open within."""
+        """Yield the descriptor, which stays open within."""
         with _LOCK:
             if self._descriptor is None:
                 self._open_again()
@@ -130,7 +130,7 @@ class Opened:
                     other._close()
 
     def _close(self) -> None:
-        """Runs at any moment, from the collector, too: takes no lock."""
+        """Close the descriptor. The collector may call this at any moment: no lock is taken."""
         _KEPT.pop(self._number, None)
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
@@ -203,22 +203,23 @@ class View(io.RawIOBase):
         return bytes(memoryview(data)[: self.readinto(data)])
 
 
-class Files:
+class OpenFiles:
     """The files of one reading: a path leads to the same version of a file, whoever asks."""
 
     def __init__(self) -> None:
         self._opened: dict[str, Opened] = {}
 
     def at(self, path: str | os.PathLike[str]) -> Opened:
-        """The file at a path, opened when it is asked for first."""
+        """Return the file at a path, opened when it is asked for first."""
         place = os.path.abspath(path)
         if place not in self._opened:
             self._opened[place] = Opened(path)
         return self._opened[place]
 
     def replaced(self, paths: Iterable[str | os.PathLike[str]] | None = None) -> str | None:
-        """The first of these paths, or of all that were opened, that leads to another version now; None if all lead to
-        the one that was opened.
+        """Return the first of these paths, or of all that were opened, that leads to another version of its file now.
+
+        None if all lead to the one that was opened.
         """
         if paths is None:
             moved = (place for place, opened in self._opened.items() if not opened.is_at(place))
@@ -232,17 +233,17 @@ class Files:
         self._opened = {}
 
 
-_READING: ContextVar[Files | None] = ContextVar("reading", default=None)
+_READING: ContextVar[OpenFiles | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading() -> Iterator[Files]:
+def reading() -> Iterator[OpenFiles]:
     """Within it, files are opened once and taken apart once. One within another is part of it."""
     files = _READING.get()
     if files is not None:
         yield files
         return
-    files = Files()
+    files = OpenFiles()
     token = _READING.set(files)
     try:
         yield files
@@ -252,6 +253,6 @@ def reading() -> Iterator[Files]:
 
 
 def opened_at(path: str | os.PathLike[str]) -> Opened:
-    """The file at a path: that of the reading which is going on, else opened for the caller alone."""
+    """Return the file at a path: that of the reading which is going on, else opened for the caller alone."""
     files = _READING.get()
     return Opened(path) if files is None else files.at(path)

@@ -31,7 +31,7 @@ from optstate.checkpoint.files.pickle_objects import (
 )
 from optstate.text import shown
 
-__all__ = ["Global", "Object", "PickleError", "Stranger", "Unread", "UnsafeGlobalError", "load"]
+__all__ = ["Global", "Object", "PickleError", "Stranger", "Unread", "UnsafeGlobalError", "load_pickle"]
 
 MOST_BYTES = 1 << 27
 """Bytes of one pickle. That of an optimizer with 100,000 tensors has 20 MB."""
@@ -49,7 +49,7 @@ class UnsafeGlobalError(PickleError):
         self.name = name
 
 
-def load(
+def load_pickle(
     data: bytes | BinaryIO,
     *,
     known: Collection[str],
@@ -57,7 +57,7 @@ def load(
     persistent: Callable[[Any], Any] | None = None,
     strange: Callable[[str], bool] | None = None,
 ) -> Any:
-    """The plain data of one pickle of protocol 0 to 5.
+    """Return the plain data of one pickle of protocol 0 to 5.
 
     OrderedDict, Counter and defaultdict become dicts, a bytearray becomes bytes. Values may be nested to any depth and
     contain themselves, if the pickle says so.
@@ -107,7 +107,7 @@ class _Source:
             raise PickleError(f"the pickle {self._end}: byte {self.position} asks for {count}, {self._left} are left")
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes."""
+        """Read the next `count` bytes."""
         self.expect(count)
         data = self._file.read(count)
         self._left -= count
@@ -117,7 +117,7 @@ class _Source:
         return data
 
     def line(self) -> bytes:
-        """The bytes up to the next line feed."""
+        """Read the bytes up to the next line feed."""
         line = self._file.readline(self._left)
         self._left -= len(line)
         self.position += len(line)
@@ -168,7 +168,7 @@ class _Machine:
         return self.stack.pop()
 
     def number(self, form: str) -> Any:
-        """A number in one of struct's formats."""
+        """Read a number in one of struct's formats."""
         return struct.unpack(form, self.source.take(struct.calcsize(form)))[0]
 
     def count(self, objects: int) -> None:
@@ -223,7 +223,7 @@ class _Machine:
         self.made(items)
 
     def target(self, kind: type) -> Any:
-        """The container on top of the stack, or within the stranger there."""
+        """Return the container on top of the stack, or within the stranger there."""
         top = found = self.stack[-1]
         if type(top) is Stranger and kind is not set:
             top.items = kind() if top.items is None else top.items
@@ -303,7 +303,7 @@ class _Machine:
             raise PickleError(f"a malformed pickle: '{function.name}' is given what it does not take") from None
 
     def instance(self, args: tuple[Any, ...]) -> Object | Stranger:
-        """An instance as protocols before 2 write it: class, plain class that it is derived from, and value of this."""
+        """Make an instance as protocols before 2 write it: class, plain class it is derived from, value of this."""
         if len(args) != 3 or not isinstance(args[0], Global):
             raise PickleError(f"a malformed pickle: an instance of {called(args[0] if args else None)}")
         kind, _, value = args
@@ -367,7 +367,7 @@ def _text_in_line(line: bytes) -> str:
 
 
 def _quoted_text(line: bytes) -> str:
-    """A string of Python 2, written as its repr."""
+    """Return a string of Python 2, written as its repr."""
     if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
         raise ValueError(line)
     unescaped: bytes = codecs.escape_decode(line[1:-1])[0]

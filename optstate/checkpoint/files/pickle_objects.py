@@ -235,7 +235,7 @@ class _Visit:
 
 
 def _items_of(value: Any) -> list[Any]:
-    """What is directly in a container or an object; nothing for other values."""
+    """Return what is directly in a container or an object; nothing for other values."""
     if isinstance(value, Object):
         return [value.args, value.kwargs, value.state]
     if isinstance(value, dict):

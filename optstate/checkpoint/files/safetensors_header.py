@@ -2,26 +2,29 @@
 
 The format (https://github.com/huggingface/safetensors, section "Format"): eight bytes with the length of the header
 (little endian), the header as JSON, then the tensors' bytes without a gap up to the end of the file. No tensor data
-are read here and torch is not imported. The parser is our own since the library names neither the tensor nor the
-numbers in half of its errors, keeps the last of two equal names silently, and calls a zip file "header too large".
+are read here and torch is not imported. The library's own parser is asked for a second opinion only
+(`safetensors_check`): it names neither the tensor nor the numbers in half of its errors, keeps the last of two equal
+names silently, and calls a zip file "header too large".
 
 Memory stays within a small multiple of the header that is really in the file: a length is compared with the size of
-the file before it is read, and an entry is decoded alone, so no number in a file makes this module allocate.
+the file before it is read, and few entries are decoded at a time, so no number in a file makes this module allocate.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any, BinaryIO
+from functools import partial
+from operator import itemgetter
+from typing import Any, BinaryIO, NamedTuple
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, MOST_DIMENSIONS
 from optstate.checkpoint.files.file_kinds import (
     FOLDER,
     HINTS,
@@ -33,15 +36,14 @@ from optstate.checkpoint.files.file_kinds import (
     read_bytes,
     special_kind,
 )
+from optstate.checkpoint.files.issues import Issue, IssueLog, raising
 from optstate.checkpoint.files.opened_file import Opened
-from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, decode, decode_string, members, only_object
+from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, members
 from optstate.text import has_controls, shown
 
-__all__ = ["METADATA", "Entry", "Header", "Issue", "Report", "raising", "read", "read_stream"]
+__all__ = ["METADATA", "Entry", "Header", "log_header", "read_header", "read_stream", "tensor_place", "value_text"]
 
 
-MAX_COUNT = (1 << 63) - 1  # no framework counts further
-MOST_DIMENSIONS = 1000  # torch counts to 64 in most places, the format has no limit
 ENDLESS = 1 << 63  # bytes in a pipe
 METADATA = "__metadata__"
 KNOWN = "header"
@@ -49,18 +51,11 @@ KNOWN = "header"
 
 FIELDS = ("dtype", "shape", "data_offsets")
 
-
-_COUNT = r"(?:0|[1-9][0-9]{0,17})"
-_ENTRY = (
-    rf'\{{"dtype": ?"([A-Z0-9_]{{2,12}})", ?"shape": ?\[((?:{_COUNT}(?:, ?{_COUNT}){{0,{MOST_DIMENSIONS - 1}}})?)\]'
-    rf', ?"data_offsets": ?\[({_COUNT}), ?({_COUNT})\]\}}'
-)
-_USUAL, _FOLLOWING = re.compile(_ENTRY), re.compile(rf', ?"([^"\\\x00-\x1f]*)": ?{_ENTRY}')
-"""An entry as writers write it, and the next one with its name: most are read at once."""
+MANY = 1 << 20
+"""Bytes of a header from which on the collector waits: it would go through all entries again and again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file. `start` and `stop` count from the beginning of the file, not of the data."""
 
     name: str
@@ -95,66 +90,22 @@ class Header:
     source: Opened | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Issue:
-    """One finding: `severity` is "error" (no reader should accept it) or "warning" (valid but odd)."""
-
-    severity: str
-    where: str
-    what: str
-
-
-class Report:
-    """Where a reader puts what it finds: `add` may raise, to stop at once, or keep the issue, to find more."""
-
-    def __init__(self, add: Callable[[Issue], None], within: str = "") -> None:
-        self._add = add
-        self._within = within
-
-    def error(self, where: str, what: str) -> None:
-        """What no reader should accept."""
-        self._add(Issue("error", self._within + where, what))
-
-    def warning(self, where: str, what: str) -> None:
-        """What is valid but odd."""
-        self._add(Issue("warning", self._within + where, what))
-
-    def repeat(self, issues: Iterable[Issue]) -> None:
-        """What was found before."""
-        for issue in issues:
-            self._add(replace(issue, where=self._within + issue.where))
-
-    def noted(self, issues: list[Issue]) -> Report:
-        """The same, which keeps what is found in a list, too."""
-
-        def add(issue: Issue) -> None:
-            issues.append(issue)
-            self.repeat([issue])
-
-        return Report(add)
-
-    def within(self, where: str) -> Report:
-        """The same for the parts of `where`."""
-        return Report(self._add, f"{self._within}{where}, ")
-
-
-def raising(path: str | os.PathLike[str]) -> Report:
-    """A report that raises CheckpointError at the first error and passes over warnings."""
-
-    def add(issue: Issue) -> None:
-        if issue.severity == "error":
-            raise CheckpointError(path, f"{issue.where}: {issue.what}")
-
-    return Report(add)
-
-
 def tensor_place(name: str) -> str:
-    """How a message calls a tensor."""
+    """Return how messages call a tensor."""
     return f"tensor '{shown(name)}'"
 
 
-def read(path: str | os.PathLike[str], report: Report) -> Header:
-    """The header of a file, all findings given to `report`; raises CheckpointError if there is none."""
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Return the header of a safetensors file.
+
+    Raises:
+        CheckpointError: unless the path is such a file and the whole file agrees with its header.
+    """
+    return log_header(path, raising(path))
+
+
+def log_header(path: str | os.PathLike[str], log: IssueLog) -> Header:
+    """Return the header of a file and give all findings to `log`; raise CheckpointError if there is no header."""
     special = special_kind(path)
     if special is not None:
         raise CheckpointError(path, f"{special}, not a safetensors file", _special_hint(path, special))
@@ -165,19 +116,24 @@ def read(path: str | os.PathLike[str], report: Report) -> Header:
             first = read_bytes(path, file, min(size, 512))
             length = _header_length(path, first, size)
             content = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
-            header = replace(_parsed(path, content, length, size, report.noted(found)), source=source)
+            header = replace(_parsed(path, content, length, size, log.noted(found)), source=source)
             if not any(issue.severity == "error" for issue in found):
                 source.known[KNOWN] = header, found
             return header
     known: tuple[Header, list[Issue]] = source.known[KNOWN]
-    report.repeat(known[1])
+    log.repeat(known[1])
     return replace(known[0], path=os.fspath(path))
 
 
-def read_stream(path: str | os.PathLike[str], file: BinaryIO, report: Report) -> Header:
-    """The header of a file that comes through a pipe: what follows it is neither read nor missed.
+def read_stream(path: str | os.PathLike[str], file: BinaryIO) -> Header:
+    """Return the header of a safetensors file that comes through a pipe: what follows is neither read nor missed.
 
-    `file_size` is where the last tensor ends.
+    Args:
+        path: what errors call the pipe.
+        file: the pipe. The header's `file_size` is where its last tensor ends.
+
+    Raises:
+        CheckpointError: unless it is a safetensors file, as far as a header shows.
     """
     first = read_bytes(path, file, 8)
     first += read_bytes(path, file, min(int.from_bytes(first, "little"), 512 - 8))
@@ -188,26 +144,43 @@ def read_stream(path: str | os.PathLike[str], file: BinaryIO, report: Report) ->
         raise CheckpointError(path, f"{kind}, not a safetensors file", hint)
     length = _header_length(path, first, size)
     header = (first[8:] + read_bytes(path, file, 8 + length - len(first)))[:length]
-    return _parsed(path, header, length, None, report)
+    return _parsed(path, header, length, None, raising(path))
 
 
-def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int | None, report: Report) -> Header:
-    """A header in its own bytes, of a file of `size` bytes; None where the end is not known."""
+def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int | None, log: IssueLog) -> Header:
+    """Parse a header in its own bytes, of a file of `size` bytes; None where the end is not known."""
     if len(header) < length:
         short = "became shorter while it was read" if size is not None else "ends within its header"
         raise CheckpointError(path, f"the file {short}")
-    text = _header_text(path, header)
-    start = 8 + length
-    parser = _Parser(text, report, start)
     try:
-        parser.parse()
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(path, f"the header is not UTF-8: {error.reason} at byte {8 + error.start}") from None
+    start = 8 + length
+    parser = _Parser(log, start)
+    try:
+        with _collector_waits(length > MANY):
+            parser.parse(text)
     except NotJSONError as error:
         raise CheckpointError(path, f"the header is not valid JSON: {error}") from None
     if start % 8:
-        report.warning("header", f"not padded: the data begin at byte {start}, which is no multiple of 8")
+        log.warning("header", f"not padded: the data begin at byte {start}, which is no multiple of 8")
     tensors = _in_file_order(parser, size)
     end = tensors[-1].stop if tensors else start
     return Header(os.fspath(path), parser.metadata, tensors, start, end if size is None else size)
+
+
+@contextmanager
+def _collector_waits(wanted: bool) -> Iterator[None]:
+    """Keep the collector of cyclic garbage from running: a header is none."""
+    if not wanted or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _special_hint(path: str | os.PathLike[str], special: str) -> str:
@@ -246,125 +219,120 @@ def _header_length(path: str | os.PathLike[str], first: bytes, size: int) -> int
     return length
 
 
-def _header_text(path: str | os.PathLike[str], header: bytes) -> str:
-    try:
-        return header.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(path, f"the header is not UTF-8: {error.reason} at byte {8 + error.start}") from None
+_START, _STOP = itemgetter(3), itemgetter(4)
+_new_entry = partial(tuple.__new__, Entry)
+"""`Entry` of a tuple of its fields, in a third of the time."""
 
 
 class _Parser:
-    """Goes through a header once; `start` is the byte of the file with which the data begin."""
+    """Goes through a header once. start: the byte of the file with which the data begin.
 
-    def __init__(self, text: str, report: Report, start: int) -> None:
-        self.text = text
-        self.report = report
+    entries: by name, None where nothing is known but that. count: of all that were met, of equal names, too.
+    """
+
+    def __init__(self, log: IssueLog, start: int) -> None:
+        self.log = log
         self.start = start
         self.metadata: dict[str, str] = {}
-        self.entries: dict[str, Entry] = {}
-        self.tensors = 0
-        self._names: set[str] = set()
+        self.entries: dict[str, Entry | None] = {}
+        self.count = 0
+        self._repeated = 0
         self._has_metadata = False
 
-    def parse(self) -> None:
-        if not self.text.startswith("{") and self.text.lstrip(" \t\r\n").startswith("{"):
-            self.report.warning("header", "begins with white space; the format asks for '{' as its first character")
-        only_object(self.text, self._member)
+    def parse(self, text: str) -> None:
+        if not text.startswith("{") and text.lstrip(" \t\r\n").startswith("{"):
+            self.log.warning("header", "begins with white space; the format asks for '{' as its first character")
+        entries = self.entries
+        for name, value in members(text, (METADATA,)):
+            if name == METADATA:
+                self._metadata(value)
+                continue
+            entry = self._usual(name, value)
+            if entry is None:  # faulty, or unusual
+                entry = self._entry(name, value)
+            entries[name] = entry
+            self.count += 1
+            if len(entries) < self.count - self._repeated:
+                self._repeated += 1
+                self.log.error(tensor_place(name), "occurs twice in the header")
         self._odd_names()
 
-    def _member(self, name: str, at: int) -> int:
-        if name == METADATA:
-            if self._has_metadata:
-                self.report.error("metadata", f"{METADATA} occurs twice in the header")
-            self._has_metadata = True
-            return self._metadata(at)
-        if (found := _USUAL.match(self.text, at)) is not None:
-            self._usual(name, *found.groups())
-            end = found.end()
-            while (found := _FOLLOWING.match(self.text, end)) is not None and found[1] != METADATA:
-                self._usual(*found.groups())
-                end = found.end()
-            return end
-        self._count(name)
-        if not self.text.startswith("{", at):
-            self.report.error(tensor_place(name), "its entry is not an object")
-            return decode(self.text, at)[1]
-        fields, end = decode(self.text, at)
-        entry = self._entry(name, fields)
-        if entry is not None:
-            self.entries[name] = entry
-        return end
+    def _metadata(self, value: Any) -> None:
+        if self._has_metadata:
+            self.log.error("metadata", f"{METADATA} occurs twice in the header")
+        self._has_metadata = True
+        if value is None:
+            self.log.warning("metadata", f"{METADATA} is null")
+        elif not isinstance(value, Pairs | Iterator):
+            self.log.error("metadata", f"{METADATA} is not an object of strings")
+        else:
+            for key, text in value:
+                self._metadata_value(key, text)
 
-    def _count(self, name: str) -> None:
-        if name in self._names:
-            self.report.error(tensor_place(name), "occurs twice in the header")
-        self._names.add(name)
-        self.tensors += 1
-
-    def _usual(self, name: str, dtype: str, sizes: str, first: str, last: str) -> None:
-        """Take an entry whose fields are there and of the right types."""
-        self._count(name)
-        shape = tuple(map(int, sizes.split(","))) if sizes else ()
-        start, stop = int(first), int(last)
-        elements = prod(shape)
-        if (
-            dtype in BITS
-            and start <= stop
-            and 0 < elements <= MAX_COUNT
-            and elements * BITS[dtype] == 8 * (stop - start)
-        ):
-            self.entries[name] = Entry(name, dtype, shape, self.start + start, self.start + stop)
-        elif (entry := self._checked(name, dtype, list(shape), [start, stop])) is not None:
-            self.entries[name] = entry
-
-    def _metadata(self, at: int) -> int:
-        if self.text.startswith("null", at):
-            self.report.warning("metadata", f"{METADATA} is null")
-            return at + 4
-        if not self.text.startswith("{", at):
-            self.report.error("metadata", f"{METADATA} is not an object of strings")
-            return decode(self.text, at)[1]
-        return members(self.text, at, self._metadata_value)
-
-    def _metadata_value(self, key: str, at: int) -> int:
+    def _metadata_value(self, key: str, value: Any) -> None:
         where = f"metadata '{shown(key)}'"
         if key in self.metadata:
-            self.report.error(where, "occurs twice in the header")
-        if not self.text.startswith('"', at):
-            self.report.error(where, "its value is not a string")
-            self.metadata[key] = ""
-            return decode(self.text, at)[1]
-        self.metadata[key], end = decode_string(self.text, at)
-        return end
+            self.log.error(where, "occurs twice in the header")
+        if not isinstance(value, str):
+            self.log.error(where, "its value is not a string")
+        self.metadata[key] = value if isinstance(value, str) else ""
 
-    def _entry(self, name: str, fields: Pairs) -> Entry | None:
-        """One tensor's entry, or None after an error that leaves nothing to go on with."""
+    def _usual(self, name: str, value: Any) -> Entry | None:
+        """Return an entry without fault, with elements and its fields in the usual order; None for all others."""
+        try:
+            (key, dtype), (shape_key, shape), (offsets_key, (start, stop)) = value
+            bits = BITS[dtype]
+        except (ValueError, TypeError, KeyError):
+            return None
+        if value.__class__ is not Pairs or shape.__class__ is not list or len(shape) > MOST_DIMENSIONS:
+            return None
+        for n in shape:
+            if n.__class__ is not int or n < 1:
+                return None
+            bits *= n
+        usual = (
+            (key, shape_key, offsets_key) == FIELDS
+            and start.__class__ is stop.__class__ is int
+            and 0 <= start <= stop <= MAX_COUNT >> 8
+            and 8 * (stop - start) == bits
+        )
+        return _new_entry((name, dtype, tuple(shape), self.start + start, self.start + stop)) if usual else None
+
+    def _entry(self, name: str, fields: Any) -> Entry | None:
+        """Return one tensor's entry, or None after an error that leaves nothing to go on with."""
         where = tensor_place(name)
+        if not isinstance(fields, Pairs):
+            self.log.error(where, "its entry is not an object")
+            return None
         found = dict(fields)
         counts = Counter(key for key, _ in fields)
         for key in FIELDS:
             if counts[key] != 1:
-                self.report.error(where, f"its entry has {'no' if not counts[key] else 'two'} {key}")
+                self.log.error(where, f"its entry has {'no' if not counts[key] else 'two'} {key}")
                 return None
         if len(counts) > len(FIELDS):
             extra = ", ".join(f"'{shown(key)}'" for key in list(counts) if key not in FIELDS)
-            self.report.warning(where, f"its entry has fields the format does not know: {extra}")
+            self.log.warning(where, f"its entry has fields the format does not know: {extra}")
         return self._checked(name, *(found[key] for key in FIELDS))
 
     def _checked(self, name: str, dtype: Any, shape: Any, offsets: Any) -> Entry | None:
         if not isinstance(dtype, str) or dtype not in BITS:
-            self.report.error(tensor_place(name), f"unknown dtype {value_text(dtype)}")
+            self.log.error(tensor_place(name), f"unknown dtype {value_text(dtype)}")
             return None
         # An object arrives as `Pairs`, which is a list, too: an empty one would pass for the shape of a scalar.
         if type(shape) is not list or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in shape):
-            self.report.error(tensor_place(name), f"shape {value_text(shape)} is not a list of counts")
+            self.log.error(tensor_place(name), f"shape {value_text(shape)} is not a list of counts")
             return None
         if len(shape) > MOST_DIMENSIONS:
-            self.report.error(tensor_place(name), f"{len(shape)} dimensions: at most {MOST_DIMENSIONS} are read")
+            self.log.error(tensor_place(name), f"{len(shape)} dimensions: at most {MOST_DIMENSIONS} are read")
             return None
-        pair = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
+        pair = (
+            isinstance(offsets, list)
+            and len(offsets) == 2
+            and all(type(n) is int and 0 <= n < 1 << 64 for n in offsets)
+        )
         if not pair or offsets[0] > offsets[1]:
-            self.report.error(tensor_place(name), f"data_offsets {value_text(offsets)} are not a beginning and an end")
+            self.log.error(tensor_place(name), f"data_offsets {value_text(offsets)} are not a beginning and an end")
             return None
         start, stop = offsets
         self._size(name, dtype, shape, stop - start)
@@ -375,70 +343,74 @@ class _Parser:
         for n in shape:
             elements *= max(n, 1)
             if elements > MAX_COUNT:  # at once: the product of a thousand such numbers would take long
-                self.report.error(
-                    tensor_place(name), f"shape {value_text(shape)} has more elements than can be counted"
-                )
+                self.log.error(tensor_place(name), f"shape {value_text(shape)} has more elements than can be counted")
                 return
         bits = BITS[dtype] * (0 if 0 in shape else elements)
         if bits % 8:
-            self.report.error(tensor_place(name), f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
+            self.log.error(tensor_place(name), f"shape {value_text(shape)} of {dtype} does not fill whole bytes")
         elif bits // 8 != nbytes:
             what = f"shape {value_text(shape)} of {dtype} takes {bits // 8} bytes, its data_offsets span {nbytes}"
-            self.report.error(tensor_place(name), what)
+            self.log.error(tensor_place(name), what)
 
     def _odd_names(self) -> None:
         normal: dict[str, str] = {}
-        for name in self._names:
+        together = "".join(self.entries)
+        usual = together.isascii() and together.isprintable() and "" not in self.entries
+        for name in () if usual else self.entries:
             if not name:
-                self.report.warning(tensor_place(name), "its name is empty")
+                self.log.warning(tensor_place(name), "its name is empty")
             elif not name.isprintable() and not has_controls(name):  # those are an error of the checker's
-                self.report.warning(tensor_place(name), "its name has characters that cannot be printed")
+                self.log.warning(tensor_place(name), "its name has characters that cannot be printed")
             if not name.isascii():
                 other = normal.setdefault(unicodedata.normalize("NFC", name), name)
                 if other != name:
-                    self.report.warning(
-                        tensor_place(name), f"looks the same as '{shown(other)}' but is spelt differently"
-                    )
+                    what = f"looks the same as '{shown(other)}' but is spelt differently"
+                    self.log.warning(tensor_place(name), what)
 
 
 def value_text(value: object) -> str:
-    """A value from a file as it goes into a message."""
+    """Return a value from a file as it goes into a message."""
     if isinstance(value, Pairs):
         return "an object"
     return shown(repr(value[:50]) if isinstance(value, list | str) else repr(value))
 
 
 def _in_file_order(parser: _Parser, size: int | None) -> tuple[Entry, ...]:
-    """The entries by position; reports gaps, overlaps, missing bytes."""
-    report = parser.report
-    ordered = sorted(parser.entries.values(), key=lambda entry: (entry.start, entry.stop))
-    complete = len(ordered) == parser.tensors  # otherwise a gap may be that of a tensor already reported
-    reached = parser.start
-    last: Entry | None = None
-    unaligned = []
-    for entry in ordered:
-        if entry.start > reached and complete:
-            what = f"{entry.start - reached} bytes between {_before(last)} and this tensor belong to none"
-            report.error(tensor_place(entry.name), what)
-        elif entry.start < reached:
-            what = f"overlaps {_before(last)} by {min(reached, entry.stop) - entry.start} bytes"
-            report.error(tensor_place(entry.name), what)
-        if entry.nbytes and entry.start % max(BITS[entry.dtype] // 8, 1):
-            unaligned.append(entry.name)
-        if entry.stop >= reached:
-            reached, last = entry.stop, entry
+    """Return the entries by position; gaps, overlaps and missing bytes go to the log."""
+    log = parser.log
+    ordered = [entry for entry in parser.entries.values() if entry is not None]
+    complete = len(ordered) == parser.count  # otherwise a gap may be that of a tensor already reported
+    reached = ordered[-1].stop if ordered else parser.start
+    if [parser.start, *map(_STOP, ordered)][:-1] != list(map(_START, ordered)):
+        ordered.sort(key=itemgetter(3, 4))
+        reached = _check_between(ordered, parser.start, complete, log)
+    unaligned = [name for name, dtype, _, start, stop in ordered if start % (BITS[dtype] // 8 or 1) and start < stop]
     if unaligned:
         more = f" and {len(unaligned) - 1} more" if len(unaligned) > 1 else ""
-        report.warning(tensor_place(unaligned[0]) + more, "not aligned to the size of an element")
+        log.warning(tensor_place(unaligned[0]) + more, "not aligned to the size of an element")
     present = size if size is not None else reached
     if reached > present:
         what = f"{reached - present} of {reached - parser.start} bytes are missing at the end of the file"
-        report.error("data", f"truncated: {what}")
+        log.error("data", f"truncated: {what}")
     elif reached < present and complete:
-        report.error("data", f"{present - reached} bytes after the last tensor belong to none")
+        log.error("data", f"{present - reached} bytes after the last tensor belong to none")
     return tuple(ordered)
 
 
-def _before(last: Entry | None) -> str:
-    """What lies before a tensor."""
-    return tensor_place(last.name) if last is not None else "the header"
+def _check_between(ordered: list[Entry], reached: int, complete: bool, log: IssueLog) -> int:
+    """Look for gaps and overlaps between entries in the order of their bytes; return where the last byte ends."""
+    last: str | None = None
+    for name, _, _, start, stop in ordered:
+        if start > reached and complete:
+            what = f"{start - reached} bytes between {_before(last)} and this tensor belong to none"
+            log.error(tensor_place(name), what)
+        elif start < reached:
+            log.error(tensor_place(name), f"overlaps {_before(last)} by {min(reached, stop) - start} bytes")
+        if stop >= reached:
+            reached, last = stop, name
+    return reached
+
+
+def _before(last: str | None) -> str:
+    """Return how messages call what lies before a tensor."""
+    return "the header" if last is None else tensor_place(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,27 +19,19 @@ from optstate.checkpoint.files.file_kinds import (
     source_of,
     special_kind,
 )
-from optstate.checkpoint.files.safetensors_header import Header, Issue, Report, tensor_place, value_text
-from optstate.checkpoint.files.safetensors_header import read as read_header
-from optstate.checkpoint.files.strict_json import (
-    NotJSONError,
-    Pairs,
-    decode,
-    decode_string,
-    members,
-    only_object,
-    plain,
-)
+from optstate.checkpoint.files.issues import Issue, IssueLog, raising
+from optstate.checkpoint.files.safetensors_header import Header, log_header, tensor_place, value_text
+from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, members, plain
 from optstate.text import shown
 
-__all__ = ["Index", "read"]
+__all__ = ["SetIndex", "log_index", "read_index"]
 
 KNOWN = "index"
 """Under which an opened file keeps its index, and the warnings of it, for whoever asks next."""
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class SetIndex:
     """A sharded set: `shards` maps the file names of the index to their headers, `weight_map` a tensor to its shard."""
 
     path: str
@@ -47,34 +40,47 @@ class Index:
     weight_map: dict[str, str]
 
 
-def read(path: str | os.PathLike[str], report: Report) -> Index:
-    """An index and the headers of its shards, all findings given to `report`."""
+def read_index(path: str | os.PathLike[str]) -> SetIndex:
+    """Return the index of a sharded set with the headers of its shards.
+
+    Args:
+        path: the *.index.json or the folder with it.
+
+    Raises:
+        CheckpointError: unless every shard is a valid file in the folder of the index, or below it, and holds the
+            tensors that the index says it holds.
+    """
+    return log_index(path, raising(path))
+
+
+def log_index(path: str | os.PathLike[str], log: IssueLog) -> SetIndex:
+    """Return an index and the headers of its shards, and give all findings to `log`."""
     file = _index_file(Path(path))
     with open_file(file) as opened:
         source = source_of(opened)
         if KNOWN in source.known:
-            known: tuple[Index, list[Issue]] = source.known[KNOWN]
-            report.repeat(known[1])
+            known: tuple[SetIndex, list[Issue]] = source.known[KNOWN]
+            log.repeat(known[1])
             return replace(known[0], path=str(file))
         if source.size > MAX_HEADER:
             raise CheckpointError(file, f"an index of {source.size} bytes, above the limit of {MAX_HEADER}")
         content = read_bytes(file, opened, source.size)
     found = list[Issue]()
-    index = _parsed(file, content, report.noted(found))
+    index = _parsed(file, content, log.noted(found))
     if not any(issue.severity == "error" for issue in found):
         source.known[KNOWN] = index, found
     return index
 
 
-def _parsed(file: Path, content: bytes, report: Report) -> Index:
-    metadata, weight_map = _parse_index(file, content, report)
+def _parsed(file: Path, content: bytes, log: IssueLog) -> SetIndex:
+    metadata, weight_map = _members_of(file, content, log)
     shards = {}
     for name in sorted(set(weight_map.values())):
-        header = _shard(file, name, report)
+        header = _shard(file, name, log)
         if header is not None:
             shards[name] = header
-    _check_shards(shards, metadata, weight_map, report)
-    return Index(str(file), metadata, shards, weight_map)
+    _check_shards(shards, metadata, weight_map, log)
+    return SetIndex(str(file), metadata, shards, weight_map)
 
 
 def _index_file(path: Path) -> Path:
@@ -96,56 +102,50 @@ def _index_file(path: Path) -> Path:
     return path / found[0]
 
 
-def _parse_index(file: Path, content: bytes, report: Report) -> tuple[dict[str, Any], dict[str, str]]:
-    """`metadata` and `weight_map` of an index; entries with an error are left out of the latter."""
+def _members_of(file: Path, content: bytes, log: IssueLog) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return `metadata` and `weight_map` of an index; entries with an error are left out of the latter."""
     metadata: dict[str, Any] = {}
-    weight_map: dict[str, str] = {}
+    weight_map: dict[str, str] | None = None
     seen: set[str] = set()
-    problem_of = cache(_unsafe)  # few shards have many tensors
-    text = ""
-
-    def tensor(name: str, at: int) -> int:
-        if name in weight_map:
-            report.error(tensor_place(name), "occurs twice in weight_map")
-        shard, end = decode_string(text, at) if text.startswith('"', at) else (None, decode(text, at)[1])
-        if not isinstance(shard, str):
-            report.error(tensor_place(name), "weight_map does not give a file name")
-        elif problem := problem_of(shard):
-            report.error(tensor_place(name), f"weight_map leads to '{shown(shard)}', {problem}")
-        else:
-            weight_map[name] = shard
-        return end
-
-    def member(key: str, at: int) -> int:
-        if key in seen:
-            report.error("index", f"'{shown(key)}' occurs twice")
-        seen.add(key)
-        if key == "weight_map":
-            if not text.startswith("{", at):
-                raise CheckpointError(file, "weight_map is not an object")
-            return members(text, at, tensor)
-        value, end = decode(text, at)
-        if key == "metadata":
-            if isinstance(value, Pairs):
-                metadata.update(plain(value))
-            elif value is not None:
-                report.error("index", "metadata is not an object")
-        return end
-
     try:
-        text = content.decode("utf-8")
-        only_object(text, member)
+        for key, value in members(content.decode("utf-8"), ("weight_map",)):
+            if key in seen:
+                log.error("index", f"'{shown(key)}' occurs twice")
+            seen.add(key)
+            if key == "weight_map":
+                if not isinstance(value, Pairs | Iterator):
+                    raise CheckpointError(file, "weight_map is not an object")
+                weight_map = _weight_map(value, log)
+            elif key == "metadata" and isinstance(value, Pairs):
+                metadata.update(plain(value))
+            elif key == "metadata" and value is not None:
+                log.error("index", "metadata is not an object")
     except UnicodeDecodeError as error:
         raise CheckpointError(file, f"the index is not UTF-8: {error.reason} at byte {error.start}") from None
     except NotJSONError as error:
         raise CheckpointError(file, f"the index is not valid JSON: {error}") from None
-    if "weight_map" not in seen:
+    if weight_map is None:
         raise CheckpointError(file, "not the index of a sharded set: it has no weight_map")
     return metadata, weight_map
 
 
+def _weight_map(pairs: Iterable[tuple[str, Any]], log: IssueLog) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    problem_of = cache(_unsafe)  # few shards have many tensors
+    for name, shard in pairs:
+        if name in weight_map:
+            log.error(tensor_place(name), "occurs twice in weight_map")
+        if not isinstance(shard, str):
+            log.error(tensor_place(name), "weight_map does not give a file name")
+        elif problem := problem_of(shard):
+            log.error(tensor_place(name), f"weight_map leads to '{shown(shard)}', {problem}")
+        else:
+            weight_map[name] = shard
+    return weight_map
+
+
 def _unsafe(shard: str) -> str:
-    """What is wrong with a shard's name, or an empty string. The rules are those of huggingface_hub's loader."""
+    """Return what is wrong with a shard's name, or an empty string. The rules are those of huggingface_hub's loader."""
     windows, posix = PureWindowsPath(shard), PurePosixPath(shard)
     if not shard or "\0" in shard:
         return "which is no file name"
@@ -158,8 +158,8 @@ def _unsafe(shard: str) -> str:
     return "which has a backslash" if "\\" in shard else ""
 
 
-def _shard(file: Path, name: str, report: Report) -> Header | None:
-    """The header of one shard, or None after an error."""
+def _shard(file: Path, name: str, log: IssueLog) -> Header | None:
+    """Return the header of one shard, or None after an error."""
     folder = file.parent
     path = folder / name
     where = f"shard '{shown(name)}'"
@@ -167,42 +167,45 @@ def _shard(file: Path, name: str, report: Report) -> Header | None:
         target = Path(os.path.realpath(path))
         inside = Path(os.path.realpath(folder)) in target.parents or _in_hub_cache(folder, target)
         if target == Path(os.path.realpath(file)):
-            report.error(where, "is the index itself")
+            log.error(where, "is the index itself")
             return None
         if not inside:
-            report.error(where, f"a symbolic link out of the folder, to '{shown(str(target))}'")
+            log.error(where, f"a symbolic link out of the folder, to '{shown(str(target))}'")
             return None
-        return read_header(path, report.within(where))
+        return log_header(path, log.within(where))
     except CheckpointError as error:
-        if error.path != str(path):  # raised by the report
+        if error.path != str(path):  # raised by the log
             raise
-        report.error(where, f"{error.reason} ({error.hint})" if error.hint else error.reason)
+        log.error(where, f"{error.reason} ({error.hint})" if error.hint else error.reason)
         return None
 
 
 def _in_hub_cache(folder: Path, target: Path) -> bool:
-    """Hugging Face's cache keeps <repo>/snapshots/<revision>/<name> as links to <repo>/blobs/<hash>."""
+    """Return whether a shard is where Hugging Face's cache keeps it.
+
+    There <repo>/snapshots/<revision>/<name> is a link to <repo>/blobs/<hash>.
+    """
     folder = Path(os.path.abspath(folder))
     return folder.parent.name == "snapshots" and target.parent == Path(os.path.realpath(folder.parent.parent / "blobs"))
 
 
 def _check_shards(
-    shards: dict[str, Header], metadata: dict[str, Any], weight_map: dict[str, str], report: Report
+    shards: dict[str, Header], metadata: dict[str, Any], weight_map: dict[str, str], log: IssueLog
 ) -> None:
     names = {shard: {entry.name for entry in header.tensors} for shard, header in shards.items()}
     for tensor, shard in weight_map.items():
         if shard in names and tensor not in names[shard]:
-            report.error(tensor_place(tensor), f"is not in '{shown(shard)}', where the index puts it")
+            log.error(tensor_place(tensor), f"is not in '{shown(shard)}', where the index puts it")
     for shard, held in names.items():
         for tensor in sorted(name for name in held if weight_map.get(name) != shard):
             other = weight_map.get(tensor)
             what = f"which the index puts in '{shown(other)}'" if other else "which the index does not name"
-            report.warning(f"shard '{shown(shard)}'", f"holds {tensor_place(tensor)}, {what}")
+            log.warning(f"shard '{shown(shard)}'", f"holds {tensor_place(tensor)}, {what}")
     total = metadata.get("total_size")
     if total is None:
         return
     # Some writers give a float; a tied tensor may be counted once or twice.
     if isinstance(total, bool) or not isinstance(total, int | float) or total != total or total < 0:
-        report.error("index", f"metadata.total_size is {value_text(total)}, which is no number of bytes")
+        log.error("index", f"metadata.total_size is {value_text(total)}, which is no number of bytes")
     elif total != (real := sum(entry.nbytes for header in shards.values() for entry in header.tensors)):
-        report.warning("index", f"metadata.total_size is {total}, the shards hold {real} bytes")
+        log.warning("index", f"metadata.total_size is {total}, the shards hold {real} bytes")

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, reported, write_all
+from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
 from optstate.checkpoint.files.safetensors_writer import NewEntry, SafetensorsFile, create, header_size, layout
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.text import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["SafetensorsSet", "create_set", "find", "index_of"]
+__all__ = ["SafetensorsSet", "create_set", "find_file_or_index", "index_path"]
 
 SUFFIX = ".safetensors"
 INDEX = ".index.json"
@@ -33,14 +35,14 @@ INDEX = ".index.json"
 Path = str | os.PathLike[str]
 
 
-def index_of(path: Path) -> str:
-    """The index of a set that is written as `path`."""
+def index_path(path: Path) -> str:
+    """Return the index of a set that is written as `path`."""
     return os.fspath(path) + INDEX
 
 
-def find(path: Path) -> str:
-    """What was written as `path`: the file itself, or the index where there is no such file but a set."""
-    index = index_of(path)
+def find_file_or_index(path: Path) -> str:
+    """Return where `path` was written: the file itself, or the index where there is no such file but a set."""
+    index = index_path(path)
     return index if not os.path.exists(path) and os.path.exists(index) else os.fspath(path)
 
 
@@ -127,7 +129,7 @@ def _one_file(
     with create(path, entries, room=room, overwrite=overwrite, permissions=permissions) as file:
         _set_permissions(path, file.descriptor, permissions)
         yield file
-    index = index_of(path)
+    index = index_path(path)
     if overwrite and os.path.lexists(index):
         old = _named_by(index) or set()
         _remove(index)  # first: it must not name files that are not there
@@ -154,7 +156,7 @@ def _several(
                     )
                 made[shard] = os.fstat(files[-1].descriptor)
             yield SafetensorsSet(files, groups)
-        old = _named_by(index_of(path)) or set()
+        old = _named_by(index_path(path)) or set()
         _write_index(path, dict(zip(shards, groups, strict=True)), permissions, overwrite)
         if overwrite:
             _remove(os.fspath(path))
@@ -164,7 +166,7 @@ def _several(
 
 
 def _groups(entries: Sequence[NewEntry], limit: int) -> list[list[NewEntry]]:
-    """The entries of each file."""
+    """Return the entries of each file."""
     groups: list[list[NewEntry]] = [[]]
     size = 0
     for together in _together(entries, limit):
@@ -178,7 +180,7 @@ def _groups(entries: Sequence[NewEntry], limit: int) -> list[list[NewEntry]]:
 
 
 def _together(entries: Sequence[NewEntry], limit: int) -> Iterator[list[NewEntry]]:
-    """The tensors of one parameter after the other, one by one where they do not fit into a file."""
+    """Return the tensors of one parameter after the other, one by one where they do not fit into a file."""
     by_parameter: dict[str, list[NewEntry]] = {}
     for entry in entries:
         by_parameter.setdefault(entry.name.rpartition("/")[0], []).append(entry)
@@ -197,9 +199,9 @@ def _write_index(
         "weight_map": {entry.name: shard for shard, group in shards.items() for entry in group},
     }
     text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
-    with replacing(index_of(path), overwrite) as descriptor:
+    with replacing(index_path(path), overwrite) as descriptor:
         _set_permissions(path, descriptor, permissions)
-        with reported(index_of(path)):
+        with reported(index_path(path)):
             write_all(descriptor, memoryview(text.encode()))
 
 
@@ -220,7 +222,7 @@ def _advised(files: int) -> Iterator[None]:
 
 def _check_targets(path: Path, overwrite: bool) -> None:
     """Refuse what may not be replaced: a file or a set, whichever of the two will be written."""
-    index = index_of(path)
+    index = index_path(path)
     if os.fspath(path).endswith(INDEX):
         hint = f"give the name without {INDEX}"
         raise CheckpointError(path, "the name of an index, which is written where one is needed", hint, refused=True)
@@ -238,19 +240,18 @@ def _check_targets(path: Path, overwrite: bool) -> None:
 
 
 def _named_by(index: str) -> set[str] | None:
-    """The files that an index names; None if it cannot be read, or there is none."""
+    """Return the files that an index names; None if it cannot be read, or there is none."""
     if not os.path.isfile(index):
         return None
     try:
-        with open(index, "rb") as file:
-            names = json.load(file)["weight_map"].values()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        names = parse(read_whole(index, MAX_HEADER).decode(), pairs=dict)["weight_map"].values()
+    except (CheckpointError, UnicodeDecodeError, NotJSONError, TypeError, KeyError, AttributeError):
         return None
     return {name for name in names if isinstance(name, str)}
 
 
 def _named_in(folder: str) -> set[str]:
-    """The files that any index in a folder names."""
+    """Return the files that any index in a folder names."""
     with reported(folder):
         indices = [name for name in os.listdir(folder) if name.endswith(INDEX)]
     return set[str]().union(*(_named_by(os.path.join(folder, name)) or () for name in indices))
@@ -308,7 +309,7 @@ def _beside(path: Path, name: str) -> str:
 
 def _permissions(path: Path) -> int | None:
     """Those of what is superseded: a set is as private as the file was, and the other way round."""
-    for target in os.fspath(path), index_of(path):
+    for target in os.fspath(path), index_path(path):
         with suppress(OSError):
             return stat.S_IMODE(os.stat(target).st_mode) & 0o777
     return None

@@ -17,7 +17,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from optstate.checkpoint.files.atomic_write import as_bytes, replacing, reported, reserve, write_all, write_at
-from optstate.checkpoint.files.safetensors_file import BITS, MAX_HEADER, METADATA
+from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.file_kinds import MAX_HEADER
+from optstate.checkpoint.files.safetensors_header import METADATA
 from optstate.text import shown
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class NewEntry:
 
 
 def layout(entries: Iterable[NewEntry]) -> list[NewEntry]:
-    """The entries in the order of their bytes in the file: wide dtypes first, so that all are aligned; then by name.
+    """Return the entries in the order of their bytes: wide dtypes first, so that all are aligned; then by name.
 
     This is the library's order. Raises ValueError for a name that occurs twice or is reserved, an unknown dtype, a
     shape that is not one of counts or does not fill whole bytes.
@@ -245,7 +247,7 @@ def _with_length(header: bytes) -> bytes:
 
 
 def _header(metadata: Mapping[str, str], ordered: Sequence[NewEntry]) -> bytes:
-    """The header's JSON, padded so that the data begin at a multiple of eight."""
+    """Return the header's JSON, padded so that the data begin at a multiple of eight."""
     content: dict[str, object] = {}
     if metadata:
         for key, value in metadata.items():
@@ -265,7 +267,7 @@ def _header(metadata: Mapping[str, str], ordered: Sequence[NewEntry]) -> bytes:
 
 
 def _checked(ordered: Sequence[NewEntry], data: Iterable[Buffer]) -> Iterator[memoryview]:
-    """The buffers as bytes; raises ValueError unless they are exactly those of the entries."""
+    """Return the buffers as bytes; raise ValueError unless they are exactly those of the entries."""
     buffers = iter(data)
     for entry in ordered:
         missing = entry.nbytes

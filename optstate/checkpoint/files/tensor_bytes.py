@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.files.safetensors_file import BITS
+from optstate.checkpoint.files.dtypes import BITS, TORCH_NAMES
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 
 __all__ = [
@@ -18,28 +18,18 @@ __all__ = [
     "Statistics",
     "all_sound",
     "announce",
-    "bits",
+    "as_bits",
     "bytes_of",
-    "load",
-    "pieces",
+    "iterate_pieces",
+    "load_tensor",
+    "measure_tensor",
     "read_into",
-    "statistics",
 ]
 
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.float64: "F64",
+DTYPES: dict[torch.dtype, str] = {
+    getattr(torch, torch_name): name
+    for name, torch_name in TORCH_NAMES.items()
+    if name not in ("C64", "U32", "U64", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 }
 """What safetensors calls the dtypes that stores use."""
 
@@ -53,12 +43,12 @@ PIECE = 1 << 19
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor: its own memory if it is contiguous on the CPU, else that of a copy."""
+    """Return the bytes of a tensor: its own memory if it is contiguous on the CPU, else that of a copy."""
     return _memory(tensor.detach().to("cpu").contiguous())
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to read and write. NumPy, which could do this, may be missing."""
+    """Return the memory of a contiguous tensor on the CPU, to read and write. NumPy, which has this, may be missing."""
     count = tensor.numel() * tensor.element_size()
     if not count:
         return memoryview(bytearray())
@@ -67,8 +57,8 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def load(stored: Stored) -> Tensor:
-    """A tensor of a file, contiguous and the caller's own.
+def load_tensor(stored: Stored) -> Tensor:
+    """Read a tensor of a file, contiguous and the caller's own.
 
     Raises:
         ValueError: for a dtype that torch does not have.
@@ -86,7 +76,7 @@ def load(stored: Stored) -> Tensor:
 
 
 def _as_it_lies(stored: Stored) -> Tensor:
-    """A tensor in memory as it is in the file, with what is between its elements."""
+    """Read a tensor as it lies in the file, with what is between its elements."""
     dtype = _TORCH[stored.dtype]
     flat = torch.empty(stored.span // dtype.itemsize, dtype=dtype)
     _fill(flat, stored)
@@ -99,20 +89,21 @@ def announce(stored: Stored) -> None:
         stored.opened.announce(stored.start, stored.span)
 
 
-def bits(stored: Stored) -> Stored:
-    """The same place as whole numbers of as many bits, which can be compared whatever they stand for."""
+def as_bits(stored: Stored) -> Stored:
+    """Return the place as one of whole numbers of the same width, which can be compared whatever they stand for."""
     width = BITS[stored.dtype]
     if width < 8:
         return replace(stored, dtype="U8", shape=(stored.nbytes,))
     dtype = {8: "U8", 16: "I16", 32: "I32", 64: "I64"}[width]
     if isinstance(stored, Pieces):
-        return replace(stored, dtype=dtype, parts=tuple((first, bits(part)) for first, part in stored.parts))
+        return replace(stored, dtype=dtype, parts=tuple((first, as_bits(part)) for first, part in stored.parts))
     return replace(stored, dtype=dtype)
 
 
 def read_into(own: Tensor, stored: Stored) -> None:
-    """Fill `own` with a tensor of a file of as many elements, by way of a copy only if one of the two is not plain
-    memory.
+    """Fill `own` with a tensor of a file of as many elements.
+
+    There is a copy in between only if one of the two is not plain memory.
 
     Raises:
         OSError: if the file ends early or cannot be read; `own` may then be filled in part.
@@ -121,7 +112,7 @@ def read_into(own: Tensor, stored: Stored) -> None:
     if plain and own.device.type == "cpu" and own.is_contiguous():
         _fill(own, stored)
     else:
-        own.copy_(load(stored).view(own.shape))
+        own.copy_(load_tensor(stored).view(own.shape))
 
 
 def _fill(target: Tensor, stored: Stored) -> None:
@@ -143,14 +134,14 @@ class Statistics:
     infinite: int
 
 
-def pieces(stored: Stored) -> Iterator[Tensor]:
-    """A tensor's numbers as flat fp64 tensors of a few MiB, in the order of the file: its own if it is contiguous.
+def iterate_pieces(stored: Stored) -> Iterator[Tensor]:
+    """Yield a tensor's numbers as flat fp64 tensors of a few MiB, in their order in the file.
 
     Nothing for a dtype that torch does not have.
     """
     if isinstance(stored, Pieces):
         for _, part in stored.parts:
-            yield from pieces(part)
+            yield from iterate_pieces(part)
     elif stored.dtype in _TORCH:
         flat = stored if stored.stride is not None else replace(stored, shape=(stored.elements,), stride=(1,))
         for part in _parts(flat):
@@ -158,7 +149,7 @@ def pieces(stored: Stored) -> Iterator[Tensor]:
 
 
 def _parts(stored: Stored) -> Iterator[Stored]:
-    """A tensor in parts that are small, and lie within few bytes, cut along the dimension of the largest stride."""
+    """Yield a tensor in small parts that lie within few bytes, cut along the dimension of the largest stride."""
     size = BITS[stored.dtype] // 8
     if max(stored.elements, stored.span // size) <= PIECE:
         yield stored
@@ -185,10 +176,10 @@ def all_sound(tensors: Sequence[Stored]) -> bool:
     return bool(((flat := flat.float() if dtype.itemsize < 4 else flat) >= 0).logical_and_(flat < torch.inf).all())
 
 
-def statistics(stored: Stored) -> Statistics:
+def measure_tensor(stored: Stored) -> Statistics:
     """Statistics of one tensor, read piece by piece."""
     least, most, total, counts = torch.inf, -torch.inf, 0.0, dict.fromkeys(("zeros", "negative", "nan", "infinite"), 0)
-    for piece in pieces(stored):
+    for piece in iterate_pieces(stored):
         finite = piece[piece.isfinite()]
         if finite.numel():
             least, most = min(least, finite.min().item()), max(most, finite.max().item())

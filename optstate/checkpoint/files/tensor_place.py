@@ -6,30 +6,15 @@ import struct
 from dataclasses import dataclass, field
 from math import prod
 
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, FORMS
 from optstate.checkpoint.files.opened_file import Opened, opened_at
 from optstate.checkpoint.files.safetensors_header import Entry, Header
 from optstate.text import shown
 
-__all__ = ["Pieces", "Stored", "numbers", "stored_entry"]
+__all__ = ["Pieces", "Stored", "locate_entry", "read_numbers"]
 
 MOST_NUMBERS = 1024
 """Elements of a tensor that is read as plain numbers: a step, a learning rate, not a statistic."""
-
-_FORMATS = {
-    "BOOL": "?",
-    "U8": "B",
-    "I8": "b",
-    "I16": "h",
-    "U16": "H",
-    "F16": "e",
-    "I32": "i",
-    "U32": "I",
-    "F32": "f",
-    "F64": "d",
-    "I64": "q",
-    "U64": "Q",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +80,12 @@ class Pieces(Stored):
     parts: tuple[tuple[tuple[int, ...], Stored], ...] = ()
 
 
-def stored_entry(header: Header, entry: Entry) -> Stored:
-    """The place of a safetensors file's tensor."""
+def locate_entry(header: Header, entry: Entry) -> Stored:
+    """Return the place of a safetensors file's tensor."""
     return Stored(header.path, entry.start, entry.dtype, entry.shape, source=header.source)
 
 
-def numbers(stored: Stored) -> tuple[float | int, ...]:
+def read_numbers(stored: Stored) -> tuple[float | int, ...]:
     """All numbers of a small contiguous tensor, flat.
 
     Raises:
@@ -109,11 +94,11 @@ def numbers(stored: Stored) -> tuple[float | int, ...]:
     """
     if stored.elements > MOST_NUMBERS or stored.span != stored.nbytes or isinstance(stored, Pieces):
         raise ValueError(f"a tensor of shape {stored.shape} is not one of a few numbers")
-    if stored.dtype != "BF16" and stored.dtype not in _FORMATS:
+    if stored.dtype != "BF16" and stored.dtype not in FORMS:
         raise ValueError(f"{stored.dtype} numbers cannot be read here")
     data = bytearray(stored.nbytes)
     stored.read_into(memoryview(data))
     if stored.dtype == "BF16":  # the upper half of an fp32 number
         data = bytearray(b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2)))
-    code = _FORMATS.get(stored.dtype, "f")
+    code = FORMS.get(stored.dtype, "f")
     return struct.unpack(f"<{stored.elements}{code}", data)

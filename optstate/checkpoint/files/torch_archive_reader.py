@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import pickle_machine
-from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, STORAGES
 from optstate.checkpoint.files.file_kinds import (
     HINTS,
     PICKLE,
@@ -33,15 +33,13 @@ from optstate.checkpoint.files.file_kinds import (
     source_of,
     special_kind,
 )
-from optstate.checkpoint.files.harmful_names import is_harmful
 from optstate.checkpoint.files.pickle_machine import Global, PickleError, Unread, UnsafeGlobalError
 from optstate.checkpoint.files.pickle_objects import check_tree
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT
-from optstate.checkpoint.files.torch_tensors import REBUILD, Storage
-from optstate.checkpoint.files.torch_types import KNOWN, OTHER_STORAGES, STORAGES
+from optstate.checkpoint.files.torch_tensors import REBUILD, StoredStorage
+from optstate.checkpoint.files.torch_types import KNOWN, OTHER_STORAGES, is_harmful
 from optstate.text import shown
 
-__all__ = ["read", "read_at", "read_pickle"]
+__all__ = ["read_pickle", "read_torch_file", "read_torch_part"]
 
 MOST_DIRECTORY = 1 << 25
 """Bytes of a zip archive's directory; a storage takes a hundred."""
@@ -58,8 +56,8 @@ Names = dict[str, None]
 """Names in the order in which they came."""
 
 
-def read(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
-    """What torch.save was given, as plain data.
+def read_torch_file(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
+    """Return what torch.save was given, as plain data.
 
     Dicts of any kind are dicts, tensors and parameters `Stored`, torch.Size a tuple, NumPy's numbers numbers; dtypes
     are `Global`, instances of the foreign classes that optimizers keep `Object`, and so are tensors of a subclass: its
@@ -82,8 +80,8 @@ def read(path: str | os.PathLike[str], strangers: Names | None = None) -> Any:
     raise CheckpointError(path, f"{_named(path, kind)}, not one written by torch.save", HINTS.get(kind, ""))
 
 
-def read_at(path: str | os.PathLike[str], start: int, length: int) -> Any:
-    """The same for a zip of torch.save that takes `length` bytes of a file from `start` on."""
+def read_torch_part(path: str | os.PathLike[str], start: int, length: int) -> Any:
+    """Return the plain data of a zip of torch.save that takes `length` bytes of a file from `start` on."""
     if (kind := special_kind(path)) is not None:
         raise CheckpointError(path, f"{kind}, not one written by torch.save")
     with _reading(path) as file:
@@ -93,7 +91,7 @@ def read_at(path: str | os.PathLike[str], start: int, length: int) -> Any:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """The plain data of a pickle alone, as torch.distributed.checkpoint writes its .metadata; no stranger is in it."""
+    """Return the plain data of a pickle alone, without strangers, as torch.distributed.checkpoint writes .metadata."""
     kind = identify(path)
     if kind != PICKLE:
         raise CheckpointError(path, f"{_named(path, kind)}, not a pickle", HINTS.get(kind, ""))
@@ -103,7 +101,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def _reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """The file, opened; what goes wrong with it within is a CheckpointError."""
+    """Yield the file, opened; what goes wrong with it within is a CheckpointError."""
     with io.BufferedReader(cast(io.RawIOBase, open_file(path))) as file:
         try:
             yield cast(BinaryIO, file)
@@ -135,12 +133,12 @@ def _checked(tree: Any) -> Any:
 
 
 def _load(data: bytes | BinaryIO) -> Any:
-    """A pickle without tensors and strangers."""
-    return pickle_machine.load(data, known=KNOWN, rebuild=REBUILD)
+    """Read a pickle without tensors and strangers."""
+    return pickle_machine.load_pickle(data, known=KNOWN, rebuild=REBUILD)
 
 
 def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], strangers: Names) -> Any:
-    """A pickle of anything; `strangers` takes note of the names that are not known."""
+    """Read a pickle of anything; `strangers` takes note of the names that are not known."""
 
     def strange(name: str) -> bool:
         if is_harmful(name):
@@ -149,7 +147,7 @@ def _load_values(data: bytes | BinaryIO, persistent: Callable[[Any], Any], stran
             strangers[name] = None
         return True
 
-    return pickle_machine.load(data, known=KNOWN, rebuild=REBUILD, persistent=persistent, strange=strange)
+    return pickle_machine.load_pickle(data, known=KNOWN, rebuild=REBUILD, persistent=persistent, strange=strange)
 
 
 class _Reference(NamedTuple):
@@ -172,7 +170,7 @@ class _Reference(NamedTuple):
 
 
 def _module_class(saved: Any) -> Global | None:
-    """What older files keep the class of a module as: a persistent id, with the source of the class."""
+    """Return the class of a module, which older files keep as a persistent id with the source of the class."""
     match saved:
         case ("module", Global() as kind, _, _):
             return kind
@@ -180,7 +178,7 @@ def _module_class(saved: Any) -> Global | None:
 
 
 def _reference(saved: Any, length: int) -> _Reference:
-    """The reference that a persistent id is: ("storage", class, key, device, elements), and a view in older files."""
+    """Parse a persistent id: ("storage", class, key, device, elements), and a view in older files."""
     if not isinstance(saved, tuple) or len(saved) != length or saved[0] != "storage":
         raise PickleError("a malformed file: it refers to something that is no storage")
     kind, key, elements = saved[1], saved[2], saved[4]
@@ -236,16 +234,16 @@ class _Archive:
         self._start = start
         self._stop = start + length
         self._records = self._directory(_Part(file, start, length))
-        self._storages: dict[str, Storage] = {}
+        self._storages: dict[str, StoredStorage] = {}
 
     def tree(self) -> Any:
-        """What was saved."""
+        """Return what was saved."""
         if "byteorder" in self._records and (order := self._read("byteorder", 16)) != b"little":
             raise CheckpointError(self._path, f"its byte order is {order!r}; only little-endian numbers are read")
         return _load_values(self._read("data.pkl", pickle_machine.MOST_BYTES), self._storage, self._strangers)
 
     def _directory(self, part: _Part) -> dict[str, zipfile.ZipInfo]:
-        """The records by their names within the top folder."""
+        """Return the records by their names within the top folder."""
         try:
             with zipfile.ZipFile(cast(BinaryIO, part)) as archive:
                 entries = archive.infolist()
@@ -266,7 +264,7 @@ class _Archive:
         return {entry.filename.partition("/")[2]: entry for entry in entries}
 
     def _place(self, name: str) -> tuple[int, int]:
-        """The first byte of a record, from the beginning of the file, and how many it has."""
+        """Return the first byte of a record, from the beginning of the file, and how many it has."""
         entry = self._records[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             hint = "save it again with torch.save, or zip it again without compression"
@@ -289,7 +287,7 @@ class _Archive:
         self._file.seek(start)
         return read_bytes(self._path, self._file, size)
 
-    def _storage(self, saved: Any) -> Storage | Unread | Global:
+    def _storage(self, saved: Any) -> StoredStorage | Unread | Global:
         if (kind := _module_class(saved)) is not None:
             return kind
         reference = _reference(saved, 5)
@@ -298,7 +296,7 @@ class _Archive:
             raise PickleError(f"a malformed file: storage '{shown(reference.key)}' is of two dtypes or sizes")
         return reference.unread or storage
 
-    def _found(self, reference: _Reference) -> Storage:
+    def _found(self, reference: _Reference) -> StoredStorage:
         place = f"storage '{shown(reference.key)}'"
         record = f"data/{reference.key}"
         if record not in self._records:
@@ -307,7 +305,7 @@ class _Archive:
         if size < reference.nbytes:
             raise CheckpointError(self._path, f"{place} has {size} bytes, its tensors need {reference.nbytes}")
         shape = (reference.elements,)
-        storage = Storage(
+        storage = StoredStorage(
             os.fspath(self._path), start, reference.dtype, shape, source=source_of(self._file), key=reference.key
         )
         self._storages[reference.key] = storage
@@ -319,7 +317,7 @@ class _Archive:
 
 
 def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Names) -> Any:
-    """What was saved. The values are read twice, since where the storages are is only known behind them."""
+    """Return what was saved. The values are read twice, since only what follows them tells where the storages are."""
     if _first(path, file) != MAGIC:
         raise CheckpointError(path, "a pickle, not written by torch.save")
     if _load(file) != PROTOCOL:
@@ -338,7 +336,7 @@ def _older_tree(path: str | os.PathLike[str], file: BinaryIO, strangers: Names) 
 
 
 def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
-    """The first pickle of the file, None if it is nothing that torch.save could have written."""
+    """Return the first pickle of the file, None if torch.save could not have written it."""
     try:
         return _load(file)
     except UnsafeGlobalError as error:
@@ -349,20 +347,20 @@ def _first(path: str | os.PathLike[str], file: BinaryIO) -> Any:
 
 def _collected(
     path: str | os.PathLike[str], saved: Any, references: dict[str, _Reference]
-) -> Storage | Unread | Global:
-    """A storage in a place that is not known yet; `references` takes note of it."""
+) -> StoredStorage | Unread | Global:
+    """Return a storage in a place that is not known yet; `references` takes note of it."""
     if (kind := _module_class(saved)) is not None:
         return kind
     reference = _reference(saved, 6)
     first = references.setdefault(reference.key, reference)
     if (first.dtype, first.elements) != (reference.dtype, reference.elements):
         raise PickleError(f"a malformed file: storage '{shown(reference.key)}' is of two dtypes or sizes")
-    storage = Storage(os.fspath(path), 0, reference.dtype, (reference.elements,), key=reference.key)
+    storage = StoredStorage(os.fspath(path), 0, reference.dtype, (reference.elements,), key=reference.key)
     return _viewed(storage, reference)
 
 
-def _viewed(storage: Storage, reference: _Reference) -> Storage | Unread:
-    """The part of a storage that files before torch 0.4 could refer to as if it were one."""
+def _viewed(storage: StoredStorage, reference: _Reference) -> StoredStorage | Unread:
+    """Return the part of a storage that files before torch 0.4 could refer to as if it were one."""
     if reference.unread is not None:
         return reference.unread
     if reference.view is None:
@@ -376,8 +374,8 @@ def _viewed(storage: Storage, reference: _Reference) -> Storage | Unread:
 
 def _older_storages(
     path: str | os.PathLike[str], file: BinaryIO, references: dict[str, _Reference]
-) -> dict[str, Storage]:
-    """The storages with their places, by key."""
+) -> dict[str, StoredStorage]:
+    """Return the storages with their places, by key."""
     keys = _load(file)
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(references):
         raise CheckpointError(path, "a malformed file: its storages are not those that its tensors refer to")
@@ -392,5 +390,7 @@ def _older_storages(
         if elements != reference.elements:
             what = f"storage '{shown(key)}' has {elements} elements, its tensors say {reference.elements}"
             raise CheckpointError(path, f"a malformed file: {what}")
-        storages[key] = Storage(os.fspath(path), start, reference.dtype, (elements,), source=source_of(file), key=key)
+        storages[key] = StoredStorage(
+            os.fspath(path), start, reference.dtype, (elements,), source=source_of(file), key=key
+        )
     return storages

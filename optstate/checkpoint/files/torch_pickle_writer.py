@@ -12,27 +12,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from optstate.checkpoint.files.dtypes import BITS, TORCH_NAMES
+from optstate.checkpoint.files.dtypes import BITS, STORAGE_CLASSES, TORCH_NAMES
 from optstate.text import shown
 
-__all__ = ["Constant", "NewTensor", "Subclass", "dump"]
+__all__ = ["Constant", "NewTensor", "Subclass", "pickle_tree"]
 
 MOST_LEVELS = 100  # of containers in each other: far above any checkpoint, far below Python's limit
-
-# The dtypes of tensors that have a storage class; those of the others are named beside an untyped storage.
-_STORAGES = {
-    "BOOL": "BoolStorage",
-    "U8": "ByteStorage",
-    "I8": "CharStorage",
-    "I16": "ShortStorage",
-    "F16": "HalfStorage",
-    "BF16": "BFloat16Storage",
-    "I32": "IntStorage",
-    "F32": "FloatStorage",
-    "C64": "ComplexFloatStorage",
-    "F64": "DoubleStorage",
-    "I64": "LongStorage",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +68,8 @@ class Subclass:
     state: Mapping[str, Any]
 
 
-def dump(tree: Any) -> tuple[bytes, list[NewTensor | Constant]]:
-    """The pickle of a tree, and its storages: the one at index n is the record `data/<n>` of the file.
+def pickle_tree(tree: Any) -> tuple[bytes, list[NewTensor | Constant]]:
+    """Return the pickle of a tree, and its storages: the one at index n is the record `data/<n>` of the file.
 
     The tree is made of dicts, lists, tuples, sets, strings, bytes, integers, floats, booleans, None and the classes of
     this module. A container that stands in several places is written several times.
@@ -142,7 +127,7 @@ class _Pickler:
             self.value(value, level + 1)
 
     def number(self, tensor: NewTensor | Constant) -> int:
-        """The number of its storage: they are counted in the order in which they occur, as the layout wants it."""
+        """Return the number of a tensor's storage: storages are counted as they occur, as the layout wants it."""
         if id(tensor) not in self.numbers:
             if isinstance(tensor, NewTensor):
                 if tensor.key in self.keys:
@@ -155,8 +140,8 @@ class _Pickler:
     def tensor(self, tensor: NewTensor | Constant) -> None:
         _check(tensor)
         number = self.number(tensor)
-        typed = tensor.dtype in _STORAGES
-        storage = f"torch.{_STORAGES[tensor.dtype]}" if typed else "torch.storage.UntypedStorage"
+        typed = tensor.dtype in STORAGE_CLASSES
+        storage = f"torch.{STORAGE_CLASSES[tensor.dtype]}" if typed else "torch.storage.UntypedStorage"
         count = prod(tensor.shape) if typed else tensor.nbytes
         self.parts += [
             _global("torch._utils._rebuild_tensor_v2" if typed else "torch._utils._rebuild_tensor_v3"),
@@ -209,7 +194,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes of a value that is no container, or of a tuple of such values."""
+    """Return the opcodes of a value that is no container, or of a tuple of such values."""
     if value is None:
         return b"N"
     if isinstance(value, bool):

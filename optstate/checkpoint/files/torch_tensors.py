@@ -1,21 +1,23 @@
-"""Tensors as the pickle of a torch file describes them, made into places in the file. Imports no torch."""
+"""What the pickle of a torch file calls, in its place: tensors become places in the file, NumPy's numbers Python's.
+
+Imports neither torch nor NumPy.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from optstate.checkpoint.files.dtypes import BITS
-from optstate.checkpoint.files.numpy_values import scalar
+from optstate.checkpoint.files.dtypes import BITS, MAX_COUNT, SAFETENSORS_NAMES
 from optstate.checkpoint.files.pickle_objects import Global, Object, PickleError, Stranger, Unread, called
-from optstate.checkpoint.files.safetensors_header import MAX_COUNT
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.files.torch_types import DTYPES, KNOWN
+from optstate.checkpoint.files.torch_types import KNOWN
 from optstate.text import shown
 
-__all__ = ["REBUILD", "Storage"]
+__all__ = ["REBUILD", "StoredStorage", "make_scalar", "only_element"]
 
 MOST_DIMENSIONS = 64  # torch's own limit
 
@@ -25,19 +27,19 @@ Read = Stored | Object | Stranger | Unread
 
 
 @dataclass(frozen=True, slots=True)
-class Storage(Stored):
+class StoredStorage(Stored):
     """A storage: a flat tensor, of which the tensors of the file are parts."""
 
     key: str = ""
 
 
 def _part(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | Unread) -> Stored | Unread:
-    """The tensor of this shape and these strides, from element `offset` of a storage on."""
+    """Return the tensor of this shape and these strides, from element `offset` of a storage on."""
     if isinstance(storage, Unread):
         return storage
     if isinstance(dtype, Unread):
         return dtype
-    if not isinstance(storage, Storage):
+    if not isinstance(storage, StoredStorage):
         raise PickleError(f"a malformed file: a tensor of {called(storage)} instead of a storage")
     for counts in ((offset,), size, stride):
         if not isinstance(counts, tuple) or not all(type(n) is int and 0 <= n <= MAX_COUNT for n in counts):
@@ -69,10 +71,10 @@ def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _dtype(dtype: Any) -> str | Unread:
-    """The safetensors format's name of a dtype of torch."""
+    """Return the safetensors format's name of a dtype of torch."""
     if not isinstance(dtype, Global):
         raise PickleError(f"a malformed file: {called(dtype)} instead of a dtype")
-    return DTYPES.get(dtype.name) or Unread(f"a tensor of {shown(dtype.name)}")
+    return SAFETENSORS_NAMES.get(dtype.name) or Unread(f"a tensor of {shown(dtype.name)}")
 
 
 _BITS = Unread("a tensor stored as its conjugate or negative (resolve_conj and resolve_neg write its numbers out)")
@@ -106,7 +108,7 @@ def _parameter(data: Any, requires_grad: Any = True, hooks: Any = None, state: A
 
 
 def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored | Unread:
-    """A tensor of a device that torch has no storages for, saved as one of the CPU."""
+    """Return a tensor of a device that torch has no storages for, saved as one of the CPU."""
     if isinstance(data, Unread):
         return data
     if not isinstance(data, Stored) or data.dtype != _dtype(dtype):
@@ -117,14 +119,14 @@ def _moved(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Stored | U
 def _wrapper(
     kind: Any, dtype: Any, size: Any, stride: Any, offset: Any, layout: Any, device: Any, requires_grad: Any
 ) -> Object | Stranger:
-    """A tensor of a subclass that has other tensors as its attributes."""
+    """Return a tensor of a subclass that has other tensors as its attributes."""
     if not isinstance(kind, Global):
         raise PickleError(f"a malformed file: a tensor of class {called(kind)}")
     return _of_class(kind)(kind.name, (kind, dtype, size, stride, offset, layout, device, requires_grad))
 
 
 def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Read:
-    """A tensor of a subclass, or one with attributes: what `function` makes, with a state."""
+    """Return a tensor of a subclass, or one with attributes: what `function` makes, with a state."""
     if not isinstance(function, Global) or not isinstance(kind, Global) or not isinstance(args, tuple):
         raise PickleError(f"a malformed file: a tensor made by {called(function)}")
     if function.name not in _MAKERS:
@@ -137,7 +139,7 @@ def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Read:
 
 
 def _of_class(kind: Global) -> type[Object] | type[Stranger]:
-    """What stands for the instances of a class."""
+    """Return what stands for the instances of a class."""
     return Object if kind.name in KNOWN else Stranger
 
 
@@ -152,6 +154,55 @@ def _unread(what: str) -> Callable[..., Unread]:
         return Unread(what)
 
     return make
+
+
+# --- numbers of NumPy, as Python's own ------------------------------------------------------------------------------
+
+DTYPE = "numpy.dtype"
+
+
+ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+
+
+_FORMS = {
+    "b1": "?",
+    "i1": "b",
+    "u1": "B",
+    "i2": "h",
+    "u2": "H",
+    "i4": "i",
+    "u4": "I",
+    "i8": "q",
+    "u8": "Q",
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+}
+"""NumPy's codes of kind and size, and those of `struct`."""
+
+
+def make_scalar(dtype: Any, data: Any = b"") -> Any:
+    """Return a number of NumPy by its dtype and bytes as Python's; of other dtypes, such as dates, a `Stranger`."""
+    number = _number(dtype, data)
+    return Stranger("numpy.generic", (dtype, data)) if number is None else number
+
+
+def only_element(value: Any) -> int | float | bool | None:
+    """Return the only element of a NumPy array that has one; None for anything else."""
+    if not isinstance(value, Object) or value.name not in ARRAYS or not isinstance(value.state, tuple):
+        return None
+    return _number(value.state[2], value.state[4]) if len(value.state) == 5 else None
+
+
+def _number(dtype: Any, data: Any) -> int | float | bool | None:
+    if not isinstance(dtype, Object) or dtype.name != DTYPE or not dtype.args or not isinstance(data, bytes):
+        return None
+    form = _FORMS.get(dtype.args[0]) if isinstance(dtype.args[0], str) else None
+    if form is None or len(data) != struct.calcsize(f"<{form}"):
+        return None
+    order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "<"
+    number: int | float | bool = struct.unpack(f"{'>' if order == '>' else '<'}{form}", data)[0]
+    return number
 
 
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
@@ -176,7 +227,7 @@ REBUILD: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.nn.parameter.Parameter": _parameter,
     "torch.Size": _size,
-    "numpy.core.multiarray.scalar": scalar,
-    "numpy._core.multiarray.scalar": scalar,
+    "numpy.core.multiarray.scalar": make_scalar,
+    "numpy._core.multiarray.scalar": make_scalar,
 }
 """What is called in the place of torch's functions and classes, by their names."""

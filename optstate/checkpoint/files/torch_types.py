@@ -1,53 +1,18 @@
-"""The names that files of torch.save and torch.distributed.checkpoint may have, fixed here. Imports no torch."""
+"""Names in pickles: those that files of torch.save and torch.distributed.checkpoint may have, and those that do harm.
+
+Both lists are fixed here. Imports no torch.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from optstate.checkpoint.files.dtypes import SAFETENSORS_NAMES, STORAGES
 from optstate.checkpoint.files.pickle_machine import Global, Object, Stranger, Unread
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.text import shown
 
-__all__ = ["DTYPES", "KNOWN", "OTHER_STORAGES", "STORAGES", "type_name"]
-
-DTYPES = {
-    "torch.bool": "BOOL",
-    "torch.uint8": "U8",
-    "torch.int8": "I8",
-    "torch.uint16": "U16",
-    "torch.int16": "I16",
-    "torch.uint32": "U32",
-    "torch.int32": "I32",
-    "torch.uint64": "U64",
-    "torch.int64": "I64",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.float8_e5m2": "F8_E5M2",
-    "torch.float8_e8m0fnu": "F8_E8M0",
-    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.float32": "F32",
-    "torch.float64": "F64",
-    "torch.complex64": "C64",
-}
-"""What the safetensors format calls torch's dtypes."""
-
-STORAGES = {
-    "UntypedStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ByteStorage": "U8",
-    "CharStorage": "I8",
-    "ShortStorage": "I16",
-    "IntStorage": "I32",
-    "LongStorage": "I64",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "ComplexFloatStorage": "C64",
-}
-"""The dtypes of torch's storage classes, in the safetensors format's words; those of any device are called the same."""
+__all__ = ["KNOWN", "OTHER_STORAGES", "is_harmful", "type_name"]
 
 OTHER_STORAGES = {
     "ComplexDoubleStorage": 16,
@@ -66,7 +31,7 @@ _OTHER_DTYPES = (
 )
 
 _TORCH = (
-    *DTYPES,
+    *SAFETENSORS_NAMES,
     *(f"torch.{name}" for name in _OTHER_DTYPES),
     *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in (*STORAGES, *OTHER_STORAGES)),
     "torch.storage.UntypedStorage",
@@ -137,8 +102,69 @@ KNOWN = frozenset((*_TORCH, *_NUMPY, *_OPTIMIZERS, *_DEEPSPEED, *_DISTRIBUTED))
 """Names of which nothing but the name is used; calls of them become inert objects."""
 
 
+# --- names that do something ---------------------------------------------------------------------------------------
+#
+# Nothing here calls what a file names, so this is no defence: it is what a person should be told of a file, instead of
+# the other values in it.
+
+_MODULES = frozenset(
+    (
+        *("os", "posix", "nt", "subprocess", "commands", "popen2", "pty", "shutil", "signal", "tempfile"),
+        *("ctypes", "_ctypes", "cffi", "runpy", "importlib", "imp", "zipimport", "code", "codeop", "marshal"),
+        *("pdb", "bdb", "timeit", "profile", "cProfile", "trace", "pydoc", "doctest", "webbrowser", "antigravity"),
+        *("pip", "ensurepip", "venv", "idlelib", "distutils", "setuptools"),
+        *("socket", "_socket", "ssl", "http", "httplib", "urllib", "urllib2", "ftplib", "smtplib", "telnetlib"),
+        *("requests", "aiohttp", "paramiko", "fabric", "pexpect", "_posixsubprocess", "_winapi", "winreg", "_winreg"),
+    )
+)
+"""Modules of which a saved value needs nothing but what `_VALUES` has."""
+
+_VALUES = frozenset(
+    f"{module}.{name}"
+    for module in ("os", "posix", "nt")
+    for name in ("stat_result", "statvfs_result", "uname_result", "terminal_size", "times_result", "PathLike")
+) | frozenset(
+    (
+        *(f"signal.{name}" for name in ("Signals", "Handlers", "Sigmasks")),
+        *(f"socket.{name}" for name in ("AddressFamily", "SocketKind")),
+        "importlib.metadata.PackagePath",
+        "http.HTTPStatus",
+    )
+)
+"""Plain values of these modules."""
+
+_BUILTINS = frozenset(
+    (
+        *("eval", "exec", "execfile", "compile", "open", "file", "__import__", "breakpoint", "input", "raw_input"),
+        *("print", "exit", "quit", "help", "globals", "locals", "vars", "setattr", "delattr", "reload", "apply"),
+    )
+)
+
+_FUNCTIONS = frozenset(
+    (
+        *(f"{module}.load" for module in ("pickle", "_pickle", "cPickle", "dill", "joblib")),
+        *(f"{module}.loads" for module in ("pickle", "_pickle", "cPickle", "dill")),
+        *(f"sys.{name}" for name in ("exit", "settrace", "setprofile", "modules", "addaudithook")),
+        *("io.open", "_io.open", "_io.FileIO", "io.FileIO", "pathlib.Path.write_text", "torch.load", "torch.hub.load"),
+    )
+)
+
+_WITHIN = frozenset(("os", "posix", "nt", "subprocess", "pty", "shutil", "builtins", "__builtins__", "__globals__"))
+"""Modules that other modules have imported: `torch.serialization.os.system` is `os.system`, too."""
+
+
+def is_harmful(name: str) -> bool:
+    """Whether a full name, as "os.system", is one of a function or class that no saved value needs."""
+    if name in _VALUES:
+        return False
+    first, *rest = name.split(".")
+    if first == "builtins" and len(rest) == 1:
+        return rest[0] in _BUILTINS
+    return first in _MODULES or name in _FUNCTIONS or not _WITHIN.isdisjoint(rest)
+
+
 def type_name(value: Any) -> str:
-    """What a value is, for messages: "a list"."""
+    """Return what a value is, for messages: "a list"."""
     if isinstance(value, Stored):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, Object | Stranger | Global):

@@ -8,7 +8,7 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import Meaning
 from optstate.other_libraries import libraries
@@ -25,7 +25,7 @@ HEADS = "first moments of queries and keys have the shape of their blocks; the p
 
 
 def read_adam_mini(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of adam-mini; None if it is not its layout."""
+    """Return a checkpoint of adam-mini; None if it is not its layout."""
     if not {"name", "beta1", "beta2", "eps"} <= found.keys or not found.kept <= KEYS:
         return None
     names = [group["name"] for group in found.groups]
@@ -36,7 +36,7 @@ def read_adam_mini(found: StateDict, optimizer: str | None = None) -> Checkpoint
         found = replace(found, names=dict(zip(found.names, names, strict=True)))
         notes.append(LOWER_CASE)
         about = {"lower_case": True}
-    return checkpoint_of(found, Source(NAME, NAME, "Adam_mini", "adammini", about), _say, notes)
+    return build_checkpoint(found, Source(NAME, NAME, "Adam_mini", "adammini", about), _say, notes)
 
 
 def _say(draft: Draft) -> None:
@@ -67,7 +67,7 @@ def _blocks(draft: Draft, first: Stored, means: Stored) -> None:
 
 
 def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
-    """The hyper-parameters in our words, which have both weights of the past as `betas`."""
+    """Return the hyper-parameters in our words, which have both weights of the past as `betas`."""
     if not {"beta1", "beta2"} <= hyper.keys():
         return hyper
     rest = {key: value for key, value in hyper.items() if key not in ("beta1", "beta2")}

@@ -14,7 +14,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict, number_of, stem_of
 from optstate.checkpoint.formats.shared.statistics import FIRST, LION, SECOND, SGD, UNKNOWN, Meaning, find_beta
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -61,7 +61,7 @@ ASSUMED = "read as Lion's: SGD with dampening, which bitsandbytes ignores, looks
 
 
 def read_bitsandbytes(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of one of bitsandbytes' optimizers; None if it is not its layout.
+    """Return a checkpoint of one of bitsandbytes' optimizers; None if it is not its layout.
 
     optimizer: its name, as "Lion" or "Lion8bit", where the file does not tell.
     """
@@ -85,11 +85,11 @@ def read_bitsandbytes(found: StateDict, optimizer: str | None = None) -> Checkpo
                 else:
                     _take(draft, slot, state, meaning)
 
-    return checkpoint_of(found, source, say, notes)
+    return build_checkpoint(found, source, say, notes)
 
 
 def _unnested(found: StateDict) -> StateDict:
-    """The flat form; the keys beside the nested ones stay."""
+    """Return the flat form; the keys beside the nested ones stay."""
     state = {}
     for ident, kept in found.state.items():
         inner = kept.get(NESTED, {})
@@ -122,7 +122,7 @@ def _name(found: StateDict, optimizer: str | None) -> tuple[str, list[str]]:
 
 
 def _of_group(group: Mapping[str, Any], clipped: bool) -> str:
-    """What the hyper-parameters of one group tell of a rule with one state.
+    """Return what the hyper-parameters of one group tell of a rule with one state.
 
     Lion, SGD and LARS have no eps; Adagrad has no betas; `betas` are (momentum, dampening) of SGD and LARS, and
     dampening is 0 in all runs that mean what they do; only LARS keeps a norm.
@@ -187,7 +187,7 @@ def _take_pair(draft: Draft, state: _State) -> None:
 
 
 def _halves(draft: Draft, key: str, value: Stored) -> tuple[Stored, Stored]:
-    """The two tensors that a contiguous tensor of shape [2, ...] consists of."""
+    """Return the two tensors that a contiguous tensor of shape [2, ...] consists of."""
     if value.shape[:1] != (2,):
         raise draft.error(f"{key} has shape {list(value.shape)}: AdEMAMix keeps two averages in it")
     first = replace(value, shape=value.shape[1:])
@@ -223,7 +223,7 @@ HYPERS: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_bitsandbytes(writer: TreeWriter) -> Tree:
-    """What bitsandbytes' AdamW, Lion and SGD keep, in 8 bits or fp32 parameter by parameter.
+    """Return what bitsandbytes' AdamW, Lion and SGD keep, in 8 bits or fp32 parameter by parameter.
 
     Raises:
         LayoutError: for what they do not keep.
@@ -293,7 +293,7 @@ def _check_block8(writer: TreeWriter, param: Parameter, slot: str, record: SlotR
 
 
 def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
-    """The hyper-parameters in our words: SGD has its momentum among `betas`; SGD and Lion have an eps of no use."""
+    """Return the hyper-parameters in our words: SGD's momentum is among `betas`, and eps is of use to Adam alone."""
     if rule not in ("sgd", "lion"):
         return hyper
     hyper = {key: value for key, value in hyper.items() if key != "eps"}

@@ -15,7 +15,7 @@ LAYOUT = Layout("CAME", libraries.CAME, CAME_SLOTS, others=frozenset({"RMS"}))
 
 
 def read_came(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of came-pytorch; None if it is not its layout."""
+    """Return a checkpoint of came-pytorch; None if it is not its layout."""
     return read_tables(found, [LAYOUT], NAME)
 
 

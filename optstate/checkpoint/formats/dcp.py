@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import dcp_folder
-from optstate.checkpoint.files.dcp_folder import METADATA, Shaped
+from optstate.checkpoint.files.dcp_folder import METADATA, DcpFolder, Shaped
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
 from optstate.checkpoint.formats.registry import read_state_dict
-from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.folder_weights import Weight, complete_checkpoint
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.state_dict import NotPlainError, plain
 from optstate.text import shown
 
-__all__ = ["FORMAT", "is_dcp", "read_dcp", "read_tensors"]
+__all__ = ["FORMAT", "is_dcp", "read_dcp"]
 
 SLOTS = frozenset(
     ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "variance")
@@ -37,7 +36,7 @@ UNGROUPED = "hyper-parameters are not in the folder: all parameters were made on
 _PREFIX = re.compile(r"((?:[^.]+\.)*?)(state|param_groups)\.")
 _NESTED = re.compile(r"(\d{1,6})\.(.+)")
 
-Group = dict[str, Any]
+RawGroup = dict[str, Any]
 
 
 def is_dcp(path: str | os.PathLike[str]) -> bool:
@@ -49,7 +48,7 @@ def is_dcp(path: str | os.PathLike[str]) -> bool:
 
 
 def read_dcp(path: str | os.PathLike[str]) -> Checkpoint:
-    """The optimizer's state in a folder. Tensors that were sharded are `Pieces`; no statistic is read.
+    """Return the optimizer's state in a folder. Tensors that were sharded are `Pieces`; no statistic is read.
 
     Weights in the folder are no state: they tell the shapes and dtypes of parameters.
 
@@ -58,55 +57,10 @@ def read_dcp(path: str | os.PathLike[str]) -> Checkpoint:
     """
     if _is_megatron(path):
         raise _megatron_error(path)
-    return _checkpoint(dcp_folder.read(path))
+    return _checkpoint(dcp_folder.read_dcp_folder(path))
 
 
-def read_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Stored], files: Sequence[str | os.PathLike[str]]
-) -> Checkpoint | None:
-    """The same of safetensors files, as torch's HuggingFaceStorageWriter makes them; None if no name is of state.
-
-    Raises:
-        CheckpointError: if they hold the state of several optimizers.
-    """
-    source = _Tensors(Path(path), tensors, [Path(file) for file in files])
-    return _checkpoint(source) if _prefixes(source.keys) else None
-
-
-class _Source(Protocol):
-    """Values under keys, in order. nested: the path of a key before it was joined, where that is known."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def paths(self) -> list[Path]: ...
-    @property
-    def keys(self) -> Collection[str]: ...
-    @property
-    def tensors(self) -> Mapping[str, Shaped | Stored]: ...
-    @property
-    def nested(self) -> Mapping[str, tuple[Any, ...]]: ...
-    def get(self, key: str) -> Any: ...
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """Tensors of safetensors files."""
-
-    path: Path
-    tensors: Mapping[str, Stored]
-    paths: list[Path]
-    nested: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def get(self, key: str) -> Any:
-        return self.tensors[key]
-
-
-def _checkpoint(source: _Source) -> Checkpoint:
+def _checkpoint(source: DcpFolder) -> Checkpoint:
     prefix = _prefix_of(source)
     own = (f"{prefix}state.", f"{prefix}param_groups.")
     weights = _by_ends({key: tensor for key, tensor in source.tensors.items() if not key.startswith(own)})
@@ -119,7 +73,7 @@ def _checkpoint(source: _Source) -> Checkpoint:
     about = {"tool": "torch.distributed.checkpoint", "kind": "dcp", "form": form, "prefix": prefix}
     notes += _of_others(key for key in source.keys if key not in source.tensors and not key.startswith(own))
     notes += _of_pieces(state)
-    return completed(read_state_dict(tree, path), known, about, source.paths, notes)
+    return complete_checkpoint(read_state_dict(tree, path), known, about, source.paths, notes)
 
 
 def _of_others(others: Iterable[str]) -> list[str]:
@@ -137,8 +91,8 @@ def _of_pieces(state: Mapping[str, Mapping[str, Any]]) -> list[str]:
 # --- whose state it is --------------------------------------------------------------------------------------------
 
 
-def _prefix_of(source: _Source) -> str:
-    """What stands before `state.` and `param_groups.`."""
+def _prefix_of(source: DcpFolder) -> str:
+    """Return what stands before `state.` and `param_groups.`."""
     if _has_megatrons_keys(source.keys):
         raise _megatron_error(source.path)
     prefixes = _prefixes(source.keys)
@@ -169,8 +123,8 @@ def _prefixes(keys: Iterable[str]) -> list[str]:
 # --- hyper-parameters ---------------------------------------------------------------------------------------------
 
 
-def _groups_of(source: _Source, prefix: str) -> tuple[list[Group], str, list[str]]:
-    """The groups with their parameters' names, the form they are in, and notes; none if there are no entries."""
+def _groups_of(source: DcpFolder, prefix: str) -> tuple[list[RawGroup], str, list[str]]:
+    """Return the groups with their parameters' names, the form they are in, and notes; none if there are no entries."""
     entries = {key.removeprefix(prefix): key for key in source.keys if key.startswith(prefix)}
     if not entries:
         return [], "", []
@@ -179,9 +133,9 @@ def _groups_of(source: _Source, prefix: str) -> tuple[list[Group], str, list[str
     return _regrouped(source, entries)
 
 
-def _numbered(source: _Source, entries: Mapping[str, str]) -> list[Group]:
-    """Groups that are saved as such."""
-    groups: dict[int, Group] = {}
+def _numbered(source: DcpFolder, entries: Mapping[str, str]) -> list[RawGroup]:
+    """Return groups that are saved as such."""
+    groups: dict[int, RawGroup] = {}
     for entry, key in entries.items():
         match = _NESTED.fullmatch(entry)
         if match is None:
@@ -195,13 +149,13 @@ def _numbered(source: _Source, entries: Mapping[str, str]) -> list[Group]:
     return [groups[number] for number in sorted(groups)]
 
 
-def _regrouped(source: _Source, entries: Mapping[str, str]) -> tuple[list[Group], str, list[str]]:
-    """Groups of the hyper-parameters that were saved for every parameter."""
-    hypers: dict[str, Group] = {}
+def _regrouped(source: DcpFolder, entries: Mapping[str, str]) -> tuple[list[RawGroup], str, list[str]]:
+    """Return groups of the hyper-parameters that were saved for every parameter."""
+    hypers: dict[str, RawGroup] = {}
     for entry, key in entries.items():
         name, _, number = entry.rpartition(".")
         hypers.setdefault(name, {})[number] = source.get(key)
-    groups: list[Group] = []
+    groups: list[RawGroup] = []
     last = None
     for name, hyper in hypers.items():
         comparable = _comparable(hyper)
@@ -215,7 +169,7 @@ def _regrouped(source: _Source, entries: Mapping[str, str]) -> tuple[list[Group]
     return groups, "flattened", [] if told else [REGROUPED]
 
 
-def _comparable(hyper: Group) -> Group:
+def _comparable(hyper: RawGroup) -> RawGroup:
     """Hyper-parameters that are equal if their numbers are, not where they lie."""
     found = {}
     for key, value in hyper.items():
@@ -229,8 +183,8 @@ def _comparable(hyper: Group) -> Group:
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 
-def _state_of(source: _Source, prefix: str, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """What is kept, by the parameter's name and the statistic's."""
+def _state_of(source: DcpFolder, prefix: str, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return what is kept, by the parameter's name and the statistic's."""
     state: dict[str, dict[str, Any]] = {}
     for key in source.keys:
         if key.startswith(prefix):
@@ -242,7 +196,7 @@ def _state_of(source: _Source, prefix: str, names: Collection[str]) -> dict[str,
 
 
 def _by_path(path: Sequence[Any], prefix: str) -> tuple[str, str] | None:
-    """The parameter's name and its statistic's, of a path that has them as parts of their own behind `prefix`."""
+    """Return the names of the parameter and the statistic, of a path that has them as parts behind `prefix`."""
     parts = [str(part) for part in path]
     for count in range(1, len(parts) - 1):
         if ".".join(parts[:count]) + "." == prefix:
@@ -251,7 +205,7 @@ def _by_path(path: Sequence[Any], prefix: str) -> tuple[str, str] | None:
 
 
 def _split(rest: str, known: Collection[str]) -> tuple[str, str]:
-    """A parameter's name and its statistic's, of both joined. The longest name that is known is the parameter's."""
+    """Return the names of a parameter and a statistic, of both joined; the longest known name is the parameter's."""
     parts = rest.split(".")
     for count in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:count])

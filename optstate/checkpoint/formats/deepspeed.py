@@ -16,15 +16,15 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import deepspeed_files
-from optstate.checkpoint.files.deepspeed_files import STATE, UNIVERSAL, Node, find, is_deepspeed, several_ranks
+from optstate.checkpoint.files.deepspeed_files import STATE, UNIVERSAL, Node, find_files, is_deepspeed, refusal_of_ranks
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.pickle_objects import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.checkpoint.formats.registry import read_state_dict
-from optstate.checkpoint.formats.shared.folder_weights import Weight, completed
+from optstate.checkpoint.formats.shared.folder_weights import Weight, complete_checkpoint
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import FIRST, SECOND
 from optstate.checkpoint.formats.shared.tables import Layout, read_table, whole
 from optstate.other_libraries import libraries
@@ -60,19 +60,19 @@ class _Found:
 
 
 def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
-    """The optimizer's state in a checkpoint folder, in the folder of a tag, or beside a file *_optim_states.pt.
+    """Return the optimizer's state in a checkpoint folder, in the folder of a tag, or beside a file *_optim_states.pt.
 
     The fp32 copies of weights are read as a slot of their own.
 
     Raises:
         CheckpointError: if it is damaged, of several ranks, or lacks the file with the shapes of parameters.
     """
-    files = find(path)
+    files = find_files(path)
     model = read_model(files.models)
     found = _universal(files.folder, model) if files.optimizer is None else _zero(files.optimizer, model)
     others = {key: _unwrapped(found.about.value[key]) for key in OTHERS if key in found.about.value}
     tree, text = {"state": found.state, "param_groups": found.groups, **others}, os.fspath(path)
-    members = state_dict_of(tree, text)
+    members = parse_state_dict(tree, text)
     if members is not None and FUSED.fits(members):
         checkpoint = read_table(members, FUSED, NAME, [FUSED_NOTE])
     else:
@@ -82,7 +82,9 @@ def read_deepspeed(path: str | os.PathLike[str]) -> Checkpoint:
     known = [name for name in names if name in model.weights]
     weights = {name: replace(model.weights[name], master=found.masters.get(name)) for name in known}
     about = {"tool": NAME, "kind": found.kind}
-    return completed(checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED])
+    return complete_checkpoint(
+        checkpoint, weights, about, [*found.files, *model.files], [] if model.files else [UNORDERED]
+    )
 
 
 def _check_masters(path: str, masters: Mapping[str, Any]) -> None:
@@ -92,7 +94,7 @@ def _check_masters(path: str, masters: Mapping[str, Any]) -> None:
 
 
 def _unwrapped(value: Any) -> Any:
-    """The attributes of an object, such as the loss scaler."""
+    """Return the attributes of an object, such as the loss scaler."""
     return value.state if isinstance(value, Object) else value
 
 
@@ -100,7 +102,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _zero(path: Path, model: ModelFiles) -> _Found:
-    own = deepspeed_files.read(path).at("optimizer_state_dict")
+    own = deepspeed_files.read_values(path).at("optimizer_state_dict")
     _check_one_part(own)
     stage = _stage_of(own)
     base = own.at("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
@@ -132,7 +134,7 @@ def _tensors(nodes: Node) -> list[Node]:
 
 
 def _members(node: Node | None) -> dict[str, Node]:
-    """What is under the keys of a dict; nothing if there is none, as for parameters that were never updated."""
+    """Return what is under the keys of a dict; nothing if there is none, as for parameters that were never updated."""
     return {key: node.at(key) for key in node.of(dict)} if node is not None else {}
 
 
@@ -154,11 +156,11 @@ def _check_one_part(own: Node) -> None:
     if not all(type(count) is int for count in counts):
         raise found.wrong("is no number of ranks")
     if max(counts, default=1) > 1:
-        raise several_ranks(own.path, max(counts))
+        raise refusal_of_ranks(own.path, max(counts))
 
 
 def _groups_of(groups: Node, model: ModelFiles) -> list[dict[str, Any]]:
-    """The groups with names for their flat tensors, each of which is a parameter to the optimizer."""
+    """Return the groups with names for their flat tensors, each of which is a parameter to the optimizer."""
     found, seen = [], []
     for group in groups.items():
         flats = group.at("params").of(list)
@@ -199,7 +201,7 @@ def _mapped_starts(mappings: Node, i: int, shapes: Mapping[str, Shape]) -> dict[
 
 
 def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], whole: bool) -> dict[str, Any]:
-    """The parts of a flat tensor by the names of parameters; every parameter has its own of a number, such as a step.
+    """Return the parts of a flat tensor by the names of parameters; a number, such as a step, goes to every parameter.
 
     whole: whether it ends with the last parameter.
     """
@@ -225,8 +227,8 @@ def _cut(flat: Node, shapes: Mapping[str, Shape], starts: Mapping[str, int], who
 
 
 def _universal(folder: Path, model: ModelFiles) -> _Found:
-    """A folder for each parameter, a file for each of its statistics."""
-    own = deepspeed_files.read(folder / UNIVERSAL / STATE)
+    """Return a folder for each parameter, a file for each of its statistics."""
+    own = deepspeed_files.read_values(folder / UNIVERSAL / STATE)
     names = sorted(entry.name for entry in (folder / UNIVERSAL).iterdir() if entry.is_dir())
     groups = own.at("param_groups")
     if not model.files:
@@ -266,8 +268,8 @@ def _check_names(path: Path, names: Iterable[str], model: ModelFiles) -> None:
 
 
 def _of_parameter(path: Path, name: str, model: ModelFiles) -> Any:
-    """What one file has for a parameter, in its shape: stage 3 writes flat tensors."""
-    tree = deepspeed_files.read(path)
+    """Return what one file has for a parameter, in its shape: stage 3 writes flat tensors."""
+    tree = deepspeed_files.read_values(path)
     value = tree.value["param"] if isinstance(tree.value, dict) and "param" in tree.value else tree.value
     if not isinstance(value, Stored) or path.stem == "step":
         return value
@@ -312,7 +314,7 @@ def read_model(paths: Sequence[Path]) -> ModelFiles:
     """Names, shapes and dtypes; of several files each has those of its stage of a pipeline."""
     model = ModelFiles(files=list(paths))
     for path in paths:
-        tree = deepspeed_files.read(path)
+        tree = deepspeed_files.read_values(path)
         for i, group in enumerate(tree.at("param_shapes").items()):
             shapes = {str(name): _shape_of(group, name) for name in group.of(dict)}
             model.groups += [{}] * (i + 1 - len(model.groups))

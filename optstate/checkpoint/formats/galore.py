@@ -9,7 +9,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.files.pickle_machine import Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import NotPlainError, StateDict, plain
 from optstate.checkpoint.formats.shared.statistics import ADAFACTOR, FIRST, SECOND
 from optstate.other_libraries import libraries
@@ -30,19 +30,19 @@ def _is_projector(value: Any) -> bool:
 
 
 def read_galore(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of GaLoreAdamW or GaLoreAdafactor; None if no parameter has a projector, or it is of another rule.
+    """Return a checkpoint of GaLoreAdamW or GaLoreAdafactor; None if no parameter has a projector of theirs.
 
     Adafactor's second moment is in means over the rows and columns of the projected gradient.
     """
     if not any(_is_projector(state.get("projector")) for state in found.state.values()):
         return None
     if found.kept <= {"step", "projector", *MOMENTS}:
-        return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
+        return build_checkpoint(found, Source("galore", "galore-torch", "GaLoreAdamW"), _adamw, [NOTE])
     if libraries.GALORE_ADAFACTOR.fits(found.keys) and found.kept <= {
         *("step", "projector", "RMS", "exp_avg", "exp_avg_sq"),
         *(ROW, COL),
     }:
-        return checkpoint_of(found, Source("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
+        return build_checkpoint(found, Source("galore", "galore-torch", "GaLoreAdafactor"), _adafactor, [NOTE])
     return None
 
 
@@ -61,7 +61,7 @@ Projection = tuple[str, dict[str, Stored]]
 def _say(
     draft: Draft, whole: Callable[[Draft], None], projected: Callable[[Draft, Projection], tuple[int, ...]]
 ) -> None:
-    """A parameter with or without a projector. projected: takes the statistics, and returns the shape of one."""
+    """Return a parameter with or without a projector. projected: takes the statistics, and returns the shape of one."""
     draft.take_step()
     projector = draft.left.pop("projector", None)
     if projector is None:
@@ -138,7 +138,7 @@ def _projected_squares(draft: Draft, projection: Projection) -> tuple[int, ...]:
 
 
 def _full_shape(draft: Draft, moment: tuple[int, ...], bases: list[Stored]) -> tuple[int, ...]:
-    """The parameter's shape. A moment is `gradient @ right.T` with a basis `[rank, m]`, or `left.T @ gradient`."""
+    """Return the parameter's shape: moments are `grad @ right.T` with a basis `[rank, m]`, or `left.T @ grad`."""
     shapes = [basis.shape for basis in bases]
     rows, columns = moment
     if all(len(shape) == 2 for shape in shapes):

@@ -12,9 +12,10 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Document
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import read_whole
-from optstate.checkpoint.files.safetensors_file import Header, read_header
+from optstate.checkpoint.files.safetensors_header import Header, read_header
 from optstate.checkpoint.files.safetensors_writer import NewEntry
-from optstate.checkpoint.files.tensor_place import stored_entry
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
+from optstate.checkpoint.files.tensor_place import locate_entry
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
 from optstate.checkpoint.formats.registry import find_format, read_state_dict
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
@@ -46,7 +47,7 @@ def _parts(name: str) -> list[str] | None:
 
 
 def read_lerobot(path: str | os.PathLike[str], optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint of LeRobot's, from its folder `training_state` or the safetensors file in it.
+    """Return a checkpoint of LeRobot's, from its folder `training_state` or the safetensors file in it.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the groups are not those of the tensors.
@@ -73,7 +74,7 @@ def read_lerobot(path: str | os.PathLike[str], optimizer: str | None = None) -> 
 
 
 def _tensors_by_id(header: Header) -> dict[int, dict[str, Any]]:
-    """The state by id; names with more parts are dicts within."""
+    """Return the state by id; names with more parts are dicts within."""
     state: dict[int, dict[str, Any]] = {}
     for entry in header.tensors:
         parts = _parts(entry.name)
@@ -85,16 +86,16 @@ def _tensors_by_id(header: Header) -> dict[int, dict[str, Any]]:
                 raise CheckpointError(header.path, f"'{shown(entry.name)}' lies within another tensor")
         if parts[-1] in into:
             raise CheckpointError(header.path, f"'{shown(entry.name)}' is there twice")
-        into[parts[-1]] = stored_entry(header, entry)
+        into[parts[-1]] = locate_entry(header, entry)
     return dict(sorted(state.items()))
 
 
 def _groups(path: Path) -> list[Any]:
     try:
-        groups = json.loads(read_whole(path, LARGEST_SIDE_FILE).decode())
+        groups = parse(read_whole(path, LARGEST_SIDE_FILE).decode(), pairs=dict)
         if not isinstance(groups, list):
             raise TypeError("it is no list")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (UnicodeDecodeError, NotJSONError, TypeError) as error:
         raise CheckpointError(path, f"the param groups beside the file cannot be read: {error}") from None
     return groups
 
@@ -103,8 +104,10 @@ def _groups(path: Path) -> list[Any]:
 
 
 def prepare_for_json(document: Document) -> Document:
-    """The document with plain numbers in its groups, and without names: LeRobot compares its groups with those of an
-    optimizer without names."""
+    """Return the document with plain numbers in its groups, and without names.
+
+    LeRobot compares the groups of a file with those of an optimizer without names.
+    """
     groups = tuple(replace(g, hyper={key: numbers(value) for key, value in g.hyper.items()}) for g in document.groups)
     document = replace(document, groups=groups)
     if document.source.get("kind") == NAME:
@@ -113,7 +116,7 @@ def prepare_for_json(document: Document) -> Document:
 
 
 def write_lerobot(writer: TreeWriter) -> Tree:
-    """The state_dict of the library whose optimizer it is; of torch's, if it was not LeRobot's file."""
+    """Return the state_dict of the library whose optimizer it is; of torch's, if it was not LeRobot's file."""
     library = find_format(writer.tool) if writer.same else None
     if library is None or library.write is None:
         library = find_format("torch")

@@ -23,12 +23,12 @@ LAYOUT = Layout(
 
 
 def read_lion(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of lion-pytorch; None if it is not its layout."""
+    """Return a checkpoint of lion-pytorch; None if it is not its layout."""
     return read_tables(found, [LAYOUT], NAME)
 
 
 def write_lion(writer: TreeWriter) -> Tree:
-    """What lion-pytorch keeps."""
+    """Return what lion-pytorch keeps."""
     return write_tables(writer, [LAYOUT], {"lion": LAYOUT})
 
 

@@ -22,7 +22,7 @@ NO_GROUPS = "hyper-parameters are not in the file"
 
 
 def read_lomo(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of LOMO, which has no state, of AdaLomo's attributes, or of what is left of AdaLomo; else None."""
+    """Return a checkpoint of LOMO, of AdaLomo's attributes, or of what a state_dict keeps of AdaLomo; else None."""
     if are_attributes(found.rest):
         alone = found.keys == {"params"}  # no hyper-parameters: it was no state_dict
         return read_by_name(found, "step_num", NAME, "AdaLomo", [NO_GROUPS]) if alone else None

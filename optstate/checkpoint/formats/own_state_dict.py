@@ -12,7 +12,7 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import WEIGHT, Document
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.format import Format
-from optstate.checkpoint.formats.shared.parameter_reader import BLOCKS, Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import BLOCKS, Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import FIRST, LION, SECOND, SGD, SM3, SQUARE, Meaning
 
@@ -28,7 +28,7 @@ UNSIGNED = ("exp_avg_sq", "exp_avg_res", "max_exp_avg_sq", "square_avg", "accumu
 
 
 def read_own_state_dict(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of what one of our optimizers keeps; None if it is none of ours.
+    """Return a checkpoint of what one of our optimizers keeps; None if it is none of ours.
 
     `state_dict()` says which store each statistic is in; torch.distributed.checkpoint drops that, and then the tensors
     must tell.
@@ -51,12 +51,12 @@ def read_own_state_dict(found: StateDict, optimizer: str | None = None) -> Check
             _say(draft, slot, slots[slot], meanings.get(slot, Meaning(signed=slot not in UNSIGNED)), told.get(slot, ""))
 
     bare = replace(found, rest={key: value for key, value in found.rest.items() if key != HEADER})
-    checkpoint = checkpoint_of(bare, Source(KIND, "optstate", optimizer or ""), say, [] if words else [BY_TENSORS])
+    checkpoint = build_checkpoint(bare, Source(KIND, "optstate", optimizer or ""), say, [] if words else [BY_TENSORS])
     return replace(checkpoint, document=_told(checkpoint.document, header if isinstance(header, dict) else {}))
 
 
 def _told(document: Document, header: Mapping[Any, Any]) -> Document:
-    """The document with what the header says besides: how weights are written, and the fused norm clip."""
+    """Return the document with what the header says besides: how weights are written, and the fused norm clip."""
     written, clip = header.get("weights"), header.get("clip_grad_norm")
     if isinstance(written, dict):
         ways = [written.get(place) for place in range(len(document.parameters))]
@@ -71,7 +71,7 @@ def _told(document: Document, header: Mapping[Any, Any]) -> Document:
 
 
 def _words(found: StateDict, stores: Mapping[Any, Any]) -> dict[str, dict[str, str]]:
-    """The store of every slot in words, by the parameter's name."""
+    """Return the store of every slot in words, by the parameter's name."""
     order = [ident for group in found.ids for ident in group]
     told = {found.names[ident]: stores.get(place) for place, ident in enumerate(order)}
     return {
@@ -82,7 +82,7 @@ def _words(found: StateDict, stores: Mapping[Any, Any]) -> dict[str, dict[str, s
 
 
 def _meanings(found: StateDict) -> dict[str, Meaning]:
-    """What the statistics are, by the hyper-parameters that the transforms of our own recipes have."""
+    """Return what the statistics are, by the hyper-parameters that the transforms of our own recipes have."""
     slots = {key.partition(".")[0] for key in found.kept} - {"step", WEIGHT}
     known = {
         **SGD,
@@ -133,14 +133,16 @@ def _say(draft: Draft, slot: str, fields: dict[str, Stored], meaning: Meaning, w
 
 
 def _of_axes(fields: Mapping[str, Stored]) -> tuple[int, ...]:
-    """The shape of a parameter with a vector along every dimension."""
+    """Return the shape of a parameter with a vector along every dimension."""
     leading = sorted((key for key in fields if key.startswith("axis")), key=lambda key: (len(key), key))
     return tuple(fields[key].elements for key in [*leading, "row", "col"] if key in fields)
 
 
 def _codes(draft: Draft, slot: str, fields: dict[str, Stored], meaning: Meaning, words: str) -> None:
-    """Codes of 8 bits in the parameter's shape, or of 4 bits, two to a byte. In memory maxima and codes of 4 bits are
-    in rows, where these hold whole blocks and bytes; in a file they are flat."""
+    """Say what codes of 8 bits in the parameter's shape are, or of 4 bits, two to a byte.
+
+    In memory maxima and codes of 4 bits are in rows, where these hold whole blocks and bytes; in a file they are flat.
+    """
     codes, scales = fields["codes"], fields["absmax"].elements
     shape, kind = draft.shape, words.partition("(")[0]
     fields = {"codes": codes, "absmax": _flat(fields["absmax"])}
@@ -160,13 +162,15 @@ def _codes(draft: Draft, slot: str, fields: dict[str, Stored], meaning: Meaning,
 
 
 def _looks_packed(codes: Stored, scales: int) -> bool:
-    """Whether bytes in rows are two codes each, if nothing else tells: their blocks are then those that `Block4` has
-    unless it is told otherwise, and not `Block8`'s."""
+    """Return whether bytes in rows are two codes each, if nothing else tells.
+
+    Their blocks are then those that `Block4` has unless it is told otherwise, and not `Block8`'s.
+    """
     return len(codes.shape) > 1 and scales * BLOCKS["Block4"] == 2 * codes.elements
 
 
 def _flat(stored: Stored) -> Stored:
-    """A tensor as it is in a file of our own."""
+    """Return a tensor as it is in a file of our own."""
     return replace(stored, shape=(stored.elements,)) if stored.stride is None else stored
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group, Parameter
-from optstate.checkpoint.formats.shared.adafactor import read_rule, refuse_if
+from optstate.checkpoint.formats.shared.adafactor import read_adafactor_rule, refuse_if
 from optstate.checkpoint.formats.shared.axis_maxima import is_sm3, read_sm3, write_accumulators
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, find_pair, translate
@@ -66,14 +66,14 @@ def _write_came_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
 
 
 def _step_of_group(writer: TreeWriter, place: int) -> Tree:
-    """The one count of steps that a group has."""
-    counts = {param.step for param in writer.members(place) if param.has_state}
+    """Return the one count of steps that a group has; parameters that were never updated have none of their own."""
+    counts = {param.step for param in writer.members(place) if param.has_state and param.step != 0}
     if len(counts) > 1 or None in counts:
         found = "unknown" if None in counts else ", ".join(map(str, sorted(filter(None, counts))))
         raise LayoutError(
             f"the parameters of group {place} were updated {found} times: {writer.layout} has one count for a group"
         )
-    return {"step": counts.pop() or 0} if counts else {}
+    return {"step": counts.pop()} if counts else {}
 
 
 BOUND = {"exp_avg_sq_hat": Kept(Meaning(signed=False, when="ams_bound"), "exp_avg_sq_hat")}
@@ -93,7 +93,7 @@ LAYOUTS = (
 
 
 def read_pytorch_optimizer(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of pytorch_optimizer; None if it is not a layout of its that is known."""
+    """Return a checkpoint of pytorch_optimizer; None if it is not a layout of its that is known."""
     if is_by_name(found, "num_steps"):
         return read_by_name(found, "num_steps", NAME, "AdaLOMO")
     if is_sm3(found) and "foreach" in found.keys:
@@ -102,7 +102,7 @@ def read_pytorch_optimizer(found: StateDict, optimizer: str | None = None) -> Ch
 
 
 def write_pytorch_optimizer(writer: TreeWriter) -> Tree:
-    """What CAME, SM3 and AdaLOMO keep; of its own files what the class in the file keeps."""
+    """Return what CAME, SM3 and AdaLOMO keep; of its own files what the class in the file keeps."""
     rule = writer.document.recipe if writer.same else check_rule(writer, "came", "sm3", "adalomo")
     if rule == "adalomo":
         return _write_adalomo(writer)
@@ -161,7 +161,7 @@ def _adalomo_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
     clips = {"clip_grad_norm": writer.document.clip_grad_norm, "clip_grad_value": None}
     clips |= {key: value for key, value in group.hyper.items() if key in clips and value is not None}
     plain = {key: value for key, value in group.hyper.items() if key not in clips}
-    rule = read_rule(writer, place, Group(hyper=plain, parameters=group.parameters))
+    rule = read_adafactor_rule(writer, place, Group(hyper=plain, parameters=group.parameters))
     other = rule.floor or rule.relative or not rule.scale
     refuse_if(writer, place, other, "another rule for the step size than AdaLomo")
     refuse_if(writer, place, rule.beta1 is not None, f"beta1={rule.beta1}")
@@ -175,7 +175,7 @@ def _adalomo_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
 
 
 def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
-    """The hyper-parameters in our words, which have both numbers as `eps`."""
+    """Return the hyper-parameters in our words, which have both numbers as `eps`."""
     if rule not in ("adalomo", "came") or not {"eps1", "eps2"} <= hyper.keys():
         return hyper
     rest = {key: value for key, value in hyper.items() if key not in ("eps1", "eps2")}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -23,21 +24,22 @@ from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.files.pickle_objects import PickleError, check_tree
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.formats.shared.any_statistics import read_any
-from optstate.checkpoint.formats.shared.embedded_state import chosen, siblings
+from optstate.checkpoint.formats.shared.embedded_state import choose_state, find_siblings
 from optstate.checkpoint.formats.shared.format import Format, NewFolder
 from optstate.checkpoint.formats.shared.hyper_parameters import check_numbers
-from optstate.checkpoint.formats.shared.master_weights import masters_note
+from optstate.checkpoint.formats.shared.master_weights import describe_masters
 from optstate.checkpoint.formats.shared.state_by_name import find_attributes
-from optstate.checkpoint.formats.shared.state_dict import state_dict_of
+from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
-from optstate.other_libraries import FORMATS
+from optstate.other_libraries import other_formats
 from optstate.text import shown
 
 __all__ = [
     "LayoutError",
     "NewState",
     "choose_format",
+    "find_folder_format",
     "find_format",
     "find_formats",
     "read_state_dict",
@@ -66,17 +68,21 @@ def find_formats() -> list[Format]:
     Those that a file names itself come first, then those that its keys tell; among these other packages' before ours,
     since theirs may be a variant of what is known here.
     """
-    others = [FORMATS.get(name) for name in FORMATS.names()]
-    return sorted([*others, *_own_formats()], key=lambda found: not found.names_itself)
+    return sorted([*other_formats(), *_own_formats()], key=lambda found: not found.names_itself)
 
 
 def find_format(name: str) -> Format | None:
-    """The format of a library; None if there is none."""
+    """Return the format of a library; None if there is none."""
     return next((found for found in find_formats() if found.name == name), None)
 
 
+def find_folder_format(path: Path) -> Format | None:
+    """Return the format whose library wrote a folder; None if none says that it did."""
+    return next((found for found in find_formats() if found.is_at is not None and found.is_at(path)), None)
+
+
 def writable_formats() -> tuple[str, ...]:
-    """The names of all libraries whose files can be written, sorted."""
+    """Return the names of all libraries whose files can be written, sorted."""
     return tuple(sorted(found.name for found in find_formats() if found.write is not None))
 
 
@@ -84,7 +90,7 @@ def writable_formats() -> tuple[str, ...]:
 
 
 def read_torch_file(path: str | os.PathLike[str], key: str | None = None, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint of what torch.save wrote.
+    """Return a checkpoint of what torch.save wrote.
 
     key: where in the file the optimizer's state is, as "optimizer" or "optimizer_states.0"; found if there is one only.
     optimizer: its name, where the file does not tell it.
@@ -95,15 +101,15 @@ def read_torch_file(path: str | os.PathLike[str], key: str | None = None, optimi
     text = os.fspath(path)
     strangers: dict[str, None] = {}
     notes: list[str] = []
-    tree = torch_archive_reader.read(path, strangers)
-    state = chosen(tree, text, key, notes)
+    tree = torch_archive_reader.read_torch_file(path, strangers)
+    state = choose_state(tree, text, key, notes)
     if strangers:  # it may have been in one of them, into which nobody has looked
         try:
             check_tree(state)
         except PickleError as error:
             raise CheckpointError(text, str(error)) from None
         notes.append(f"of Python objects in the file only the names are read: {_listed(strangers)}")
-    if note := masters_note(siblings(tree, state)):
+    if note := describe_masters(find_siblings(tree, state)):
         notes.append(note)
     checkpoint = read_state_dict(state, text, optimizer)
     return replace(checkpoint, notes=(*checkpoint.notes, *notes))
@@ -116,12 +122,12 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def read_state_dict(tree: Any, path: str, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint of one optimizer's state, as plain data with `Stored` tensors: of the first format that knows it.
+    """Return a checkpoint of plain data with `Stored` tensors, as the first format reads it that knows the state.
 
     Raises:
         CheckpointError: naming the first parameter whose state is not what its library writes.
     """
-    found = state_dict_of(tree, path) or find_attributes(tree, path)
+    found = parse_state_dict(tree, path) or find_attributes(tree, path)
     if found is None:
         raise CheckpointError(path, "not optimizer state: it lacks 'state' and 'param_groups'")
     readers = (each.read for each in find_formats() if each.read is not None)
@@ -130,7 +136,7 @@ def read_state_dict(tree: Any, path: str, optimizer: str | None = None) -> Check
 
 
 def translate_group(document: Document, group: Group) -> dict[str, Any]:
-    """A group's hyper-parameters under the keys and with the values that groups of the document's recipe have.
+    """Return a group's hyper-parameters under the keys and with the values that groups of the document's recipe have.
 
     What our recipe does not have stays as it is.
     """
@@ -158,7 +164,7 @@ class NewState:
 
 
 def write_state(name: str, document: Document, entries: Mapping[str, NewEntry]) -> NewState:
-    """The content of a library's file: `state`, `param_groups`, and what else it has at the top.
+    """Return the content of a library's file: `state`, `param_groups`, and what else it has at the top.
 
     Statistics are NewTensors under the document's keys, in the shapes that the library has. A document that came from
     this library gives the file it came from.
@@ -189,8 +195,10 @@ def write_state(name: str, document: Document, entries: Mapping[str, NewEntry]) 
 
 
 def choose_format(document: Document) -> str:
-    """The library to write when nobody says which: the one a document came from if that still has all its stores, else
-    the one with the fewest stores that has its rule and its stores.
+    """Return the library to write when nobody says which.
+
+    That is the one a document came from if the library still has all its stores, else the library with the fewest
+    stores that has its rule and its stores.
 
     Raises:
         LayoutError: if there is none, or several.

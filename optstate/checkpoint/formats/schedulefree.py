@@ -20,7 +20,7 @@ LAYOUTS = (
 
 
 def read_schedulefree(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of schedulefree; None if it is not its layout."""
+    """Return a checkpoint of schedulefree; None if it is not its layout."""
     return read_tables(found, LAYOUTS, NAME)
 
 

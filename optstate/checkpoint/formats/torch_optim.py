@@ -7,7 +7,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group
-from optstate.checkpoint.formats.shared.adafactor import FP32_EPS, read_rule, refuse_if
+from optstate.checkpoint.formats.shared.adafactor import FP32_EPS, read_adafactor_rule, refuse_if
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
 from optstate.checkpoint.formats.shared.state_dict import StateDict, tell_adam_from_adamw
@@ -57,8 +57,8 @@ def _write_sgd_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
 
 
 def _write_adafactor_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
-    """The hyper-parameters of a group as `torch.optim.Adafactor` has them."""
-    rule = read_rule(writer, place, group)
+    """Return the hyper-parameters of a group as `torch.optim.Adafactor` has them."""
+    rule = read_adafactor_rule(writer, place, group)
     if not rule.floor:
         refuse_if(writer, place, rule.relative, "a relative step size")
         scale = "scale_parameter=False, where torch always scales by the parameter's RMS"
@@ -121,7 +121,7 @@ LAYOUTS = (
 
 
 def read_torch(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of one of torch's optimizers; None if it is none of them.
+    """Return a checkpoint of one of torch's optimizers; None if it is none of them.
 
     optimizer: "Adam" or "AdamW", which files before torch 2.7 do not tell apart.
     """
@@ -136,7 +136,7 @@ def read_torch(found: StateDict, optimizer: str | None = None) -> Checkpoint | N
 
 
 def write_torch(writer: TreeWriter) -> Tree:
-    """What torch's classes keep: AdamW, SGD and Adafactor of any document, every class of its own files."""
+    """Return what torch's classes keep: AdamW, SGD and Adafactor of any document, every class of its own files."""
     for param in writer.document.parameters:
         if "exp_avg" in param.slots and not writer.same and writer.document.recipe in ("adafactor", "adalomo"):
             raise LayoutError(
@@ -153,7 +153,7 @@ def write_torch(writer: TreeWriter) -> Tree:
 
 
 def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
-    """The hyper-parameters in our words; torch's Adafactor has names of its own."""
+    """Return the hyper-parameters in our words; torch's Adafactor has names of its own."""
     if rule != "adafactor" or not {"beta2_decay", "d"} <= hyper.keys():
         return hyper
     eps = hyper.get("eps")

@@ -14,7 +14,7 @@ NAME = "torch-SM3"
 
 
 def read_torch_sm3(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of torch-SM3, which has no `foreach` in its groups; None if it is not its layout."""
+    """Return a checkpoint of torch-SM3, which has no `foreach` in its groups; None if it is not its layout."""
     return read_sm3(found, NAME) if is_sm3(found) and "foreach" not in found.keys else None
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group, Parameter, SlotRecord
+from optstate.checkpoint.files.dtypes import FLOATS
 from optstate.checkpoint.files.pickle_machine import Global, Object
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.files.torch_pickle_writer import NewTensor, Subclass
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.hyper_parameters import NEEDED, translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict, tell_adam_from_adamw
 from optstate.checkpoint.formats.shared.statistics import ADAM, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import (
-    FLOATS,
     LayoutError,
     Tree,
     TreeWriter,
@@ -50,7 +50,7 @@ def _store_of(value: Any) -> str | None:
 
 
 def read_torchao(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of torchao's low-bit optimizers; None if it is not their layout.
+    """Return a checkpoint of torchao's low-bit optimizers; None if it is not their layout.
 
     optimizer: "Adam8bit" and so on, which the file does not tell from "AdamW8bit".
     """
@@ -62,7 +62,7 @@ def read_torchao(found: StateDict, optimizer: str | None = None) -> Checkpoint |
     store = stores.pop() if len(stores) == 1 else None
     name, notes = tell_adam_from_adamw(found, optimizer, NAMES.get(store or "", "AdamW"))
     recipe = RECIPES.get(store or "", "adamw")
-    return checkpoint_of(found, Source(NAME, NAME, name, recipe), _say, notes)
+    return build_checkpoint(found, Source(NAME, NAME, name, recipe), _say, notes)
 
 
 def _say(draft: Draft) -> None:
@@ -94,7 +94,7 @@ def _low_bit(draft: Draft, slot: str, value: Object, meaning: Meaning) -> None:
 
 
 def _shape(draft: Draft, slot: str, store: str, codes: Stored, state: dict[str, Any]) -> tuple[int, ...]:
-    """The parameter's shape: that of the codes, unless two share a byte."""
+    """Return the parameter's shape: that of the codes, unless two share a byte."""
     if store != "Block4":
         return codes.shape
     shape = state.get("_shape")
@@ -118,7 +118,7 @@ _MODULE = "torchao.optim.subclass_"
 
 
 def write_torchao(writer: TreeWriter) -> Tree:
-    """What torchao's AdamW8bit, AdamW4bit and AdamWFp8 keep: tensors of classes of its own, or plain ones.
+    """Return what torchao's AdamW8bit, AdamW4bit and AdamWFp8 keep: tensors of classes of its own, or plain ones.
 
     Raises:
         LayoutError: for what they do not keep.
@@ -168,7 +168,7 @@ def _class_of(
     shape: tuple[int, ...],
     state: Mapping[str, Any],
 ) -> tuple[str, str, tuple[int, ...], dict[str, Any]]:
-    """The name, dtype, shape and attributes of the tensor that torchao makes."""
+    """Return the name, dtype, shape and attributes of the tensor that torchao makes."""
     dtype = FLOATS.get(param.dtype, "F32")
     if store == "Float8":
         if "scale" not in record.fields:

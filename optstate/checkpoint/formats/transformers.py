@@ -6,7 +6,7 @@ from typing import Any
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Group
-from optstate.checkpoint.formats.shared.adafactor import averages_steps, read_rule, refuse_if
+from optstate.checkpoint.formats.shared.adafactor import averages_steps, read_adafactor_rule, refuse_if
 from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import ADAFACTOR as STATISTICS
@@ -22,8 +22,8 @@ NAME = "transformers"
 
 
 def _write_hypers(writer: TreeWriter, place: int, group: Group) -> Tree:
-    """The hyper-parameters of a group as `transformers.Adafactor` has them."""
-    rule = read_rule(writer, place, group)
+    """Return the hyper-parameters of a group as `transformers.Adafactor` has them."""
+    rule = read_adafactor_rule(writer, place, group)
     if rule.floor:
         decay = f"weight_decay={rule.weight_decay}, which acts by lr alone"
         refuse_if(writer, place, rule.weight_decay != 0, decay)
@@ -54,12 +54,12 @@ LAYOUTS = (ADAFACTOR, Layout("AdamW", libraries.OLD_ADAMW, whole({"exp_avg": FIR
 
 
 def read_transformers(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
-    """A checkpoint of one of transformers' optimizers; None if it is none of them."""
+    """Return a checkpoint of one of transformers' optimizers; None if it is none of them."""
     return read_tables(found, LAYOUTS, NAME)
 
 
 def write_transformers(writer: TreeWriter) -> Tree:
-    """What transformers' Adafactor keeps; of its own files what the class in the file keeps."""
+    """Return what transformers' Adafactor keeps; of its own files what the class in the file keeps."""
     tree = write_tables(writer, LAYOUTS, {"adafactor": ADAFACTOR, "adalomo": ADAFACTOR})
     for param in writer.document.parameters:
         if "exp_avg" in param.slots and not writer.same and not averages_steps(param.transforms):
@@ -71,7 +71,7 @@ def write_transformers(writer: TreeWriter) -> Tree:
 
 
 def words_of_ours(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
-    """The hyper-parameters in our words: lr of a relative step is 1, a factor."""
+    """Return the hyper-parameters in our words: lr of a relative step is 1, a factor."""
     return hyper | ({"lr": 1.0} if rule == "adafactor" and hyper.get("relative_step") else {})
 
 

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from optstate.checkpoint.document.document import Document
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.tensor_bytes import bytes_of, load, read_into
+from optstate.checkpoint.files.tensor_bytes import bytes_of, load_tensor, read_into
 from optstate.checkpoint.files.tensor_place import Pieces, Stored
-from optstate.distributed.agreement import DisagreementError, LostProcessError, View, reason_of, together
+from optstate.distributed.agreement import DisagreementError, LostProcessError, ProcessView, fail_together, reason_of
 from optstate.distributed.placement import copy_part, here, index_here, whole
 from optstate.optimizer.alike import FEW, digest_of
 
 __all__ = [
-    "content_of",
     "note_document",
     "note_path",
     "read_part_into",
+    "sample_content",
     "saving_together",
     "write_gathered",
 ]
@@ -34,7 +34,7 @@ Named = Iterator[tuple[str, Tensor]]
 
 
 @contextmanager
-def saving_together(path: Any) -> Iterator[View]:
+def saving_together(path: Any) -> Iterator[ProcessView]:
     """Every rank must run the body; where it raises on one, it raises on all, so that none waits for another.
 
     The body notes in the view that it gets what must be the same on all ranks, as rank 0 writes for them.
@@ -44,7 +44,7 @@ def saving_together(path: Any) -> Iterator[View]:
     """
     everyone = (dist.group.WORLD,)
     try:
-        with together("save", [everyone], _without_path) as views:
+        with fail_together("save", [everyone], _without_path) as views:
             yield views[everyone]
     except LostProcessError as error:
         hint = "the file is what it was before, or the complete new one; load it in new processes"
@@ -64,13 +64,13 @@ def _without_path(failure: BaseException) -> str:
     return reason_of(failure)
 
 
-def note_path(view: View, path: Any) -> None:
+def note_path(view: ProcessView, path: Any) -> None:
     """Note which file is written: ranks may name it in several ways. A relative name is one name wherever they run."""
     text = os.fspath(path)
     view["the file"] = text if isinstance(text, str) and not os.path.isabs(text) else os.path.realpath(text)
 
 
-def note_document(view: View, document: Document) -> None:
+def note_document(view: ProcessView, document: Document) -> None:
     """Note what a document says of parameters, groups and steps: rank 0 must have a part of all of it."""
     for param in document.parameters:
         kept = ", ".join(f"{slot} in {record.store}" for slot, record in param.slots.items()) or "no statistics"
@@ -115,13 +115,13 @@ def read_part_into(own: Tensor, stored: Stored) -> None:
     if not isinstance(stored, Pieces) and stored.stride is None and stored.elements:
         rows, row = index[0], stored.nbytes // own.shape[0]
         shape = (rows.stop - rows.start, *own.shape[1:])
-        part = load(replace(stored, start=stored.start + rows.start * row, shape=shape))
+        part = load_tensor(replace(stored, start=stored.start + rows.start * row, shape=shape))
         here(own).copy_(part[(slice(None), *index[1:])])
     else:
-        copy_part(own, load(stored))
+        copy_part(own, load_tensor(stored))
 
 
-def content_of(tensors: Mapping[str, Stored]) -> View:
+def sample_content(tensors: Mapping[str, Stored]) -> ProcessView:
     """Digests of a few numbers of each tensor of a file, by which two files are told apart.
 
     Raises:
@@ -139,5 +139,5 @@ def _sample(stored: Stored) -> bytes:
     for first in (0, middle):
         count = min(FEW, stored.elements - first)
         place = replace(stored, start=stored.start + first * size, dtype="U8", shape=(count * size,), stride=None)
-        parts.append(bytes(bytes_of(load(place))))
+        parts.append(bytes(bytes_of(load_tensor(place))))
     return b"".join(parts)

@@ -21,14 +21,13 @@ from optstate.checkpoint.document.document import tensor_key
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
 from optstate.checkpoint.formats.shared.master_weights import notes_of_masters
-from optstate.checkpoint.live.gather import content_of, read_part_into
-from optstate.checkpoint.live.plan_load import conversion_onto, is_complete, refuse_differences
+from optstate.checkpoint.live.gather import read_part_into, sample_content
+from optstate.checkpoint.live.plan_load import is_complete, plan_load, refuse_differences
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.checkpoint.operations.convert_values import Recoder
-from optstate.checkpoint.operations.describe_optimizer import with_tensors
-from optstate.checkpoint.operations.plan_conversion import Conversion, unchanged
+from optstate.checkpoint.operations.describe_optimizer import restore_tensors
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer, plan_copy
 from optstate.checkpoint.operations.read_values import Values
-from optstate.checkpoint.operations.transfers import Transfer
 from optstate.distributed.agreement import DisagreementError, LostProcessError
 from optstate.distributed.placement import copy_part, here
 from optstate.optimizer import state_dict
@@ -104,7 +103,7 @@ def load(
         return view, noted
 
     with _failing(path, lambda: bool(copied)):
-        optimizer.load_prepared(prepare, lambda: content_of(opened[0].tensors))
+        optimizer.load_prepared(prepare, lambda: sample_content(opened[0].tensors))
     _warn_of_other_names(optimizer, opened[0])
     for note in notes:
         warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
@@ -183,8 +182,8 @@ def _exact_conversion(optimizer: Optimizer, checkpoint: Checkpoint) -> Conversio
         ValueError, TypeError: at the first difference.
     """
     refuse_differences(optimizer, checkpoint)
-    conversion = unchanged(checkpoint)
-    state_dict.check(optimizer, optimizer.plan(), _as_state_dict(optimizer, conversion)[0])
+    conversion = plan_copy(checkpoint)
+    state_dict.check_state_dict(optimizer, optimizer.plan(), _as_state_dict(optimizer, conversion)[0])
     return conversion
 
 
@@ -196,10 +195,10 @@ def _conversion_at_all(optimizer: Optimizer, checkpoint: Checkpoint, consent: bo
     """
     if not consent:
         try:
-            return conversion_onto(optimizer, checkpoint), ""
+            return plan_load(optimizer, checkpoint), ""
         except ValueError as error:
-            return conversion_onto(optimizer, checkpoint, anew=True), str(error)
-    return conversion_onto(optimizer, checkpoint, anew=True), ""
+            return plan_load(optimizer, checkpoint, anew=True), str(error)
+    return plan_load(optimizer, checkpoint, anew=True), ""
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def _as_state_dict(optimizer: Optimizer, conversion: Conversion) -> Prepared:
     first = 0
     for g, group in enumerate(conversion.document.groups):
         own = optimizer.param_groups[g] if g < len(optimizer.param_groups) else {}  # `state_dict.check` counts them
-        hyper: dict[str, Any] = {key: with_tensors(value, own.get(key)) for key, value in group.hyper.items()}
+        hyper: dict[str, Any] = {key: restore_tensors(value, own.get(key)) for key, value in group.hyper.items()}
         # What a parameter is, is this run's to say.
         hyper |= {key: own[key] for key in ("role", "head_size") if key in own}
         groups.append({**hyper, "params": list(range(first, first + len(group.parameters)))})

@@ -13,16 +13,21 @@ from optstate.checkpoint.document.rules import doubts, is_own, stray_keys
 from optstate.checkpoint.files.tensor_bytes import DTYPES
 from optstate.checkpoint.formats import own_state_dict
 from optstate.checkpoint.formats.shared.tree_writer import numbers
-from optstate.checkpoint.operations.describe_optimizer import described, dtype_name, parameter_names, slot_records
+from optstate.checkpoint.operations.describe_optimizer import describe_optimizer, describe_slots, list_names, name_dtype
 from optstate.checkpoint.operations.plan_conversion import Conversion
-from optstate.checkpoint.operations.plan_recipe import COUNTED_FROM, change_of_rule, follows, onto
-from optstate.checkpoint.operations.rule_words import hyper_of
+from optstate.checkpoint.operations.plan_recipe import (
+    COUNTED_FROM,
+    describe_rule_change,
+    follows,
+    plan_onto,
+    translate_hyper,
+)
 from optstate.optimizer.missing_state import Gap, rule
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.text import shown
 
-__all__ = ["conversion_onto", "is_complete", "refuse_differences"]
+__all__ = ["is_complete", "plan_load", "refuse_differences"]
 
 
 # --- the same state -----------------------------------------------------------------------------------------------
@@ -31,7 +36,7 @@ __all__ = ["conversion_onto", "is_complete", "refuse_differences"]
 def refuse_differences(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     """Raise ValueError at the first difference between what a file of optstate's own holds and what is kept here."""
     plan, document, tensors = optimizer.plan(), checkpoint.document, checkpoint.tensors
-    names = parameter_names(optimizer, plan)
+    names = list_names(optimizer, plan)
     if len(names) != len(document.parameters):
         raise ValueError(f"it was saved for {len(document.parameters)} parameters, this optimizer has {len(names)}")
     used: set[str] = set()
@@ -66,7 +71,7 @@ def _refuse_other_state(own: ParamPlan, saved: Parameter) -> None:
 
     What was converted from another tool's file may say neither dtypes nor how weights are written.
     """
-    name, dtype = saved.name, dtype_name(own.spec.dtype)
+    name, dtype = saved.name, name_dtype(own.spec.dtype)
     there, here = f"{saved.dtype or dtype} {saved.shape}", f"{dtype} {own.spec.shape}"
     if there != here:
         raise ValueError(f"{name!r} was {there} when it was saved, here it is {here}")
@@ -76,7 +81,7 @@ def _refuse_other_state(own: ParamPlan, saved: Parameter) -> None:
         raise ValueError(f"{name!r} was written by {saved.weights}, here it is by {own.weights}")
     if saved.step is None:
         return
-    kept = slot_records(name, own, {})
+    kept = describe_slots(name, own, {})
     if saved.slots.keys() != kept.keys():
         raise ValueError(f"{name!r} was saved with {_listed(saved.slots)}, here it keeps {_listed(kept)}")
     for slot, ours in kept.items():
@@ -97,7 +102,7 @@ def _listed(slots: Mapping[str, SlotRecord]) -> str:
 # --- other state --------------------------------------------------------------------------------------------------
 
 
-def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool = False) -> Conversion:
+def plan_load(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool = False) -> Conversion:
     """Plan what a checkpoint becomes here: the optimizer's plan, and the file's hyper-parameters if they mean the same.
 
     anew: whether what is kept for writing weights may begin anew, where the file's were of another dtype or written in
@@ -107,20 +112,20 @@ def conversion_onto(optimizer: Optimizer, checkpoint: Checkpoint, *, anew: bool 
         ValueError: if parameters differ in number, names, shapes or groups, or a statistic cannot be made.
     """
     plan, saved = optimizer.plan(), optimizer.state_dict()
-    sources = _matched(described(optimizer, plan, saved), checkpoint, anew)
+    sources = _matched(describe_optimizer(optimizer, plan, saved), checkpoint, anew)
     _check_sizes(checkpoint, sources)
     steps = _steps(optimizer, plan, checkpoint, sources)
-    own = described(optimizer, plan, {**saved, "state": {i: {"step": step} for i, step in steps.items()}})
+    own = describe_optimizer(optimizer, plan, {**saved, "state": {i: {"step": step} for i, step in steps.items()}})
     groups, changes, notes = _groups(own, plan, checkpoint.document, sources)
     parameters = [
         # what averages began at zero with is said by the hyper-parameters that they go on with
-        replace(param, slots=slot_records(param.name, planned, _plain(groups[param.group]))) if param.slots else param
+        replace(param, slots=describe_slots(param.name, planned, _plain(groups[param.group]))) if param.slots else param
         for param, planned in zip(own.parameters, plan, strict=True)
     ]
     if anew:
         parameters = list(map(_without_begun, parameters, sources))
     document = replace(own, parameters=tuple(parameters), groups=groups)
-    conversion = onto(checkpoint, document, list(plan), sources, notes, changes)
+    conversion = plan_onto(checkpoint, document, list(plan), sources, notes, changes)
     conversion.check()
     return conversion
 
@@ -217,12 +222,12 @@ def _groups(
         if mine.parameters:
             needed = {"lr", *plan.params[first].chain.hyper}
             if _same_chain(sources[first], theirs, plan.params[first]):
-                said = hyper_of(theirs, other)
+                said = translate_hyper(theirs, other)
                 known = {*mine.hyper, *strays, "initial_lr"}
                 mine = replace(mine, hyper={**mine.hyper, **{k: v for k, v in said.items() if k in known}})
                 missing |= dict.fromkeys(sorted(needed - said.keys()))
             else:
-                changes |= dict.fromkeys(change_of_rule(sources[first], theirs, str(plan.params[first].chain)))
+                changes |= dict.fromkeys(describe_rule_change(sources[first], theirs, str(plan.params[first].chain)))
         groups.append(mine)
         first += len(mine.parameters)
     notes = [*doubts(theirs), *_unclipped(own, theirs)]

@@ -9,14 +9,15 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from optstate.checkpoint.document.document import KEY, tensor_key, to_json
+from optstate.checkpoint.document.document import KEY, tensor_key
+from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.safetensors_set import create_set
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
 from optstate.checkpoint.files.tensor_bytes import DTYPES, bytes_of
 from optstate.checkpoint.live.gather import Named, note_document, note_path, saving_together, write_gathered
-from optstate.checkpoint.operations.describe_optimizer import described, parameter_names, with_tied_names
-from optstate.distributed.agreement import View
+from optstate.checkpoint.operations.describe_optimizer import add_tied_names, describe_optimizer, list_names
+from optstate.distributed.agreement import ProcessView
 from optstate.distributed.placement import is_distributed
 from optstate.optimizer import state_dict
 from optstate.optimizer.moved_state import MovedStateError
@@ -63,19 +64,19 @@ def save(
     """
     plan = optimizer.plan()
     alone = not any(is_distributed(param) for group in optimizer.param_groups for param in group["params"])
-    together: AbstractContextManager[View] = nullcontext({}) if alone else saving_together(path)
+    together: AbstractContextManager[ProcessView] = nullcontext({}) if alone else saving_together(path)
     with together as view:
         try:
             unmoved = optimizer.watch("save")
             saved = optimizer.state_dict()
-            state_dict.check(optimizer, plan, saved)  # what could not be loaded again is not written either
-            document = described(optimizer, plan, saved)
-            text = to_json(document if model is None else with_tied_names(document, optimizer, model))
+            state_dict.check_state_dict(optimizer, plan, saved)  # what could not be loaded again is not written either
+            document = describe_optimizer(optimizer, plan, saved)
+            text = to_json(document if model is None else add_tied_names(document, optimizer, model))
         except (ValueError, MovedStateError) as error:
             raise CheckpointError(path, f"not saved: {error}", refused=True) from None
         note_path(view, path)
         note_document(view, document)
-    names = parameter_names(optimizer, plan)
+    names = list_names(optimizer, plan)
     tensors: dict[str, Tensor] = {}
     entries = []
     for i, state in sorted(saved["state"].items()):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_file import Issue, structural_issues
+from optstate.checkpoint.files.safetensors_check import second_opinion, structural_issues
 from optstate.checkpoint.open_checkpoint import refuse_streams
 from optstate.checkpoint.operations.summarize import Summary, summarize
 
@@ -68,16 +69,23 @@ def check(
 def _structure(path: str) -> list[Issue]:
     """Find what is wrong or odd in the structure of a safetensors file or sharded set; nothing in other files."""
     try:
-        return structural_issues(path)
+        issues = structural_issues(path)
     except CheckpointError:
         return []
+    return issues + second_opinion(path, issues)
 
 
 def _values(summary: Summary, track: Callable[[Sequence[Any]], Iterable[Any]]) -> list[Issue]:
     """Find what is wrong with the numbers: reads all data, and imports torch."""
-    from optstate.checkpoint.operations.check_values import uneven_means, value_issues
+    from optstate.checkpoint.operations.check_values import (
+        find_plugged_store_issues,
+        find_uneven_means,
+        find_value_issues,
+    )
 
     checkpoint = summary.checkpoint
     tensors = track([(row.name, row.stored) for row in summary.rows])
-    issues = list(value_issues(tensors, checkpoint.document if checkpoint is not None else None))
-    return issues if checkpoint is None else [*issues, *uneven_means(checkpoint)]
+    issues = list(find_value_issues(tensors, checkpoint.document if checkpoint is not None else None))
+    if checkpoint is None:
+        return issues
+    return [*issues, *find_plugged_store_issues(checkpoint), *find_uneven_means(checkpoint)]

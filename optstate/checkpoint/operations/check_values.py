@@ -8,15 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.contradictions import has_axes, store_name
+from optstate.checkpoint.document.contradictions import has_axes, is_plugged, store_name
 from optstate.checkpoint.document.document import Document, Parameter, SlotRecord
-from optstate.checkpoint.files.safetensors_file import Issue
-from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load, statistics
+from optstate.checkpoint.files.issues import Issue
+from optstate.checkpoint.files.tensor_bytes import Statistics, all_sound, load_tensor, measure_tensor
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, is_plugged, store_of_words
 from optstate.text import shown
 
-__all__ = ["plugged_store_issues", "uneven_means", "value_issues"]
+__all__ = ["find_plugged_store_issues", "find_uneven_means", "find_value_issues"]
 
 MAGNITUDES, BASIS = {"absmax", "scale"}, "basis"
 NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "row_var", "col_var", "variance", "step")
@@ -30,8 +29,8 @@ MEANS_DIFFER = 1e-4
 steps; rounding in long averages of large matrices adds to that."""
 
 
-def value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | None = None) -> Iterator[Issue]:
-    """What is wrong with the numbers of these tensors, by name. Reads all of them, a few MiB at a time.
+def find_value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | None = None) -> Iterator[Issue]:
+    """Find what is wrong with the numbers of these tensors, by name. Reads all of them, a few MiB at a time.
 
     Only fields whose meaning is known are judged: by the document, else by names that end in a slot's.
     """
@@ -40,14 +39,14 @@ def value_issues(tensors: Iterable[tuple[str, Stored]], document: Document | Non
         if len(together) > 1 and all_sound([stored for _, stored in together]):
             continue
         for name, stored in together:
-            found = statistics(stored)
+            found = measure_tensor(stored)
             judged = name in unsigned if unsigned is not None else _counts_or_squares(name)
             for what in _number_problems(stored, found, judged):
                 yield Issue("error", shown(name), what)
 
 
 def _small_ones_together(tensors: Iterable[tuple[str, Stored]]) -> Iterator[list[tuple[str, Stored]]]:
-    """The tensors of floating-point numbers in order: small ones after each other at once, as there may be millions."""
+    """Yield the tensors of floating-point numbers in order: small ones several at once, as there may be millions."""
     held: list[tuple[str, Stored]] = []
     count = 0
     for name, stored in tensors:
@@ -66,8 +65,8 @@ def _small_ones_together(tensors: Iterable[tuple[str, Stored]]) -> Iterator[list
         yield held
 
 
-def uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
-    """Statistics kept as row and column means that are not means of the same numbers. Reads those."""
+def find_uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
+    """Find statistics kept as row and column means that are not means of the same numbers; read those."""
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
             if store_name(slot.store) == "Factored":
@@ -76,8 +75,13 @@ def uneven_means(checkpoint: Checkpoint) -> Iterator[Issue]:
                     yield Issue("error", shown(f"{param.name}/{name}"), what)
 
 
-def plugged_store_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
-    """Yield what is wrong with the tensors of stores that other packages offer, which only their classes can judge."""
+def find_plugged_store_issues(checkpoint: Checkpoint) -> Iterator[Issue]:
+    """Find what is wrong with the tensors of stores that other packages offer, which only their classes can judge."""
+    plugged = {slot.store for param in checkpoint.document.parameters for slot in param.slots.values()}
+    if not any(map(is_plugged, plugged)):
+        return
+    from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values, store_of_words
+
     values = Values(checkpoint)
     for param in checkpoint.document.parameters:
         for name, slot in param.slots.items():
@@ -100,7 +104,7 @@ def _counts_or_squares(name: str) -> bool:
 
 
 def _never_negative(document: Document) -> set[str]:
-    """The tensors that hold magnitudes."""
+    """Return the tensors that hold magnitudes."""
     return {
         key
         for param in document.parameters
@@ -133,7 +137,7 @@ def _different_means(param: Parameter, slot: SlotRecord, tensors: Mapping[str, S
         return ""
     if not row.elements or not col.elements:
         return ""
-    of_rows, of_cols = (load(stored).double().view(batch, -1).mean(-1) for stored in (row, col))
+    of_rows, of_cols = (load_tensor(stored).double().view(batch, -1).mean(-1) for stored in (row, col))
     distance = (of_rows - of_cols).abs() / torch.maximum(of_rows.abs(), of_cols.abs()).clamp(min=1e-300)
     worst = int(distance.nan_to_num(0.0).argmax())
     if distance[worst] <= MEANS_DIFFER or not distance[worst].isfinite():

@@ -16,10 +16,10 @@ from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import refuse_contradictions
 from optstate.checkpoint.document.document import SlotRecord
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.tensor_bytes import DTYPES, PIECE, bits, load
+from optstate.checkpoint.files.tensor_bytes import DTYPES, PIECE, as_bits, load_tensor
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.open_checkpoint import open_checkpoint, refuse_streams
-from optstate.checkpoint.operations.compare_documents import Finding, Pair, disagreements, matched
+from optstate.checkpoint.operations.compare_documents import Finding, Pair, find_disagreements, match_parameters
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "SlotDifference",
     "StatisticDifference",
     "compare",
-    "deviation",
+    "measure_deviation",
 ]
 
 EQUAL, EQUAL_VALUES, CLOSE, DIFFERENT = VERDICTS = ("equal", "equal values", "close", "different")
@@ -89,7 +89,7 @@ class Deviation:
         return max(-1.0, min(1.0, self.dot / whole)) if whole else 0.0
 
 
-def deviation(a: Tensor, b: Tensor) -> Deviation:
+def measure_deviation(a: Tensor, b: Tensor) -> Deviation:
     """Two tensors of one shape compared in fp64, piece by piece. NaN equals NaN, infinity equals infinity."""
     total = Deviation()
     for x, y in zip(torch.split(a.reshape(-1), PIECE), torch.split(b.reshape(-1), PIECE), strict=True):
@@ -232,8 +232,8 @@ def compare(
         CheckpointError: if one cannot be opened, or contradicts itself.
     """
     a, b = (with_canonical_names(_opened(side, key, names, optimizer)) for side in (a, b))
-    matches = matched(a, b)
-    findings, notes = disagreements(a, b, matches.pairs)
+    matches = match_parameters(a, b)
+    findings, notes = find_disagreements(a, b, matches.pairs)
     tasks = [(pair, slot) for pair in matches.pairs for slot in dict.fromkeys((*pair[0].slots, *pair[1].slots))]
     comparison = _Comparison(Values(a), Values(b), tolerance)
     by_stores: dict[tuple[str, tuple[str, str]], list[tuple[Task, StatisticDifference]]] = {}
@@ -311,7 +311,9 @@ class _Comparison:
         if not self._same_layout(left, right):
             return False
         mine, theirs = self.a.checkpoint.fields_of(left), self.b.checkpoint.fields_of(right)
-        return all(torch.equal(load(bits(mine[field])), load(bits(theirs[field]))) for field in mine)
+        return all(
+            torch.equal(load_tensor(as_bits(mine[field])), load_tensor(as_bits(theirs[field]))) for field in mine
+        )
 
     def _same_layout(self, left: SlotRecord, right: SlotRecord) -> bool:
         """Whether equal bytes are equal numbers."""
@@ -326,12 +328,12 @@ class _Comparison:
         if param.shape is not None and other.shape is not None and param.shape != other.shape:
             raise UnreadableStatisticError(f"shape {list(param.shape)} on one side, {list(other.shape)} on the other")
         try:
-            return deviation(self.a.read(param, name), self.b.read(other, name))
+            return measure_deviation(self.a.read(param, name), self.b.read(other, name))
         except UnreadableStatisticError:
             if not self._same_layout(left, right) or not _has_numbers(self.a.checkpoint.fields_of(left)):
                 raise
         mine, theirs = self.a.fields(left), self.b.fields(right)
-        return sum((deviation(mine[field], theirs[field]) for field in mine), Deviation())
+        return sum((measure_deviation(mine[field], theirs[field]) for field in mine), Deviation())
 
     def _of_itself(self, task: Task) -> Deviation | None:
         (param, _), name = task
@@ -339,10 +341,10 @@ class _Comparison:
             return None
         try:
             value = self.a.read(param, name)
-            return deviation(value, value)
+            return measure_deviation(value, value)
         except UnreadableStatisticError:
             fields = self.a.fields(param.slots[name]).values()
-            return sum((deviation(tensor, tensor) for tensor in fields), Deviation())
+            return sum((measure_deviation(tensor, tensor) for tensor in fields), Deviation())
 
 
 def _has_numbers(fields: Mapping[str, Stored]) -> bool:

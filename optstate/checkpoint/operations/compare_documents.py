@@ -13,7 +13,7 @@ from optstate.checkpoint.document.document import Group, Parameter, TensorValue
 from optstate.checkpoint.document.rules import reasons
 from optstate.text import shown
 
-__all__ = ["Finding", "Matches", "disagreements", "matched"]
+__all__ = ["Finding", "Matches", "find_disagreements", "match_parameters"]
 
 MOST_NAMES = 3
 """Names listed before a count."""
@@ -42,7 +42,7 @@ class Matches:
     notes: tuple[str, ...]
 
 
-def matched(a: Checkpoint, b: Checkpoint) -> Matches:
+def match_parameters(a: Checkpoint, b: Checkpoint) -> Matches:
     """Parameters matched by name, or by place if only one side has names."""
     if a.named != b.named:
         return _matched_by_place(a.document.parameters, b.document.parameters)
@@ -66,7 +66,7 @@ def _listed(names: Collection[str]) -> str:
     return (f"{listed} and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else listed) or "-"
 
 
-def disagreements(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair]) -> tuple[list[Finding], list[str]]:
+def find_disagreements(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair]) -> tuple[list[Finding], list[str]]:
     """Find what is said differently of matched parameters and their groups, and notes on what only one side says.
 
     What only one side says of two files of the same kind is a difference; tools differ in what they write down.

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.checkpoint.operations.plan_conversion import Conversion
-from optstate.checkpoint.operations.transfers import Transfer
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer
 
-__all__ = ["DROPPED", "FROM_ZERO", "Figures", "Report", "Row", "compared", "divisor", "report_of", "update"]
+__all__ = [
+    "DROPPED",
+    "FROM_ZERO",
+    "ConversionReport",
+    "ConversionRow",
+    "Figures",
+    "find_divisor",
+    "make_report",
+    "make_update",
+    "measure_change",
+]
 
 DROPPED, FROM_ZERO = "dropped", "zeros"
 DIGITS = 4
@@ -72,17 +81,17 @@ def _ratio(error: float, whole: float) -> float:
     return 0.0 if error == 0.0 else math.sqrt(error / whole) if whole else math.inf
 
 
-def divisor(second: Tensor | None, eps: float) -> Tensor | None:
+def find_divisor(second: Tensor | None, eps: float) -> Tensor | None:
     """Return what a second moment without bias divides a step by, `sqrt(second) + eps`; None without one."""
     return None if second is None else second.sqrt().add_(eps)
 
 
-def update(first: Tensor, divided_by: Tensor | None) -> Tensor:
+def make_update(first: Tensor, divided_by: Tensor | None) -> Tensor:
     """Return the step that a first moment without bias gives."""
     return first if divided_by is None else first / divided_by
 
 
-def compared(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, squares: bool) -> Figures:
+def measure_change(old: Tensor, new: Tensor, old_update: Tensor, new_update: Tensor, squares: bool) -> Figures:
     """Measure one statistic, or a piece of it, flat, and the update that follows from it.
 
     squares: whether it is a mean of squares that updates are divided by the root of.
@@ -118,7 +127,7 @@ def _zeros(old: Tensor, new: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConversionRow:
     """One statistic of all parameters that keep it in the same store before, and the same after.
 
     was, now: stores in words; "zeros" for a statistic that begins at zero, "dropped" for one that ends. The errors are
@@ -142,7 +151,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """A conversion in numbers. update_relative_error, update_cosine: of the update with every change at once.
 
     changes: what a step will do otherwise than it did, in words; () where the rule stays.
@@ -151,7 +160,7 @@ class Report:
     lossless: bool
     bytes_before: int
     bytes_after: int
-    rows: tuple[Row, ...]
+    rows: tuple[ConversionRow, ...]
     update_relative_error: float | None
     update_cosine: float | None
     changes: tuple[str, ...] = ()
@@ -164,9 +173,9 @@ class Report:
         return {**tree, "changes": list(self.changes)} if self.changes else tree
 
 
-def report_of(
+def make_report(
     conversion: Conversion, figures: Mapping[tuple[str, str, str], Figures] | None = None, total: Figures | None = None
-) -> Report:
+) -> ConversionReport:
     """Make the report: of the plan alone, or with the figures that carrying it out has given."""
     groups: dict[tuple[str, str, str], list[Transfer]] = {}
     for transfer in conversion.all_transfers:
@@ -177,7 +186,7 @@ def report_of(
         total = Figures() if conversion.lossless else None
     elif total is not None and not total.elements:
         total = None
-    return Report(
+    return ConversionReport(
         conversion.lossless,
         conversion.bytes_before,
         conversion.bytes_after,
@@ -199,7 +208,7 @@ def _row(
     key: tuple[str, str, str],
     made: list[Transfer],
     figures: Mapping[tuple[str, str, str], Figures] | None,
-) -> Row:
+) -> ConversionRow:
     lossless = all(transfer.exact for transfer in made)
     found = Figures() if lossless else (figures or {}).get(key)
     same_update = not (lossless and conversion.changes)  # else equal numbers say nothing of the steps made of them
@@ -209,7 +218,7 @@ def _row(
         if transfer.was is not None
         for stored in conversion.checkpoint.fields_of(transfer.was).values()
     )
-    return Row(
+    return ConversionRow(
         *key,
         parameters=len(made),
         bytes_before=before,
@@ -223,7 +232,7 @@ def _row(
     )
 
 
-def _dropped(conversion: Conversion) -> list[Row]:
+def _dropped(conversion: Conversion) -> list[ConversionRow]:
     sizes: dict[tuple[str, str], list[int]] = {}
     params = {param.name: param for param in conversion.checkpoint.document.parameters}
     for name, slot in conversion.dropped:
@@ -231,7 +240,7 @@ def _dropped(conversion: Conversion) -> list[Row]:
         nbytes = sum(stored.nbytes for stored in conversion.checkpoint.fields_of(record).values())
         sizes.setdefault((slot, record.store), []).append(nbytes)
     return [
-        Row(slot, store, DROPPED, len(found), sum(found), 0, False, 1.0, None, None, None, None)
+        ConversionRow(slot, store, DROPPED, len(found), sum(found), 0, False, 1.0, None, None, None, None)
         for (slot, store), found in sizes.items()
     ]
 

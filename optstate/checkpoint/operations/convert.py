@@ -12,11 +12,18 @@ from optstate.checkpoint.document.canonical_names import with_canonical_names
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.errors import CheckpointError, UsageError
 from optstate.checkpoint.open_checkpoint import open_checkpoint, refuse_streams
-from optstate.checkpoint.operations.conversion_report import Report, report_of
-from optstate.checkpoint.operations.export import NATIVE, check_target, export, layout_for, layouts, notes_of
-from optstate.checkpoint.operations.plan_conversion import Conversion, in_stores, store_of, unchanged
-from optstate.checkpoint.operations.run_conversion import Track
-from optstate.stores.registry import from_words
+from optstate.checkpoint.operations.conversion_report import ConversionReport, make_report
+from optstate.checkpoint.operations.plan_conversion import Conversion, parse_slot_target, plan_copy, plan_stores
+from optstate.checkpoint.operations.run_conversion import (
+    NATIVE,
+    Track,
+    check_target,
+    choose_layout,
+    export,
+    list_layouts,
+    list_notes,
+)
+from optstate.stores.registry import parse_store
 
 __all__ = ["Converted", "convert"]
 
@@ -36,7 +43,7 @@ class Converted:
     target: str
     format: str
     recipe: str
-    report: Report
+    report: ConversionReport
     notes: tuple[str, ...]
     written: bool
 
@@ -92,11 +99,11 @@ def convert(
     refuse_streams(source, target)
     checkpoint = with_canonical_names(open_checkpoint(source, key=key, names=names, optimizer=optimizer))
     conversion = plan(checkpoint, to, slots, recipe, settings)
-    layout = layout_for(conversion, target, format)
+    layout = choose_layout(conversion, target, format)
     if max_shard_size is not None and layout != NATIVE:
         raise UsageError(f"--max-shard-size is for files of optstate's own: a file of {layout} is one")
     check_target(conversion, target, layout, overwrite=overwrite or dry_run)
-    report, notes = report_of(conversion), notes_of(conversion, layout)
+    report, notes = make_report(conversion), list_notes(conversion, layout)
     if not dry_run:
         if not allow_lossy:
             _refuse_losses(conversion, report)
@@ -117,13 +124,13 @@ def plan(
         if recipe is not None:
             if not checkpoint.document.parameters:
                 raise ValueError("it has no parameters, so there is nothing to make state of another recipe of")
-            from optstate.checkpoint.operations.plan_recipe import as_recipe  # imports the optimizer
+            from optstate.checkpoint.operations.plan_recipe import plan_recipe  # imports the optimizer
 
-            conversion = as_recipe(checkpoint, recipe, settings)
+            conversion = plan_recipe(checkpoint, recipe, settings)
         elif to is not None or slots:
-            conversion = in_stores(checkpoint, to, slots)
+            conversion = plan_stores(checkpoint, to, slots)
         else:
-            conversion = unchanged(checkpoint)
+            conversion = plan_copy(checkpoint)
         conversion.check()
     except (ValueError, TypeError, LookupError) as error:
         raise CheckpointError(checkpoint.path, f"cannot be converted: {error}", refused=True) from None
@@ -138,17 +145,17 @@ def _check_words(
         raise UsageError("--recipe decides the stores: leave out --to and --slot")
     if settings and recipe is None:
         raise UsageError("--set is about the new recipe: give --recipe")
-    if format is not None and format not in layouts():
-        raise UsageError(f"--format {format!r}: {_nearest(format, layouts())}")
+    if format is not None and format not in list_layouts():
+        raise UsageError(f"--format {format!r}: {_nearest(format, list_layouts())}")
     try:
         if recipe is not None:
-            from optstate.checkpoint.operations.plan_recipe import settings_of
+            from optstate.checkpoint.operations.plan_recipe import parse_settings
 
-            settings_of(recipe, settings)
+            parse_settings(recipe, settings)
         for words in slots.values():
-            store_of(words)
+            parse_slot_target(words)
         if to is not None:
-            from_words(to)
+            parse_store(to)
     except (ValueError, TypeError, LookupError) as error:
         raise UsageError(str(error)) from None
 
@@ -159,7 +166,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
 
 
-def _refuse_losses(conversion: Conversion, planned: Report) -> None:
+def _refuse_losses(conversion: Conversion, planned: ConversionReport) -> None:
     """Raise CheckpointError (refused) if numbers or the rule would change."""
     if conversion.lossless:
         return

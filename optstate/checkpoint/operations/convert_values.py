@@ -14,9 +14,9 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.checkpoint.document.document import Parameter
-from optstate.checkpoint.operations.conversion_report import Figures, compared, divisor, update
+from optstate.checkpoint.operations.conversion_report import Figures, find_divisor, make_update, measure_change
+from optstate.checkpoint.operations.plan_conversion import Transfer
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
-from optstate.checkpoint.operations.transfers import Transfer
 from optstate.kernels import Noise, Piece
 from optstate.spec import FieldSpec
 from optstate.stores import Store
@@ -188,26 +188,26 @@ class _Comparison:
         """Figures of every pair, and of the update with all changes at once."""
         v = self.second.old(piece) if self.second else None
         m = self.first.old(piece) if self.first else None if v is None else v.sqrt()  # a gradient as large as v says
-        root = divisor(v, self.eps)
-        before = None if m is None else update(m, root)
+        root = find_divisor(v, self.eps)
+        before = None if m is None else make_update(m, root)
         new_m, new_root, found = m, root, []
         for pair in self.pairs:
             x, y = pair.old(piece), pair.new(piece)
             if self.first and pair is self.first.pair:
                 new_m = _unbiased(y, self.first.bias)
-                one = update(new_m, root)
+                one = make_update(new_m, root)
             elif self.second and pair is self.second.pair:
-                new_root = divisor(_unbiased(y, self.second.bias), self.eps)
-                one = update(m, new_root) if m is not None else y
+                new_root = find_divisor(_unbiased(y, self.second.bias), self.eps)
+                one = make_update(m, new_root) if m is not None else y
             else:
-                found.append(compared(x, y, *_steps(x, y, pair.transfer.record.of, self.eps), squares=False))
+                found.append(measure_change(x, y, *_steps(x, y, pair.transfer.record.of, self.eps), squares=False))
                 continue
             assert before is not None
-            found.append(compared(x, y, before, one, squares=pair is (self.second and self.second.pair)))
+            found.append(measure_change(x, y, before, one, squares=pair is (self.second and self.second.pair)))
         if before is None or new_m is None or (new_m is m and new_root is root):
             return found, Figures()
-        after = update(new_m, new_root)
-        return found, compared(before, after, before, after, squares=False)
+        after = make_update(new_m, new_root)
+        return found, measure_change(before, after, before, after, squares=False)
 
 
 def _zeros(specs: Mapping[str, FieldSpec]) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ def _check_numbers(value: Tensor, what: str, signed: bool) -> None:
 def _pieces(value: Tensor, alignment: int) -> Iterator[Piece]:
     """Pieces of a statistic that begin where blocks do."""
     if value.numel():
-        yield from kernels.pieces(value.shape, max(PIECE // alignment, 1) * alignment, align=alignment)
+        yield from kernels.cut_into_pieces(value.shape, max(PIECE // alignment, 1) * alignment, align=alignment)
 
 
 def _unbiased(value: Tensor, bias: float) -> Tensor:
@@ -238,7 +238,7 @@ def _steps(x: Tensor, y: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
     if of not in DIVIDES:
         return x, y
     root = x.sqrt()
-    return update(root, divisor(x, eps)), update(root, divisor(y, eps))
+    return make_update(root, find_divisor(x, eps)), make_update(root, find_divisor(y, eps))
 
 
 def _for_each(work: Callable[[T], R], items: Iterable[T]) -> list[R]:

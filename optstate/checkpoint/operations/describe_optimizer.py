@@ -18,28 +18,28 @@ from optstate.checkpoint.document.document import (
     Parameter,
     SlotRecord,
     TensorValue,
+    find_version,
     tensor_key,
-    version_of_optstate,
 )
 from optstate.optimizer import state_dict
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, Plan
 
-__all__ = ["described", "dtype_name", "parameter_names", "slot_records", "with_tensors", "with_tied_names"]
+__all__ = ["add_tied_names", "describe_optimizer", "describe_slots", "list_names", "name_dtype", "restore_tensors"]
 
 
-def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Document:
+def describe_optimizer(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Document:
     """Make the document of an optimizer with this plan and `state_dict`.
 
     Raises:
         DocumentError: if it holds what has no place in a document.
     """
-    names = parameter_names(optimizer, plan)
+    names = list_names(optimizer, plan)
     groups, parameters, first = [], [], 0
     for g, group in enumerate(saved["param_groups"]):
         members = range(first, first + len(group["params"]))
         first += len(members)
-        hyper = {key: without_tensors(value) for key, value in group.items() if key not in ("params", "param_names")}
+        hyper = {key: replace_tensors(value) for key, value in group.items() if key not in ("params", "param_names")}
         role, head_size = hyper.pop("role", ""), hyper.pop("head_size", None)
         inside = tuple(names[i] for i in members)
         groups.append(Group(hyper=hyper, parameters=inside, role=role, head_size=head_size))
@@ -49,12 +49,12 @@ def described(optimizer: Optimizer, plan: Plan, saved: Mapping[str, Any]) -> Doc
         groups=tuple(groups),
         parameters=tuple(parameters),
         clip_grad_norm=saved[state_dict.KEY]["clip_grad_norm"],
-        source={"tool": "optstate", "version": version_of_optstate()},
+        source={"tool": "optstate", "version": find_version()},
         codebooks=_codebooks(plan),
     )
 
 
-def with_tied_names(document: Document, optimizer: Optimizer, model: nn.Module) -> Document:
+def add_tied_names(document: Document, optimizer: Optimizer, model: nn.Module) -> Document:
     """Return the document with the other names that `model` has for the optimizer's parameters."""
     names: dict[int, list[str]] = {}
     named = list(model.named_parameters(remove_duplicate=False))
@@ -80,16 +80,16 @@ def _parameter(
     return Parameter(
         name=name,
         shape=plan.spec.shape,
-        dtype=dtype_name(plan.spec.dtype),
+        dtype=name_dtype(plan.spec.dtype),
         group=group,
         step=None if state is None else int(state["step"]),
         chain=str(plan.chain),
         weights=str(plan.weights),
-        slots={} if state is None else slot_records(name, plan, hyper),
+        slots={} if state is None else describe_slots(name, plan, hyper),
     )
 
 
-def slot_records(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[str, SlotRecord]:
+def describe_slots(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[str, SlotRecord]:
     """Describe what the plan keeps for a parameter of a group with these hyper-parameters."""
     declared, slots = plan.chain.declared_slots(hyper), {}
     for key, slot in plan.slots.items():
@@ -109,7 +109,7 @@ def slot_records(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[s
     return slots
 
 
-def parameter_names(optimizer: Optimizer, plan: Plan) -> list[str]:
+def list_names(optimizer: Optimizer, plan: Plan) -> list[str]:
     """Return the parameters' names in order; `#<index>` where they have none."""
     named = "param_names" in optimizer.param_groups[0]
     names = [param.spec.name if named else f"#{i}" for i, param in enumerate(plan)]
@@ -130,21 +130,21 @@ def _recipe(optimizer: Optimizer) -> str:
     return "" if type(optimizer) is Optimizer else type(optimizer).__name__.lower()
 
 
-def without_tensors(value: Any) -> Any:
+def replace_tensors(value: Any) -> Any:
     """Hyper-parameters without tensors of torch's."""
     if isinstance(value, Tensor):
-        return TensorValue(dtype_name(value.dtype), tuple(value.shape), tuple(value.detach().reshape(-1).tolist()))
+        return TensorValue(name_dtype(value.dtype), tuple(value.shape), tuple(value.detach().reshape(-1).tolist()))
     if isinstance(value, tuple | list):
-        return type(value)(without_tensors(item) for item in value)
-    return {key: without_tensors(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return type(value)(replace_tensors(item) for item in value)
+    return {key: replace_tensors(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def name_dtype(dtype: torch.dtype) -> str:
     """ "bfloat16" of torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
-def with_tensors(value: Any, own: Any) -> Any:
+def restore_tensors(value: Any, own: Any) -> Any:
     """Hyper-parameters with tensors where there were some, on the device of this optimizer's own."""
     if isinstance(value, TensorValue):
         dtype = getattr(torch, value.dtype, None)
@@ -154,7 +154,9 @@ def with_tensors(value: Any, own: Any) -> Any:
         return torch.tensor(value.values, dtype=dtype, device=device).reshape(value.shape)
     if isinstance(value, tuple | list):
         owns = own if isinstance(own, tuple | list) and len(own) == len(value) else [None] * len(value)
-        return type(value)(with_tensors(item, o) for item, o in zip(value, owns, strict=True))
+        return type(value)(restore_tensors(item, o) for item, o in zip(value, owns, strict=True))
     if isinstance(value, dict):
-        return {key: with_tensors(item, own.get(key) if isinstance(own, dict) else None) for key, item in value.items()}
+        return {
+            key: restore_tensors(item, own.get(key) if isinstance(own, dict) else None) for key, item in value.items()
+        }
     return value

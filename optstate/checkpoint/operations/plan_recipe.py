@@ -11,23 +11,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from optstate.checkpoint.document.chain_words import parse_chain
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter
 from optstate.checkpoint.document.rules import base_recipe, is_own, other_chains, reasons
+from optstate.checkpoint.formats.shared.adafactor import find_arguments
+from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import numbers
-from optstate.checkpoint.operations.describe_optimizer import described, with_tensors
-from optstate.checkpoint.operations.plan_conversion import Conversion
-from optstate.checkpoint.operations.rule_words import arguments_of, hyper_of, same_rule
-from optstate.checkpoint.operations.transfers import Transfer, copied, spec_of, taken_over
+from optstate.checkpoint.operations.describe_optimizer import describe_optimizer, restore_tensors
+from optstate.checkpoint.operations.plan_conversion import Conversion, Transfer, copy_statistic, take_over_statistic
+from optstate.checkpoint.operations.read_values import make_spec
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.param_groups import check_values
 from optstate.optimizer.plan import ParamPlan
 from optstate.recipes import registry
 from optstate.text import shown
-from optstate.weights import Weights, as_weights
-from optstate.weights import from_words as weights_from_words
+from optstate.weights import Weights, as_weights, parse_weights
 
-__all__ = ["COUNTED_FROM", "as_recipe", "change_of_rule", "follows", "onto", "settings_of"]
+__all__ = [
+    "COUNTED_FROM",
+    "describe_rule_change",
+    "follows",
+    "is_same_rule",
+    "list_arguments",
+    "parse_settings",
+    "plan_onto",
+    "plan_recipe",
+    "translate_hyper",
+]
 
 NO_SETTINGS = frozenset({"params", "weights", "fused_backward"})
 """Arguments of recipes that are no hyper-parameters."""
@@ -39,8 +50,8 @@ COUNTED_FROM = 1
 """The step of state whose updates nobody counted: at least one has been made."""
 
 
-def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {}) -> Conversion:
-    """What a checkpoint becomes when its run goes on with another recipe.
+def plan_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {}) -> Conversion:
+    """Plan what a checkpoint becomes when its run goes on with another recipe.
 
     Statistics are matched by what they are averages of, and corrected for beginning at zero as each recipe does it;
     steps stay. Hyper-parameters stay where both recipes go through the same chain, as one and the same recipe does
@@ -59,12 +70,12 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
     """
     sources = checkpoint.document.parameters
     params = [_on_meta(param) for param in sources]
-    given = settings_of(name, settings)
+    given = parse_settings(name, settings)
     optimizer = _built(name, checkpoint, params, given)
     place = {id(param): i for i, param in enumerate(params)}
     order = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
     said, changes = _keep_hyper(optimizer, name, checkpoint.document, order, set(given))
-    if given and same_rule(name, checkpoint.document.recipe):  # the settings say so themselves
+    if given and is_same_rule(name, checkpoint.document.recipe):  # the settings say so themselves
         said, changes = (*said, *(f"as it was asked for: {change}" for change in changes)), ()
     notes = (*said, *_left_out(checkpoint.document))
     plan, saved = optimizer.plan(), optimizer.state_dict()
@@ -74,11 +85,11 @@ def as_recipe(checkpoint: Checkpoint, name: str, settings: Mapping[str, str] = {
             saved["state"][new]["step"] = COUNTED_FROM if step is None else step
     if any(param.step is None and param.has_state for param in sources):
         notes = (*notes, f"the file counts no steps: they are counted from {COUNTED_FROM} on")
-    document = replace(described(optimizer, plan, saved), recipe=name, history=checkpoint.document.history)
-    return onto(checkpoint, document, list(plan), [sources[i] for i in order], notes, changes)
+    document = replace(describe_optimizer(optimizer, plan, saved), recipe=name, history=checkpoint.document.history)
+    return plan_onto(checkpoint, document, list(plan), [sources[i] for i in order], notes, changes)
 
 
-def onto(
+def plan_onto(
     checkpoint: Checkpoint,
     document: Document,
     plans: Sequence[ParamPlan],
@@ -86,7 +97,7 @@ def onto(
     notes: tuple[str, ...] = (),
     changes: tuple[str, ...] = (),
 ) -> Conversion:
-    """A conversion onto the plans of an optimizer, whose parameters `document` describes in the same order.
+    """Plan a conversion onto the plans of an optimizer, whose parameters `document` describes in the same order.
 
     changes: what a step will do otherwise, see `Conversion`.
 
@@ -124,22 +135,22 @@ def _transfers(checkpoint: Checkpoint, new: Parameter, plan: ParamPlan, source: 
         if name == WEIGHT:
             if name not in source.slots or source.slots[name].store != record.store:
                 raise ValueError(f"{source.name!r}: what {record.store} keeps for the weight is not in the file")
-            yield copied(source, name, stored[name], as_param=new.name)
+            yield copy_statistic(source, name, stored[name], as_param=new.name)
         else:
             slot = plan.slots[name]
-            yield taken_over(source, stored, name, record, slot.store, slot.fields, by_name)
+            yield take_over_statistic(source, stored, name, record, slot.store, slot.fields, by_name)
 
 
 # --- the new recipe's optimizer, without memory for it ------------------------------------------------------------
 
 
 def _on_meta(param: Parameter) -> nn.Parameter:
-    spec = spec_of(param)
+    spec = make_spec(param)
     return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=param.has_state)
 
 
-def settings_of(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
-    """The settings as a recipe's arguments.
+def parse_settings(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings as a recipe's arguments.
 
     Raises:
         UnknownRecipeError: if no recipe has this name.
@@ -157,7 +168,7 @@ def _parameters(name: str) -> list[str]:
 
 
 def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], given: Mapping[str, Any]) -> Optimizer:
-    """The recipe's optimizer for parameters of these shapes, in the source's groups."""
+    """Build the recipe's optimizer for parameters of these shapes, in the source's groups."""
     document, groups, first = checkpoint.document, [], 0
     for group in document.groups:
         members: Sequence[Any] = params[first : first + len(group.parameters)]
@@ -168,7 +179,7 @@ def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], gi
         groups.append({"params": members} | {key: value for key, value in declared.items() if value})
     written = _weights(document.parameters)
     weights = {} if written is None else {"weights": written}
-    kept = _own_arguments(name, document) if same_rule(name, document.recipe) else {}
+    kept = _own_arguments(name, document) if is_same_rule(name, document.recipe) else {}
     try:
         return registry.get(name)(groups, **weights, **{**kept, **given})
     except (ValueError, TypeError):
@@ -178,11 +189,11 @@ def _built(name: str, checkpoint: Checkpoint, params: Sequence[nn.Parameter], gi
 
 
 def _own_arguments(name: str, document: Document) -> dict[str, Any]:
-    """What the file's own rule is, as arguments of a recipe that has it."""
+    """Return what the file's own rule is, as arguments of a recipe that has it."""
     first = next(iter(document.parameters), None)
     if first is None:
         return {}
-    arguments, known = arguments_of(document, document.groups[first.group], first.chain), _parameters(name)
+    arguments, known = list_arguments(document, document.groups[first.group], first.chain), _parameters(name)
     return {key: value for key, value in arguments.items() if key in known}
 
 
@@ -193,9 +204,9 @@ def _weights(parameters: Sequence[Parameter]) -> Weights | None:
         ValueError: if parameters are written in several ways, which no recipe can be asked for.
     """
     chosen = {
-        param.weights: weights_from_words(param.weights)
+        param.weights: parse_weights(param.weights)
         for param in parameters
-        if param.weights and param.weights != str(as_weights("auto", spec_of(param)))
+        if param.weights and param.weights != str(as_weights("auto", make_spec(param)))
     }
     if len(chosen) > 1:
         raise ValueError(f"weights are written in several ways, {' and '.join(sorted(chosen))}: one recipe has one way")
@@ -214,22 +225,22 @@ def _keep_hyper(
     left_out: dict[str, Any] = {}
     new_rule: dict[str, Any] = {}
     changes: dict[str, None] = {}
-    expressed = set(_parameters(name)) if same_rule(name, document.recipe) else set()
+    expressed = set(_parameters(name)) if is_same_rule(name, document.recipe) else set()
     for group in optimizer.param_groups:
         if not group["params"]:
             continue
         source = sources[order[first]]
         chain, old = plan.params[first].chain, document.groups[source.group]
         if follows(source, document, str(chain)):
-            theirs = hyper_of(document, old)
+            theirs = translate_hyper(document, old)
             same = {key: value for key, value in theirs.items() if key in group or key == "initial_lr"}
-            group.update({key: with_tensors(same[key], group.get(key)) for key in same.keys() - given})
+            group.update({key: restore_tensors(same[key], group.get(key)) for key in same.keys() - given})
             left_out |= {key: value for key, value in theirs.items() if key not in same.keys() | expressed}
             check_values(group, chain)
         else:
             new_rule |= {key: group[key] for key in sorted(group.keys() - NOT_HYPER)}
             left_out |= old.hyper
-            changes |= dict.fromkeys(change_of_rule(source, document, str(chain)))
+            changes |= dict.fromkeys(describe_rule_change(source, document, str(chain)))
         first += len(group["params"])
     notes = [f"hyper-parameters are the new recipe's: {_listed(new_rule)}"] if new_rule else []
     if left_out:
@@ -242,7 +253,7 @@ def _listed(hyper: Mapping[str, Any]) -> str:
 
 
 def _left_out(document: Document) -> list[str]:
-    """What the file has besides statistics and hyper-parameters, which no new recipe takes over."""
+    """List what the file has besides statistics and hyper-parameters, which no new recipe takes over."""
     kept = dict.fromkeys(key for param in document.parameters for key in param.extra)
     found = [", ".join(names) for names in (kept, document.extra) if names]
     if document.clip_grad_norm is not None:
@@ -257,16 +268,19 @@ def _literal(key: str, words: str) -> Any:
         raise ValueError(f"{key}={words}: give a number, a tuple, True, False or None") from None
 
 
+# --- the rule of a file -------------------------------------------------------------------------------------------
+
+
 def follows(param: Parameter, document: Document, chain: str) -> bool:
     """Whether a parameter went through this chain, which is in words, as far as the file tells."""
     if param.chain:
         return param.chain == chain
     by_recipe, others = other_chains(document, param.group)
-    return chain in others or (by_recipe and chain_of(param, document, document.groups[param.group]) == chain)
+    return chain in others or (by_recipe and find_chain(param, document, document.groups[param.group]) == chain)
 
 
-def change_of_rule(param: Parameter, document: Document, chain: str) -> list[str]:
-    """What a parameter's step will do otherwise in this chain, which it did not go through, clause by clause."""
+def describe_rule_change(param: Parameter, document: Document, chain: str) -> list[str]:
+    """Describe what a parameter's step will do otherwise in a chain that it did not go through, clause by clause."""
     found = [] if param.chain else reasons(document, param.group)
     if not found:
         try:
@@ -278,9 +292,12 @@ def change_of_rule(param: Parameter, document: Document, chain: str) -> list[str
     return [f"{clause}; the new chain is {chain}" for clause in found]
 
 
-def chain_of(param: Parameter, document: Document, group: Group) -> str:
-    """The chain that a parameter went through; of other tools' files that of the recipe they are said to be, "" where
-    they do not tell it or it is none that the recipe makes."""
+def find_chain(param: Parameter, document: Document, group: Group) -> str:
+    """Find the chain that a parameter went through, in words.
+
+    Of other tools' files it is that of the recipe they are said to be; "" where they do not tell it, or it is none that
+    the recipe makes.
+    """
     try:
         return _chain_of(param, document, group)
     except (ValueError, TypeError):
@@ -288,12 +305,44 @@ def chain_of(param: Parameter, document: Document, group: Group) -> str:
 
 
 def _chain_of(param: Parameter, document: Document, group: Group) -> str:
-    """The same; raises ValueError or TypeError where the recipe does not take the group's values."""
+    """Find the same chain; raise ValueError or TypeError where the recipe does not take the group's values."""
     recipe = base_recipe(document)
     if param.chain or recipe not in registry.names():
         return param.chain
     document, known = replace(document, recipe=recipe), _parameters(recipe)
-    arguments = {key: value for key, value in arguments_of(document, group, "").items() if key in known}
+    arguments = {key: value for key, value in list_arguments(document, group, "").items() if key in known}
     members = {"params": [(param.name, _on_meta(param))], "role": group.role, "head_size": group.head_size}
     made = registry.get(recipe)([{k: v for k, v in members.items() if v}], **arguments)
     return str(made.plan().params[0].chain)
+
+
+def is_same_rule(recipe: str, other: str) -> bool:
+    """Whether two recipes do the same with statistics that may be kept differently."""
+    return bool(recipe) and RULES.get(recipe, recipe) == RULES.get(other, other)
+
+
+def translate_hyper(document: Document, group: Group) -> dict[str, Any]:
+    """Return a group's hyper-parameters with the keys and values that groups of the document's recipe have.
+
+    What our recipe does not have stays as it is. lr of a relative step is 1, a factor.
+    """
+    hyper = dict(group.hyper)
+    if not is_own(document):
+        from optstate.checkpoint.formats.registry import translate_group  # imports all formats
+
+        hyper = translate_group(document, group)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in hyper.items()}
+
+
+def list_arguments(document: Document, group: Group, chain: str) -> dict[str, Any]:
+    """List what the document's recipe is built with for parameters to go through the chain that a group's did.
+
+    chain: in words, "" where the file does not tell it. Hyper-parameters that the recipe does not have are there, too.
+    """
+    hyper = {key: numbers(value) for key, value in translate_hyper(document, group).items()}
+    rule, transforms = RULES.get(document.recipe, ""), parse_chain(chain)
+    if rule == "sgd" and chain:
+        hyper["nesterov"] = transforms.has("momentum", "nesterov")
+    if rule == "adafactor":
+        hyper |= find_arguments(hyper, transforms, of_torch="beta2_decay" in group.hyper)
+    return hyper

@@ -9,24 +9,20 @@ import torch
 from torch import Tensor
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
-from optstate.checkpoint.document.contradictions import store_name
+from optstate.checkpoint.document.contradictions import is_plugged, store_name
 from optstate.checkpoint.document.document import Parameter, SlotRecord
-from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load
+from optstate.checkpoint.files.tensor_bytes import DTYPES, announce, load_tensor
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.operations.transfers import spec_of
 from optstate.kernels import Codebook
-from optstate.spec import FieldSpec
-from optstate.store_layouts import layouts_of
+from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores import Fields, Shape, Store
-from optstate.stores.registry import from_words
+from optstate.stores.blockwise import Blockwise
+from optstate.stores.registry import parse_store
 
-__all__ = ["UnreadableStatisticError", "Values", "is_plugged", "store_of_words"]
+__all__ = ["UnreadableStatisticError", "Values", "make_spec", "store_of_words"]
 
 
 Reader = Callable[[Fields, Shape], Tensor]
-
-NO_STORES = ("Projected", "Unknown")
-"""What readers of other tools' files call what is in no store."""
 
 
 class UnreadableStatisticError(ValueError):
@@ -45,8 +41,8 @@ class Values:
         self._books = {key: Codebook(values, name=key.partition(":")[0]) for key, values in books}
 
     def fields(self, slot: SlotRecord) -> dict[str, Tensor]:
-        """The stored tensors of a statistic, by field name, as they are."""
-        return {name: load(stored) for name, stored in self.checkpoint.fields_of(slot).items()}
+        """Load the stored tensors of a statistic, by field name, as they are."""
+        return {name: load_tensor(stored) for name, stored in self.checkpoint.fields_of(slot).items()}
 
     def announce(self, param: Parameter) -> None:
         """Let the system fetch a parameter's tensors, which are needed next."""
@@ -70,7 +66,7 @@ class Values:
         self._reader(param, name)
 
     def _reader(self, param: Parameter, name: str) -> Reader:
-        """What makes a statistic's numbers of its stored tensors."""
+        """Find what makes a statistic's numbers of its stored tensors."""
         slot, what = param.slots[name], f"{name} of {param.name!r}"
         kind, stored = store_name(slot.store), self.checkpoint.fields_of(slot)
         if param.shape is None:
@@ -91,24 +87,24 @@ class Values:
                 raise UnreadableStatisticError(f"{what} is kept in {slot.store}, and its tensors do not fit")
             return _projected_back
         store = _store_of(param, slot, stored, what)
-        if kind == "Float8" and "scale" in stored:
-            return lambda fields, shape: _scaled(fields["codes"], fields["scale"], slot.block or 256, shape)
+        if isinstance(store, Blockwise) and "scale" in stored:
+            return lambda fields, shape: _scaled(fields["codes"], fields["scale"], store.block, shape)
         if store.codebook is not None and slot.codebook not in ("", store.codebook.id):
-            if slot.codebook not in self._books:
+            if slot.codebook not in self._books or not isinstance(store, Blockwise):
                 raise UnreadableStatisticError(f"{what} has codes of a map that is not in the file: {slot.codebook}")
-            return partial(self._by_map, slot)
+            return partial(_by_map, self._books[slot.codebook], store)
         return store.read
 
-    def _by_map(self, slot: SlotRecord, fields: Fields, shape: Shape) -> Tensor:
-        """Codes of a map that is not one of this library's own."""
-        book, count = self._books[slot.codebook], torch.Size(shape).numel()
-        packed = store_name(slot.store) == "Block4"
-        value = book.decode_nibbles(fields["codes"], count) if packed else book.decode(fields["codes"])
-        return _times_scales(value, fields["absmax"], slot.block).view(shape)
+
+def _by_map(book: Codebook, store: Blockwise, fields: Fields, shape: Shape) -> Tensor:
+    """Codes of a map that is not one of this library's own."""
+    count = torch.Size(shape).numel()
+    value = book.decode_nibbles(fields["codes"], count) if store.per_byte == 2 else book.decode(fields["codes"])
+    return _times_scales(value, fields["absmax"], store.block).view(shape)
 
 
 def _as_it_is(fields: Fields, shape: Shape) -> Tensor:
-    """A number per element."""
+    """Read a number per element."""
     return fields[""] if fields[""].dtype == torch.float64 else fields[""].float()
 
 
@@ -128,25 +124,20 @@ def _projected_back(fields: Fields, shape: Shape) -> Tensor:
     return basis @ low if from_left else low @ basis
 
 
-def is_plugged(words: str) -> bool:
-    """Return whether words name a store that is not this library's: only its class, if installed, can judge it."""
-    return store_name(words) not in NO_STORES and layouts_of(words, ()) is None
-
-
 def store_of_words(words: str) -> Store:
     """Return the installed store that a file names.
 
     Raises:
         ValueError: if there is none. Short words such as "fp32" are for people: a file does not use them.
     """
-    store = from_words(words)
+    store = parse_store(words)
     if type(store).__name__ != store_name(words):
         raise ValueError(f"{words!r} is no store")
     return store
 
 
 def _store_of(param: Parameter, slot: SlotRecord, stored: Mapping[str, Stored], what: str) -> Store:
-    """The store that reads a statistic, whose tensors are what the store keeps."""
+    """Find the store that reads a statistic, whose tensors are what the store keeps."""
     try:
         store = store_of_words(slot.store)
     except ValueError as error:
@@ -156,7 +147,7 @@ def _store_of(param: Parameter, slot: SlotRecord, stored: Mapping[str, Stored], 
         ) from None
     try:
         store = store.as_recorded(slot.signed, slot.block)
-        problem = _misfit(store.fields(spec_of(param), slot.signed), stored) if is_plugged(slot.store) else ""
+        problem = _misfit(store.fields(make_spec(param), slot.signed), stored) if is_plugged(slot.store) else ""
     except Exception as error:  # stores of other packages may raise anything about a file's numbers
         raise UnreadableStatisticError(f"{what}: {error}") from None
     if problem:
@@ -187,3 +178,17 @@ def _times_scales(flat: Tensor, scales: Tensor, block: int) -> Tensor:
     if whole * block < flat.numel():
         flat[whole * block :].mul_(scales.view(-1)[-1])
     return flat
+
+
+def make_spec(param: Parameter, role: str = "", head_size: int | None = None) -> ParamSpec:
+    """Return a parameter as stores see it; fp32 where its dtype is unknown.
+
+    Raises:
+        ValueError: if its shape is unknown.
+    """
+    if param.shape is None:
+        raise ValueError(f"the shape of {param.name!r} is not in the file: give --names with shapes, or a model")
+    dtype = getattr(torch, param.dtype, None) if param.dtype else torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{param.name!r} has dtype {param.dtype!r}, which is none of torch's for parameters")
+    return ParamSpec(name=param.name, shape=param.shape, dtype=dtype, role=role, head_size=head_size)

@@ -16,21 +16,25 @@ from optstate.checkpoint.document.prices import bytes_by_recipe
 from optstate.checkpoint.document.rules import rule_issues
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
+from optstate.checkpoint.files.file_kinds import SAFETENSORS, identify
+from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_file import (
-    SAFETENSORS,
-    Header,
-    Issue,
-    identify,
-    read_header,
-    read_index,
-    read_stream,
-)
-from optstate.checkpoint.files.tensor_place import Stored, stored_entry
+from optstate.checkpoint.files.safetensors_header import Header, read_header, read_stream
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.tensor_place import Stored, locate_entry
 from optstate.checkpoint.open_checkpoint import STREAM, open_checkpoint
 from optstate.collector import paused
 
-__all__ = ["STREAM", "GroupSummary", "Row", "SlotSummary", "Summary", "summarize", "summarize_stream", "summary_of"]
+__all__ = [
+    "STREAM",
+    "GroupSummary",
+    "SlotSummary",
+    "Summary",
+    "TensorRow",
+    "make_summary",
+    "summarize",
+    "summarize_stream",
+]
 
 FP32_ADAMW = 8
 """Bytes of state per parameter element: two moments."""
@@ -39,7 +43,7 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One tensor: whose it is, what of it, and how it is kept. `parameter` and `slot` are "" where unknown."""
 
     name: str
@@ -96,7 +100,7 @@ class Summary:
     path: str
     kind: str
     certainty: str
-    rows: tuple[Row, ...]
+    rows: tuple[TensorRow, ...]
     slots: tuple[SlotSummary, ...]
     notes: tuple[str, ...]
     recipe: str | None = None
@@ -154,7 +158,7 @@ def summarize(
     """
     with reading(), paused():
         try:
-            return summary_of(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
+            return make_summary(open_checkpoint(path, key=key, names=names, optimizer=optimizer))
         except CheckpointError:
             from optstate.checkpoint.formats.lerobot import is_lerobot
 
@@ -164,19 +168,19 @@ def summarize(
                 return _of_others(os.fspath(path), headers)
             if len(documents) != 1:
                 raise
-        return summary_of(native_of(os.fspath(path), headers))
+        return make_summary(native_of(os.fspath(path), headers))
 
 
 def summarize_stream(file: BinaryIO) -> Summary:
-    """The same of a safetensors file that comes through a pipe: read up to the end of its header."""
+    """Sum up a safetensors file that comes through a pipe: read it up to the end of its header."""
     header = read_stream(STREAM, file)
     if KEY in header.metadata:
-        return summary_of(native_of(STREAM, (header,)))
+        return make_summary(native_of(STREAM, (header,)))
     return _of_others(STREAM, (header,))
 
 
 def _headers(path: str | os.PathLike[str]) -> tuple[Header, ...]:
-    """The headers of a safetensors file or a sharded set; none for anything else."""
+    """Read the headers of a safetensors file or a sharded set; none for anything else."""
     try:
         if os.path.isdir(path) or os.fspath(path).endswith(".json"):
             return tuple(read_index(path).shards.values())
@@ -185,7 +189,7 @@ def _headers(path: str | os.PathLike[str]) -> tuple[Header, ...]:
         return ()
 
 
-def summary_of(checkpoint: Checkpoint) -> Summary:
+def make_summary(checkpoint: Checkpoint) -> Summary:
     """Sum up what a checkpoint says."""
     document = checkpoint.document
     with_state = [param for param in document.parameters if param.has_state]
@@ -223,7 +227,7 @@ def summary_of(checkpoint: Checkpoint) -> Summary:
 
 
 def _optimizer(checkpoint: Checkpoint) -> str:
-    """What another tool's file is taken for."""
+    """Say what another tool's file is taken for."""
     name = str(checkpoint.document.source.get("optimizer", ""))
     return "" if checkpoint.kind == OPTSTATE or name == UNKNOWN else name
 
@@ -233,17 +237,19 @@ def _elements(parameters: Sequence[Parameter]) -> int | None:
     return None if any(param.shape is None for param in parameters) else sum(param.numel for param in parameters)
 
 
-def _rows(checkpoint: Checkpoint) -> list[Row]:
-    """The document's tensors in its order, then those that it does not name."""
+def _rows(checkpoint: Checkpoint) -> list[TensorRow]:
+    """List the document's tensors in its order, then those that it does not name."""
     rows = [
-        Row(key, param.name, name, part, slot.store, checkpoint.tensors[key])
+        TensorRow(key, param.name, name, part, slot.store, checkpoint.tensors[key])
         for param in checkpoint.document.parameters
         for name, slot in param.slots.items()
         for part, key in slot.fields.items()
         if key in checkpoint.tensors
     ]
     found = {row.name for row in rows}
-    return rows + [Row(k, "", "", "", "unknown", stored) for k, stored in checkpoint.tensors.items() if k not in found]
+    return rows + [
+        TensorRow(k, "", "", "", "unknown", stored) for k, stored in checkpoint.tensors.items() if k not in found
+    ]
 
 
 def _covered(checkpoint: Checkpoint) -> dict[tuple[str, str], int]:
@@ -257,8 +263,8 @@ def _covered(checkpoint: Checkpoint) -> dict[tuple[str, str], int]:
     return covered
 
 
-def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[SlotSummary, ...]:
-    members: dict[tuple[str, str], list[Row]] = {key: [] for key in covered}
+def _slots(rows: Iterable[TensorRow], covered: dict[tuple[str, str], int]) -> tuple[SlotSummary, ...]:
+    members: dict[tuple[str, str], list[TensorRow]] = {key: [] for key in covered}
     for row in rows:
         members.setdefault((row.slot, row.store), []).append(row)
     slots = dict.fromkeys(slot for slot, _ in members)
@@ -282,11 +288,11 @@ def _slots(rows: Iterable[Row], covered: dict[tuple[str, str], int]) -> tuple[Sl
 def _of_others(path: str, headers: tuple[Header, ...]) -> Summary:
     """Tensors by dtype: what they are is not said."""
     rows = [
-        Row(entry.name, "", "", "", "unknown", stored_entry(header, entry))
+        TensorRow(entry.name, "", "", "", "unknown", locate_entry(header, entry))
         for header in headers
         for entry in header.tensors
     ]
-    by_dtype: dict[str, list[Row]] = {}
+    by_dtype: dict[str, list[TensorRow]] = {}
     for row in rows:
         by_dtype.setdefault(row.dtype, []).append(row)
     what = "model weights or anything else" if rows else "nothing"

@@ -1,4 +1,4 @@
-"""Where a model to be estimated comes from: a name, a config, weights, optimizer state, Python code."""
+"""Sources of a model to be estimated: a name, a config, weights, optimizer state, Python code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from optstate.checkpoint.files.file_kinds import (
     ZIP,
     identify,
 )
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model
 from optstate.memory.sources import config, factory, headers
-from optstate.memory.sources.builtin import CONFIGS, unknown
+from optstate.memory.sources.builtin import CONFIGS, unknown_source
 from optstate.memory.sources.checkpoint import of_checkpoint, recipe_of
-from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
 
 __all__ = ["SourceError", "find_model", "known_models", "recipe_of"]
@@ -37,12 +37,12 @@ Source = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module]
 
 
 def known_models() -> list[str]:
-    """The published models that are known by name, in the order of families and sizes."""
+    """List the published models that are known by name, in the order of families and sizes."""
     return list(CONFIGS)
 
 
 def find_model(source: Source, *, inputs: Any = None, dtype: str = "bfloat16", names: str | None = None) -> Model:
-    """The model a source leads to; nothing is allocated, nothing is downloaded.
+    """Find the model that a source leads to; nothing is allocated, nothing is downloaded.
 
     Args:
         source: one of these, in this order:
@@ -75,12 +75,12 @@ def find_model(source: Source, *, inputs: Any = None, dtype: str = "bfloat16", n
 
 
 def _of_text(text: str, dtype: str, names: str | None) -> Model:
-    """A path if there is one, else a name."""
+    """Return the model at a path if there is one, else of a name."""
     if os.path.lexists(text):
         return _of_path(Path(text), dtype, names)
     model = config.of_name(text, dtype)
     if model is None:
-        raise unknown(text)
+        raise unknown_source(text)
     return model
 
 
@@ -94,7 +94,7 @@ def _with_inputs(model: Model, inputs: Any) -> Model:
 
 
 def _of_path(path: Path, dtype: str, names: str | None) -> Model:
-    """By content: a config before weights, weights before optimizer state."""
+    """Return the model of a file or folder by its content: a config before weights, weights before optimizer state."""
     text = str(path)
     try:
         kind = identify(path)

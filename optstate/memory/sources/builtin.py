@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from optstate.memory.sources.errors import SourceError
+from optstate.memory.errors import SourceError
 from optstate.text import shown
 
-__all__ = ["CONFIGS", "config_of", "unknown"]
+__all__ = ["CONFIGS", "find_config", "unknown_source"]
 
 Config = Mapping[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, positions: int) -> dict[str, Any]:
-    """What the config.json of a model of Llama's kind says about sizes. keys: heads of keys and values."""
+    """Return what the config.json of a model of Llama's kind says about sizes. keys: heads of keys and values."""
     return {
         "model_type": "llama",
         "vocab_size": vocab,
@@ -87,25 +87,25 @@ CONFIGS: Mapping[str, Config] = MappingProxyType(
         "gpt2-xl": _gpt2(1600, 48, 25),
     }
 )
-"""Sizes as published, by names in lower case; what does not change sizes (base of rotations, epsilons) is left out."""
+"""Configs as published, by names in lower case, without the values that change no size (rotations, epsilons)."""
 
 
-def config_of(name: str) -> dict[str, Any] | None:
-    """The config of a published model, upper and lower case alike; None if there is none of this name."""
+def find_config(name: str) -> dict[str, Any] | None:
+    """Return the config of a published model, upper and lower case alike; None if there is none of this name."""
     config = CONFIGS.get(name.lower())
     return None if config is None else dict(config)
 
 
 def _near(name: str) -> str:
-    """A hint: the names that are most like this one, an owner as on the Hub left out; some names if none is."""
+    """Return a hint: the names most like this one, an owner as on the Hub left out; some names if none is."""
     matches = difflib.get_close_matches(name.lower().rpartition("/")[2], CONFIGS, n=3, cutoff=0.6)
     if matches:
         return "did you mean " + " or ".join(repr(match) for match in matches) + "?"
     return f"names known here: {', '.join(['llama-7b', 'llama-3.1-8b', 'mistral-7b', 'qwen2.5-7b', 'gpt2'])} ..."
 
 
-def unknown(source: str) -> SourceError:
-    """The error for what is neither a name nor a path."""
+def unknown_source(source: str) -> SourceError:
+    """Return the error for a source that is neither a name nor a path."""
     reason = f"no file, folder or published model '{shown(source)}'"
     hub = " (nothing is downloaded: give the folder or its config.json)" if source.count("/") == 1 else ""
     return SourceError(f"{reason}{hub}; {_near(source)}", usage=True)

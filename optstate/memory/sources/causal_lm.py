@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from optstate.memory.errors import SourceError, checked_dtype, in_words
 from optstate.memory.model import BuildOptions, Model, ParamShape
-from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, families, parameters_of, probe
 from optstate.text import shown
 
@@ -22,7 +22,7 @@ __all__ = ["LABELS", "causal_lm", "prepared", "token_batch", "transformers_versi
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 LABELS = {"id2label", "label2id", "num_labels"}
-"""Of classifiers: a language model has none, and transformers would make a word for each."""
+"""Keys of classifiers: a language model has no labels, and transformers would make a word for each."""
 
 NOT_SIZES = LABELS | {
     "_attn_implementation",
@@ -36,10 +36,10 @@ NOT_SIZES = LABELS | {
     "transformers_version",
     "use_cache",
 }
-"""What a config says about its file or about a run, and the setting of an estimate says instead."""
+"""Keys of a config about its file or about a run, for which the setting of an estimate counts instead."""
 
 MOST_MODULES = 200_000
-"""Several times as many as the largest models have, of which every expert is some."""
+"""Several times the modules of the largest models, in which every expert is several modules."""
 
 SDPA = "sdpa"
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
@@ -48,12 +48,12 @@ LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions
 
 
 def _library(name: str) -> Any:
-    """A module of transformers: importing it takes a second, so it is done when it is needed."""
+    """Import a module of transformers, which takes a second and so waits until it is needed."""
     return importlib.import_module(name)
 
 
 def transformers_version() -> str:
-    """The installed transformers' version; "" without one that can be imported."""
+    """Return the installed transformers' version; "" without one that can be imported."""
     try:
         return str(_library("transformers").__version__)
     except ImportError:
@@ -61,7 +61,7 @@ def transformers_version() -> str:
 
 
 def causal_lm(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
-    """The causal language model of a config, with everything a trace needs.
+    """Describe the causal language model of a config, with everything a trace needs.
 
     name, origin: of the model, in words. dtype: of its weights, torch's name.
 
@@ -100,7 +100,7 @@ def causal_lm(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
 
 
 def prepared(module: nn.Module, checkpointing: bool) -> nn.Module:
-    """The module as a training run has it: in training mode, without a cache, with checkpoints if these are wanted.
+    """Prepare a module as a training run has it: training, without a cache, with checkpoints if these are wanted.
 
     Raises:
         SourceError: if it has no checkpointing to turn on.
@@ -115,7 +115,7 @@ def prepared(module: nn.Module, checkpointing: bool) -> nn.Module:
 
 
 def _checkpoint(module: Any) -> None:
-    """By the name that transformers has had for it since 5.23, or the one before."""
+    """Turn checkpointing on, by the method's name since transformers 5.23 or its name before."""
     how = {"use_reentrant": False}
     try:
         if hasattr(module, "activation_checkpointing_enable"):
@@ -132,7 +132,11 @@ def _checkpoint(module: Any) -> None:
 
 
 def token_batch(most: int | None = None) -> Callable[[int, int], Batch]:
-    """Batches of tokens with labels, as a causal language model is trained on; `most`: its learned positions."""
+    """Return a function that makes batches of tokens with labels, as a causal language model is trained on.
+
+    Args:
+        most: number of learned positions, the longest sequence; None for no bound.
+    """
 
     def batch(batch_size: int, seq_len: int) -> Batch:
         if most is not None and seq_len > most:
@@ -148,7 +152,7 @@ def token_batch(most: int | None = None) -> Callable[[int, int], Batch]:
 
 
 def _check_causal(config: Mapping[str, Any]) -> None:
-    """Refuse what transformers would build something else from, or only with code of the model's own."""
+    """Refuse a config from which transformers would build another kind of model, or run the model's own code."""
     modeling_auto = _library("transformers.models.auto.modeling_auto")
     kind, known = config["model_type"], modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     text = shown(kind)
@@ -169,7 +173,7 @@ def _check_causal(config: Mapping[str, Any]) -> None:
 
 
 def _check_named(plain: Mapping[str, Any], config: Any) -> None:
-    """Refuse a config that leaves out a main size: the default of a type is some model's, not this one's."""
+    """Refuse a config without one of the main sizes: the default of a type is that of another model."""
     names = {**getattr(config, "attribute_map", {})}
     for size in ("vocab_size", "hidden_size", "num_hidden_layers"):
         spellings = {size, names.get(size, size), "n_embed" if size == "hidden_size" else size}
@@ -178,7 +182,7 @@ def _check_named(plain: Mapping[str, Any], config: Any) -> None:
 
 
 def _without(value: Any, keys: set[str]) -> Any:
-    """The config without these keys, in parts of it, too."""
+    """Return the config without these keys, in parts of it, too."""
     if isinstance(value, Mapping):
         return {key: _without(item, keys) for key, item in value.items() if key not in keys}
     return value
@@ -201,7 +205,7 @@ def _notes(
 
 
 def _configured(plain: Mapping[str, Any]) -> Any:
-    """A config object of transformers."""
+    """Make a config object of transformers."""
     try:
         return _library(CONFIGURATIONS).CONFIG_MAPPING[plain["model_type"]].from_dict(dict(plain))
     except Exception as error:  # whatever the class of a config says about its values
@@ -209,7 +213,7 @@ def _configured(plain: Mapping[str, Any]) -> Any:
 
 
 def _made(config: Any, attention: str | None) -> Any:
-    """A model of transformers in the default dtype; with its choice of attention for None."""
+    """Make a model of transformers in the default dtype; with its choice of attention for None."""
     try:
         with _counted():
             module = _library("transformers").AutoModelForCausalLM.from_config(
@@ -224,7 +228,7 @@ def _made(config: Any, attention: str | None) -> Any:
 
 
 def _with_layers(plain: Mapping[str, Any], config: Any, layers: int | None) -> Mapping[str, Any]:
-    """The config with so many of its identical layers."""
+    """Return the config with so many of its identical layers."""
     if layers is None:
         return plain
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
@@ -234,7 +238,7 @@ def _with_layers(plain: Mapping[str, Any], config: Any, layers: int | None) -> M
 
 
 def _identical_layers(parameters: tuple[ParamShape, ...], config: Any) -> int | None:
-    """How many layers the config counts, if all have equal parameters and are of one kind; else None."""
+    """Return the number of layers in the config if all have equal parameters and are of one kind; else None."""
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int) or len(set(getattr(config, "layer_types", None) or ())) > 1:
         return None
@@ -246,7 +250,7 @@ def _identical_layers(parameters: tuple[ParamShape, ...], config: Any) -> int | 
 
 
 def _apart(param: ParamShape) -> tuple[Any, ...]:
-    """A layer's parameter without the layer's number: the part of the name behind it, shape and dtype."""
+    """Return a layer's parameter without the layer's number: the part of the name behind it, shape and dtype."""
     rest = param.name.split(".")
     place = next(i for i, part in enumerate(rest) if part.isdigit())
     return (*rest[place + 1 :], param.shape, param.dtype, param.trainable)
@@ -258,7 +262,7 @@ def _has_learned_positions(parameters: tuple[ParamShape, ...]) -> bool:
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """Ends the building of a model that has more modules than any model has, before they fill the memory."""
+    """End the building of a model that has more modules than any model has, before they fill the memory."""
     count = 0
 
     def counting(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -276,7 +280,7 @@ def _counted() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks about ids of tokens and the like: nothing is generated here."""
+    """Silence transformers' remarks about token ids and the like, as nothing is generated here."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Models by a checkpoint of their optimizer: what resuming needs."""
+"""Models known by a checkpoint of their optimizer, to estimate the memory of resuming."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from optstate.checkpoint.document.checkpoint import OPTSTATE, Checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.formats.shared.embedded_state import WEIGHTS
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.parameter_names import read_names, with_names
+from optstate.checkpoint.parameter_names import give_names, read_names
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.errors import SourceError, checked_dtype
 from optstate.text import shown
 
 __all__ = ["of_checkpoint", "recipe_of"]
 
 
 def recipe_of(path: str | os.PathLike[str]) -> str:
-    """The recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if it does not tell.
+    """Return the recipe, as `optstate recipes` lists it, whose state a checkpoint holds; "" if it does not tell.
 
     Raises:
         SourceError: if the path is not a checkpoint of an optimizer.
@@ -29,7 +29,7 @@ def recipe_of(path: str | os.PathLike[str]) -> str:
 
 
 def of_checkpoint(path: Path, dtype: str, names: str | None = None) -> Model:
-    """The model whose optimizer this was. dtype: of weights where the file does not tell. names: see `read_names`.
+    """Describe the model whose optimizer this was. dtype: where the file does not tell it. names: see `read_names`.
 
     Raises:
         SourceError: if it cannot be read, or says nothing of the shape of a parameter.
@@ -37,7 +37,7 @@ def of_checkpoint(path: Path, dtype: str, names: str | None = None) -> Model:
     checkpoint = _opened(path)
     if names is not None:
         try:
-            checkpoint = with_names(checkpoint, read_names(names))
+            checkpoint = give_names(checkpoint, read_names(names))
         except CheckpointError as error:
             raise SourceError(str(error)) from error
     checked_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Models by a config.json, or by a published model's name: through transformers, or as shapes without it."""
+"""Models known by a config.json or a published name: built by transformers, or shapes alone without transformers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.file_kinds import open_file, read_bytes, size_of
-from optstate.checkpoint.files.safetensors_file import MAX_HEADER
-from optstate.checkpoint.files.strict_json import NotJSONError, decode, plain
+from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
+from optstate.checkpoint.files.strict_json import NotJSONError, parse
 from optstate.collector import paused
+from optstate.memory.errors import SourceError, checked_dtype
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.builtin import config_of
+from optstate.memory.sources.builtin import find_config
 from optstate.memory.sources.causal_lm import LABELS, causal_lm, transformers_version
-from optstate.memory.sources.errors import SourceError, checked_dtype
-from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, parameters
+from optstate.memory.sources.shapes import ARCHITECTURES, check_number, check_sizes, list_parameters
 from optstate.text import shown
 
 __all__ = ["FILE", "of_config", "of_config_file", "of_name"]
@@ -26,18 +25,18 @@ FILE = "config.json"
 
 
 def of_name(name: str, dtype: str) -> Model | None:
-    """A published model; None if there is none of this name."""
-    config = config_of(name)
+    """Describe a published model; None if there is none of this name."""
+    config = find_config(name)
     return None if config is None else of_config(config, name.lower(), "sizes as published", dtype)
 
 
 def of_config_file(path: Path, dtype: str) -> Model:
-    """The model of a config.json.
+    """Describe the model of a config.json.
 
     Raises:
         SourceError: if it is not the config of a causal language model; the message begins with the path.
     """
-    config = _read(path)
+    config = _config_in(path)
     parent = path.resolve().parent.name
     try:
         return of_config(config, parent if path.name == FILE and parent else path.stem, str(path), dtype)
@@ -46,7 +45,7 @@ def of_config_file(path: Path, dtype: str) -> Model:
 
 
 def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> Model:
-    """The model of a config, built by transformers where that is installed; else shapes of known architectures.
+    """Describe the model of a config, built by transformers where that is installed, else by its shapes.
 
     name, origin: of the model, in words. dtype: of its weights, torch's name.
 
@@ -57,7 +56,7 @@ def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
     if not isinstance(kind, str) or not kind:
         raise SourceError("no config of a model: it has no model_type")
     _check_all_sizes(config)
-    shapes = parameters(config) if kind in ARCHITECTURES else None
+    shapes = list_parameters(config) if kind in ARCHITECTURES else None
     with paused():  # while transformers is imported
         if transformers_version():
             return causal_lm(config, name, origin, dtype)
@@ -74,7 +73,7 @@ def of_config(config: Mapping[str, Any], name: str, origin: str, dtype: str) -> 
 
 
 def _check_all_sizes(config: Mapping[str, Any]) -> None:
-    """Sizes in the config and in the configs within it, as those of a model for text and images."""
+    """Check the sizes in a config and in nested configs, such as those of a model for text and images."""
     check_sizes(config)
     for key, value in config.items():
         if key not in LABELS:
@@ -83,22 +82,14 @@ def _check_all_sizes(config: Mapping[str, Any]) -> None:
                 _check_all_sizes(value)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def _config_in(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
     try:
-        with open_file(path) as file:
-            size = size_of(file)
-            if size > MAX_HEADER:
-                raise SourceError(f"{shown(str(path))}: {size} bytes are no config.json")
-            text = read_bytes(path, file, size).decode("utf-8")
-        value, end = decode(text, len(text) - len(text.lstrip()))
-        if text[end:].strip():
-            raise NotJSONError(f"more text after its end, at character {end}")
+        config = parse(read_whole(path, MAX_HEADER).decode("utf-8"), pairs=dict)
     except CheckpointError as error:
         raise SourceError(str(error)) from error
     except (UnicodeDecodeError, NotJSONError) as error:
         raise SourceError(f"{shown(str(path))}: not valid JSON: {error}") from error
-    config = plain(value)
     if not isinstance(config, dict):
         raise SourceError(f"{shown(str(path))}: no config of a model: it holds a {type(config).__name__}")
     return config

@@ -1,4 +1,4 @@
-"""Models that Python code makes: a function by its name, a callable, or a module that is there already."""
+"""Models made by Python code: a function by its name, a callable, or a module that exists already."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from optstate.memory.errors import SourceError, checked_dtype, in_words
 from optstate.memory.model import BuildOptions, Model, ParamShape
 from optstate.memory.sources.causal_lm import SDPA, Batch, prepared, token_batch
-from optstate.memory.sources.errors import SourceError, checked_dtype, in_words
 from optstate.memory.sources.modules import buffer_bytes, copied, default_dtype, in_fake_mode, parameters_of
 from optstate.text import shown
 
@@ -31,12 +31,12 @@ NO_INPUTS = "activations are not estimated: no inputs were given (--input packag
 
 
 def is_name(source: str) -> bool:
-    """Whether it is written as `package.module:attribute`."""
+    """Return whether a source is written as `package.module:attribute`."""
     return NAME.fullmatch(source) is not None
 
 
 def of_named(source: str, inputs: Any, dtype: str) -> Model:
-    """The model that `package.module:factory` makes, or is; see `of_callable` and `of_module`."""
+    """Describe the model that `package.module:factory` makes, or is; see `of_callable` and `of_module`."""
     found = _found(source)
     if isinstance(found, nn.Module):
         return of_module(found, inputs, dtype, name=source)
@@ -47,7 +47,7 @@ def of_named(source: str, inputs: Any, dtype: str) -> Model:
 
 
 def of_callable(factory: Callable[[], Any], inputs: Any, dtype: str, name: str = "") -> Model:
-    """The model that a function makes, called without arguments on the meta device, in the default dtype.
+    """Describe the model that a function makes, called without arguments on the meta device, in the default dtype.
 
     Not on fake tensors, which cannot be cast as modules are by `module.to(torch.bfloat16)`.
 
@@ -67,8 +67,9 @@ def of_callable(factory: Callable[[], Any], inputs: Any, dtype: str, name: str =
 
 
 def of_module(module: nn.Module, inputs: Any, dtype: str, name: str = "") -> Model:
-    """A module that exists: its own dtypes and its own requires_grad. It is only looked at; `build` makes a copy,
-    without values under FakeTensorMode.
+    """Describe a module that exists, with its own dtypes and its own requires_grad.
+
+    The module is only looked at; `build` makes a copy, without values under FakeTensorMode.
 
     Raises:
         SourceError: if it has no parameters or no dense ones; from `build`, if it cannot be copied.
@@ -106,7 +107,7 @@ def _model(
 
 
 def _is_language_model(module: Any) -> bool:
-    """Whether it is one of transformers' models with a head over tokens, which take tokens and labels."""
+    """Return whether a module is one of transformers' with a head over tokens, which takes tokens and labels."""
     head = getattr(module, "get_output_embeddings", None)
     return callable(head) and head() is not None and hasattr(getattr(module, "config", None), "vocab_size")
 
@@ -120,7 +121,7 @@ def _dtype_notes(parameters: tuple[ParamShape, ...], dtype: str) -> tuple[str, .
 
 
 def _found(source: str) -> Any:
-    """The object a name leads to; modules in the working directory are found as `python -m` finds them."""
+    """Import the object a name leads to, also from the working directory, as `python -m` does."""
     module, _, attributes = source.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)
@@ -138,7 +139,7 @@ def _found(source: str) -> Any:
 
 
 def _on_meta(factory: Callable[[], Any], name: str) -> nn.Module:
-    """What the function makes where tensors have no memory, whatever mode the caller is in."""
+    """Call the function where tensors have no memory, whatever mode the caller is in."""
     with _disable_current_modes(), torch.device("meta"):
         return _made(factory, name)
 
@@ -157,7 +158,7 @@ def _made(factory: Callable[[], Any], name: str) -> nn.Module:
 
 
 def _refuse_accelerators(module: nn.Module, name: str) -> None:
-    """An estimate takes no memory of an accelerator, and nothing fake may claim to be on one."""
+    """Refuse tensors on accelerators: an estimate takes no memory there, and nothing fake may claim to be on one."""
     for key, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type not in ("cpu", "meta"):
             reason = f"'{name}' puts '{shown(key)}' on {tensor.device}"
@@ -165,7 +166,7 @@ def _refuse_accelerators(module: nn.Module, name: str) -> None:
 
 
 def _optioned(module: nn.Module, options: BuildOptions) -> nn.Module:
-    """The module as a training run has it, with attention and checkpointing as asked for."""
+    """Prepare the module as a training run has it, with attention and checkpointing as asked for."""
     choose: Any = getattr(module, "set_attn_implementation", None)
     if choose is not None:
         try:
@@ -185,14 +186,20 @@ def _optioned(module: nn.Module, options: BuildOptions) -> nn.Module:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Batches from what was given. given: a function, or arguments. sized: whether it takes batch size and length."""
+    """A maker of batches from the inputs that a user gave.
+
+    Attributes:
+        given: a function that makes the model's arguments, or the arguments themselves.
+        name: of the inputs, for messages.
+        sized: whether the function takes batch size and sequence length.
+    """
 
     given: Any
     name: str
     sized: bool
 
     def __call__(self, batch_size: int, seq_len: int) -> Batch:
-        """The arguments of the model, positional and named."""
+        """Return the arguments of the model, positional and named."""
         sizes = (batch_size, seq_len) if self.sized else ()
         given = _called(self.given, self.name, sizes) if callable(self.given) else self.given
         args, kwargs = _arguments(given, self.name)
@@ -200,8 +207,10 @@ class Inputs:
 
 
 def batch_of(inputs: Any) -> Inputs | None:
-    """Batches from what was given: a name or a function of batch size and sequence length, or of nothing; or the
-    arguments themselves, as a tensor, a tuple or list of positional ones, a dict of named ones, or a tuple and a dict.
+    """Return what makes batches of the given inputs; None without inputs.
+
+    Inputs are a name or a function of batch size and sequence length, or of nothing; or the arguments themselves, as a
+    tensor, a tuple or list of positional ones, a dict of named ones, or a tuple and a dict.
 
     Raises:
         SourceError: for anything else; what is returned, if what was given raises.
@@ -247,7 +256,7 @@ def _arguments(given: Any, name: str) -> Batch:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a new one without values where it cannot be used beside fake ones on the CPU."""
+    """Return the tensor, or a new one without values where it cannot be used beside fake ones on the CPU."""
     if tensor.device.type == "cpu" and isinstance(tensor, FakeTensor) == in_fake_mode():
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").requires_grad_(tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""Models by the headers of their safetensors files: shapes and dtypes, nothing that could be run."""
+"""Models known by the headers of their safetensors files: shapes and dtypes, nothing that could be run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 
 from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import Entry, Header, read_header, read_index
+from optstate.checkpoint.files.dtypes import FLOATS
+from optstate.checkpoint.files.safetensors_header import Entry, Header, read_header
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.formats.lerobot import is_lerobot
+from optstate.memory.errors import SourceError
 from optstate.memory.model import Model, ParamShape
-from optstate.memory.sources.errors import SourceError
 from optstate.text import shown
 
 __all__ = ["INDEX", "of_headers", "weights_at"]
@@ -21,15 +23,15 @@ __all__ = ["INDEX", "of_headers", "weights_at"]
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {name: torch_name for torch_name, name in FLOATS.items()}
 
 BUFFER = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|masked_bias|position_ids|token_type_ids)$"
 )
-"""Buffers of torch's and transformers' modules by their names."""
+"""Names of buffers in torch's and transformers' modules."""
 
 MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
-"""The causal mask that old models keep, if it has four dimensions; else the bias of a projection."""
+"""Names of the causal mask that old models keep, which has four dimensions, or of the bias of a projection."""
 
 PACKED = re.compile(
     r"(^|\.)(qweight|qzeros|g_idx|scales|SCB|weight_scale|weight_scale_inv|weight_packed|weight_scale_2)$"
@@ -39,8 +41,9 @@ ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vecto
 
 
 def weights_at(path: Path) -> list[Header]:
-    """The headers of a file, of a sharded set by its index, or of a folder with one of these; none if there is only
-    the state of an optimizer, or no safetensors file at all.
+    """Read the headers of a file, of a sharded set by its index, or of a folder with one of these.
+
+    None are returned if there is only the state of an optimizer, or no safetensors file at all.
 
     Raises:
         SourceError: if a file cannot be read, or the folder holds several models.
@@ -58,20 +61,20 @@ def weights_at(path: Path) -> list[Header]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The indices in a folder, or else its safetensors files."""
+    """Return the indices in a folder, or else its safetensors files."""
     names = sorted(part.name for part in path.iterdir())
     indices = [name for name in names if name.endswith(INDEX)]
     return [path / name for name in indices or [name for name in names if name.endswith(SUFFIX)]]
 
 
 def _weights(path: Path) -> list[Header]:
-    """The headers of a file or set that is not the state of an optimizer, ours or LeRobot's."""
+    """Read the headers of a file or set that is not the state of an optimizer, ours or LeRobot's."""
     headers = list(read_index(path).shards.values()) if path.name.endswith(INDEX) else [read_header(path)]
     return [] if any(KEY in header.metadata or is_lerobot(header) for header in headers) else headers
 
 
 def of_headers(path: Path, headers: Iterable[Header], dtype: str) -> Model:
-    """The model that these files hold the weights of: dtypes are the file's.
+    """Describe the model that these files hold the weights of: dtypes are the file's.
 
     dtype: the one asked for; a note says where the file's is another.
 

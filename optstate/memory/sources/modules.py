@@ -1,4 +1,4 @@
-"""Modules without memory: what they hold, and copies of them on fake tensors."""
+"""Modules without memory: their parameters and buffers, and copies of them on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from optstate.memory.errors import SourceError, in_words
 from optstate.memory.model import ParamShape
-from optstate.memory.sources.errors import SourceError, in_words
 from optstate.spec import can_be_stepped, is_fake
 from optstate.text import shown
 
@@ -27,7 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating-point tensors are made in this dtype."""
+    """Make floating-point tensors in this dtype unless told otherwise."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -37,16 +37,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def probe(build: Callable[[], M], dtype: torch.dtype) -> M:
-    """The module on fake tensors, in a mode of its own: to be looked at, not to be run."""
+    """Build the module on fake tensors, in a mode of its own: to be looked at, not to be run."""
     with FakeTensorMode(), default_dtype(dtype):
         return build()
 
 
 def parameters_of(module: nn.Module) -> tuple[ParamShape, ...]:
-    """Every parameter once, in the module's order.
+    """Return the shape of every parameter once, in the module's order.
 
     Raises:
-        SourceError: if there is none, or one that trains and that no optimizer of this library steps.
+        SourceError: if there is no parameter, or one that trains and that no optimizer of this library steps.
     """
     found = []
     for name, param in module.named_parameters():
@@ -64,7 +64,7 @@ def parameters_of(module: nn.Module) -> tuple[ParamShape, ...]:
 
 
 def buffer_bytes(module: nn.Module) -> int:
-    """Bytes of all buffers, each once."""
+    """Return the bytes of all buffers, each counted once."""
     return sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
 
 
@@ -74,7 +74,7 @@ NUMBERED = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
 def families(parameters: Sequence[ParamShape]) -> dict[str, list[list[ParamShape]]]:
-    """The parameters of every numbered list of modules, by its name: "model.layers" -> those of layer 0, 1 ...
+    """Return the parameters of every numbered list of modules, by its name: "model.layers" -> those of layer 0, 1 ...
 
     The outermost numbers count: experts within layers are no list of their own.
     """
@@ -90,12 +90,12 @@ def families(parameters: Sequence[ParamShape]) -> dict[str, list[list[ParamShape
 
 
 def in_fake_mode() -> bool:
-    """Whether tensors made now are fake."""
+    """Return whether tensors made now are fake."""
     return is_fake(torch.empty(0))
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy; under FakeTensorMode one with new tensors of the same shapes, strides and dtypes on the CPU.
+    """Copy a module; under FakeTensorMode with new tensors of the same shapes, strides and dtypes on the CPU.
 
     Tied parameters stay tied. Hooks on modules are copied; under FakeTensorMode gradients and hooks on parameters are
     not.
@@ -126,7 +126,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class _NewTensors(TorchFunctionMode):
-    """Lets `copy.deepcopy` make new tensors instead of copying values. Parameters must be in its memo already."""
+    """A mode in which `copy.deepcopy` makes new tensors instead of copying values; its memo holds the parameters."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,5 +1,7 @@
-"""The parameters of Llama, Mistral, Qwen and GPT-2 models by their config, in the order and under the names of
-transformers' classes, without transformers."""
+"""The parameters of Llama, Mistral, Qwen and GPT-2 models by their config, without transformers.
+
+Order and names are those of transformers' classes.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from optstate.memory.sources.errors import SourceError
+from optstate.memory.errors import SourceError
 from optstate.text import shown
 
-__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "parameters"]
+__all__ = ["ARCHITECTURES", "check_number", "check_sizes", "list_parameters"]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Config = Mapping[str, Any]
@@ -25,12 +27,12 @@ LARGEST = {
     ),
     "tokens": (("vocab_size", "max_position_embeddings", "n_positions"), 1_000_000_000),
 }
-"""The sizes a config gives, and what none of them exceeds in any model, by far: above it is a slip of the pen."""
+"""Keys of sizes in a config, each with a bound far above any model's: a larger size is a slip of the pen."""
 
 
 COUNT = re.compile(r"(^|_)(num|n)_|_(layers|heads|experts|groups|blocks|stages|codebooks)$")
 OF_TEXT = re.compile(r"token|position|embed|vocab|bucket|length|size|ctx|width|dim")
-"""What is counted one by one in a model by its name, and what is not: of the former there are few."""
+"""Patterns of keys that count modules of a model, of which there are few, and of keys that do not."""
 
 COUNTED, IN_LISTS, MOST = 100_000, 10_000_000, 10**12
 
@@ -62,7 +64,7 @@ def check_number(key: str, value: Any) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """The whole numbers in a value and in lists in it."""
+    """Yield the whole numbers in a value and in lists in it."""
     if type(value) is int:
         yield value
     elif isinstance(value, list):
@@ -70,8 +72,8 @@ def _numbers(value: Any) -> Iterator[int]:
             yield from _numbers(item)
 
 
-def parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter, tied ones once, for a config with one of `ARCHITECTURES` as its model_type.
+def list_parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
+    """Return name and shape of every parameter, tied ones once, of a model whose model_type is in `ARCHITECTURES`.
 
     Raises:
         SourceError: for sizes that are missing or impossible.
@@ -81,23 +83,23 @@ def parameters(config: Config) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _llama(config: Config) -> Shapes:
-    """Llama: biases where `attention_bias` and `mlp_bias` say so, separate heads for keys and values."""
+    """Yield Llama's shapes: biases if `attention_bias` and `mlp_bias` are set, separate heads for keys and values."""
     bias = _flag(config, "attention_bias")
     return _decoder(config, query_bias=bias, output_bias=bias, mlp_bias=_flag(config, "mlp_bias"))
 
 
 def _mistral(config: Config) -> Shapes:
-    """Mistral: 8 heads for keys and values unless the config says otherwise."""
+    """Yield Mistral's shapes: 8 heads for keys and values unless the config says otherwise."""
     return _decoder({"num_key_value_heads": 8, **config})
 
 
 def _qwen2(config: Config) -> Shapes:
-    """Qwen 2 and 2.5: biases on queries, keys and values."""
+    """Yield the shapes of Qwen 2 and 2.5: biases on queries, keys and values."""
     return _decoder(config, query_bias=True)
 
 
 def _qwen3(config: Config) -> Shapes:
-    """Qwen 3: norms of queries and keys, heads of 128 unless the config says otherwise."""
+    """Yield the shapes of Qwen 3: norms of queries and keys, heads of 128 unless the config says otherwise."""
     bias = _flag(config, "attention_bias")
     return _decoder({"head_dim": 128, **config}, query_bias=bias, output_bias=bias, head_norms=True)
 
@@ -132,7 +134,7 @@ def _decoder(
 
 
 def _heads(config: Config) -> tuple[int, int, int]:
-    """The size of a head, how many there are for queries, and for keys and values."""
+    """Return the size of a head, how many there are for queries, and for keys and values."""
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     keys = _optional(config, "num_key_value_heads") or heads
     if heads % keys:
@@ -144,7 +146,7 @@ def _heads(config: Config) -> tuple[int, int, int]:
 
 
 def _gpt2(config: Config) -> Shapes:
-    """GPT-2: learned positions, norms with biases, projections stored as [inputs, outputs], a tied head."""
+    """Yield GPT-2's shapes: learned positions, norms with biases, projections as [inputs, outputs], a tied head."""
     if _flag(config, "add_cross_attention"):
         raise SourceError("add_cross_attention is true: only plain GPT-2 is known without transformers")
     vocab, hidden = _size(config, "vocab_size"), _size(config, "n_embd", "hidden_size")
@@ -174,7 +176,7 @@ ARCHITECTURES: Mapping[str, Callable[[Config], Shapes]] = {
     "qwen3": _qwen3,
     "gpt2": _gpt2,
 }
-"""By a config's model_type."""
+"""Functions that yield a model's shapes, by the config's model_type."""
 
 
 def _linear(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:
@@ -194,7 +196,7 @@ def _norm(name: str, size: int) -> Shapes:
 
 
 def _size(config: Config, *keys: str) -> int:
-    """A size that the config must give, under one of these names."""
+    """Return a size that the config must give, under one of these names."""
     for key in keys:
         value = config.get(key)
         if value is not None:

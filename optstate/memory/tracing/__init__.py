@@ -1,1 +1,1 @@
-"""One training step on tensors without values, and what is alive at each moment of it."""
+"""Tracing: one training step on tensors without values, and the memory alive at each of its moments."""

@@ -1,4 +1,4 @@
-"""What a model of many identical layers needs, from traces of it with a few."""
+"""Extrapolate the trace of a model with many identical layers from traces with a few layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from optstate.memory.model import KINDS, Model, Setting, Trace
 from optstate.memory.tracing.position import phase_of
-from optstate.memory.tracing.trace import Seen, largest, observe, trace
+from optstate.memory.tracing.trace import Seen, choose_largest, observe, trace
 from optstate.memory.tracing.tracker import Moment
 from optstate.memory.tracing.updates import Known
 from optstate.optimizer.optimizer import Optimizer
 
-__all__ = ["traced"]
+__all__ = ["trace_model"]
 
 SHALLOW = (3, 4, 5)
 """Numbers of layers that are traced. The first, the last and those between differ, so there are at least three; two
@@ -20,10 +20,12 @@ traces give a line, and the third checks it."""
 
 
 class Place(NamedTuple):
-    """A place of a step, the same in models of any depth.
+    """A place of a step that models of any depth have.
 
-    Its name is `before`, the number of the layer, `after`. layer: counted from the first, or negative from the last;
-    None outside of layers.
+    The place's name is `before`, the number of the layer, then `after`.
+
+    Attributes:
+        layer: counted from the first from 0 on, or negative from the last; None outside of layers.
     """
 
     before: str
@@ -31,14 +33,14 @@ class Place(NamedTuple):
     after: str = ""
 
     def name(self, layers: int) -> str:
-        """The name in a model of so many layers."""
+        """Return the name in a model of so many layers."""
         return self.before if self.layer is None else f"{self.before}{self.layer % layers}{self.after}"
 
 
 Places = Mapping[Place, Moment]
 
 
-def traced(
+def trace_model(
     model: Model,
     recipe: Callable[[Iterable[Any]], Optimizer],
     setting: Setting,
@@ -46,13 +48,16 @@ def traced(
     exact: bool = False,
     device: str = "cuda",
 ) -> tuple[Trace, str]:
-    """`trace` of the whole model, and in words how it was got: from shallow ones if it has more than 5 layers.
+    """Trace a step of the whole model, or extrapolate it from shallow models if the model has more than 5 layers.
 
-    With each layer more, what is alive at a place of the step grows by the same bytes. Every place has its own rate,
+    With each layer more, the memory alive at a place of the step grows by the same bytes. Every place has its own rate,
     and the place of the peak may change with depth, so every place is extrapolated and the largest one taken. Along
-    the layers, too, it changes by equal steps, but for the first and the last: so the first two and the last two
-    layers hold the largest. A third trace checks all this at every place, to the byte; where it is not so, or with
-    `exact`, the whole model is traced.
+    the layers, too, the memory changes by equal steps, but for the first and the last: the first two and the last two
+    layers therefore hold the largest. A third trace checks all this at every place, to the byte; where the check fails,
+    or with `exact`, the whole model is traced.
+
+    Returns:
+        The trace, and in words how it was made.
 
     Raises:
         UntraceableError: as `trace`.
@@ -73,7 +78,7 @@ def traced(
         peak=deep[peak].total,
         at_peak=dict(zip(KINDS, deep[peak].kinds, strict=True)),
         phase=phase_of(peak.name(model.layers)),
-        alive=largest(seen[-1].timeline.alive(deepest[peak].index)),
+        alive=choose_largest(seen[-1].timeline.alive(deepest[peak].index)),
         most=dict(zip(KINDS, most, strict=True)),
         notes=seen[-1].notes,
     )
@@ -82,7 +87,7 @@ def traced(
 
 
 def _irregular(seen: list[Seen]) -> str:
-    """Why the traces do not extrapolate; empty if they do."""
+    """Return in words why the traces do not extrapolate; "" if they do."""
     shallow, deeper, deepest = (_places(one, count) for one, count in zip(seen, SHALLOW, strict=True))
     if not seen[-1].stacks or not shallow.keys() == deeper.keys() == deepest.keys():
         return "its layers could not be told apart"
@@ -100,7 +105,7 @@ def _irregular(seen: list[Seen]) -> str:
 
 
 def _along(one: Moment, next_one: Moment, steps: int) -> Moment:
-    """The moment that is `steps` steps away from `one`, on a line through it and the next one."""
+    """Return the moment that is `steps` steps away from `one`, on a line through `one` and the next moment."""
 
     def line(a: int, b: int) -> int:
         return a + steps * (b - a)
@@ -118,7 +123,7 @@ def _numbers(moment: Moment) -> tuple[int, ...]:
 
 
 def _places(seen: Seen, layers: int, near: int = 2) -> dict[Place, Moment]:
-    """The fullest moments of a trace, of layers those of the first few and of the last two."""
+    """Return the fullest moments of a trace, of layers those of the first few and of the last two."""
     found: dict[Place, Moment] = {}
     for name, moment in seen.timeline.moments.items():
         place = _place(name, seen.stacks)

@@ -1,4 +1,4 @@
-"""Modules and tensors of which only shapes exist, all on one stand-in device."""
+"""Fake modules and tensors, which have shapes but no values, all on one stand-in device."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 HOME = torch.device("cpu")
-"""Fake tensors elsewhere need a build of PyTorch for that device: without, a backward pass ends the process."""
+"""The device of all fake tensors: on another one, a backward pass ends the process if PyTorch is not built for it."""
 
 ATTENTION: Callable[..., Tensor] = F.scaled_dot_product_attention
 DROPOUT_P = 4
-"""The place of `dropout_p` among its arguments."""
+"""The place of `dropout_p` among the arguments of `ATTENTION`."""
 
 aten = torch.ops.aten
 PRODUCTS = frozenset(
@@ -47,7 +47,7 @@ PRODUCTS = frozenset(
 
 
 def fake_mode() -> FakeTensorMode:
-    """Inside, tensors are made without memory; tensors with values that operators meet are taken as shapes."""
+    """Return a mode in which tensors are made without memory, and operators take tensors with values as shapes."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -62,7 +62,7 @@ def refuse_mixture(func: Any, args: tuple[Any, ...]) -> None:
 
 
 class OnOneDevice(TorchFunctionMode):
-    """Inside, code that asks for another device gets the stand-in; only the meta device stays what it is."""
+    """A mode in which code that asks for another device gets the stand-in; only the meta device stays."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -84,7 +84,7 @@ def _home(device: Any) -> Any:
 
 
 def _without_dropout(*args: Any, **kwargs: Any) -> Tensor:
-    """Attention whose dropout keeps nothing."""
+    """Compute attention without dropout."""
     if len(args) > DROPOUT_P:
         args = (*args[:DROPOUT_P], 0.0, *args[DROPOUT_P + 1 :])
     else:
@@ -93,7 +93,7 @@ def _without_dropout(*args: Any, **kwargs: Any) -> Tensor:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Inside, attention that is called by a reference from before is without dropout, too."""
+    """A mode in which attention called by an older reference to the function is without dropout, too."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -103,7 +103,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def kernels_of_accelerators() -> Iterator[None]:
-    """Inside, operators keep what an accelerator's kernels do, where the CPU chooses others.
+    """Let operators keep the tensors that an accelerator's kernels keep, where the CPU chooses other kernels.
 
     `scaled_dot_product_attention` with dropout: fused kernels draw the mask again from its seed, so they keep what they
     do without dropout. The CPU has none with dropout and writes out probabilities and masks, batch x heads x length x
@@ -119,13 +119,13 @@ def kernels_of_accelerators() -> Iterator[None]:
 
 @contextmanager
 def converting_modules() -> Iterator[None]:
-    """Inside, `module.to(...)` and its like work on fake parameters, too: they are replaced, and stay tied.
+    """Let `module.to(...)` and its like replace fake parameters, which stay tied.
 
-    PyTorch would swap their contents, which fails if anybody refers to one weakly, and a fake mode does.
+    PyTorch would swap their contents, which fails while a weak reference to a parameter exists, as in a fake mode.
     """
     original: Any = nn.Module._apply
     converted: dict[int, tuple[Any, nn.Parameter]] = {}
-    """By id, what a parameter became; it is kept itself, so that no other gets its id."""
+    """By id, a parameter and its replacement; the parameter is kept so that no other gets its id."""
 
     def replacing(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if not any(isinstance(param, FakeTensor) for param in self._parameters.values()):
@@ -152,7 +152,7 @@ def converting_modules() -> Iterator[None]:
 
 @contextmanager
 def without_values(module: nn.Module) -> Iterator[None]:
-    """Inside, and inside a fake mode, the module's parameters and buffers are fake ones; it trains.
+    """Replace the module's parameters and buffers by fake ones, in training mode; to be used inside a fake mode.
 
     Tied tensors stay tied. Afterwards the module is as it was.
     """

@@ -1,4 +1,4 @@
-"""Where a training step is: in which pass, and in which module or at which parameter."""
+"""The position in a training step: in which pass, and in which module or at which parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOSS = "loss"
 
 
 class Position:
-    """Follows a module through forward and backward passes without a trace in its graph.
+    """The position of a module in its forward and backward passes, followed without a trace in its graph.
 
     Nodes of a graph are numbered as they are made, so the numbers at which modules begin and end tell, in the backward
     pass, which module a node is from. What is made from the output projection on, up to the loss and in the loss's
@@ -43,7 +43,7 @@ class Position:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Hook every module; unhook them at the end."""
+        """Attach hooks to every module; remove them at the end."""
         with ExitStack() as hooks:
             for part in self._names:
                 hooks.callback(part.register_forward_pre_hook(self._enter, prepend=True).remove)
@@ -52,7 +52,7 @@ class Position:
 
     @contextmanager
     def during(self, phase: str, name: str = "") -> Iterator[None]:
-        """The phase inside, and the parameter that is updated in it."""
+        """Set the phase inside, and the parameter that is updated in it."""
         before = self.phase, self._updating
         self.phase, self._updating = phase, name
         self._passes += phase != "update"
@@ -63,7 +63,7 @@ class Position:
             self.phase, self._updating = before
 
     def begin_step(self) -> None:
-        """Another step begins."""
+        """Note that another step begins."""
         if not self._head_known and self._last is not None:
             self._head, self._head_known = self._last, True
         self._passes = 0
@@ -83,7 +83,7 @@ class Position:
         self._mark()
 
     def _mark(self) -> None:
-        """Nodes from here on belong to the module that runs."""
+        """Note that nodes made from here on belong to the module that runs."""
         self._starts.append(torch._C._autograd._get_sequence_nr())
         self._owners.append(self._owner())
 
@@ -95,7 +95,7 @@ class Position:
     # --- where ------------------------------------------------------------------------------------------------
 
     def where(self) -> tuple[str, str]:
-        """The place and the kind of what is made there.
+        """Return the place and the kind of what is made there.
 
         A place is the number of the pass through the module, and the phase, with a name after a colon where one is
         known: `1 forward:layers.0`.
@@ -139,5 +139,5 @@ def _join(phase: str, name: str) -> str:
 
 
 def phase_of(place: str) -> str:
-    """A place without the number of the pass."""
+    """Return a place without the number of the pass."""
     return place.partition(" ")[2]

@@ -1,4 +1,4 @@
-"""A training step on fake tensors: the real module, optimizer and hooks, and what is alive at each moment."""
+"""Trace a training step of the real module, optimizer and hooks on fake tensors, with the memory at each moment."""
 
 from __future__ import annotations
 
@@ -32,31 +32,37 @@ from optstate.optimizer.fused_backward import FusedBackward, fuse_backward
 from optstate.optimizer.optimizer import Optimizer
 from optstate.roles import declare_roles
 
-__all__ = ["Seen", "UntraceableError", "largest", "observe", "trace"]
+__all__ = ["Seen", "UntraceableError", "choose_largest", "observe", "trace"]
 
 LARGEST = 10
-"""How many of the tensors alive at the peak are told, of each kind."""
+"""The number of tensors alive at the peak that a trace lists, of each kind."""
 
 CLIP = 1.0
-"""The norm in a run that clips: any, as its value changes no size."""
+"""The norm in a run that clips; its value changes no size."""
 
 WRITTEN_OUT = "_safe_softmax"
-"""What only `scaled_dot_product_attention` calls, where it has no fused kernel."""
+"""An operator that only `scaled_dot_product_attention` calls, where it has no fused kernel."""
 
 Recipe = Callable[[Iterable[Any]], Optimizer]
 
 
 class UntraceableError(ValueError):
-    """A model cannot be run without values; the message names the operation."""
+    """Raised for a model that cannot be run without values; the message names the operation."""
 
 
 class NoLossError(TypeError):
-    """A forward pass returns nothing that could be a loss."""
+    """Raised where a forward pass returns nothing that could be a loss."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of one step. stacks: names of the lists of identical layers. notes: as in a `Trace`."""
+    """The observation of one step.
+
+    Attributes:
+        timeline: the memory at each moment.
+        stacks: names of the lists of identical layers.
+        notes: as in a `Trace`.
+    """
 
     timeline: Timeline
     stacks: tuple[str, ...]
@@ -64,7 +70,7 @@ class Seen:
 
 
 def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None = None, device: str = "cuda") -> Trace:
-    """Run a training step on fake tensors, not the first one, and tell what it needs; nothing is allocated.
+    """Run a training step on fake tensors, not the first one, and return the memory it needs; nothing is allocated.
 
     The step is::
 
@@ -79,7 +85,9 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
     `fused.grad_norm(loss)` before the backward pass, or with several batches leaves all of them to `optimizer.step()`.
 
     Args:
+        model: what is trained; its `build` and `batch` are called.
         recipe: gets the groups of `optstate.declare_roles(module)` and gives the optimizer, `setting.weights` included.
+        setting: how the step is run.
         layers: build only so many of the identical layers.
         device: the type of the device it is for: "cpu" counts exact bytes, others round up to 512; updates go through
             a parameter in parts as large as they are there, and attention keeps what its kernels keep there.
@@ -97,14 +105,14 @@ def trace(model: Model, recipe: Recipe, setting: Setting, *, layers: int | None 
         peak=moment.total,
         at_peak=dict(zip(KINDS, moment.kinds, strict=True)),
         phase=phase_of(place),
-        alive=largest(timeline.alive(moment.index)),
+        alive=choose_largest(timeline.alive(moment.index)),
         most=dict(zip(KINDS, most, strict=True)),
         notes=seen.notes,
     )
 
 
-def largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
-    """The largest tensors of each kind, together in order of size."""
+def choose_largest(alive: tuple[Alive, ...]) -> tuple[Alive, ...]:
+    """Choose the largest tensors of each kind, together in order of size."""
     of_kind: Counter[str] = Counter()
     chosen = []
     for item in alive:
@@ -123,7 +131,10 @@ def observe(
     device: str = "cuda",
     known: Known | None = None,
 ) -> Seen:
-    """As `trace`, with every place of the step; `known`: updates that need not be made again, and are added to."""
+    """Run a training step on fake tensors as `trace` does, and return the memory at every place of the step.
+
+    Arguments are those of `trace`, and `known`: updates that need not be made again, to which new ones are added.
+    """
     if model.build is None or model.batch is None:
         raise UntraceableError(f"{model.name}: only the shapes of its parameters are known, not what it computes")
     options = BuildOptions(layers, setting.attention, setting.checkpointing)
@@ -145,7 +156,7 @@ def observe(
 
 
 class _Step:
-    """The documented loop's body."""
+    """The body of the loop that `trace` documents."""
 
     def __init__(
         self,
@@ -183,13 +194,13 @@ class _Step:
         hook(lambda grad: self.tracker.belongs(grad, "gradients", name))
 
     def warm_up(self) -> None:
-        """What is there from the first step on: what models make in their first pass. State is there already."""
+        """Make what is there from the first step on, as models do in their first pass. State is there already."""
         self._loss()
         for state in self.optimizer.state.values():
             state["step"] += 1
 
     def run(self) -> None:
-        """One step."""
+        """Run one step."""
         count, clips = self.setting.grad_accum, self.setting.clip == "norm"
         self.position.begin_step()
         for number in range(count):
@@ -203,7 +214,7 @@ class _Step:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, loss: Tensor, clips: bool, waits: bool) -> None:
-        """waits: a fused backward is to add its gradients up for a later one, or for `step()`."""
+        """Run the backward pass. waits: a fused one adds its gradients up for a later one, or for `step()`."""
         if self.fused is not None and clips and not waits:
             with self.position.during("backward"):
                 self.fused.grad_norm(loss)
@@ -227,7 +238,7 @@ LOSSES = "let it return a tensor of one number, a tuple that begins with it, or 
 
 
 def _loss_in(output: Any) -> Any:
-    """Where trainers look for the loss."""
+    """Return what trainers take for the loss in the output of a model."""
     if isinstance(output, Mapping):
         return output.get("loss")
     if isinstance(output, tuple | list) and output and not hasattr(output, "loss"):
@@ -243,7 +254,7 @@ def _described(output: Any) -> str:
 
 @contextmanager
 def _naming_errors(model: Model, tracker: Tracker | None = None) -> Iterator[None]:
-    """Turn whatever a model's code raises into one line that names the operation."""
+    """Turn any error of a model's code into an UntraceableError of one line that names the operation."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -260,7 +271,7 @@ def _naming_errors(model: Model, tracker: Tracker | None = None) -> Iterator[Non
 
 
 def _in(tracker: Tracker | None) -> str:
-    """The place of an error, or the operator before it."""
+    """Return the place of an error, or the operator before it."""
     if tracker is None:
         return " in its construction"
     if tracker.failed_in:
@@ -270,7 +281,7 @@ def _in(tracker: Tracker | None) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The collector would free cycles at moments of its own. Random numbers and warnings are left as they are."""
+    """Keep the collector from freeing cycles at moments of its own, and random numbers and warnings as they are."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -283,7 +294,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _notes(module: nn.Module, tracker: Tracker) -> Iterator[str]:
-    """Where the kernels of an accelerator may keep something else than was seen."""
+    """Yield notes on kernels of an accelerator that may keep something else than was traced."""
     if any(isinstance(part, nn.RNNBase) for part in module.modules()):
         yield "recurrent layers were run step by step: the fused kernels of a GPU keep buffers of their own instead"
     if any(WRITTEN_OUT in storage.what for storage, _ in tracker.events):
@@ -292,7 +303,7 @@ def _notes(module: nn.Module, tracker: Tracker) -> Iterator[str]:
 
 
 def _stacks(module: nn.Module, layers: int | None) -> tuple[str, ...]:
-    """The lists of as many modules of one class as there are layers."""
+    """Return the lists of as many modules of one class as there are layers."""
     lists = ((name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential))
     return tuple(name for name, part in lists if len(part) == layers and len({type(layer) for layer in part}) == 1)
 

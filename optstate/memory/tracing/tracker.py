@@ -1,4 +1,4 @@
-"""Which storages are alive when: every one that operators make while the tracker watches, and who owns it."""
+"""Track every storage that operators make: when it is alive, its kind, and where in the program it was made."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optstate.memory.model import KINDS, Alive
 from optstate.memory.tracing.fakes import HOME, refuse_mixture
 
-__all__ = ["Event", "Moment", "Storage", "Timeline", "Tracker"]
+__all__ = ["Event", "Moment", "Timeline", "TrackedStorage", "Tracker"]
 
 
 @dataclass(eq=False, slots=True)
-class Storage:
-    """Memory that tensors share. what: the operator that made it, or its owner's name. nbytes: rounded up.
+class TrackedStorage:
+    """A piece of memory that tensors share.
 
-    place: where the program was when it was made. terms: storages of its size that it is the sum of. over: the one of
-    these that the sum is written over if nobody else holds it.
+    Attributes:
+        what: the operator that made the storage, or the name of its owner.
+        kind: one of `KINDS`.
+        shape, dtype: of the first tensor that was seen; torch's name of the dtype.
+        nbytes: size of the storage, rounded up.
+        place: where the program was when the storage was made.
+        terms: storages of the same size whose sum the storage holds.
+        over: the term that the sum is written over if nobody else holds it.
     """
 
     what: str
@@ -33,29 +39,30 @@ class Storage:
     dtype: str
     nbytes: int
     place: str
-    terms: tuple[Storage, ...] = ()
-    over: Storage | None = None
+    terms: tuple[TrackedStorage, ...] = ()
+    over: TrackedStorage | None = None
 
 
 WRAPPERS = ("torch._compile", "torch._dynamo.eval_frame")
-"""Where PyTorch keeps the functions that it puts around a mode's."""
+"""Modules of the functions that PyTorch puts around those of a mode."""
 
-Event = tuple[Storage, bool]
-"""A storage is made (True), or freed."""
+Event = tuple[TrackedStorage, bool]
+"""A storage, and whether it is made (True) or freed (False)."""
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every storage that is made and freed while it is active, of tensors on any device.
+    """A mode that notes every storage made and freed while it is active, of tensors on any device.
 
-    Storages are watched by weak references, so views, saved tensors and gradients that autograd holds keep theirs
-    alive here exactly as they do in memory. What operators use inside themselves is not seen.
+    Storages are watched by weak references, so views, saved tensors and gradients that autograd holds keep their
+    storages alive here exactly as in memory. Memory that operators use inside themselves is not seen.
 
-    While a mode like this one is active, autograd adds up gradients out of place; without one it writes the sum over
-    the first of them if nobody else holds it. Such sums count as if they were in place.
+    While a mode like this one is active, autograd adds up gradients out of place; without one, autograd writes the sum
+    over the first gradient if nobody else holds it. These sums count as if they were in place.
 
-    rounding: bytes of a storage are rounded up to a multiple of it; CUDA's allocator has 512.
-    where: called for each new storage, gives the place in the program and the kind of the storage; what `kind` turns
-        out to be wrong later, `belongs` corrects.
+    Args:
+        where: called for each new storage, returns the place in the program and the kind of the storage; `belongs`
+            corrects the kind if it turns out to be wrong later.
+        rounding: bytes of a storage are rounded up to a multiple of this number; CUDA's allocator has 512.
     """
 
     def __init__(self, where: Callable[[], tuple[str, str]], rounding: int = 512) -> None:
@@ -66,14 +73,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The place where an operator raised."""
         self.where = where
         self._rounding = rounding
-        self._live: dict[int, tuple[Storage, weakref.ref[torch.UntypedStorage]]] = {}
+        self._live: dict[int, tuple[TrackedStorage, weakref.ref[torch.UntypedStorage]]] = {}
 
     def seed(self, tensor: Tensor, kind: str, what: str) -> None:
-        """Count a tensor that is there already."""
+        """Count a tensor that exists already."""
         self._note(tensor, kind, what, "")
 
     def belongs(self, tensor: Tensor, kind: str, what: str) -> None:
-        """A tensor turned out to be somebody's: correct what is known of its storage, and of what it is a sum of."""
+        """Correct whose a tensor's storage is, once that turns out, and the storages that it is a sum of."""
         found = self._live.get(tensor.untyped_storage()._cdata)
         if found is None:
             self.seed(tensor, kind, what)
@@ -86,12 +93,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage.terms = ()
 
     def restart(self) -> None:
-        """Forget the past: what is alive now counts as there from the beginning."""
+        """Forget the past: storages alive now count as there from the beginning."""
         self.events = [(storage, True) for storage, _ in self._live.values()]
         for storage, _ in self._live.values():
             storage.place = ""
 
-    def add_moment(self, storages: Iterable[Storage]) -> None:
+    def add_moment(self, storages: Iterable[TrackedStorage]) -> None:
         """Count storages that were alive together for a moment."""
         storages = list(storages)
         self.events += [(storage, True) for storage in storages]
@@ -133,20 +140,22 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first = args[0]  # of a view, autograd holds what it is a view of
             storage.over = storage.terms[0] if len(storage.terms) == 2 and not first._is_view() else None
 
-    def _terms(self, args: tuple[Any, ...], nbytes: int) -> Iterable[Storage]:
-        """What a sum is made of, if they are whole storages of its size."""
+    def _terms(self, args: tuple[Any, ...], nbytes: int) -> Iterable[TrackedStorage]:
+        """Yield the terms of a sum that are whole storages of its size."""
         for arg in args:
             found = self._live.get(arg.untyped_storage()._cdata) if isinstance(arg, Tensor) else None
             if found is not None and found[0].nbytes == nbytes:
                 yield found[0]
 
-    def _note(self, tensor: Tensor, kind: str, what: str, place: str) -> Storage | None:
+    def _note(self, tensor: Tensor, kind: str, what: str, place: str) -> TrackedStorage | None:
         memory = tensor.untyped_storage()
         key, nbytes = memory._cdata, memory.nbytes()
         if key in self._live or not nbytes:
             return None
         nbytes = -(-nbytes // self._rounding) * self._rounding
-        storage = Storage(what, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), nbytes, place)
+        storage = TrackedStorage(
+            what, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), nbytes, place
+        )
 
         def freed(_: object) -> None:
             del self._live[key]
@@ -160,7 +169,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _called_by_autograd() -> bool:
-    """Whether the operator at hand was called by autograd's engine itself, with no Python code in between."""
+    """Return whether autograd's engine itself called the operator at hand, with no Python code in between."""
     frame = sys._getframe(3)
     while frame.f_globals.get("__name__") in WRAPPERS and frame.f_back is not None:
         frame = frame.f_back
@@ -169,9 +178,13 @@ def _called_by_autograd() -> bool:
 
 @dataclass(frozen=True)
 class Moment:
-    """The moment of a place at which most was alive: all bytes, and by kind in the order of `KINDS`.
+    """The fullest moment of a place.
 
-    most: the most of each kind at any moment of the place. index: of the event.
+    Attributes:
+        total: bytes alive.
+        kinds: bytes alive by kind, in the order of `KINDS`.
+        most: the most bytes of each kind at any moment of the place.
+        index: of the event.
     """
 
     total: int
@@ -181,7 +194,7 @@ class Moment:
 
 
 class Timeline:
-    """What was alive at each moment, replayed from events."""
+    """The memory alive at each moment, replayed from the events of a tracker."""
 
     def __init__(self, events: list[Event]) -> None:
         self._events = events
@@ -210,8 +223,8 @@ class Timeline:
         return {place: Moment(total, kinds, tuple(most[place]), i) for place, (total, kinds, i) in fullest.items()}
 
     def alive(self, index: int) -> tuple[Alive, ...]:
-        """What was alive after an event, the largest first."""
-        living: dict[int, Storage] = {}
+        """Return what was alive after an event, the largest first."""
+        living: dict[int, TrackedStorage] = {}
         for storage, made in self._events[: index + 1]:
             if made:
                 living[id(storage)] = storage

@@ -13,10 +13,10 @@ MODULE, FUNCTION = "transformers.masking_utils", "find_packed_sequence_indices"
 
 @contextmanager
 def one_sequence_per_row() -> Iterator[None]:
-    """Inside, models of transformers take each row for one sequence, as they find it to be where they can look.
+    """Let models of transformers take each row for one sequence, as they do where tensors have values.
 
-    They look at the positions whether a row holds several sequences. Positions without values may be anything, so they
-    would build masks of `batch x length x length`, and one more in each layer, that no ordinary run has.
+    The models look at the positions whether a row holds several sequences. Positions without values may be anything, so
+    the models would build masks of `batch x length x length`, and one more in each layer, that no ordinary run has.
     """
     module = sys.modules.get(MODULE)
     original = getattr(module, FUNCTION, None)

@@ -1,4 +1,4 @@
-"""Updates of parameters under a tracker: the real one for each class of parameters, its memory again for the others."""
+"""Updates under a tracker: the real one for one parameter of each class, its memory counted for the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optstate.kernels import Scalar
 from optstate.memory.tracing.position import Position
-from optstate.memory.tracing.tracker import Event, Storage, Tracker
+from optstate.memory.tracing.tracker import Event, TrackedStorage, Tracker
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.parameters import Leaf
 from optstate.optimizer.plan import ParamPlan
@@ -18,15 +18,15 @@ from optstate.optimizer.step_runner import UpdateOne
 
 __all__ = ["Known", "follow_updates"]
 
-Known = dict[Hashable, tuple[Storage, ...]]
-"""What an update of a class of parameters has alive at its fullest moment."""
+Known = dict[Hashable, tuple[TrackedStorage, ...]]
+"""The storages alive at the fullest moment of an update, by class of parameters."""
 
 
 def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, known: Known) -> None:
-    """From now on the optimizer's updates are noted as such, and each is made once for parameters that are alike.
+    """Track the optimizer's updates from now on, and make each update once for parameters that are alike.
 
-    Alike are those with the same shapes, dtypes, strides, chain, stores, way of writing and group: an update's memory
-    depends on nothing else. Where one left something behind, it is made for every parameter.
+    Parameters with the same shapes, dtypes, strides, chain, stores, way of writing and group are alike: the memory of
+    an update depends on nothing else. An update that leaves something behind is made for every parameter.
     """
 
     def around(update: UpdateOne, leaf: Leaf, param: Tensor, grad_scale: Scalar) -> None:
@@ -51,15 +51,15 @@ def follow_updates(optimizer: Optimizer, tracker: Tracker, position: Position, k
 
 def _class_of(plan: ParamPlan, param: Tensor, grad: Tensor | None) -> tuple[Any, ...]:
     of_grad = None if grad is None else (grad.dtype, grad.stride())
-    stores = tuple((name, str(slot.store)) for name, slot in plan.slots.items())
+    stores = tuple((name, slot.store) for name, slot in plan.slots.items())
     spec = replace(plan.spec, name="")
-    return spec, param.stride(), of_grad, str(plan.chain), stores, str(plan.weights)
+    return spec, param.stride(), of_grad, plan.chain, stores, plan.weights
 
 
-def _fullest(events: list[Event]) -> tuple[Storage, ...] | None:
-    """What of these events was alive at the fullest moment; None if they free others' or leave something behind."""
-    alive: dict[int, Storage] = {}
-    fullest: tuple[Storage, ...] = ()
+def _fullest(events: list[Event]) -> tuple[TrackedStorage, ...] | None:
+    """Return what of these events was alive at the fullest moment; None if they free others' or leave something."""
+    alive: dict[int, TrackedStorage] = {}
+    fullest: tuple[TrackedStorage, ...] = ()
     total = most = 0
     for storage, made in events:
         if made:

@@ -17,7 +17,7 @@ import pytest
 
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.contradictions import inconsistencies
-from optstate.checkpoint.files.tensor_bytes import bytes_of, load
+from optstate.checkpoint.files.tensor_bytes import bytes_of, load_tensor
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ import torch, typer.main
 import optstate
 from optstate.checkpoint import open_checkpoint
 from optstate.checkpoint.live import save
-from optstate.checkpoint.operations import export
+from optstate.checkpoint.operations import run_conversion
 from optstate.recipes import AdamW
 from optstate_cli import app
 
@@ -138,7 +138,7 @@ def content(checkpoint: Checkpoint) -> tuple[list[str], tuple[int, ...]]:
     """Hashes of all numbers of a checkpoint in the order of its parameters, and the steps."""
     assert inconsistencies(checkpoint) == []
     slots = [slot for param in checkpoint.document.parameters for slot in param.slots.values()]
-    tensors = [load(stored) for slot in slots for stored in checkpoint.fields_of(slot).values()]
+    tensors = [load_tensor(stored) for slot in slots for stored in checkpoint.fields_of(slot).values()]
     return [sha256(bytes_of(tensor)).hexdigest() for tensor in tensors], checkpoint.document.steps
 
 

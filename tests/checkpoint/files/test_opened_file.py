@@ -16,7 +16,7 @@ import optstate
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import opened_file
 from optstate.checkpoint.files.opened_file import FileChangedError, Opened, View, reading
-from optstate.checkpoint.files.tensor_bytes import load
+from optstate.checkpoint.files.tensor_bytes import load_tensor
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.support.paths import DATA
 from tests.support.replaced_files import ACTIONS, SETS, command, fresh, held, saving, seen
@@ -47,7 +47,7 @@ def test_what_was_opened_is_read_to_its_end_though_it_is_replaced(kind: str, tmp
     checkpoint = open_checkpoint(path)
     saved(path, 20.0, SETS[kind] or None)
     keys = [param.slots["exp_avg"].fields[""] for param in checkpoint.document.parameters]
-    assert {float(load(checkpoint.tensors[key]).mean()) for key in keys} == {1.0}
+    assert {float(load_tensor(checkpoint.tensors[key]).mean()) for key in keys} == {1.0}
     assert held(path) == {2}
 
 
@@ -65,7 +65,7 @@ def test_a_file_overwritten_where_it_lies_is_refused(cut: bool, tmp_path: Path) 
     checkpoint, optimizer = open_checkpoint(path), fresh()
     overwritten(path, other[: len(other) // 2] if cut else other)
     with pytest.raises(FileChangedError, match="was overwritten while it was read"):
-        load(checkpoint.tensors["p0/exp_avg"])
+        load_tensor(checkpoint.tensors["p0/exp_avg"])
     path.write_bytes(other)
     optstate.load(optimizer, path)  # what is complete again is read
 
@@ -100,9 +100,9 @@ def test_a_folder_whose_files_are_replaced_is_opened_again(
     source = DATA / name
     shutil.copytree(source, tmp_path / "a")
     names = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
-    opening, done, attempts = opened_file.Files.replaced, [], []
+    opening, done, attempts = opened_file.OpenFiles.replaced, [], []
 
-    def replacing(self: opened_file.Files, paths: object = None) -> str | None:
+    def replacing(self: opened_file.OpenFiles, paths: object = None) -> str | None:
         if not done:
             for path in names:
                 shutil.copy(path, path.with_suffix(".new"))
@@ -111,17 +111,17 @@ def test_a_folder_whose_files_are_replaced_is_opened_again(
         attempts.append(opening(self, paths))  # type: ignore[arg-type]
         return attempts[-1]
 
-    monkeypatch.setattr(opened_file.Files, "replaced", replacing)
+    monkeypatch.setattr(opened_file.OpenFiles, "replaced", replacing)
     checkpoint = open_checkpoint(tmp_path / "a")
     assert [attempt is not None for attempt in attempts] == [True, False]
     monkeypatch.undo()
     for stored in checkpoint.tensors.values():
-        load(stored)
+        load_tensor(stored)
 
 
 def test_a_set_that_is_replaced_all_the_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "a.safetensors", 10.0, SETS["a set"])
-    monkeypatch.setattr(opened_file.Files, "replaced", lambda self, paths=None: str(path))
+    monkeypatch.setattr(opened_file.OpenFiles, "replaced", lambda self, paths=None: str(path))
     monkeypatch.setattr("optstate.checkpoint.open_checkpoint.sleep", lambda seconds: None)
     with pytest.raises(CheckpointError, match="files that are replaced again and again, such as 'a.safetensors'"):
         open_checkpoint(path)
@@ -190,14 +190,14 @@ def test_a_folder_of_hundreds_of_files_keeps_few_of_them_open(tmp_path: Path, mo
 
     monkeypatch.setattr(Opened, "read_into", counting)
     checkpoint = open_checkpoint(path)
-    values = [load(stored).unique().tolist() for stored in checkpoint.tensors.values()]
+    values = [load_tensor(stored).unique().tolist() for stored in checkpoint.tensors.values()]
     assert len(values) == 300
     assert len({value for (value,) in values}) == 300
     assert max(most) <= before + opened_file.MOST_OPEN + 2
     victim = next(iter(checkpoint.tensors.values()))
     saved(Path(victim.path), 1.0)  # it is not open any more, as others were used since
     with pytest.raises(FileChangedError, match="was replaced while it was read"):
-        load(victim)
+        load_tensor(victim)
     del checkpoint, victim
     gc.collect()
     assert descriptors() == before

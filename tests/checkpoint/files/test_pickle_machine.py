@@ -29,7 +29,7 @@ THIS = __name__
 
 
 def load(data: bytes, known: Collection[str] = ()) -> Any:
-    return pickle_machine.load(data, known=known, rebuild={})
+    return pickle_machine.load_pickle(data, known=known, rebuild={})
 
 
 def refusal(data: bytes, known: Collection[str] = ()) -> str:
@@ -111,8 +111,8 @@ def test_what_was_set_on_an_ordered_dict_is_passed_over() -> None:
 def test_a_file_is_left_behind_the_pickle(protocol: int) -> None:
     file = io.BytesIO(b"before" + pickle.dumps([1, "two"], protocol) + pickle.dumps(3, protocol) + b"after")
     file.seek(6)
-    assert pickle_machine.load(file, known=(), rebuild={}) == [1, "two"]
-    assert pickle_machine.load(file, known=(), rebuild={}) == 3
+    assert pickle_machine.load_pickle(file, known=(), rebuild={}) == [1, "two"]
+    assert pickle_machine.load_pickle(file, known=(), rebuild={}) == 3
     assert file.read() == b"after"
 
 
@@ -193,9 +193,9 @@ def test_what_a_class_is_made_with_is_kept(protocol: int) -> None:
 def test_the_older_ways_to_make_an_object(data: bytes) -> None:
     ours = load(data, {"mod.Name"})
     assert (ours.name, ours.args) == ("mod.Name", (7,))
-    assert pickle_machine.load(data, known=(), rebuild={"mod.Name": lambda n: n + 1}) == 8
+    assert pickle_machine.load_pickle(data, known=(), rebuild={"mod.Name": lambda n: n + 1}) == 8
     with pytest.raises(PickleError, match="does not take"):
-        pickle_machine.load(data, known=(), rebuild={"mod.Name": lambda: 0})
+        pickle_machine.load_pickle(data, known=(), rebuild={"mod.Name": lambda: 0})
 
 
 def test_a_class_and_an_object_can_be_keys() -> None:
@@ -213,7 +213,9 @@ def test_persistent_ids() -> None:
     file = io.BytesIO()
     Pickler(file, 2).dump([range(3)])
     assert "outside" in refusal(file.getvalue())
-    assert pickle_machine.load(file.getvalue(), known=(), rebuild={}, persistent=lambda saved: saved) == [("place", 5)]
+    assert pickle_machine.load_pickle(file.getvalue(), known=(), rebuild={}, persistent=lambda saved: saved) == [
+        ("place", 5)
+    ]
 
 
 # Strangers: made with names that are not known, where these may pass.
@@ -226,7 +228,9 @@ class Table(dict[Any, Any]): ...
 
 
 def with_strangers(data: bytes, **options: Any) -> Any:
-    return pickle_machine.load(data, known=(), rebuild={}, strange=lambda name: not name.startswith("os."), **options)
+    return pickle_machine.load_pickle(
+        data, known=(), rebuild={}, strange=lambda name: not name.startswith("os."), **options
+    )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -28,16 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import (
-    BITS,
-    CONTROLS,
-    Header,
-    identify,
-    read_header,
-    read_index,
-    structural_issues,
-)
-from optstate.checkpoint.files.safetensors_header import tensor_place
+from optstate.checkpoint.files.dtypes import BITS
+from optstate.checkpoint.files.file_kinds import identify
+from optstate.checkpoint.files.safetensors_check import CONTROLS, structural_issues
+from optstate.checkpoint.files.safetensors_header import Header, read_header, tensor_place
+from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.strict_json import MAX_VALUE
 from optstate.text import escaped, has_controls
 from tests.support.paths import DATA
@@ -874,8 +869,8 @@ def test_the_error_carries_its_parts() -> None:
 
 def test_reading_needs_no_torch() -> None:
     code = (
-        "import sys; from optstate.checkpoint.files import safetensors_file, safetensors_writer;"
-        f"safetensors_file.read_header({str(DATA / 'common.safetensors')!r});"
+        "import sys; from optstate.checkpoint.files import safetensors_header, safetensors_writer;"
+        f"safetensors_header.read_header({str(DATA / 'common.safetensors')!r});"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

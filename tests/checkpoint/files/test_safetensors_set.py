@@ -25,11 +25,12 @@ from optstate.checkpoint.document.document import KEY
 from optstate.checkpoint.document.native_file import native_checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import atomic_write
-from optstate.checkpoint.files.safetensors_file import read_index, structural_issues
-from optstate.checkpoint.files.safetensors_set import create_set, find
+from optstate.checkpoint.files.safetensors_check import structural_issues
+from optstate.checkpoint.files.safetensors_index import read_index
+from optstate.checkpoint.files.safetensors_set import create_set, find_file_or_index
 from optstate.checkpoint.files.safetensors_writer import NewEntry, header_size
-from optstate.checkpoint.files.tensor_bytes import load
-from optstate.checkpoint.operations.plan_conversion import in_stores
+from optstate.checkpoint.files.tensor_bytes import load_tensor
+from optstate.checkpoint.operations.plan_conversion import plan_stores
 from optstate.recipes import AdamW
 from tests.support.models import mlp
 
@@ -172,10 +173,10 @@ class TestReplacing:
 
     def test_a_file_by_a_set_and_back(self, tmp_path: Path) -> None:
         write_set(tmp_path / NAME, FOUR, None, 1)
-        assert find(tmp_path / NAME) == str(tmp_path / NAME)
+        assert find_file_or_index(tmp_path / NAME) == str(tmp_path / NAME)
         write_set(tmp_path / NAME, FOUR, 80, 2, overwrite=True)
         assert files(tmp_path) == [*shards(2), INDEX]
-        assert find(tmp_path / NAME) == str(tmp_path / INDEX)
+        assert find_file_or_index(tmp_path / NAME) == str(tmp_path / INDEX)
         write_set(tmp_path / NAME, FOUR, 1000, 3, overwrite=True)
         assert files(tmp_path) == [NAME]
         assert set(load_file(tmp_path / NAME)["a/m"].tolist()) == {3}
@@ -456,23 +457,23 @@ class TestNative:
         assert one.document == many.document
         assert list(one.tensors) == list(many.tensors)
         for key, stored in one.tensors.items():
-            assert torch.equal(load(stored), load(many.tensors[key]))
+            assert torch.equal(load_tensor(stored), load_tensor(many.tensors[key]))
         assert one.files == (str(tmp_path / "one" / NAME),)
         assert many.path == str(tmp_path / "set" / INDEX)
         assert sorted(many.files) == [str(tmp_path / "set" / name) for name in files(tmp_path / "set")]
         assert len(many.files) > 3
 
     def test_a_set_is_converted_in_place(self, tmp_path: Path) -> None:
-        from optstate.checkpoint.operations.run_conversion import write_converted
+        from optstate.checkpoint.operations.run_conversion import write_native
 
         optimizer = saved(tmp_path, 600)
-        conversion = in_stores(native_checkpoint(tmp_path), None, {"exp_avg_sq": "factored"})
-        write_converted(conversion, tmp_path / NAME, overwrite=True, max_shard_size=1000)
+        conversion = plan_stores(native_checkpoint(tmp_path), None, {"exp_avg_sq": "factored"})
+        write_native(conversion, tmp_path / NAME, overwrite=True, max_shard_size=1000)
         converted = native_checkpoint(tmp_path)
         assert sorted(map(os.path.basename, converted.files)) == files(tmp_path)
         assert len(converted.document.history) == 1
         param = optimizer.param_groups[0]["params"][0]
-        assert torch.equal(load(converted.tensors["0.weight/exp_avg"]), optimizer.state[param]["exp_avg"])
+        assert torch.equal(load_tensor(converted.tensors["0.weight/exp_avg"]), optimizer.state[param]["exp_avg"])
 
     def test_a_set_with_a_lost_or_exchanged_file(self, tmp_path: Path) -> None:
         saved(tmp_path, 600)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files import safetensors_writer
-from optstate.checkpoint.files.safetensors_file import read_header, structural_issues
+from optstate.checkpoint.files.safetensors_check import structural_issues
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_writer import NewEntry, create, header_size, layout, write
 
 NAMES = {

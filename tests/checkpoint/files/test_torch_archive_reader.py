@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files import torch_archive_reader, torch_types
+from optstate.checkpoint.files import dtypes, torch_archive_reader
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.pickle_machine import Global, Stranger, Unread
 from optstate.checkpoint.files.tensor_place import Stored
@@ -105,12 +105,12 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def assert_like_torch(path: Path) -> Any:
-    ours = torch_archive_reader.read(path)
+    ours = torch_archive_reader.read_torch_file(path)
     assert_same(ours, torch.load(path, weights_only=True))
     return ours
 
 
-def refusal(path: Path, read: Any = torch_archive_reader.read, refused: bool = False) -> str:
+def refusal(path: Path, read: Any = torch_archive_reader.read_torch_file, refused: bool = False) -> str:
     """The message of the CheckpointError that reading raises: one printable line that begins with the path."""
     with pytest.raises(CheckpointError) as caught:
         read(path)
@@ -173,14 +173,14 @@ def test_every_dtype_with_a_name(dtype: torch.dtype, layout: str, tmp_path: Path
     whole = raw.view(dtype)
     value = {"whole": whole, "part": whole.view(-1, 2)[1:, 1]}
     assert_same(
-        torch_archive_reader.read(save(value, tmp_path / "a.pt", layout)), value
+        torch_archive_reader.read_torch_file(save(value, tmp_path / "a.pt", layout)), value
     )  # torch itself cannot read some of these
 
 
 def test_the_dtypes_are_those_of_the_format() -> None:
-    assert {str(dtype): name for name, dtype in DTYPES.items()} == torch_types.DTYPES
-    assert set(torch_types.DTYPES.values()) | {"F4", "F6_E2M3", "F6_E3M2"} == set(BITS)
-    for name, ours in torch_types.STORAGES.items():
+    assert {str(dtype): name for name, dtype in DTYPES.items()} == dtypes.SAFETENSORS_NAMES
+    assert set(dtypes.SAFETENSORS_NAMES.values()) | {"F4", "F6_E2M3", "F6_E3M2"} == set(BITS)
+    for name, ours in dtypes.STORAGES.items():
         if name != "UntypedStorage":
             assert getattr(torch, name).dtype == DTYPES[ours]
 
@@ -190,7 +190,7 @@ def test_the_dtypes_are_those_of_the_format() -> None:
 def test_every_protocol(protocol: int, layout: str, tmp_path: Path) -> None:
     value = {"a": BASE[2:], "b": [b"bytes", 2**70, {1}, collections.OrderedDict(x=torch.ones(2).bfloat16())]}
     torch.save(value, tmp_path / "a.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=layout == "zip")
-    assert_same(torch_archive_reader.read(tmp_path / "a.pt"), value)
+    assert_same(torch_archive_reader.read_torch_file(tmp_path / "a.pt"), value)
 
 
 def test_a_tensor_with_attributes_is_a_tensor(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_tensor_with_attributes_is_a_tensor(tmp_path: Path) -> None:
 
 def test_a_storage_itself_is_a_flat_tensor(tmp_path: Path) -> None:
     save(BASE.untyped_storage(), tmp_path / "a.pt", "zip")
-    ours = torch_archive_reader.read(tmp_path / "a.pt")
+    ours = torch_archive_reader.read_torch_file(tmp_path / "a.pt")
     assert isinstance(ours, Stored)
     assert (ours.dtype, ours.shape) == ("U8", (240,))
     assert torch.equal(tensor_of(ours).view(torch.float32), BASE.view(-1))
@@ -231,7 +231,7 @@ def test_torchao_statistics_are_objects_with_their_tensors(
         monkeypatch.setitem(sys.modules, home, types.ModuleType(home))
         monkeypatch.setattr(sys.modules[home], kind.__name__, kind, raising=False)
         monkeypatch.setattr(kind, "__module__", home)
-    ours = torch_archive_reader.read(save(state, tmp_path / "a.pt", "zip"))["state"][0]["exp_avg"]
+    ours = torch_archive_reader.read_torch_file(save(state, tmp_path / "a.pt", "zip"))["state"][0]["exp_avg"]
     assert ours.name == f"{kind.__module__}.{kind.__name__}"
     assert ours.args[:3] == (Global(ours.name), Global("torch.float32"), (64, 128))
     assert set(theirs.tensor_attrs) < set(ours.state)
@@ -261,14 +261,14 @@ def test_objects_that_are_kept(
     monkeypatch.setattr(sys.modules[module], name, kind, raising=False)
     value = kind()
     value.__dict__.update(rank=8, ortho_matrix=BASE.T, proj_type="std")
-    ours = torch_archive_reader.read(save({"projector": value}, tmp_path / "a.pt", layout))["projector"]
+    ours = torch_archive_reader.read_torch_file(save({"projector": value}, tmp_path / "a.pt", layout))["projector"]
     assert (ours.name, ours.args) == (f"{module}.{name}", ())
     assert_same(ours.state, value.__dict__)
 
 
 def test_numpys_numbers_are_numbers_and_its_arrays_are_inert(tmp_path: Path) -> None:
     value = {"scalar": np.float64(1.5), "array": np.arange(3, dtype=np.uint32)}
-    ours = torch_archive_reader.read(save(value, tmp_path / "a.pt", "zip"))
+    ours = torch_archive_reader.read_torch_file(save(value, tmp_path / "a.pt", "zip"))
     scalar, array = ours["scalar"], ours["array"]
     assert (type(scalar), scalar) == (float, 1.5)
     assert array.name == "numpy._core.multiarray._reconstruct"
@@ -288,7 +288,7 @@ def test_the_files_of_torch_distributed_checkpoint(tmp_path: Path) -> None:
     for index, info in metadata.state["storage_data"].items():
         place = info.state
         file = tmp_path / "folder" / place["relative_path"]
-        read[index.state["fqn"]] = torch_archive_reader.read_at(file, place["offset"], place["length"])
+        read[index.state["fqn"]] = torch_archive_reader.read_torch_part(file, place["offset"], place["length"])
     assert read["lr"] == 0.25
     assert_same(read["matrix"], state["matrix"])
     assert_same(read["optim.0.exp_avg"], state["optim"][0]["exp_avg"])
@@ -297,10 +297,10 @@ def test_the_files_of_torch_distributed_checkpoint(tmp_path: Path) -> None:
     length = file.stat().st_size
     for start, count in ((0, length + 1), (-1, 5), (5, -1), (length, 1)):
         assert f"has no {count} bytes from {start}" in refusal(
-            file, lambda p, s=start, n=count: torch_archive_reader.read_at(p, s, n)
+            file, lambda p, s=start, n=count: torch_archive_reader.read_torch_part(p, s, n)
         )
-    assert "without a valid directory" in refusal(file, lambda p: torch_archive_reader.read_at(p, 3, 500))
-    assert "a folder" in refusal(file.parent, lambda p: torch_archive_reader.read_at(p, 0, 0))
+    assert "without a valid directory" in refusal(file, lambda p: torch_archive_reader.read_torch_part(p, 3, 500))
+    assert "a folder" in refusal(file.parent, lambda p: torch_archive_reader.read_torch_part(p, 0, 0))
     assert "not a pickle" in refusal(file, torch_archive_reader.read_pickle)
 
 
@@ -379,7 +379,7 @@ def test_a_pickle_of_its_own_is_refused(tmp_path: Path) -> None:
 @LAYOUTS
 def test_a_whole_module_is_inert(layout: str, tmp_path: Path) -> None:
     module = nn.Linear(2, 3)
-    ours = torch_archive_reader.read(save(module, tmp_path / "a.pt", layout))
+    ours = torch_archive_reader.read_torch_file(save(module, tmp_path / "a.pt", layout))
     assert isinstance(ours, Stranger)
     assert (ours.name, ours.args) == ("torch.nn.modules.linear.Linear", ())
     assert (ours.state["in_features"], ours.state["training"]) == (2, True)
@@ -405,13 +405,13 @@ import sys
 from optstate.checkpoint.files import torch_archive_reader
 from optstate.checkpoint.errors import CheckpointError
 assert "torch" not in sys.modules and "pickle" not in sys.modules and "numpy" not in sys.modules
-torch_archive_reader.read(sys.argv[-1])
+torch_archive_reader.read_torch_file(sys.argv[-1])
 events = set()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 sys.addaudithook(lambda event, args: events.add(f"open {bool(args[2] & WRITES)}" if event == "open" else event))
 for path in sys.argv[1:]:
     try:
-        torch_archive_reader.read(path)
+        torch_archive_reader.read_torch_file(path)
     except CheckpointError as error:
         assert error.refused
 print(*events, sep="\\n")
@@ -616,7 +616,7 @@ def test_a_tensor_that_is_described_wrongly(other: Any, words: str, tmp_path: Pa
     ids=str,
 )
 def test_a_tensor_without_a_form_here(other: Any, words: str, tmp_path: Path) -> None:
-    ours = torch_archive_reader.read(described(tmp_path, (1,), (1,), **other))
+    ours = torch_archive_reader.read_torch_file(described(tmp_path, (1,), (1,), **other))
     assert isinstance(ours, Unread)
     assert words in ours.what
 
@@ -634,7 +634,7 @@ def test_a_tensor_without_a_form_here(other: Any, words: str, tmp_path: Path) ->
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_that_are_not_read(value: Any, words: str, tmp_path: Path) -> None:
-    ours = torch_archive_reader.read(save({"a": [value()], "b": BASE}, tmp_path / "a.pt", "zip"))
+    ours = torch_archive_reader.read_torch_file(save({"a": [value()], "b": BASE}, tmp_path / "a.pt", "zip"))
     assert isinstance(ours["a"][0], Unread)
     assert words in ours["a"][0].what
     assert_same(ours["b"], BASE)
@@ -650,7 +650,7 @@ def test_an_unknown_tensor_class_is_named(tmp_path: Path) -> None:
         path = save(torch.ones(2).as_subclass(Own), tmp_path / "a.pt", "zip")
     finally:
         del globals()["Own"]
-    ours = torch_archive_reader.read(path)
+    ours = torch_archive_reader.read_torch_file(path)
     assert isinstance(ours, Stranger)
     assert ours.name == f"{__name__}.Own"
     assert_same(ours.args[0], torch.ones(2))
@@ -697,7 +697,7 @@ def test_the_older_layout_cut_short(tmp_path: Path) -> None:
         if size > len(whole) - 24:
             assert "ends within storage" in message
     path.write_bytes(whole + b"more")
-    torch_archive_reader.read(path)
+    torch_archive_reader.read_torch_file(path)
 
 
 def test_storages_of_the_older_layout_must_be_those_referred_to(tmp_path: Path) -> None:
@@ -716,7 +716,7 @@ def test_views_of_storages_as_torch_before_0_4_wrote_them(view: Any, start: int 
     if start is None:
         assert "6 elements, more than the 0 that are stored" in refusal(path)
     else:
-        assert_same(torch_archive_reader.read(path), BASE.view(-1)[start + 4 : start + 10].view(2, 3))
+        assert_same(torch_archive_reader.read_torch_file(path), BASE.view(-1)[start + 4 : start + 10].view(2, 3))
 
 
 @pytest.mark.parametrize("view", [("1", 50, 20), ("1", -1, 5), ("1", 5, -1), (1, 0, 1), ("1", 0), "100"])
@@ -764,7 +764,7 @@ def test_damaged_files_give_a_tree_or_a_checkpoint_error(layout: str, tmp_path: 
             del content[random.randrange(len(content)) :]
         path.write_bytes(content)
         try:
-            tree = torch_archive_reader.read(path)
+            tree = torch_archive_reader.read_torch_file(path)
             outcomes["read"] += 1
             for stored in tensors_in(tree):
                 assert path.stat().st_size >= stored.start + stored.span
@@ -780,6 +780,6 @@ def test_damaged_files_give_a_tree_or_a_checkpoint_error(layout: str, tmp_path: 
 def test_no_numbers_are_read(layout: str, tmp_path: Path) -> None:
     path = save({"a": torch.zeros(1 << 22), "b": BASE}, tmp_path / "a.pt", layout)
     tracemalloc.start()
-    torch_archive_reader.read(path)
+    torch_archive_reader.read_torch_file(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()

@@ -22,8 +22,16 @@ from torch.utils.serialization import config
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import TORCH_ZIP, identify
-from optstate.checkpoint.files.torch_archive_writer import Constant, NewTensor, Subclass, create_torch
-from optstate.checkpoint.files.torch_archive_zip import foot, head, place, tail
+from optstate.checkpoint.files.torch_archive_writer import (
+    Constant,
+    NewTensor,
+    Subclass,
+    create_torch,
+    make_directory,
+    make_foot,
+    make_head,
+    place_records,
+)
 
 NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
@@ -254,13 +262,13 @@ def test_the_archive_is_torchs_own_byte_for_byte(tmp_path: Path) -> None:
     torch.save(a_tree(), tmp_path / "theirs.pt")
     with zipfile.ZipFile(tmp_path / "theirs.pt") as archive:
         contents = {info.filename: archive.read(info) for info in archive.infolist()}
-    records = place((name, len(data)) for name, data in contents.items())
+    records = place_records((name, len(data)) for name, data in contents.items())
     checksums = [zlib.crc32(data) for data in contents.values()]
     ours = b"".join(
-        head(record) + data + foot(record, checksum)
+        make_head(record) + data + make_foot(record, checksum)
         for record, data, checksum in zip(records, contents.values(), checksums, strict=True)
     )
-    assert ours + tail(records, checksums) == (tmp_path / "theirs.pt").read_bytes()
+    assert ours + make_directory(records, checksums) == (tmp_path / "theirs.pt").read_bytes()
 
 
 def test_archives_above_four_gigabytes_are_torchs_own_too(tmp_path: Path) -> None:
@@ -276,21 +284,23 @@ def test_archives_above_four_gigabytes_are_torchs_own_too(tmp_path: Path) -> Non
         torch.save(tensors, tmp_path / "theirs.pt")
     with open(tmp_path / "theirs.pt", "rb") as file, zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
-        records = place((info.filename, info.file_size) for info in infos)
+        records = place_records((info.filename, info.file_size) for info in infos)
         assert [record.size for record in records if "/data/" in record.name] == sizes
         for record, info in zip(records, infos, strict=True):
             file.seek(info.header_offset)
-            assert file.read(len(head(record))) == head(record)
+            assert file.read(len(make_head(record))) == make_head(record)
             assert file.tell() == record.start
             file.seek(record.size, os.SEEK_CUR)
-            assert file.read(len(foot(record, info.CRC))) == foot(record, info.CRC)
-        assert file.read() == tail(records, [info.CRC for info in infos])
+            assert file.read(len(make_foot(record, info.CRC))) == make_foot(record, info.CRC)
+        assert file.read() == make_directory(records, [info.CRC for info in infos])
 
 
 def test_more_records_than_the_old_end_record_counts() -> None:
-    records = place((f"archive/data/{number}", 0) for number in range(70_000))
-    archive = b"".join(head(record) + bytes(record.start - record.position - len(head(record))) for record in records)
-    with zipfile.ZipFile(io.BytesIO(archive + tail(records, [0] * 70_000))) as opened:
+    records = place_records((f"archive/data/{number}", 0) for number in range(70_000))
+    archive = b"".join(
+        make_head(record) + bytes(record.start - record.position - len(make_head(record))) for record in records
+    )
+    with zipfile.ZipFile(io.BytesIO(archive + make_directory(records, [0] * 70_000))) as opened:
         assert len(opened.infolist()) == 70_000
         assert opened.read("archive/data/69999") == b""
 

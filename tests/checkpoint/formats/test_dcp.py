@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from optstate.checkpoint.document.document import TensorValue
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.safetensors_file import read_header
-from optstate.checkpoint.files.tensor_bytes import load
-from optstate.checkpoint.files.tensor_place import Pieces, Stored, stored_entry
+from optstate.checkpoint.files.safetensors_header import read_header
+from optstate.checkpoint.files.tensor_bytes import load_tensor
+from optstate.checkpoint.files.tensor_place import Pieces, Stored
 from optstate.checkpoint.formats import dcp
 from tests.support.paths import DATA
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def numbers(stored: Stored) -> Tensor:
     """A tensor by its place alone."""
     if isinstance(stored, Pieces):
-        return load(stored)
+        return load_tensor(stored)
     assert stored.stride is None
     data = Path(stored.path).read_bytes()[stored.start : stored.start + stored.nbytes]
     return torch.frombuffer(bytearray(data), dtype=DTYPES[stored.dtype]).view(stored.shape)
@@ -241,24 +241,6 @@ def test_transposed_tensors(tmp_path: Path) -> None:
     )
     assert stored.stride == (1, 3)
     assert torch.equal(values.as_strided(stored.shape, stored.stride), moment)
-
-
-def test_tensors_of_the_hugging_face_writer(tmp_path: Path) -> None:
-    model = nn.Linear(4, 3)
-    optimizer = stepped(model, torch.optim.AdamW(model.parameters()))
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    tensors = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
-    dcp_of_torch.save(tensors, storage_writer=dcp_of_torch.HuggingFaceStorageWriter(str(tmp_path)), no_dist=True)
-    header = read_header(next(tmp_path.glob("*.safetensors")))
-    found = {entry.name: stored_entry(header, entry) for entry in header.tensors}
-    checkpoint = dcp.read_tensors(header.path, found, [header.path])
-    assert checkpoint is not None
-    assert [note for note in checkpoint.notes if "hyper-parameters are not" in note]
-    weight = next(param for param in checkpoint.document.parameters if param.name == "weight")
-    assert (weight.step, weight.shape) == (2, (3, 4))
-    assert torch.equal(numbers(checkpoint.tensors["weight/exp_avg"]), tensors["state.weight.exp_avg"])
-    assert dcp.read_tensors(header.path, {"fc.weight": found["state.weight.exp_avg"]}, []) is None
 
 
 def test_values_in_the_hugging_face_writer_make_a_zip_that_is_named(tmp_path: Path) -> None:
@@ -476,7 +458,7 @@ def test_a_file_that_becomes_shorter_is_an_error_when_its_numbers_are_read(tmp_p
     (folder / "__1_0.distcp").write_bytes(b"")
     assert isinstance(pieces, Pieces)
     with pytest.raises(OSError, match="was overwritten while it was read"):
-        load(pieces)
+        load_tensor(pieces)
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -16,8 +16,8 @@ from adalomo import Adafactor, AdaLomo
 from optstate import weights
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.export import export
-from optstate.checkpoint.operations.plan_conversion import unchanged
+from optstate.checkpoint.operations.plan_conversion import plan_copy
+from optstate.checkpoint.operations.run_conversion import export
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion8bit
 from tests.support.models import assert_same, loss_of, mlp, state_of
 
@@ -79,7 +79,7 @@ def test_what_is_kept_for_the_weight_comes_along(tmp_path: Path) -> None:
     torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
     source = open_checkpoint(tmp_path / "opt.pt")
     assert source.document.parameters[0].slots["weight"].store == "Split(bits=8)"
-    export(unchanged(source), tmp_path / "opt.safetensors")
+    export(plan_copy(source), tmp_path / "opt.safetensors")
     assert open_checkpoint(tmp_path / "opt.safetensors").nbytes == source.nbytes
 
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from optstate.checkpoint import CheckpointError
 from optstate.checkpoint.files import torch_archive_reader
-from optstate.checkpoint.files.harmful_names import is_harmful
 from optstate.checkpoint.files.pickle_objects import Stranger, Unread
+from optstate.checkpoint.files.torch_types import is_harmful
 from optstate.checkpoint.formats.registry import read_torch_file
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.cli.test_hostile import answer, refusal
@@ -354,7 +354,9 @@ def test_numpys_numbers_are_numbers(kind: str, adamw: dict[str, Any], tmp_path: 
             assert ours.document.groups[0].hyper["betas"] == (0.9, 0.999)
             assert ours.document.parameters[0].slots["exp_avg"].beta == 0.9
     exact = np.nextafter(np.dtype("f8").type(0.1), 1)
-    assert torch_archive_reader.read(saved([exact, np.float32(0.1), np.bool_(True), np.int64(-(2**63))], tmp_path)) == [
+    assert torch_archive_reader.read_torch_file(
+        saved([exact, np.float32(0.1), np.bool_(True), np.int64(-(2**63))], tmp_path)
+    ) == [
         float(exact),
         float(np.float32(0.1)),
         True,
@@ -500,7 +502,7 @@ def test_names_that_do_something_are_told_from_others() -> None:
 
 
 def test_what_a_stranger_is_made_of_is_kept(tmp_path: Path) -> None:
-    ours = torch_archive_reader.read(
+    ours = torch_archive_reader.read_torch_file(
         saved([argparse.Namespace(lr=0.1), AttributeDict(a=1), torch.eye(2).to_sparse()], tmp_path)
     )
     assert isinstance(ours[0], Stranger)

@@ -19,16 +19,8 @@ from torch import nn
 import optstate
 from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import stores, updates, weights
-from optstate.checkpoint.document.document import (
-    KEY,
-    Document,
-    DocumentError,
-    Group,
-    Parameter,
-    TensorValue,
-    from_json,
-    to_json,
-)
+from optstate.checkpoint.document.document import KEY, Document, DocumentError, Group, Parameter, TensorValue
+from optstate.checkpoint.document.document_json import from_json, to_json
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion8bit
 from tests.support.models import EveryShape, assert_same, loss_of, mlp, state_of, weights_of
 

@@ -17,13 +17,13 @@ from adalomo import Adafactor, AdaLomo
 from optstate import stores
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.native_file import document_of
-from optstate.checkpoint.files.safetensors_file import read_header
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.conversion_report import Report, Row
-from optstate.checkpoint.operations.plan_conversion import Conversion, in_stores, unchanged
-from optstate.checkpoint.operations.plan_recipe import as_recipe
+from optstate.checkpoint.operations.conversion_report import ConversionReport, ConversionRow
+from optstate.checkpoint.operations.plan_conversion import Conversion, plan_copy, plan_stores
+from optstate.checkpoint.operations.plan_recipe import plan_recipe
 from optstate.checkpoint.operations.read_values import UnreadableStatisticError, Values
-from optstate.checkpoint.operations.run_conversion import write_converted
+from optstate.checkpoint.operations.run_conversion import write_native
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion
 from tests.support.models import assert_same, state_of, weights_of
 from tests.support.paths import DATA
@@ -72,13 +72,13 @@ def saved(optimizer: Any, folder: Path, name: str = "a.safetensors") -> Checkpoi
     return open_checkpoint(folder / name)
 
 
-def written(conversion: Conversion, folder: Path, name: str = "b.safetensors") -> tuple[Checkpoint, Report]:
+def written(conversion: Conversion, folder: Path, name: str = "b.safetensors") -> tuple[Checkpoint, ConversionReport]:
     conversion.check()
-    report = write_converted(conversion, folder / name)
+    report = write_native(conversion, folder / name)
     return open_checkpoint(folder / name), report
 
 
-def row(report: Report, slot: str, now: str) -> Row:
+def row(report: ConversionReport, slot: str, now: str) -> ConversionRow:
     (found,) = (row for row in report.rows if (row.slot, row.now) == (slot, now))
     return found
 
@@ -109,7 +109,7 @@ def adamw() -> tuple[nn.Module, Any]:
 
 class TestStores:
     def test_factors_are_means_and_the_report_is_the_closed_formula(self, adamw: Any, tmp_path: Path) -> None:
-        conversion = in_stores(saved(adamw[1], tmp_path), None, {"exp_avg_sq": "factored"})
+        conversion = plan_stores(saved(adamw[1], tmp_path), None, {"exp_avg_sq": "factored"})
         _, report = written(conversion, tmp_path)
         tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
         statistic, update = [], []
@@ -133,7 +133,7 @@ class TestStores:
 
     @pytest.mark.parametrize("words", ["block8", "Block8(block=64)", "block4", "Block4(rank1=True)", "float8", "bf16"])
     def test_what_the_new_file_holds_is_what_the_report_says(self, adamw: Any, tmp_path: Path, words: str) -> None:
-        conversion = in_stores(saved(adamw[1], tmp_path), words, {})
+        conversion = plan_stores(saved(adamw[1], tmp_path), words, {})
         new, report = written(conversion, tmp_path)
         values = Values(new)
         old = moments(adamw[1])
@@ -153,7 +153,7 @@ class TestStores:
             assert found.zeros == sum(int(((a != 0) & (b == 0)).sum()) for a, b in pairs)
 
     def test_both_moments_at_once_give_the_total(self, adamw: Any, tmp_path: Path) -> None:
-        new, report = written(in_stores(saved(adamw[1], tmp_path), "block8", {}), tmp_path)
+        new, report = written(plan_stores(saved(adamw[1], tmp_path), "block8", {}), tmp_path)
         values, old = Values(new), moments(adamw[1])
         both = [
             (
@@ -169,7 +169,7 @@ class TestStores:
     def test_codes_to_full_precision_lose_nothing_and_say_so(self, tmp_path: Path) -> None:
         _, optimizer = trained(lambda params: AdamW8bit(params, lr=1e-2))
         source = saved(optimizer, tmp_path)
-        conversion = in_stores(source, "full", {})
+        conversion = plan_stores(source, "full", {})
         assert conversion.lossless
         new, report = written(conversion, tmp_path)
         assert report.lossless
@@ -183,8 +183,8 @@ class TestStores:
         map has no -1."""
         _, optimizer = trained(lambda params: AdamW8bit(params, lr=1e-2))
         source = saved(optimizer, tmp_path)
-        full, _ = written(in_stores(source, "full", {}), tmp_path, "full.safetensors")
-        written(in_stores(full, "block8", {}), tmp_path, "again.safetensors")
+        full, _ = written(plan_stores(source, "full", {}), tmp_path, "full.safetensors")
+        written(plan_stores(full, "block8", {}), tmp_path, "again.safetensors")
         first, again = (safetensors.torch.load_file(tmp_path / f"{n}.safetensors") for n in ("a", "again"))
         assert first.keys() == again.keys()
         for key in first:
@@ -196,20 +196,20 @@ class TestStores:
         optimizer = AdamW(model.named_parameters(), lr=1e-2)
         model["w"].grad = torch.logspace(-18, 0, 64 * 128).view(64, 128)
         optimizer.step()
-        new, report = written(in_stores(saved(optimizer, tmp_path), None, {"exp_avg_sq": "block8"}), tmp_path)
+        new, report = written(plan_stores(saved(optimizer, tmp_path), None, {"exp_avg_sq": "block8"}), tmp_path)
         assert row(report, "exp_avg_sq", "Block8()").zeros == 0
         assert (Values(new).read(new.document.parameters[0], "exp_avg_sq") > 0).all()
 
     def test_the_same_store_copies_the_bytes(self, adamw: Any, tmp_path: Path) -> None:
         source = saved(adamw[1], tmp_path)
-        for conversion in (in_stores(source, "full", {}), unchanged(source)):
+        for conversion in (plan_stores(source, "full", {}), plan_copy(source)):
             assert conversion.changes_nothing
             (tmp_path / "b.safetensors").unlink(missing_ok=True)
             written(conversion, tmp_path)
             assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
 
     def test_a_statistic_can_be_dropped(self, adamw: Any, tmp_path: Path) -> None:
-        new, report = written(in_stores(saved(adamw[1], tmp_path), None, {"exp_avg": "drop"}), tmp_path)
+        new, report = written(plan_stores(saved(adamw[1], tmp_path), None, {"exp_avg": "drop"}), tmp_path)
         assert row(report, "exp_avg", "dropped").bytes_after == 0
         assert not report.lossless
         assert all("exp_avg" not in param.slots for param in new.document.parameters)
@@ -226,11 +226,11 @@ class TestStores:
     )
     def test_what_cannot_be(self, adamw: Any, tmp_path: Path, default: Any, by_slot: Any, match: str) -> None:
         with pytest.raises(ValueError, match=match):
-            in_stores(saved(adamw[1], tmp_path), default, by_slot)
+            plan_stores(saved(adamw[1], tmp_path), default, by_slot)
 
     def test_two_conversions_are_both_in_the_history(self, adamw: Any, tmp_path: Path) -> None:
-        once, report = written(in_stores(saved(adamw[1], tmp_path), "block8", {}), tmp_path)
-        twice, _ = written(in_stores(once, "full", {}), tmp_path, "c.safetensors")
+        once, report = written(plan_stores(saved(adamw[1], tmp_path), "block8", {}), tmp_path)
+        twice, _ = written(plan_stores(once, "full", {}), tmp_path, "c.safetensors")
         first, second = document_of(read_header(tmp_path / "c.safetensors")).history
         assert (first["lossless"], second["lossless"]) == (False, True)
         (kept,) = (r for r in first["slots"] if (r["slot"], r["now"]) == ("exp_avg_sq", "Block8()"))
@@ -240,7 +240,7 @@ class TestStores:
 
 class TestRecipes:
     def test_adamw_to_adalomo_undoes_the_correction_and_keeps_the_step(self, adamw: Any, tmp_path: Path) -> None:
-        new, _ = written(as_recipe(saved(adamw[1], tmp_path), "adalomo", {"lr": "1e-2"}), tmp_path)
+        new, _ = written(plan_recipe(saved(adamw[1], tmp_path), "adalomo", {"lr": "1e-2"}), tmp_path)
         tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
         for name, (_, v) in moments(adamw[1]).items():
             proper = v / (1 - BETAS[1] ** STEPS)
@@ -263,7 +263,7 @@ class TestRecipes:
     def test_adalomo_to_adamw_applies_it_and_begins_the_first_moment_at_zero(self, tmp_path: Path) -> None:
         _, optimizer = trained(lambda params: AdaLomo(params, lr=1e-2))
         source = saved(optimizer, tmp_path)
-        written(as_recipe(source, "adamw"), tmp_path)
+        written(plan_recipe(source, "adamw"), tmp_path)
         tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
         for param in source.document.parameters:
             raw = Values(source).read(param, "exp_avg_sq").double() * (1 - BETAS[1] ** STEPS)
@@ -273,7 +273,7 @@ class TestRecipes:
     def test_another_beta_is_another_correction(self, adamw: Any, tmp_path: Path) -> None:
         """A run that goes on with beta2 = 0.9 must divide by the same mean of squares."""
         source = saved(adamw[1], tmp_path)
-        conversion = as_recipe(source, "adamw", {"betas": "(0.9, 0.95)"})
+        conversion = plan_recipe(source, "adamw", {"betas": "(0.9, 0.95)"})
         new, _ = written(conversion, tmp_path)
         for param in new.document.parameters:
             v = moments(adamw[1])[param.name][1] / (1 - 0.999**STEPS) * (1 - 0.95**STEPS)
@@ -295,7 +295,7 @@ class TestRecipes:
         self, adamw: Any, tmp_path: Path, name: str, build: Build
     ) -> None:
         settings = {"lr": "1e-3"} if name == "adafactor" else {}
-        new, _ = written(as_recipe(saved(adamw[1], tmp_path), name, settings), tmp_path)
+        new, _ = written(plan_recipe(saved(adamw[1], tmp_path), name, settings), tmp_path)
         model = language_model()
         optimizer = build(model.named_parameters())
         optstate.load(optimizer, tmp_path / "b.safetensors")
@@ -305,8 +305,8 @@ class TestRecipes:
 
     def test_hyper_parameters_stay_where_the_rule_stays(self, adamw: Any, tmp_path: Path) -> None:
         source = saved(adamw[1], tmp_path)
-        assert as_recipe(source, "adamw8bit").document.groups[0].hyper["lr"] == 1e-2
-        other = as_recipe(source, "adalomo")
+        assert plan_recipe(source, "adamw8bit").document.groups[0].hyper["lr"] == 1e-2
+        other = plan_recipe(source, "adalomo")
         assert other.document.groups[0].hyper["lr"] == 5e-4
         assert any("lr=0.0005" in note for note in other.notes)
 
@@ -319,7 +319,7 @@ class TestRecipes:
         ]
         optimizer = AdamW(params, lr=1e-2)
         train(model, optimizer, 0, 3)
-        new, _ = written(as_recipe(saved(optimizer, tmp_path), "adammini"), tmp_path)
+        new, _ = written(plan_recipe(saved(optimizer, tmp_path), "adammini"), tmp_path)
         by_name = {param.name: param for param in new.document.parameters}
         assert by_name["3.bias"].step is None
         assert {param.step for name, param in by_name.items() if name != "3.bias"} == {3}
@@ -339,22 +339,22 @@ class TestRecipes:
     def test_what_would_begin_at_nothing_is_refused(self, tmp_path: Path, build: Build, name: str, match: str) -> None:
         _, optimizer = trained(build, steps=2)
         with pytest.raises(ValueError, match=match):
-            as_recipe(saved(optimizer, tmp_path), name)
+            plan_recipe(saved(optimizer, tmp_path), name)
 
     def test_unknown_settings_are_refused(self, adamw: Any, tmp_path: Path) -> None:
         source = saved(adamw[1], tmp_path)
         with pytest.raises(ValueError, match="no hyper-parameter 'lrr'"):
-            as_recipe(source, "adalomo", {"lrr": "1"})
+            plan_recipe(source, "adalomo", {"lrr": "1"})
         with pytest.raises(ValueError, match="give a number"):
-            as_recipe(source, "adalomo", {"lr": "__import__('os')"})
+            plan_recipe(source, "adalomo", {"lr": "__import__('os')"})
         with pytest.raises((ValueError, TypeError), match="clip_threshold"):
-            as_recipe(source, "adalomo", {"clip_threshold": "'x'"})
+            plan_recipe(source, "adalomo", {"clip_threshold": "'x'"})
 
     @pytest.mark.parametrize("build", [lambda params: CAME(params), lambda params: SM3(params, lr=0.1)])
     def test_the_same_recipe_again_is_a_copy(self, tmp_path: Path, build: Build) -> None:
         _, optimizer = trained(build, steps=3)
         source = saved(optimizer, tmp_path)
-        assert as_recipe(source, source.document.recipe).lossless
+        assert plan_recipe(source, source.document.recipe).lossless
 
 
 class TestGoingOn:
@@ -365,7 +365,7 @@ class TestGoingOn:
         model, optimizer = trained(lambda params: AdamW(params, lr=3e-3), steps=60)
         before = train(model, optimizer, 60, 10)
         settings = {"lr": "3e-3"}
-        written(as_recipe(saved(optimizer, tmp_path), name, settings), tmp_path)
+        written(plan_recipe(saved(optimizer, tmp_path), name, settings), tmp_path)
         new = optstate.recipes.get(name)(model.named_parameters())
         optstate.load(new, tmp_path / "b.safetensors")
         after = train(model, new, 70, 20)
@@ -379,7 +379,7 @@ class TestGoingOn:
             return AdamW(params, lr=1e-2, first=stores.Full("bfloat16"), second=stores.Block8())
 
         model, optimizer = trained(build)
-        written(unchanged(saved(optimizer, tmp_path)), tmp_path)
+        written(plan_copy(saved(optimizer, tmp_path)), tmp_path)
         other = language_model()
         other.load_state_dict(model.state_dict())
         resumed = build(other.named_parameters())
@@ -392,7 +392,7 @@ class TestGoingOn:
 
 class TestLoading:
     def test_another_store_needs_consent_and_gives_what_convert_gives(self, adamw: Any, tmp_path: Path) -> None:
-        written(as_recipe(saved(adamw[1], tmp_path), "adamw8bit"), tmp_path)
+        written(plan_recipe(saved(adamw[1], tmp_path), "adamw8bit"), tmp_path)
         direct, by_file = (AdamW8bit(language_model().named_parameters()) for _ in range(2))
         with pytest.raises(optstate.CheckpointError, match="allow_lossy=True") as caught:
             optstate.load(direct, tmp_path / "a.safetensors")
@@ -439,5 +439,5 @@ def test_a_projection_has_no_second_moment_to_give() -> None:
     with pytest.raises(UnreadableStatisticError, match="no inverse"):
         values.read(projected, "exp_avg_sq")
     with pytest.raises(UnreadableStatisticError, match="no inverse"):
-        in_stores(source, None, {"exp_avg_sq": "factored"}).check()
+        plan_stores(source, None, {"exp_avg_sq": "factored"}).check()
     assert math.prod(projected.shape or ()) > 0

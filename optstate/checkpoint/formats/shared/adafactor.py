@@ -12,7 +12,7 @@ from optstate.checkpoint.document.document import Group
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, TreeWriter, number
 from optstate.text import shown
 
-__all__ = ["FP32_EPS", "AdafactorRule", "averages_steps", "find_arguments", "read_rule", "refuse_if"]
+__all__ = ["FP32_EPS", "AdafactorRule", "averages_steps", "find_arguments", "read_adafactor_rule", "refuse_if"]
 
 FP32_EPS = 2.0**-23
 DEFAULT_EPS = (1e-30, 1e-3)
@@ -32,7 +32,7 @@ def averages_steps(chain: ChainWords) -> bool:
 
 
 def find_arguments(hyper: Mapping[str, Any], chain: ChainWords, of_torch: bool) -> dict[str, Any]:
-    """The arguments of our Adafactor that are no hyper-parameters of its groups.
+    """Return the arguments of our Adafactor that are no hyper-parameters of its groups.
 
     hyper: in our words. chain: empty where the file does not tell it. of_torch: whether the file is torch's.
     """
@@ -76,8 +76,8 @@ class AdafactorRule:
     own: Mapping[str, Any]
 
 
-def read_rule(writer: TreeWriter, place: int, group: Group) -> AdafactorRule:
-    """What the group at a place does.
+def read_adafactor_rule(writer: TreeWriter, place: int, group: Group) -> AdafactorRule:
+    """Return what the group at a place does.
 
     Raises:
         LayoutError: for what no library can express, or numbers that the rule cannot have.

@@ -7,8 +7,8 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Parameter
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.shared.list_statistics import has_tensors, taken_apart
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of
+from optstate.checkpoint.formats.shared.list_statistics import has_tensors, take_apart
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import UNKNOWN
 from optstate.checkpoint.formats.shared.tree_writer import Tree, TreeWriter
@@ -20,8 +20,9 @@ NOTE = "an optimizer that is not known here: its statistics are kept as they are
 
 
 def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
-    """A checkpoint with a slot for every tensor and list of tensors; none of them is taken for a statistic of a known
-    meaning. Lists themselves are among the plain values, with None in the place of each tensor.
+    """Return a checkpoint with a slot for every tensor and list of tensors, whose meanings are not known.
+
+    Lists themselves are among the plain values, with None in the place of each tensor.
 
     Raises:
         CheckpointError: naming the parameter and the value, if any is neither a tensor nor plain.
@@ -44,7 +45,7 @@ def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
             slot = _identifier(key)
             if slot in tensors or slot in draft.slots or (slot != key and slot in draft.left):
                 raise draft.error(f"two of its values would both be called '{slot}', one of them '{shown(key)}'")
-            fields, draft.left[key] = taken_apart(value)
+            fields, draft.left[key] = take_apart(value)
             draft.put(slot, "Unknown()", UNKNOWN, fields)
         shapes = {stored.shape for stored in tensors.values()}
         for slot, stored in tensors.items():
@@ -54,7 +55,7 @@ def read_any(found: StateDict, optimizer: str | None = None) -> Checkpoint:
                 draft.unknown(slot, stored)
 
     more = {"spelling": spelling} if (spelling := _spelling(found)) else None
-    return checkpoint_of(found, Source("torch", "unknown", optimizer or "unknown", more=more), say, [NOTE])
+    return build_checkpoint(found, Source("torch", "unknown", optimizer or "unknown", more=more), say, [NOTE])
 
 
 def _numbers(found: StateDict) -> set[str]:
@@ -73,7 +74,7 @@ def _spelling(found: StateDict) -> dict[str, str]:
 
 
 def _identifier(key: str) -> str:
-    """The key, with "_" for what cannot be in the name of a slot."""
+    """Return the key, with "_" for what cannot be in the name of a slot."""
     name = "".join(c if c.isidentifier() or (c.isdigit() and c.isascii()) else "_" for c in key)
     return name if name.isidentifier() else f"slot_{name}"
 
@@ -91,14 +92,14 @@ def write_any(writer: TreeWriter, param: Parameter, slot: str, extra: Tree) -> T
 
 
 def _spelled(writer: TreeWriter, slot: str) -> str:
-    """The key of a statistic: as it was in the file, if that names no slot."""
+    """Return the key of a statistic: as it was in the file, if that names no slot."""
     spelling = writer.document.source.get("spelling") if writer.same else None
     key = spelling.get(slot, slot) if isinstance(spelling, dict) else slot
     return key if isinstance(key, str) else slot
 
 
 def _filled(writer: TreeWriter, param: Parameter, slot: str, lists: Any) -> Any:
-    """Lists that a file had, with the tensors in their places again."""
+    """Return lists that a file had, with the tensors in their places again."""
     record, left = param.slots[slot], dict(param.slots[slot].fields)
 
     def fill(value: Any, place: str) -> Any:

@@ -7,7 +7,7 @@ import re
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict, number_of
 from optstate.checkpoint.formats.shared.statistics import SM3, UNKNOWN, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import Tree, TreeWriter
@@ -25,8 +25,8 @@ def is_sm3(found: StateDict) -> bool:
 
 
 def read_sm3(found: StateDict, library: str) -> Checkpoint:
-    """A checkpoint of SM3 as a library has it."""
-    return checkpoint_of(found, Source(library, library, "SM3", "sm3"), _say)
+    """Return a checkpoint of SM3 as a library has it."""
+    return build_checkpoint(found, Source(library, library, "SM3", "sm3"), _say)
 
 
 def _say(draft: Draft) -> None:
@@ -74,7 +74,7 @@ AXIS_MAX = "AxisMax()"
 
 
 def write_accumulators(writer: TreeWriter, param: Parameter, record: SlotRecord) -> Tree:
-    """The maxima along every dimension, each in a shape that broadcasts against the parameter."""
+    """Return the maxima along every dimension, each in a shape that broadcasts against the parameter."""
     if record.store != AXIS_MAX:
         whole = writer.full(param, "accumulator", record)
         if len(whole.shape) > 1:

@@ -22,7 +22,7 @@ KNOWN = {
 
 
 def codebook_id(values: tuple[float, ...]) -> str:
-    """What `optstate.kernels.Codebook` with these values, rounded to fp32, has for its id: "map:<hash>" if unknown."""
+    """Return the id of `optstate.kernels.Codebook` with these values in fp32: "map:<hash>" for an unknown one."""
     digits = hashlib.sha256(struct.pack(f"<{len(values)}f", *values)).hexdigest()[:16]
     return f"{KNOWN.get(digits, 'map')}:{digits}"
 
@@ -35,7 +35,7 @@ class Codebooks:
         self._read: dict[tuple[str, int], str] = {}
 
     def add(self, stored: Stored, count: int) -> str:
-        """The id of a map that must have `count` numbers.
+        """Return the id of a map that must have `count` numbers.
 
         Raises:
             NotPlainError: if it is not one of `count` ascending numbers.

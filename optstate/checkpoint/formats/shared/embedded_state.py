@@ -14,7 +14,7 @@ from optstate.checkpoint.formats.shared.state_by_name import are_attributes
 from optstate.checkpoint.formats.shared.state_dict import is_state_dict
 from optstate.text import shown
 
-__all__ = ["chosen", "looks_like", "siblings"]
+__all__ = ["choose_state", "find_siblings", "looks_like"]
 
 DEEPEST = 4
 """Containers around an optimizer's state: {'state': {'optimizer_states': [...]}} has two."""
@@ -24,8 +24,8 @@ MOST_SHOWN = 8
 WEIGHTS = "model weights"
 
 
-def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None = None) -> Any:
-    """The one optimizer's state in a file, or that at `key`; many of one parameter each are one together.
+def choose_state(tree: Any, path: str, key: str | None = None, notes: list[str] | None = None) -> Any:
+    """Return the one optimizer's state in a file, or that at `key`; many of one parameter each are one together.
 
     notes: takes what a person should know of how it was found.
 
@@ -50,11 +50,11 @@ def chosen(tree: Any, path: str, key: str | None = None, notes: list[str] | None
         return state
     if notes is not None:
         notes.append(per_parameter.NOTE)
-    return per_parameter.merged(state)
+    return per_parameter.merge_states(state)
 
 
-def siblings(tree: Any, state: Any) -> list[tuple[str, Any]]:
-    """What is beside an optimizer's state in the container that has it, and beside the two parts in itself, by name."""
+def find_siblings(tree: Any, state: Any) -> list[tuple[str, Any]]:
+    """Return by name what is beside an optimizer's state in its container, and beside the two parts within."""
     within = [(key, value) for key, value in _children(state) if key not in ("state", "param_groups")]
     for _, container in _places(tree):
         children = [] if _is_state(container) else _children(container)
@@ -64,7 +64,7 @@ def siblings(tree: Any, state: Any) -> list[tuple[str, Any]]:
 
 
 def _objects(places: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The state in every optimizer that was saved itself, by where it is."""
+    """Return the state in every optimizer that was saved itself, by where it is."""
     for key, value in places:
         if isinstance(value, Stranger) and is_state_dict(value.state):
             yield key, {part: value.state[part] for part in ("state", "param_groups")}
@@ -81,7 +81,7 @@ def _without_parts(found: dict[str, Any], together: dict[str, Any]) -> dict[str,
 
 
 def _places(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The containers in up to `DEEPEST` others, by where they are: "optimizer_states.0"; "" for the whole.
+    """Return the containers in up to `DEEPEST` others, by where they are: "optimizer_states.0"; "" for the whole.
 
     Nothing within an optimizer's state. A container that is there several times is gone into once: what is in a
     stranger may be there any number of times, and contain itself.
@@ -109,7 +109,7 @@ def _children(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _keys(found: dict[str, Any]) -> str:
-    """What to do: the keys that could be given."""
+    """Return what to do: the keys that could be given."""
     if not found:
         return ""
     if "" in found:
@@ -119,7 +119,7 @@ def _keys(found: dict[str, Any]) -> str:
 
 
 def _at(tree: Any, key: str) -> str:
-    """What is there instead."""
+    """Return what is there instead."""
     for name in key.split("."):
         children = dict(_children(tree))
         if name not in children:
@@ -144,7 +144,7 @@ def _without(tree: Any) -> tuple[str, str]:
 
 
 def looks_like(tree: Any) -> str:
-    """What a value without optimizer state probably is: "model weights"; "" if nothing tells."""
+    """Return what a value without optimizer state probably is: "model weights"; "" if nothing tells."""
     if not isinstance(tree, dict) or not tree:
         return ""
     keys = {key for key in tree if isinstance(key, str)}

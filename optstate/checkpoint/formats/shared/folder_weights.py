@@ -13,17 +13,15 @@ from typing import Any
 from optstate.checkpoint.document.checkpoint import Checkpoint
 from optstate.checkpoint.document.document import Parameter, SlotRecord, tensor_key
 from optstate.checkpoint.errors import CheckpointError
+from optstate.checkpoint.files.dtypes import TORCH_NAMES
 from optstate.checkpoint.files.tensor_place import Stored
-from optstate.checkpoint.files.torch_types import DTYPES
 from optstate.checkpoint.formats.shared.parameter_reader import FULL
 from optstate.text import shown
 
-__all__ = ["MASTER", "Weight", "completed"]
+__all__ = ["MASTER", "Weight", "complete_checkpoint"]
 
 MASTER = "master"
 """The slot of an fp32 copy of the weight itself, which is no statistic."""
-
-TORCH = {name: dtype.removeprefix("torch.") for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class Weight:
     tied: tuple[str, ...] = ()
 
 
-def completed(
+def complete_checkpoint(
     checkpoint: Checkpoint,
     weights: Mapping[str, Weight],
     source: Mapping[str, Any],
     files: Iterable[str | os.PathLike[str]],
     notes: Iterable[str],
 ) -> Checkpoint:
-    """The checkpoint of a folder, of one that was made of its optimizer's state.
+    """Return the checkpoint of a folder, of one that was made of its optimizer's state.
 
     weights: by the parameters' names, as far as they are known. source: as in `Document.source`, with the kind.
 
@@ -77,7 +75,7 @@ def _with_weight(path: str, param: Parameter, weight: Weight) -> Parameter:
         store = FULL.get(weight.master.dtype, "Unknown()")
         slots[MASTER] = SlotRecord(store=store, signed=True, fields={"": tensor_key(param.name, MASTER)})
     return replace(
-        param, shape=weight.shape, dtype=TORCH.get(weight.dtype, weight.dtype), slots=slots, tied=weight.tied
+        param, shape=weight.shape, dtype=TORCH_NAMES.get(weight.dtype, weight.dtype), slots=slots, tied=weight.tied
     )
 
 

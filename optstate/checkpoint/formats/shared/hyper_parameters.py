@@ -50,7 +50,7 @@ def check_numbers(writer: TreeWriter) -> None:
 
 
 def find_pair(writer: TreeWriter, place: int, hyper: Mapping[str, Any], key: str) -> tuple[Any, Any]:
-    """The two numbers under a key.
+    """Return the two numbers under a key.
 
     Raises:
         LayoutError: if there are none.
@@ -62,7 +62,7 @@ def find_pair(writer: TreeWriter, place: int, hyper: Mapping[str, Any], key: str
 
 
 def translate(writer: TreeWriter, place: int, hyper: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters of group `place` as a class has them.
+    """Return the hyper-parameters of group `place` as a class has them.
 
     hyper: in our words, `TreeWriter.common`. words: the keys of the class with their defaults. Keys that no library has
     are a user's own or a scheduler's, and stay.

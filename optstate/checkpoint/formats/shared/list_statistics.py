@@ -6,7 +6,7 @@ from typing import Any
 
 from optstate.checkpoint.files.tensor_place import Stored
 
-__all__ = ["has_tensors", "taken_apart"]
+__all__ = ["has_tensors", "take_apart"]
 
 DEEPEST = 4
 """Lists within each other."""
@@ -19,8 +19,8 @@ def has_tensors(value: Any, depth: int = 0) -> bool:
     return isinstance(value, list | tuple) and depth < DEEPEST and any(has_tensors(item, depth + 1) for item in value)
 
 
-def taken_apart(value: Any) -> tuple[dict[str, Stored], Any]:
-    """The tensors in lists by their places, as "0" or "1_0", and the lists with None in the place of each tensor."""
+def take_apart(value: Any) -> tuple[dict[str, Stored], Any]:
+    """Return the tensors in lists by their places, as "0" or "1_0", and the lists with None in those places."""
     found: dict[str, Stored] = {}
 
     def without(item: Any, place: str) -> Any:

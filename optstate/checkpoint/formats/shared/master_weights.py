@@ -11,7 +11,7 @@ from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.list_statistics import has_tensors
 from optstate.text import shown
 
-__all__ = ["masters_note", "notes_of_masters"]
+__all__ = ["describe_masters", "notes_of_masters"]
 
 NAMES = re.compile(r"fp32|float32|master", re.IGNORECASE)
 """As in `fp32_from_fp16_params` (Megatron), `fp32_groups_flat` (apex, DeepSpeed), `master_params`."""
@@ -19,8 +19,8 @@ NAMES = re.compile(r"fp32|float32|master", re.IGNORECASE)
 NOTE = "weights in fp32 beside the optimizer's state are not read"
 
 
-def masters_note(siblings: Iterable[tuple[str, Any]]) -> str:
-    """A note about those of some values that are copies of weights; "" if none is.
+def describe_masters(siblings: Iterable[tuple[str, Any]]) -> str:
+    """Return a note about those of some values that are copies of weights; "" if none is.
 
     siblings: what is beside the optimizer's state, or in it beside its two parts, by name.
     """

@@ -25,7 +25,7 @@ from optstate.checkpoint.formats.shared.state_dict import (
 from optstate.checkpoint.formats.shared.statistics import UNKNOWN, Meaning
 from optstate.text import shown
 
-__all__ = ["BLOCKS", "FULL", "Draft", "Source", "checkpoint_of", "without"]
+__all__ = ["BLOCKS", "FULL", "Draft", "Source", "build_checkpoint", "without"]
 
 FULL = {"F32": "Full()", "F64": "Full()", "BF16": "Full(dtype='bfloat16')", "F16": "Full(dtype='float16')"}
 BLOCKS = {"Block8": 256, "Block4": 128, "Float8": 256}
@@ -47,7 +47,7 @@ class Source:
 
 
 def without(stored: Stored, dim: int) -> Stored:
-    """The same numbers in a shape that lacks a dimension of size 1."""
+    """Return the same numbers in a shape that lacks a dimension of size 1."""
 
     def others(values: tuple[int, ...]) -> tuple[int, ...]:
         return values[:dim] + values[dim + 1 :]
@@ -76,11 +76,11 @@ class Draft:
         self._shape_of = ""
 
     def error(self, reason: str, hint: str = "") -> CheckpointError:
-        """What is wrong with this parameter."""
+        """Return what is wrong with this parameter."""
         return CheckpointError(self.path, f"parameter '{shown(self.name)}': {reason}", hint)
 
     def tensor(self, key: str) -> Stored:
-        """A tensor out of `left`; an error if it is none."""
+        """Return a tensor out of `left`; an error if it is none."""
         value = self.left.pop(key, None)
         if not isinstance(value, Stored):
             what = "missing" if value is None else type_name(value)
@@ -97,7 +97,7 @@ class Draft:
             raise self.error(f"{shown(of)} has shape {list(shape)}, {theirs}")
 
     def put(self, slot: str, store: str, meaning: Meaning, fields: Mapping[str, Stored], **more: Any) -> None:
-        """A statistic with its tensors by field."""
+        """Return a statistic with its tensors by field."""
         beta = meaning.beta_in(self.hyper)
         keys = {field: tensor_key(self.name, slot, field) for field in fields}
         record = SlotRecord(store=store, signed=meaning.signed, fields=keys, of=meaning.of, beta=beta, **more)
@@ -105,12 +105,12 @@ class Draft:
         self.tensors |= {keys[field]: stored for field, stored in fields.items()}
 
     def whole(self, slot: str, stored: Stored, meaning: Meaning, key: str = "") -> None:
-        """A statistic of the parameter's own shape. key: what the file calls it, for messages."""
+        """Return a statistic of the parameter's own shape. key: what the file calls it, for messages."""
         self.has_shape(stored.shape, key or slot)
         self.put(slot, FULL.get(stored.dtype, "Unknown()"), meaning, {"": stored})
 
     def unknown(self, slot: str, stored: Stored) -> None:
-        """A tensor that nobody can say more about."""
+        """Return a tensor that nobody can say more about."""
         self.put(slot, "Unknown()", UNKNOWN, {"": stored})
 
     def factors(self, slot: str, row: Stored, col: Stored, meaning: Meaning) -> None:
@@ -147,7 +147,7 @@ class Draft:
         self.put(slot, words, meaning, fields, codebook=ident, block=block)
 
     def block_of(self, slot: str, count: int, scales: int) -> int:
-        """The power of two for which blocks of `count` codes, the last one perhaps short, have so many scales."""
+        """Return the block, a power of two, for which `count` codes have this number of scales."""
         for block in (256, *(1 << i for i in range(1, 17))):
             if -(-count // block) == scales:
                 return block
@@ -155,7 +155,7 @@ class Draft:
         raise self.error(f"{slot} has {scales} scales for {count} codes: {expected}, and no other power of two fits")
 
     def take_step(self, key: str = "step") -> None:
-        """The parameter's own count of updates, if the file has one."""
+        """Return the parameter's own count of updates, if the file has one."""
         if key in self.left:
             try:
                 self.step = step_of(self.left.pop(key))
@@ -163,7 +163,7 @@ class Draft:
                 raise self.error(str(error)) from None
 
     def take_group_step(self, key: str) -> None:
-        """The group's count, for a parameter that was updated."""
+        """Return the group's count, for a parameter that was updated."""
         if key not in self.hyper:
             raise self.error(f"it has state, but its group does not count steps as '{key}'")
         try:
@@ -172,7 +172,7 @@ class Draft:
             raise self.error(f"'{key}' of its group: {error}") from None
 
     def finish(self) -> Parameter:
-        """The parameter; what is left of its state must be plain values."""
+        """Return the parameter; what is left of its state must be plain values."""
         for key, value in self.left.items():
             try:
                 self.extra[key] = plain(value)
@@ -193,10 +193,10 @@ class Draft:
         )
 
 
-def checkpoint_of(
+def build_checkpoint(
     found: StateDict, source: Source, say: Callable[[Draft], None], notes: Iterable[str] = ()
 ) -> Checkpoint:
-    """A checkpoint of what `say` makes of every parameter, in the order of the groups."""
+    """Return a checkpoint of what `say` makes of every parameter, in the order of the groups."""
     books, said = Codebooks(), list(notes)
     parameters: list[Parameter] = []
     groups: list[Group] = []

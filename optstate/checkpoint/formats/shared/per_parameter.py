@@ -7,7 +7,7 @@ from typing import Any
 
 from optstate.checkpoint.formats.shared.state_dict import NotPlainError, is_state_dict, plain
 
-__all__ = ["NOTE", "is_one_each", "merged"]
+__all__ = ["NOTE", "is_one_each", "merge_states"]
 
 NOTE = "the file has an optimizer for every parameter: they are read as one, with groups of equal hyper-parameters"
 
@@ -32,8 +32,8 @@ def _of_one(value: Any) -> bool:
     return isinstance(ids, list) and len(ids) == 1 and list(value["state"]) in ([], ids)
 
 
-def merged(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of one optimizer of all parameters, in the order of the file and, within it, of groups."""
+def merge_states(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of one optimizer of all parameters, in the order of the file and, within it, of groups."""
     groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for name, found in states.items():
         group = {key: value for key, value in found["param_groups"][0].items() if key not in ("params", "param_names")}

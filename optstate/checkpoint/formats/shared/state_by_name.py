@@ -32,8 +32,10 @@ def are_attributes(tree: Any) -> bool:
 
 
 def find_attributes(tree: Any, path: str) -> StateDict | None:
-    """`{'exp_avg_sq': {...}, 'exp_avg_sq_row': {...}, 'exp_avg_sq_col': {...}, 'step_num': n}` as a state_dict of one
-    group without hyper-parameters; None for anything else."""
+    """Return AdaLomo's attributes as a state_dict of one group without hyper-parameters; None for anything else.
+
+    tree: `{'exp_avg_sq': {...}, 'exp_avg_sq_row': {...}, 'exp_avg_sq_col': {...}, 'step_num': n}`.
+    """
     if not are_attributes(tree):
         return None
     names = _by_name(tree, path)
@@ -48,7 +50,7 @@ def is_by_name(found: StateDict, step: str) -> bool:
 def read_by_name(
     found: StateDict, step: str, library: str, optimizer: str, notes: list[str] | None = None
 ) -> Checkpoint:
-    """A checkpoint of statistics that lie beside `state` by name. step: the key of the count of updates.
+    """Return a checkpoint of statistics that lie beside `state` by name. step: the key of the count of updates.
 
     Raises:
         CheckpointError: if there are several groups, or as many names as parameters are not there.
@@ -70,7 +72,7 @@ def read_by_name(
 
 
 def _by_name(tree: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:
-    """What is kept for every name."""
+    """Return what is kept for every name."""
     found: dict[str, dict[str, Any]] = {}
     for statistic in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"):
         by_name = tree.get(statistic, {})

@@ -10,10 +10,10 @@ from typing import Any
 from optstate.checkpoint.document.document import DEEPEST, MOST_VALUES, TensorValue
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import TORCH_NAMES
-from optstate.checkpoint.files.numpy_values import element
 from optstate.checkpoint.files.opened_file import FileChangedError
 from optstate.checkpoint.files.pickle_machine import Global, Object, Stranger, Unread
-from optstate.checkpoint.files.tensor_place import Stored, numbers
+from optstate.checkpoint.files.tensor_place import Stored, read_numbers
+from optstate.checkpoint.files.torch_tensors import only_element
 from optstate.checkpoint.files.torch_types import type_name
 from optstate.other_libraries import stem_of
 from optstate.text import shown
@@ -24,10 +24,10 @@ __all__ = [
     "StateDict",
     "is_state_dict",
     "number_of",
+    "parse_state_dict",
     "plain",
     "plain_members",
     "small_numbers",
-    "state_dict_of",
     "stem_of",
     "step_of",
     "tell_adam_from_adamw",
@@ -82,8 +82,8 @@ def is_state_dict(tree: Any) -> bool:
     return isinstance(tree, dict) and isinstance(tree.get("state"), dict) and isinstance(tree.get("param_groups"), list)
 
 
-def state_dict_of(tree: Any, path: str) -> StateDict | None:
-    """The parts of `{'state': {...}, 'param_groups': [...]}`, checked; None for anything else.
+def parse_state_dict(tree: Any, path: str) -> StateDict | None:
+    """Return the parts of `{'state': {...}, 'param_groups': [...]}`, checked; None for anything else.
 
     Raises:
         CheckpointError: if groups have no list of parameters, an id comes twice, or state belongs to no group's.
@@ -105,7 +105,7 @@ def state_dict_of(tree: Any, path: str) -> StateDict | None:
 
 
 def _numbered(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same with places for ids where these are the parameters themselves, as in an optimizer that was pickled."""
+    """Return a tree with places for ids where ids are the parameters themselves, as in a pickled optimizer."""
     places: dict[Stored, int] = {}
     groups = []
     for group in tree["param_groups"]:
@@ -195,7 +195,7 @@ def small_numbers(stored: Stored) -> tuple[float | int, ...]:
         NotPlainError: for a large one, one that is not contiguous, of another dtype, or not all in the file.
     """
     try:
-        return numbers(stored)
+        return read_numbers(stored)
     except FileChangedError:
         raise
     except (ValueError, OSError) as error:
@@ -203,7 +203,7 @@ def small_numbers(stored: Stored) -> tuple[float | int, ...]:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value as a document holds it: numbers, text, lists, tuples, dicts; small tensors with their numbers.
+    """Return a value as a document holds it: numbers, text, lists, tuples, dicts; small tensors with their numbers.
 
     Raises:
         NotPlainError: for anything else.
@@ -222,7 +222,7 @@ def plain(value: Any, depth: int = 0) -> Any:
         return {key: plain(item, depth + 1) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if (number := element(value)) is not None:
+    if (number := only_element(value)) is not None:
         return number
     raise NotPlainError(f"it is {type_name(value)}")
 
@@ -241,7 +241,7 @@ def plain_members(values: Mapping[Any, Any], where: str, notes: list[str]) -> di
 
 
 def number_of(value: Any) -> float | None:
-    """A number, also one kept as a tensor of one element; None for anything else."""
+    """Return a number, also one kept as a tensor of one element; None for anything else."""
     if isinstance(value, Stored) and value.elements == 1:
         try:
             (value,) = small_numbers(value)
@@ -250,12 +250,12 @@ def number_of(value: Any) -> float | None:
     if isinstance(value, TensorValue) and len(value.values) == 1:
         (value,) = value.values
     if isinstance(value, Object):
-        value = element(value)
+        value = only_element(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def step_of(value: Any) -> int:
-    """A count of updates that is a number or a tensor of one.
+    """Return a count of updates that is a number or a tensor of one.
 
     Raises:
         NotPlainError: if it is none.
@@ -272,7 +272,7 @@ def step_of(value: Any) -> int:
 
 
 def tell_adam_from_adamw(found: StateDict, optimizer: str | None, name: str) -> tuple[str, list[str]]:
-    """The name of an optimizer that is `name` or the same with "Adam" for "AdamW", and a note if it was assumed.
+    """Return the name of an optimizer that is `name` or the same with "Adam" for "AdamW", and a note if it was assumed.
 
     optimizer: the name that a person gave.
     """

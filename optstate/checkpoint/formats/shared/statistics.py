@@ -44,7 +44,7 @@ RECIPE_OF_RULE = {"adam": "adamw"} | {rule: rule for rule in RULES.values() if r
 
 
 def find_beta(group: Mapping[str, Any], key: str, place: int | None = None) -> float | None:
-    """The weight of the past under a key of a group, at a place in the pair there; None where there is none.
+    """Return the weight of the past under a key of a group, at a place in the pair there; None where there is none.
 
     A weight of the past is from 0 on and less than 1.
     """
@@ -71,7 +71,7 @@ class Meaning:
     when: str = ""
 
     def beta_in(self, group: Mapping[str, Any]) -> float | None:
-        """The weight of the past in a group's hyper-parameters."""
+        """Return the weight of the past in a group's hyper-parameters."""
         return None if self.beta is None else find_beta(group, *self.beta)
 
     def is_needed(self, shape: tuple[int, ...] | None, group: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from optstate.checkpoint.document.document import Group, Parameter, SlotRecord
 from optstate.checkpoint.files.tensor_place import Stored
 from optstate.checkpoint.formats.shared.any_statistics import write_any
 from optstate.checkpoint.formats.shared.hyper_parameters import translate
-from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, checkpoint_of, without
+from optstate.checkpoint.formats.shared.parameter_reader import Draft, Source, build_checkpoint, without
 from optstate.checkpoint.formats.shared.state_dict import StateDict
 from optstate.checkpoint.formats.shared.statistics import CAME, Meaning
 from optstate.checkpoint.formats.shared.tree_writer import (
@@ -66,7 +66,7 @@ def whole(meanings: Mapping[str, Meaning]) -> dict[str, Kept]:
 
 
 def factored(slot: str, meaning: Meaning) -> dict[str, Kept]:
-    """A statistic that is in full for vectors, and as `<slot>_row` and `<slot>_col` for matrices."""
+    """Return a statistic that is in full for vectors, and as `<slot>_row` and `<slot>_col` for matrices."""
     return {slot: Kept(meaning, slot, f"{slot}_row", f"{slot}_col")}
 
 
@@ -112,7 +112,7 @@ class Layout:
 
 
 def read_tables(found: StateDict, layouts: Iterable[Layout], library: str) -> Checkpoint | None:
-    """A checkpoint in the first layout that fits; None if none does."""
+    """Return a checkpoint in the first layout that fits; None if none does."""
     layout = next((layout for layout in layouts if layout.fits(found)), None)
     return None if layout is None else read_table(found, layout, library)
 
@@ -125,7 +125,7 @@ def read_table(
     optimizer: str = "",
     more: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """A checkpoint in this layout. optimizer: its name, if the layout is that of several. more: see `Source`.
+    """Return a checkpoint in this layout. optimizer: its name, if the layout is that of several. more: see `Source`.
 
     Raises:
         CheckpointError: naming the first parameter whose statistics contradict each other.
@@ -139,7 +139,7 @@ def read_table(
             _take(draft, slot, kept)
 
     source = Source(library, library, optimizer or layout.optimizer, layout.rule.recipe, more)
-    return checkpoint_of(found, source, say, notes)
+    return build_checkpoint(found, source, say, notes)
 
 
 def _take(draft: Draft, slot: str, kept: Kept) -> None:
@@ -164,7 +164,7 @@ def _squeezed(draft: Draft, kept: Kept, row: Stored, col: Stored) -> tuple[Store
 
 
 def write_tables(writer: TreeWriter, own: Iterable[Layout], by_rule: Mapping[str, Layout]) -> Tree:
-    """The state_dict of a document: a file of the library itself as it was, another in the layout of its rule.
+    """Return the state_dict of a document: a file of the library itself as it was, another in the layout of its rule.
 
     own: the layouts of the library's files. by_rule: those that other documents can be written in.
 
@@ -203,7 +203,7 @@ def write_tables(writer: TreeWriter, own: Iterable[Layout], by_rule: Mapping[str
 
 
 def write_kept(writer: TreeWriter, param: Parameter, slot: str, kept: Kept) -> Tree:
-    """The tensors of one statistic, by key."""
+    """Return the tensors of one statistic, by key."""
     record = param.slots[slot]
     if kept.row and record.store == FACTORED:
         return _write_factors(writer, record, kept)

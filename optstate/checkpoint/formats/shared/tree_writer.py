@@ -10,6 +10,7 @@ from typing import Any
 
 from optstate.checkpoint.document.document import WEIGHT, Document, Group, Parameter, SlotRecord, TensorValue
 from optstate.checkpoint.document.rules import library_of
+from optstate.checkpoint.files.dtypes import FORMS, SAFETENSORS_NAMES, TORCH_NAMES
 from optstate.checkpoint.files.safetensors_writer import NewEntry
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
 from optstate.checkpoint.formats.shared.statistics import RECIPE_OF_RULE, RULES, Meaning
@@ -17,7 +18,6 @@ from optstate.text import shown
 
 __all__ = [
     "FACTORED",
-    "FLOATS",
     "NO_NUMBER",
     "LayoutError",
     "Tree",
@@ -33,23 +33,6 @@ __all__ = [
 
 Tree = dict[str, Any]
 """A tree that `create_torch` writes."""
-
-FLOATS = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
-"""The dtypes that parameters can have: torch's names and the safetensors format's."""
-
-_PACKED = {
-    "bool": ("BOOL", "?"),
-    "uint8": ("U8", "B"),
-    "int8": ("I8", "b"),
-    "int16": ("I16", "h"),
-    "float16": ("F16", "e"),
-    "bfloat16": ("BF16", "f"),
-    "int32": ("I32", "i"),
-    "float32": ("F32", "f"),
-    "float64": ("F64", "d"),
-    "int64": ("I64", "q"),
-}
-_NAMES = {name: torch_name for torch_name, (name, _) in _PACKED.items()}
 
 FACTORED = "Factored()"
 
@@ -98,7 +81,7 @@ class TreeWriter:
         return self.kind == self.layout
 
     def common(self, group: Group) -> dict[str, Any]:
-        """A group's hyper-parameters under the keys that our recipes have, small tensors as numbers."""
+        """Return a group's hyper-parameters under the keys that our recipes have, small tensors as numbers."""
         hyper = self.our_words({key: numbers(value) for key, value in group.hyper.items()})
         if isinstance(hyper.get("betas"), list):  # of a file in JSON
             hyper["betas"] = tuple(hyper["betas"])
@@ -111,18 +94,18 @@ class TreeWriter:
         self.notes[text] = None
 
     def members(self, group: int) -> list[Parameter]:
-        """The parameters of a group, in order."""
+        """Return the parameters of a group, in order."""
         return self._by_group[group]
 
     def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> NewTensor:
-        """The tensor of this key, in another shape of as many elements if one is given."""
+        """Return the tensor of this key, in another shape of as many elements if one is given."""
         entry = self.entries[key]
         return NewTensor(key, entry.dtype, entry.shape if shape is None else shape)
 
     def full(
         self, param: Parameter, slot: str, record: SlotRecord, allowed: str = "Full()", store: str = "fp32"
     ) -> NewTensor:
-        """The one tensor of a statistic kept in full.
+        """Return the one tensor of a statistic kept in full.
 
         allowed: the stores that the layout has for it, for messages. store: one of them, in words for `--slot`.
         """
@@ -131,7 +114,7 @@ class TreeWriter:
         return self.tensor(record.fields[""])
 
     def map_of(self, record: SlotRecord) -> Constant:
-        """The values that codes stand for: fp32, one storage for all statistics that share it."""
+        """Return the values that codes stand for: fp32, one storage for all statistics that share it."""
         if record.codebook not in self.books:
             values = self.document.codebooks.get(record.codebook)
             if values is None:
@@ -140,7 +123,7 @@ class TreeWriter:
         return self.books[record.codebook]
 
     def step(self, param: Parameter, form: str) -> Tree:
-        """The entry `step`: in the form that the file had it, if it came from this layout; else in this form.
+        """Return the entry `step`: in the form that the file had it, if it came from this layout; else in this form.
 
         form: "int", "float", the dtype of a tensor without dimensions, or "" for no entry.
         """
@@ -158,7 +141,7 @@ class TreeWriter:
         return {"step": scalar(form, param.step)}
 
     def extra(self, param: Parameter, *without: str, droppable: tuple[str, ...] = ("RMS",)) -> Tree:
-        """What else the layout kept for a parameter, less what has its own place.
+        """Return what else the layout kept for a parameter, less what has its own place.
 
         droppable: what can be left out of another layout, since it is made anew at every step.
         """
@@ -170,7 +153,7 @@ class TreeWriter:
         return {key: with_constants(value) for key, value in rest.items()} if self.same else {}
 
     def tree(self, state_of: Callable[[Parameter], Tree], hyper_of: Callable[[int, Group], Tree]) -> Tree:
-        """The file: a state by place, the groups, and what else was at the top.
+        """Return the file: a state by place, the groups, and what else was at the top.
 
         state_of: what is kept for a parameter. hyper_of: the hyper-parameters of a group, unless they are as they were.
         """
@@ -194,7 +177,7 @@ class TreeWriter:
         }
 
     def top(self) -> Tree:
-        """What the file has beside its state and its groups."""
+        """Return what the file has beside its state and its groups."""
         if self.document.extra and not self.same:
             names = shown(", ".join(self.document.extra))
             raise LayoutError(f"{names} of the file: {self.layout} has no place for it")
@@ -207,7 +190,7 @@ class TreeWriter:
         return any(not param.name.startswith("#") for param in self.document.parameters)
 
     def ids(self) -> list[Any]:
-        """What stands for the parameters, in order: their places, unless the file had names or other numbers."""
+        """Return what stands for the parameters, in order: their places, unless the file had names or other numbers."""
         names = [param.name for param in self.document.parameters]
         if self.same and self.document.source.get("keys") == "names":
             return names
@@ -242,7 +225,7 @@ class TreeWriter:
             self.note("what earlier conversions lost is not in the file")
 
     def misfit(self, param: Parameter, slot: str, record: SlotRecord, allowed: str, store: str) -> LayoutError:
-        """The error for a statistic in a store that the layout does not have."""
+        """Return the error for a statistic in a store that the layout does not have."""
         return LayoutError(
             f"{slot} of '{shown(param.name)}' is in {record.store}: {self.layout} keeps {allowed}; "
             f"convert with --slot {slot}={store}"
@@ -253,7 +236,7 @@ class TreeWriter:
 
 
 def check_rule(writer: TreeWriter, *known: str) -> str:
-    """The rule that the document's recipe is, one of those that the library has.
+    """Return the rule that the document's recipe is, one of those that the library has.
 
     Raises:
         LayoutError: for another.
@@ -314,22 +297,23 @@ def is_full(record: SlotRecord) -> bool:
 
 
 def scalar(dtype: str, value: float) -> Constant:
-    """A tensor without dimensions; `dtype` is the safetensors format's name."""
-    if dtype not in _NAMES:
+    """Return a tensor without dimensions; `dtype` is the safetensors format's name."""
+    if dtype not in FORMS and dtype != "BF16":
         raise LayoutError(f"a step of dtype {dtype!r} cannot be written")
-    return constant(TensorValue(_NAMES[dtype], (), (value,)))
+    return constant(TensorValue(TORCH_NAMES[dtype], (), (value,)))
 
 
 def constant(value: TensorValue) -> Constant:
-    """A small tensor with its bytes.
+    """Return a small tensor with its bytes.
 
     Raises:
         LayoutError: for a dtype that cannot be written, or numbers that it cannot hold.
     """
-    if value.dtype not in _PACKED:
+    name = SAFETENSORS_NAMES.get(f"torch.{value.dtype}", "")
+    code = "f" if name == "BF16" else FORMS.get(name)
+    if code is None:
         raise LayoutError(f"a tensor of {value.dtype} among the hyper-parameters cannot be written")
-    name, code = _PACKED[value.dtype]
-    numbers = [int(v) if code in "BbhiqQ" else v for v in value.values]
+    numbers = [int(v) if code in "BbhHiIqQ" else v for v in value.values]
     try:
         data = struct.pack(f"<{len(numbers)}{code}", *numbers)
     except (struct.error, OverflowError):
@@ -349,14 +333,14 @@ def with_constants(value: Any) -> Any:
 
 
 def number(value: Any) -> Any:
-    """A hyper-parameter as a plain number where it is a tensor of one; anything else as it is."""
+    """Return a hyper-parameter as a plain number where it is a tensor of one; anything else as it is."""
     if isinstance(value, TensorValue) and len(value.values) == 1:
         return value.values[0]
     return value
 
 
 def numbers(value: Any) -> Any:
-    """`number` inside tuples and lists, too."""
+    """Return a hyper-parameter with `number` applied to all parts of tuples and lists."""
     if isinstance(value, tuple | list):
         return type(value)(numbers(item) for item in value)
     return number(value)

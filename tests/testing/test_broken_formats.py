@@ -1,0 +1,111 @@
+"""Formats that are broken on purpose: each is caught by the law that it breaks, and by no other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from optstate import testing
+from optstate.checkpoint.formats import registry
+from optstate.formats import (
+    FIRST,
+    NEEDED,
+    SECOND,
+    Checkpoint,
+    Format,
+    Kept,
+    Layout,
+    OtherRule,
+    StateDict,
+    Tree,
+    TreeWriter,
+    by_key,
+    read_tables,
+    whole,
+    write_tables,
+)
+from tests.testing.test_broken_parts import broken_laws
+
+NAME = "smalllib"
+HYPERS = {"lr": NEEDED, "betas": NEEDED, "eps": NEEDED, "weight_decay": NEEDED, "small": 1}
+RULE = OtherRule(NAME, "Small", "adamw", needs=frozenset({"small"}), numbers=frozenset(HYPERS))
+SLOTS = {"exp_avg": Kept(FIRST, "m"), "exp_avg_sq": Kept(SECOND, "v")}
+LAYOUT = Layout("Small", RULE, SLOTS, step_form="int", hypers=by_key(HYPERS))
+UNCOUNTED = replace(LAYOUT, step_form="")
+ANY_LION = Layout("Lion", replace(RULE, needs=frozenset({"betas"})), whole({"exp_avg": FIRST}))
+
+
+def read(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+    return read_tables(found, [LAYOUT], NAME)
+
+
+def read_under_another_name(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+    return read_tables(found, [LAYOUT], "largelib")
+
+
+def read_lions_too(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+    return read_tables(found, [LAYOUT, ANY_LION], NAME)
+
+
+def read_carelessly(found: StateDict, optimizer: str | None = None) -> Checkpoint | None:
+    if "small" in found.keys:
+        _ = [kept["m"].shape for kept in found.state.values()]
+    return read(found)
+
+
+def write(writer: TreeWriter) -> Tree:
+    return write_tables(writer, [LAYOUT], {"adam": LAYOUT})
+
+
+def write_no_steps(writer: TreeWriter) -> Tree:
+    return write_tables(writer, [UNCOUNTED], {"adam": UNCOUNTED})
+
+
+def write_otherwise_again(writer: TreeWriter) -> Tree:
+    tree = write(writer)
+    return {**tree, "times": 2} if writer.same else tree
+
+
+def our_words(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
+    return {key: value for key, value in hyper.items() if key != "small"}
+
+
+SOUND = Format(
+    name=NAME, read=read, write=write, stores={"adam": frozenset({"Full"})}, rules=(RULE,), our_words=our_words
+)
+
+BROKEN = [
+    (replace(SOUND, rules=(replace(RULE, kind="largelib"),), name=NAME), "declaration"),
+    (replace(SOUND, read=read_under_another_name), "round trip"),
+    (replace(SOUND, write=write_no_steps), "exact load"),
+    (replace(SOUND, write=write_otherwise_again), "same bytes"),
+    (replace(SOUND, read=read_lions_too), "other files"),
+    (replace(SOUND, read=read_carelessly), "damaged files"),
+]
+
+
+def test_a_sound_format_passes() -> None:
+    testing.check_format(SOUND)
+
+
+@pytest.mark.parametrize(("declared", "law"), BROKEN, ids=[law for _, law in BROKEN])
+def test_each_broken_format_breaks_its_law_and_no_other(declared: Format, law: str) -> None:
+    found = broken_laws(testing.check_format, declared, testing.LAWS_OF_FORMATS)
+    assert list(found) == [law], {name: str(error) for name, error in found.items()}
+
+
+def test_every_law_of_formats_has_a_format_that_breaks_it() -> None:
+    assert {law for _, law in BROKEN} == set(testing.LAWS_OF_FORMATS)
+
+
+@pytest.mark.parametrize("declared", registry.find_formats(), ids=lambda declared: declared.name)
+def test_our_own_formats_keep_the_laws(declared: Format) -> None:
+    testing.check_format(declared)
+
+
+def test_a_format_that_writes_nothing_it_promises_is_caught() -> None:
+    declared = replace(SOUND, stores={"sgd": frozenset({"Full"})})
+    with pytest.raises(testing.LawError, match="nothing that `stores` promises is written"):
+        testing.check_format(declared)
