@@ -50,7 +50,7 @@ def test_stores_keep_the_laws(store: Store) -> None:
     testing.check_store(store)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: type(transform).__name__)
 def test_transforms_keep_the_laws(transform: Transform) -> None:
     testing.check_transform(transform)
 
