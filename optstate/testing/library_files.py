@@ -56,7 +56,7 @@ class Written:
 
 @contextmanager
 def installed_format(declared: Format) -> Iterator[None]:
-    """Take the format for installed, unless one of this name is. Where it fails that is an error, and no warning."""
+    """Take the format for installed, in the place of one of its name. Where it fails that is an error, no warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", f"the format {re.escape(repr(declared.name))} ", PluginWarning)
         with _held_format(declared):
@@ -65,15 +65,11 @@ def installed_format(declared: Format) -> Iterator[None]:
 
 @contextmanager
 def _held_format(declared: Format) -> Iterator[None]:
-    if declared.name in FORMATS or _is_own(declared):
+    if find_format(declared.name) is declared:
         yield
     else:
         with FORMATS.holding(declared.name, declared):
             yield
-
-
-def _is_own(declared: Format) -> bool:
-    return find_format(declared.name) is declared
 
 
 def _written(declared: Format, folder: Path) -> Iterator[Written]:

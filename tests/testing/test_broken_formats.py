@@ -27,6 +27,7 @@ from optstate.formats import (
     whole,
     write_tables,
 )
+from optstate.other_libraries import FORMATS
 from tests.testing.test_broken_parts import broken_laws
 
 NAME = "smalllib"
@@ -154,3 +155,10 @@ def test_a_library_may_keep_weights_of_the_past_under_keys_of_its_own() -> None:
 def test_a_weight_of_the_past_that_is_under_another_key_is_named() -> None:
     with pytest.raises(testing.LawError, match=r"exp_avg was of='gradient', beta=0.9 and is read as .* beta=None: the"):
         testing.check_format(apart(FIRST, SECOND), laws=["exact load"])
+
+
+def test_the_format_that_is_given_is_checked_and_not_an_installed_one_of_its_name() -> None:
+    first, second = Meaning("gradient", beta=("beta1", None)), Meaning("square", signed=False, beta=("beta2", None))
+    sound = apart(first, second)
+    with FORMATS.holding(NAME, sound), pytest.raises(testing.LawError, match="ZeroDivisionError"):
+        testing.check_format(replace(sound, write=lambda writer: {"state": 1 // 0}), laws=["round trip"])
