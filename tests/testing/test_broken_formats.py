@@ -162,3 +162,10 @@ def test_the_format_that_is_given_is_checked_and_not_an_installed_one_of_its_nam
     sound = apart(first, second)
     with FORMATS.holding(NAME, sound), pytest.raises(testing.LawError, match="ZeroDivisionError"):
         testing.check_format(replace(sound, write=lambda writer: {"state": 1 // 0}), laws=["round trip"])
+
+
+def test_hyper_parameters_that_nobody_translates_are_found_out() -> None:
+    first, second = Meaning("gradient", beta=("beta1", None)), Meaning("square", signed=False, beta=("beta2", None))
+    for words in (None, lambda hyper, rule: {}[rule]):
+        with pytest.raises(testing.LawError, match="exact load.*our_words|exact load.*fails: KeyError"):
+            testing.check_format(replace(apart(first, second), our_words=words), laws=["exact load"])
