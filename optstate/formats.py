@@ -2,7 +2,9 @@
 
 Declare one `Format` and offer it by an entry point of the group `optstate.formats`, under the format's name. Libraries
 that keep one tensor per statistic need a table, a `Layout`, and no code to read or write: `read_tables` and
-`write_tables` do both. `optstate.testing.check_format` says what is wrong; `examples/plugin` is a whole package.
+`write_tables` do both. What its groups call by other names `Format.our_words` and `Layout.hypers` translate, and a
+`Meaning` says under which of the library's keys an average's weight of the past is. `optstate.testing.check_format`
+says what is wrong; `examples/plugin` is a whole package.
 Imports no torch: neither should the module that declares a format, or `optstate inspect` waits for torch.
 """
 

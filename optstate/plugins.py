@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from optstate.text import shown
 
-__all__ = ["PluginError", "PluginWarning", "Plugins"]
+__all__ = ["PluginError", "PluginWarning", "Plugins", "warn_in_a_line"]
 
 T = TypeVar("T")
 
@@ -109,9 +109,9 @@ def _offered(plugins: Plugins[Any], path: tuple[str, ...]) -> dict[str, EntryPoi
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=plugins.group), key=_ours_first):
         if entry.name in plugins.taken:
-            _warn(f"the {plugins.named(entry)} is hidden by optstate's own of that name")
+            warn_in_a_line(f"the {plugins.named(entry)} is hidden by optstate's own of that name")
         elif found.setdefault(entry.name, entry).value != entry.value:
-            _warn(f"the {plugins.named(entry)} is hidden by the {plugins.named(found[entry.name])}")
+            warn_in_a_line(f"the {plugins.named(entry)} is hidden by the {plugins.named(found[entry.name])}")
     return found
 
 
@@ -130,10 +130,13 @@ def _loaded(plugins: Plugins[Any], entry: EntryPoint) -> Any:
     if not problem:
         return part
     failure = PluginError(f"the {plugins.named(entry)} is left out: {shown(problem)}")
-    _warn(str(failure))
+    warn_in_a_line(str(failure))
     return failure
 
 
-def _warn(message: str) -> None:
-    """Warn in one line: where in this library the warning arose helps nobody."""
-    warnings.warn_explicit(message, PluginWarning, OURS, 1)
+def warn_in_a_line(message: str) -> None:
+    """Warn of a part of another package; where in this library the warning arose helps nobody.
+
+    The name in brackets is that of no file, of which `warnings` would show a second line: a script may be `optstate`.
+    """
+    warnings.warn_explicit(message, PluginWarning, f"<{OURS}>", 1)

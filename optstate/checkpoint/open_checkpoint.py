@@ -177,12 +177,12 @@ def _of_index(path: str) -> Checkpoint:
 def _of_folder(path: Path, key: str | None, optimizer: str | None) -> Checkpoint:
     """Open a folder as training stacks write it, or any folder with one file of optimizer state."""
     from optstate.checkpoint.formats import lerobot
-    from optstate.checkpoint.formats.registry import find_folder_format
+    from optstate.checkpoint.formats.registry import find_folder_format, read_folder
 
     written_by = find_folder_format(path)
     if written_by is not None and written_by.read_at is not None:
         _no_key(path, f"a checkpoint of {written_by.name}", key)
-        return written_by.read_at(path)
+        return read_folder(written_by, path)
     found = _parts(path)
     if len(found) > 1:
         files = ", ".join(f"'{shown(part.name)}'" for part in found[:8])

@@ -53,10 +53,15 @@ class ParameterHooks:
         self.add(runner, [p for p in runner.params() if p.requires_grad and not self._is_hooked(p)])
 
     def attach_unfrozen(self, runner: StepRunner) -> None:
-        """Attach hooks to parameters that began to train after fusing; lost hooks stay lost, `lost` reports them."""
-        for param in self._frozen:
+        """Attach hooks to parameters that began to train after fusing; lost hooks stay lost, `lost` reports them.
+
+        Raises:
+            RuntimeError: as `add`; if a parameter that trains was put into the groups after the optimizer was built.
+        """
+        without = self._frozen + runner.parameters.strangers
+        for param in without:
             if param.requires_grad:
-                self.add(runner, [p for p in self._frozen if p.requires_grad])
+                self.add(runner, [p for p in without if p.requires_grad])
                 return
 
     def add(self, runner: StepRunner, params: list[Tensor]) -> None:

@@ -53,6 +53,8 @@ class TrackedParameters:
         self.chains: dict[int, Chain] = {}
         """The chain of each group that has parameters, by the group's place."""
         self._places: list[list[int]] = []
+        self.strangers: list[Tensor] = []
+        """Parameters in the groups that are in the place of no others: they came after the optimizer was built."""
         self._let_go = 0
 
     # --- adding -----------------------------------------------------------------------------------------------------
@@ -173,6 +175,7 @@ class TrackedParameters:
         for group in groups:
             places.append(list(map(id, group["params"])))
         if places == self._places:
+            self.strangers = []
             return
         order = list(in_a_row.from_iterable(group["params"] for group in groups))
         replaced = replacements(list(self.leaves), order)
@@ -182,7 +185,8 @@ class TrackedParameters:
         if replaced:
             self.leaves = {param: self.leaves[param] for param in order}
             tell(Changes(replaced=replaced))
-        if all(param in self.leaves for param in order):
+        self.strangers = [param for param in order if param not in self.leaves]
+        if not self.strangers:
             tell(self._follow_moved(order, groups, state))
             self._places = places
 

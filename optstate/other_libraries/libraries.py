@@ -309,16 +309,20 @@ def find_rule(kind: str, optimizer: str) -> OtherRule | None:
 
 def _problem(name: str, declared: Any) -> str:
     """Return in words why an object cannot be a format; "" if it can."""
-    if getattr(declared, "name", None) != name:
-        return f"it is a {type(declared).__name__} without the name {name!r}"
-    rules = getattr(declared, "rules", None)
-    known = isinstance(rules, tuple) and all(isinstance(rule, OtherRule) for rule in rules)
+    if all(kind.__name__ != "Format" for kind in type(declared).__mro__):  # which is above this room
+        return f"it is a {type(declared).__name__}, no optstate.formats.Format"
+    if declared.name != name:
+        return f"its `name` is {declared.name!r}, and files say whose they are by that: both must be alike"
+    known = isinstance(declared.rules, tuple) and all(isinstance(rule, OtherRule) for rule in declared.rules)
     return "" if known else "its `rules` are no tuple of OtherRule"
 
 
 _KINDS = frozenset(rule.kind for rule in ALL)
 
-FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem)
+OWN_FORMATS = _KINDS | {"lerobot", "optstate", "optstate-state_dict", "torch.distributed.checkpoint"}
+"""The names of this library's formats, which no other package can have."""
+
+FORMATS: Plugins[Any] = Plugins("format", "optstate.formats", _problem, OWN_FORMATS)
 """Formats of other packages, which declare their own rules."""
 
 

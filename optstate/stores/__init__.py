@@ -3,7 +3,9 @@
 To write a store: subclass `Store` as a frozen dataclass with `fields` (names, shapes and dtypes of what is kept, as
 `FieldSpec`s of a parameter), `read` (tensors to numbers) and `encode` (numbers to tensors, with `Noise` for random
 rounding). Where elements are not kept independently, set `elementwise = False`, and write `encode_part`, which yields
-what it needs of the whole parameter (`Partial` sums, `Largest` values). A transform declares what it keeps as `Slot`s
+what it needs of the whole parameter (`Partial` sums, `Largest` values). Where elements are kept in blocks, give
+`alignment` and `FieldSpec.per`, and let `resolve` return another store where `ParamSpec.keeps_together` says that
+devices would cut a block. A transform declares what it keeps as `Slot`s
 and gets a `Statistic` for each. `optstate.testing.check_store` says what is wrong; an entry point of the group
 `optstate.stores` lets files name the store. `examples/plugin` is a whole package.
 """

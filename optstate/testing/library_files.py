@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from optstate.checkpoint.formats.shared.format import Format
 from optstate.checkpoint.formats.shared.statistics import RECIPE_OF_RULE
 from optstate.optimizer.optimizer import Optimizer
 from optstate.other_libraries import FORMATS, OtherRule
+from optstate.plugins import PluginWarning
 from optstate.testing.laws import BrokenLawError, Law, expect, expect_close, expect_same, one_line
 from optstate.testing.rules import OF_A_STEP, Maker, Params, state_tensors, step_once
 
@@ -54,16 +56,20 @@ class Written:
 
 @contextmanager
 def installed_format(declared: Format) -> Iterator[None]:
-    """Take the format for installed, unless one of this name is."""
-    if declared.name in FORMATS or _is_own(declared):
+    """Take the format for installed, in the place of one of its name. Where it fails that is an error, no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", f"the format {re.escape(repr(declared.name))} ", PluginWarning)
+        with _held_format(declared):
+            yield
+
+
+@contextmanager
+def _held_format(declared: Format) -> Iterator[None]:
+    if find_format(declared.name) is declared:
         yield
     else:
         with FORMATS.holding(declared.name, declared):
             yield
-
-
-def _is_own(declared: Format) -> bool:
-    return find_format(declared.name) is declared
 
 
 def _written(declared: Format, folder: Path) -> Iterator[Written]:
@@ -147,14 +153,21 @@ def loads_exactly(declared: Format, written: Written) -> None:
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(written.params[name])
+    for group in optimizer.param_groups:  # the file's take the place of these
+        group["lr"] /= 4
+        if "betas" in group:
+            group["betas"] = tuple(beta / 2 for beta in group["betas"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the file does not say
+        warnings.filterwarnings("ignore", "(?!the format )")  # of what the file does not say
         try:
             checkpoint.load(optimizer, written.theirs)
         except CheckpointError as error:
-            if "follows another rule" in error.reason:
+            if "follows another rule" in error.reason and " of another package fails" not in error.reason:
                 return  # said, as it should be
-            raise
+            raise _explained(written, error) from error
+    for here, there in zip(optimizer.param_groups, written.optimizer.param_groups, strict=True):
+        for key in {"lr", "betas"} & there.keys():
+            expect(here[key] == there[key], f"{key}={there[key]!r} becomes {here[key]!r}: see `Format.our_words`")
     for name, param in params.items():
         for key, value in state_tensors(written.params[name], written.optimizer).items():
             expect_same(optimizer.state[param][key], value, f"{key} of {name} after loading")
@@ -164,6 +177,22 @@ def loads_exactly(declared: Format, written: Written) -> None:
     for name, param in params.items():
         found, wanted = param.detach() - before[name], written.params[name].detach() - before[name]
         expect_close(found, wanted, f"the change of {name} in a step after loading", OF_A_STEP)
+
+
+def _explained(written: Written, error: CheckpointError) -> BrokenLawError:
+    """Say which `Meaning` is wrong, if that is why a file is refused: what a person would have to find out."""
+    own, theirs = (checkpoint.open(path).document.parameters for path in (written.own, written.theirs))
+    for old, new in zip(own, theirs, strict=True):
+        for slot, record in old.slots.items():
+            was, now = (record.of, record.beta), None
+            if slot in new.slots:
+                now = (new.slots[slot].of, new.slots[slot].beta)
+            if now is not None and was != now:
+                return BrokenLawError(
+                    f"{slot} was of={was[0]!r}, beta={was[1]} and is read as of={now[0]!r}, beta={now[1]}: the "
+                    "`Meaning` of the statistic says what it averages, and under which key of the group beta is"
+                )
+    return BrokenLawError(f"{one_line(error)} (hyper-parameters by other names are what `Format.our_words` translates)")
 
 
 def writes_the_same_again(declared: Format, written: Written) -> None:

@@ -59,6 +59,11 @@ OF_A_STEP = 1e-3
 FEW_BITS = 0.35
 """How far numbers may be from what they were, beside the largest, after being kept in 4 bits."""
 
+CUT_BLOCKS = (
+    "devices cut a block here, for which `resolve` must return another store (see `ParamSpec.keeps_together`), or "
+    "`encode_part` and `read` take parts"
+)
+
 
 @dataclass(frozen=True)
 class Maker:
@@ -230,7 +235,13 @@ def parts_are_whole(rule: Maker) -> None:
             if both.plan.stores != next(iter(both.optimizer.plan())).stores:
                 continue  # kept in another store where parts are cut so, as the plan says
             before = both.whole.detach().clone()
-            both.train(STEPS)
+            try:
+                both.train(STEPS)
+            except Exception as error:
+                fields = both.plan.fields.values()
+                if any(field.per > 1 and not field.layout(both.plan.spec)[1] for field in fields):
+                    raise BrokenLawError(f"{one_line(error)}: {CUT_BLOCKS}") from error
+                raise
             param, state = both.joined()
             expect_close(param - before, both.whole.detach() - before, "the change of the weight", ROUNDING)
             for key, value in both.whole_state().items():

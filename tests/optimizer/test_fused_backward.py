@@ -785,6 +785,22 @@ class TestUnfreezing:
         optimizer.step()
         assert torch.equal(model[0].weight, frozen)
 
+    def test_a_parameter_put_into_a_group_by_hand_is_refused_before_anything_is_written(self) -> None:
+        model, extra = mlp(), nn.Parameter(torch.zeros(1))
+        optimizer = AdamW(model.named_parameters())
+        optstate.fuse_backward(optimizer)
+        loss_of(model, 0).backward()
+        optimizer.step()
+        before = weights_of(model)
+        optimizer.param_groups[0]["params"].append(extra)
+        with pytest.raises(RuntimeError, match="put into the optimizer's groups after it was built"):
+            (loss_of(model, 1) + extra).sum().backward()
+        assert_same(weights_of(model), before)
+        optimizer.param_groups[0]["params"].pop()  # taken back: the run goes on
+        loss_of(model, 1).backward()
+        optimizer.step()
+        assert not torch.equal(model[0].weight, before["0.weight"])
+
 
 class TestCompiledAndThreads:
     def test_hooks_work_with_a_compiled_model(self) -> None:

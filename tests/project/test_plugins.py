@@ -103,7 +103,7 @@ def test_an_installed_store_is_known_by_its_words(tmp_path: Path, monkeypatch: p
     install(monkeypatch, tmp_path, "zips", {"optstate.stores": {"zipped": "zipped_store:Zipped"}}, modules)
     assert str(registry.parse_store("zipped")) == "Zipped()"
     assert str(registry.parse_store("Zipped(bits=4)")) == "Zipped(bits=4)"
-    assert "zipped" in registry.names()
+    assert "zipped" in registry.store_names()
     with pytest.raises(ValueError, match="unexpected keyword"):
         registry.parse_store("Zipped(size=4)")
 
@@ -139,7 +139,7 @@ def test_what_is_no_store_is_named_and_left_out(
 ) -> None:
     install(monkeypatch, tmp_path, "theirs", {"optstate.stores": {name: f"{module}:Mine"}}, {module: source})
     with pytest.warns(PluginWarning, match=said):
-        assert registry.names() == sorted(registry.OWN)
+        assert registry.store_names() == sorted(registry.OWN)
     with pytest.raises(ValueError, match=said):
         registry.parse_store(name)
 
@@ -148,5 +148,5 @@ def test_of_two_stores_with_one_name_ours_wins(tmp_path: Path, monkeypatch: pyte
     modules = {"usurping_store": STORE.format(name="Block8")}
     install(monkeypatch, tmp_path, "theirs", {"optstate.stores": {"block8": "usurping_store:Block8"}}, modules)
     with pytest.warns(PluginWarning, match=r"the store 'block8' .* is hidden by optstate's own of that name"):
-        registry.names()
+        registry.store_names()
     assert registry.parse_store("block8") == stores.Block8()

@@ -17,6 +17,7 @@ from optstate.formats import (
     Format,
     Kept,
     Layout,
+    Meaning,
     OtherRule,
     StateDict,
     Tree,
@@ -26,6 +27,7 @@ from optstate.formats import (
     whole,
     write_tables,
 )
+from optstate.other_libraries import FORMATS
 from tests.testing.test_broken_parts import broken_laws
 
 NAME = "smalllib"
@@ -109,3 +111,61 @@ def test_a_format_that_writes_nothing_it_promises_is_caught() -> None:
     declared = replace(SOUND, stores={"sgd": frozenset({"Full"})})
     with pytest.raises(testing.LawError, match="nothing that `stores` promises is written"):
         testing.check_format(declared)
+
+
+# --- a library with words of its own for the weights of the past ----------------------------------------------------
+
+APART = {"rate": "lr", "beta1": ("betas", 0), "beta2": ("betas", 1), "eps": "eps", "shrink": "weight_decay"}
+
+
+def write_apart(writer: TreeWriter, place: int, group: Any) -> Tree:
+    ours = writer.common(group)
+    return {k: ours[of] if isinstance(of, str) else ours[of[0]][of[1]] for k, of in APART.items()}
+
+
+def join(hyper: dict[str, Any], rule: str) -> dict[str, Any]:
+    ours: dict[str, Any] = {of: hyper[key] for key, of in APART.items() if isinstance(of, str) and key in hyper}
+    return ours | ({"betas": (hyper["beta1"], hyper["beta2"])} if {"beta1", "beta2"} <= hyper.keys() else {})
+
+
+def apart(first: Meaning, second: Meaning) -> Format:
+    rule = OtherRule(NAME, "Small", "adamw", needs=frozenset({"shrink"}), numbers=frozenset(APART))
+    layout = Layout(
+        "Small",
+        rule,
+        {"exp_avg": Kept(first, "m"), "exp_avg_sq": Kept(second, "v")},
+        step_form="int",
+        hypers=write_apart,
+    )
+    return Format(
+        name=NAME,
+        read=lambda found, optimizer: read_tables(found, [layout], NAME),
+        write=lambda writer: write_tables(writer, [layout], {"adam": layout}),
+        stores={"adam": frozenset({"Full"})},
+        rules=(rule,),
+        our_words=join,
+    )
+
+
+def test_a_library_may_keep_weights_of_the_past_under_keys_of_its_own() -> None:
+    first = Meaning("gradient", beta=("beta1", None))
+    testing.check_format(apart(first, Meaning("square", signed=False, beta=("beta2", None))))
+
+
+def test_a_weight_of_the_past_that_is_under_another_key_is_named() -> None:
+    with pytest.raises(testing.LawError, match=r"exp_avg was of='gradient', beta=0.9 and is read as .* beta=None: the"):
+        testing.check_format(apart(FIRST, SECOND), laws=["exact load"])
+
+
+def test_the_format_that_is_given_is_checked_and_not_an_installed_one_of_its_name() -> None:
+    first, second = Meaning("gradient", beta=("beta1", None)), Meaning("square", signed=False, beta=("beta2", None))
+    sound = apart(first, second)
+    with FORMATS.holding(NAME, sound), pytest.raises(testing.LawError, match="ZeroDivisionError"):
+        testing.check_format(replace(sound, write=lambda writer: {"state": 1 // 0}), laws=["round trip"])
+
+
+def test_hyper_parameters_that_nobody_translates_are_found_out() -> None:
+    first, second = Meaning("gradient", beta=("beta1", None)), Meaning("square", signed=False, beta=("beta2", None))
+    for words in (None, lambda hyper, rule: {}[rule]):
+        with pytest.raises(testing.LawError, match="exact load.*our_words|exact load.*fails: KeyError"):
+            testing.check_format(replace(apart(first, second), our_words=words), laws=["exact load"])

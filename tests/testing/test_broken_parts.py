@@ -257,6 +257,25 @@ def test_a_broken_part_is_told_in_one_line() -> None:
     assert isinstance(caught.value, AssertionError)
 
 
+@dataclass(frozen=True)
+class CutBlocks(Sound):
+    """One unit per 64 elements, and nothing is said of devices that have parts of 64."""
+
+    alignment: ClassVar[int] = 64  # type: ignore[assignment]
+
+    def fields(self, spec: ParamSpec, signed: bool) -> dict[str, FieldSpec]:
+        return {**super().fields(spec, signed), "unit": FieldSpec((-(-spec.numel // 64),), torch.float32, (), per=64)}
+
+    def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
+        count = -(-value.numel() // 64)
+        return {**super().encode(value, noise), "unit": torch.full((count,), self.unit)}
+
+
+def test_a_store_whose_blocks_devices_cut_is_told_what_to_do() -> None:
+    with pytest.raises(testing.LawError, match="devices cut a block here, for which `resolve` must return another"):
+        testing.check_store(CutBlocks(), laws=["parts are whole"])
+
+
 def test_an_unknown_law_is_a_value_error() -> None:
     for check, part in ((testing.check_store, Sound()), (testing.check_transform, OnlyMatrices())):
         with pytest.raises(ValueError, match="no law is called 'speed': there are"):

@@ -7,13 +7,13 @@ The modules beside this one declare a `FORMAT` each; other packages do so by ent
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, TypeVar
 
 from optstate.checkpoint import formats
 from optstate.checkpoint.document.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from optstate.checkpoint.formats.shared.state_dict import parse_state_dict
 from optstate.checkpoint.formats.shared.statistics import RULES
 from optstate.checkpoint.formats.shared.tree_writer import LayoutError, Tree, TreeWriter
 from optstate.other_libraries import other_formats
+from optstate.plugins import warn_in_a_line
 from optstate.text import shown
 
 __all__ = [
@@ -42,12 +43,15 @@ __all__ = [
     "find_folder_format",
     "find_format",
     "find_formats",
+    "read_folder",
     "read_state_dict",
     "read_torch_checkpoint",
     "translate_group",
     "writable_formats",
     "write_state",
 ]
+
+T = TypeVar("T")
 
 MOST_NAMES = 6
 """Names listed before a count."""
@@ -78,12 +82,53 @@ def find_format(name: str) -> Format | None:
 
 def find_folder_format(path: Path) -> Format | None:
     """Return the format whose library wrote a folder; None if none says that it did."""
-    return next((found for found in find_formats() if found.is_at is not None and found.is_at(path)), None)
+    return next((found for found in find_formats() if found.is_at and _ask(found, found.is_at, path)), None)
+
+
+def read_folder(found: Format, path: Path) -> Checkpoint:
+    """Return the checkpoint in a folder of the format's library.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    assert found.read_at is not None
+    try:
+        return _call(found, found.read_at, path)
+    except LayoutError as error:
+        raise CheckpointError(path, str(error)) from None
 
 
 def writable_formats() -> tuple[str, ...]:
     """Return the names of all libraries whose files can be written, sorted."""
     return tuple(sorted(found.name for found in find_formats() if found.write is not None))
+
+
+def _call(found: Format, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function of a format.
+
+    Raises:
+        LayoutError: of one line, for whatever else than the errors of checkpoints another package's function raises.
+    """
+    if any(found is own for own in _own_formats()):
+        return function(*arguments)
+    try:
+        return function(*arguments)
+    except (CheckpointError, LayoutError):
+        raise
+    except (Exception, SystemExit) as error:  # another package's mistake is no traceback of a command
+        reason = " ".join(str(error).split())
+        raise LayoutError(
+            f"the format {found.name!r} of another package fails: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _ask(found: Format, function: Callable[..., T], *arguments: Any) -> T | None:
+    """Ask a format whether state is its library's. One that fails is left out, with a warning: others may know it."""
+    try:
+        return _call(found, function, *arguments)
+    except LayoutError as error:
+        warn_in_a_line(f"{error}; it is left out")
+        return None
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -132,8 +177,7 @@ def read_state_dict(tree: Any, path: str, optimizer: str | None = None) -> Check
     found = parse_state_dict(tree, path) or find_attributes(tree, path)
     if found is None:
         raise CheckpointError(path, "not optimizer state: it lacks 'state' and 'param_groups'")
-    readers = (each.read for each in find_formats() if each.read is not None)
-    checkpoints = (read(found, optimizer) for read in readers)
+    checkpoints = (_ask(each, each.read, found, optimizer) for each in find_formats() if each.read is not None)
     return next((made for made in checkpoints if made is not None), None) or read_any(found, optimizer)
 
 
@@ -144,9 +188,12 @@ def translate_group(document: Document, group: Group) -> dict[str, Any]:
     """
     source = find_format(library_of(document))
     hyper = dict(group.hyper)
-    return (
-        hyper if source is None or source.our_words is None else source.our_words(hyper, RULES.get(document.recipe, ""))
-    )
+    return hyper if source is None else _our_words(source, RULES.get(document.recipe, ""), hyper)
+
+
+def _our_words(source: Format, rule: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters of a library in the words of our recipes."""
+    return hyper if source.our_words is None else _call(source, source.our_words, hyper, rule)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -185,15 +232,14 @@ def write_state(name: str, document: Document, entries: Mapping[str, NewEntry]) 
             f"no library whose files can be written is called {name!r}: one of {', '.join(writable_formats())}"
         )
     if target.prepare is not None:
-        document = target.prepare(document)
+        document = _call(target, target.prepare, document)
     source, rule = find_format(library_of(document)), RULES.get(document.recipe, "")
-    words = None if source is None else source.our_words
-    writer = TreeWriter(name, document, entries, dict if words is None else lambda hyper: words(hyper, rule))
+    writer = TreeWriter(name, document, entries, dict if source is None else partial(_our_words, source, rule))
     if not writer.same:
         check_numbers(writer)
-    tree = target.write(writer)
+    tree = _call(target, target.write, writer)
     writer.warn_of_rest(tree)
-    return NewState(tree, None if target.pack is None else target.pack(tree), tuple(writer.notes))
+    return NewState(tree, None if target.pack is None else _call(target, target.pack, tree), tuple(writer.notes))
 
 
 def choose_format(document: Document) -> str:

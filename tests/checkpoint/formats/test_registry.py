@@ -17,6 +17,7 @@ from torch import nn
 import optstate
 from optstate.checkpoint import formats
 from optstate.checkpoint.formats.registry import find_formats
+from optstate.other_libraries.libraries import OWN_FORMATS
 from optstate.recipes import Lion
 
 # --- a package of somebody else's ---------------------------------------------------------------------------------
@@ -173,7 +174,8 @@ def test_a_flag_of_another_packages_rule_is_honoured(tmp_path: Path) -> None:
     [
         ("gadget_optim:FORMAT", "raise RuntimeError('no such device')", "RuntimeError: no such device"),
         ("gadget_optim:NOTHING", GADGET, "AttributeError"),
-        ("gadget_optim:FORMAT", "FORMAT = 3", "it is a int without the name 'gadget'"),
+        ("gadget_optim:FORMAT", "FORMAT = 3", "it is a int, no optstate.formats.Format"),
+        ("gadget_optim:FORMAT", GADGET.replace('name="gadget"', 'name="other"'), "its `name` is 'other'"),
         ("gadget_optim:FORMAT", GADGET.replace("(RULE,)", "'RULE'"), "its `rules` are no tuple of OtherRule"),
     ],
 )
@@ -189,6 +191,43 @@ def test_a_broken_package_is_named_in_one_line_and_left_out(value: str, source: 
     assert why in line
 
 
+@pytest.mark.parametrize("mistake", ["None.read", "1 / 0", "raise SystemExit(3)"])
+def test_a_format_that_fails_on_a_file_stops_nobody_elses(mistake: str, tmp_path: Path) -> None:
+    """One line for each file, in the reading of which any package may err; writing with it ends in a line, too."""
+    read = 'lambda found, optimizer: read_tables(found, [LAYOUT], "gadget")'
+    assert read in GADGET
+    source = GADGET.replace(f"read={read}", "read=fails, is_at=fails")
+    source = source.replace("write=lambda writer: ", "write=fails or ")
+    install(tmp_path, source=source.replace("FORMAT =", f"def fails(*arguments):\n    {mistake}\n\n\nFORMAT ="))
+    adamw, ours = tmp_path / "folder" / "optimizer.pt", tmp_path / "ours.safetensors"
+    adamw.parent.mkdir()
+    torch.save(torch.optim.AdamW([param for _, param in model()]).state_dict(), adamw)
+    for place, lines in ((adamw, 1), (adamw.parent, 2)):
+        result = run(tmp_path, "inspect", place, "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["kind"] == "torch"
+        said = result.stderr.splitlines()
+        assert len(said) <= lines
+        assert all("the format 'gadget' of another package fails: " in line for line in said)
+    optstate.save(Lion(model()), ours)
+    result = run(tmp_path, "convert", ours, tmp_path / "gadget.pt", "--format", "gadget")
+    assert result.returncode == 4, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "cannot be written as gadget state: the format 'gadget' of another package fails: " in line
+
+
+def test_no_package_takes_the_name_of_one_of_ours(tmp_path: Path) -> None:
+    """A format of theirs that claims every file would read ours otherwise."""
+    install(tmp_path, source=GADGET.replace('name="gadget"', 'name="torch"'))
+    points = tmp_path / "gadget_optim-1.0.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text().replace("gadget =", "torch ="))
+    torch.save(torch.optim.AdamW([param for _, param in model()]).state_dict(), tmp_path / "adamw.pt")
+    result = run(tmp_path, "inspect", tmp_path / "adamw.pt", "--json")
+    assert json.loads(result.stdout)["kind"] == "torch"
+    (line,) = result.stderr.splitlines()
+    assert "is hidden by optstate's own of that name" in line
+
+
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +237,7 @@ def test_every_module_beside_the_registry_declares_a_format() -> None:
     assert len(find_formats()) == len(modules)
     names = [found.name for found in find_formats()]
     assert len(set(names)) == len(names)
+    assert set(names) <= OWN_FORMATS
 
 
 def test_inspecting_a_file_of_ours_imports_no_format(tmp_path: Path) -> None:

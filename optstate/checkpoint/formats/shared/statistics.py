@@ -59,9 +59,10 @@ def find_beta(group: Mapping[str, Any], key: str, place: int | None = None) -> f
 class Meaning:
     """What a statistic is.
 
-    of, signed: as in `SlotRecord`. beta: the key of the weight of the past in the group and the place under that key,
-    None where the average did not begin at zero or is none. dims: the fewest dimensions of parameters that need the
-    statistic. when: a key of the group, if only parameters whose group has a value there need the statistic.
+    of, signed: as in `SlotRecord`. beta: the key of the weight of the past in the library's group and the place under
+    that key, `("betas", 0)` or `("beta1", None)`; None where the average did not begin at zero or is none. dims: the
+    fewest dimensions of parameters that need the statistic. when: a key of our recipe's group, if only parameters whose
+    group has a value there need the statistic.
     """
 
     of: str = ""

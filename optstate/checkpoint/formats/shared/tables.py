@@ -181,7 +181,7 @@ def write_tables(writer: TreeWriter, own: Iterable[Layout], by_rule: Mapping[str
     meanings = {slot: kept.meaning for slot, kept in slots.items()}
 
     def state_of(param: Parameter) -> Tree:
-        check_statistics(writer, param, meanings)
+        check_statistics(writer, param, meanings, lambda: hyper_of(param.group, writer.document.groups[param.group]))
         state = writer.step(param, layout.step_form if layout is not None and param.has_state else "")
         extra = writer.extra(param)
         for slot in sorted(param.slots, key=lambda slot: [*slots].index(slot) if slot in slots else len(slots)):

@@ -251,11 +251,15 @@ def check_rule(writer: TreeWriter, *known: str) -> str:
     return rule
 
 
-def check_statistics(writer: TreeWriter, param: Parameter, meanings: Mapping[str, Meaning]) -> None:
+def check_statistics(
+    writer: TreeWriter, param: Parameter, meanings: Mapping[str, Meaning], theirs: Callable[[], Tree] = dict
+) -> None:
     """Raise LayoutError unless a parameter keeps what a rule keeps, and nothing else.
 
     Two libraries may call different averages by one name: Adam corrects its second moment for beginning at zero when
     it is used, Adafactor's needs no correction. State from this very library is what it is.
+
+    theirs: makes the group as the library has it, for weights of the past that are under keys of its own there.
     """
     odd = [slot for slot in param.slots if slot not in meanings and not writer.same]
     if odd or WEIGHT in param.slots:
@@ -269,7 +273,8 @@ def check_statistics(writer: TreeWriter, param: Parameter, meanings: Mapping[str
     hyper = writer.common(writer.document.groups[param.group])
     for slot, meaning in meanings.items():
         if slot in param.slots:
-            _check_meaning(writer, param, slot, meaning, meaning.beta_in(hyper))
+            known = meaning.beta is None or meaning.beta[0] in hyper
+            _check_meaning(writer, param, slot, meaning, meaning.beta_in(hyper if known else theirs()))
         elif meaning.is_needed(param.shape, hyper):
             raise LayoutError(
                 f"'{shown(param.name)}' has no {slot}, which {writer.layout} needs; convert with --recipe "
