@@ -32,7 +32,7 @@ from optstate.checkpoint.files.opened_file import FileChangedError, OpenFiles, r
 from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
 from optstate.checkpoint.files.safetensors_set import find_file_or_index
-from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_python_json
 from optstate.text import shown
 
 __all__ = ["STREAM", "open_checkpoint", "refuse_streams"]
@@ -234,7 +234,7 @@ def _trainer_note(path: Path, checkpoint: Checkpoint) -> str:
     try:
         if not file.is_file() or file.stat().st_size > LARGEST_SIDE_FILE:
             return ""
-        step = parse_json(read_whole(file, LARGEST_SIDE_FILE).decode(), pairs=dict).get("global_step")
+        step = parse_python_json(read_whole(file, LARGEST_SIDE_FILE).decode()).get("global_step")
     except (CheckpointError, OSError, UnicodeDecodeError, NotJSONError, AttributeError):
         return f"{TRAINER_STATE} beside it cannot be read"
     steps = checkpoint.document.steps

@@ -27,7 +27,7 @@ from optstate.checkpoint.files.file_kinds import (
     read_bytes,
     size_of,
 )
-from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, parse_json
+from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, parse_python_json
 from optstate.naming import canonical_names
 from optstate.text import shown
 
@@ -119,7 +119,7 @@ def _of_text(path: str, text: str) -> ParameterNames:
 def _of_json(path: str, text: str) -> ParameterNames:
     """Read a list of names, a list of lists of names, or an object with a shape or null for each name."""
     try:
-        tree = parse_json(text)
+        tree = parse_python_json(text, Pairs)
     except NotJSONError as error:
         raise CheckpointError(path, f"not valid JSON: {error}") from None
     if isinstance(tree, Pairs):

@@ -161,6 +161,23 @@ def test_a_trainers_folder(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).notes == ("trainer_state.json says step 7, the optimizer counted 3",)
 
 
+def test_a_trainer_that_logged_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    saved(adamw(), tmp_path)
+    state = tmp_path / "trainer_state.json"
+    log = [{"loss": float("nan"), "grad_norm": float("inf")}]
+    state.write_text(json.dumps({"global_step": 3, "log_history": log}))  # as Python writes them: NaN, Infinity
+    assert open_checkpoint(tmp_path).notes == ()
+    state.write_text(json.dumps({"global_step": 7, "log_history": log}))
+    assert open_checkpoint(tmp_path).notes == ("trainer_state.json says step 7, the optimizer counted 3",)
+
+
+def test_lerobots_groups_with_numbers_that_only_python_writes(tmp_path: Path) -> None:
+    tree = adamw()
+    tree["param_groups"][0]["clip"], tree["param_groups"][0]["seed"] = float("inf"), 10**25 + 1
+    hyper = open_checkpoint(lerobot(tmp_path, tree)).document.groups[0].hyper
+    assert (hyper["clip"], hyper["seed"]) == (float("inf"), 10**25 + 1)
+
+
 def test_of_several_optimizers_in_a_folder_one_is_asked_for(tmp_path: Path) -> None:
     saved(adamw(), tmp_path, "optimizer.bin")
     assert len(open_checkpoint(tmp_path).document.parameters) == 6

@@ -23,7 +23,7 @@ from optstate.checkpoint.document.document import (
     tensor_key,
 )
 from optstate.checkpoint.files.dtypes import MAX_COUNT, MOST_DIMENSIONS
-from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_python_json
 
 __all__ = ["from_json", "to_json"]
 
@@ -208,7 +208,7 @@ class _Node:
 
 def _parsed(text: str) -> Any:
     try:
-        return parse_json(text, _without_repeats)
+        return parse_python_json(text, _without_repeats, nan=False)
     except NotJSONError as error:
         raise DocumentError(f"it is not JSON: {error}") from None
 

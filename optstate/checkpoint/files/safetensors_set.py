@@ -27,7 +27,7 @@ from optstate.checkpoint.files.safetensors_writer import (
     header_size,
     layout,
 )
-from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_python_json
 from optstate.text import shown
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _named_by(index: str) -> set[str] | None:
     if not os.path.isfile(index):
         return None
     try:
-        names = parse_json(read_whole(index, MAX_HEADER).decode(), pairs=dict)["weight_map"].values()
+        names = parse_python_json(read_whole(index, MAX_HEADER).decode())["weight_map"].values()
     except (CheckpointError, UnicodeDecodeError, NotJSONError, TypeError, KeyError, AttributeError):
         return None
     return {name for name in names if isinstance(name, str)}

@@ -1,7 +1,8 @@
 """JSON of unknown origin, by Python's own decoder: equal names are seen, and no value is built that is not bounded.
 
-`parse` decodes a whole text. `members` goes through an object of any length: usual members are decoded many at a time,
-all others alone and only up to a length, since a list of empty lists takes twenty times its text.
+`parse_json` decodes a whole text, `parse_python_json` one that Python's `json` may have written. `members` goes through
+an object of any length: usual members are decoded many at a time, all others alone and only up to a length, since a
+list of empty lists takes twenty times its text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from optstate.text import shown
 
-__all__ = ["NotJSONError", "Pairs", "as_plain_dicts", "members", "parse_json"]
+__all__ = ["NotJSONError", "Pairs", "as_plain_dicts", "members", "parse_json", "parse_python_json"]
 
 MAX_VALUE = 1 << 18  # characters of a value that is decoded alone; that of a usual tensor has a hundred
 STRIDE = 1 << 14
@@ -54,6 +55,13 @@ def _constant(text: str) -> float:
     raise _RefusedNumberError(f"{text} is not JSON")
 
 
+def _exact_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # thousands of digits
+        raise _RefusedNumberError("an integer is too long") from None
+
+
 _decoder = partial(json.JSONDecoder, parse_int=_integer, parse_float=_float, parse_constant=_constant)
 _PAIRS = _decoder(object_pairs_hook=Pairs)
 _USUAL = json.JSONDecoder(object_pairs_hook=Pairs, parse_float=_float, parse_constant=_constant)
@@ -68,14 +76,7 @@ _EXPECTED = {
 
 def _decode(text: str, at: int, before: int = 0, decoder: json.JSONDecoder = _PAIRS) -> tuple[Any, int]:
     """Decode the value at `at` of a text that has `before` characters before it; return where the value ends, too."""
-    try:
-        value, end = decoder.raw_decode(text, at)
-    except RecursionError:
-        raise NotJSONError(f"nested too deeply in the value at character {before + at}") from None
-    except json.JSONDecodeError as error:
-        raise NotJSONError(f"{_EXPECTED.get(error.msg, error.msg)} at character {before + error.pos}") from None
-    except _RefusedNumberError as error:
-        raise NotJSONError(f"{error}, in the value at character {before + at}") from None
+    value, end = _raw_decode(text, at, before, decoder)
     # Escapes may spell half of a surrogate pair, which no encoding can hold; other text came from UTF-8.
     if text.find("\\", at, end) >= 0 and "\\ud" in text[at:end].lower():
         try:
@@ -83,6 +84,18 @@ def _decode(text: str, at: int, before: int = 0, decoder: json.JSONDecoder = _PA
         except UnicodeEncodeError:
             raise NotJSONError(f"half of a surrogate pair in the value at character {before + at}") from None
     return value, end
+
+
+def _raw_decode(text: str, at: int, before: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+    """Decode as `_decode` does, but let any text pass that escapes spell."""
+    try:
+        return decoder.raw_decode(text, at)
+    except RecursionError:
+        raise NotJSONError(f"nested too deeply in the value at character {before + at}") from None
+    except json.JSONDecodeError as error:
+        raise NotJSONError(f"{_EXPECTED.get(error.msg, error.msg)} at character {before + error.pos}") from None
+    except _RefusedNumberError as error:
+        raise NotJSONError(f"{error}, in the value at character {before + at}") from None
 
 
 def _skip(text: str, at: int) -> int:
@@ -106,6 +119,26 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] = Pairs)
     """
     decoder = _PAIRS if pairs is Pairs else _decoder(object_pairs_hook=pairs)
     value, end = _decode(text, _skip(text, 0), decoder=decoder)
+    _check_end(text, end)
+    return value
+
+
+def parse_python_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] = dict, *, nan: bool = True) -> Any:
+    """Decode a whole text to the values that Python's `json` wrote it from.
+
+    Integers of any size are exact, text may hold half of a surrogate pair, and NaN and the infinities are numbers.
+
+    Args:
+        text: one value with white space around it, whose length the caller bounds.
+        pairs: makes of an object's members what stands for the object. What it raises passes.
+        nan: False to take NaN and the infinities for no JSON, as `parse_json` does.
+
+    Raises:
+        NotJSONError: if the text is anything else, or has an integer of more digits than Python converts.
+    """
+    constant = None if nan else _constant
+    decoder = json.JSONDecoder(object_pairs_hook=pairs, parse_int=_exact_integer, parse_constant=constant)
+    value, end = _raw_decode(text, _skip(text, 0), 0, decoder)
     _check_end(text, end)
     return value
 

@@ -14,7 +14,7 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.file_kinds import read_whole
 from optstate.checkpoint.files.safetensors_header import Header, read_header
 from optstate.checkpoint.files.safetensors_writer import NewEntry
-from optstate.checkpoint.files.strict_json import NotJSONError, parse_json
+from optstate.checkpoint.files.strict_json import NotJSONError, parse_python_json
 from optstate.checkpoint.files.tensor_place import locate_entry
 from optstate.checkpoint.files.torch_pickle_writer import Constant, NewTensor
 from optstate.checkpoint.formats.registry import find_format, read_state_dict
@@ -92,7 +92,7 @@ def _tensors_by_id(header: Header) -> dict[int, dict[str, Any]]:
 
 def _groups(path: Path) -> list[Any]:
     try:
-        groups = parse_json(read_whole(path, LARGEST_SIDE_FILE).decode(), pairs=dict)
+        groups = parse_python_json(read_whole(path, LARGEST_SIDE_FILE).decode())
         if not isinstance(groups, list):
             raise TypeError("it is no list")
     except (UnicodeDecodeError, NotJSONError, TypeError) as error:

@@ -457,6 +457,18 @@ class TestRefusals:
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    "value", [10**25 + 1, -(10**3000), "half \ud83d of a pair", float("inf"), [2**80, -0.0]], ids=lambda v: repr(v)[:16]
+)
+def test_what_a_group_says_comes_back_as_it_was(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "opt.safetensors"
+    optimizer = AdamW([{"params": [("w", nn.Parameter(torch.ones(4)))], "note": value}])
+    optstate.save(optimizer, path)
+    fresh = AdamW([{"params": [("w", nn.Parameter(torch.ones(4)))], "note": None}])
+    optstate.load(fresh, path)
+    assert repr(fresh.param_groups[0]["note"]) == repr(value)
+
+
 def test_a_model_tells_the_other_names_of_tied_parameters(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
     model[1].weight = model[0].weight
