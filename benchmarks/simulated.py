@@ -211,7 +211,7 @@ def step_alike_once(optimizer: optstate.Optimizer, sent: Sent) -> None:
 
     A batch has one all-reduce a round for each operation, of what all of its parameters ask for in that round.
     """
-    original = optimizer._step_together
+    original = optimizer.runner.update_together
     plans = {p: optimizer.runner.leaf(p).plan for group in optimizer.param_groups for p in group["params"]}
     known: dict[Any, Sent] = {}
 
@@ -231,7 +231,7 @@ def step_alike_once(optimizer: optstate.Optimizer, sent: Sent) -> None:
                 together[op] += size
             sent.extend(together.items())
 
-    optimizer._step_together = step_together
+    optimizer.runner.update_together = step_together
 
 
 def nbytes(tensors: Iterable[Any]) -> int:

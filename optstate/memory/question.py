@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -28,9 +27,6 @@ from optstate.roles import declare_roles
 from optstate.weights import Weights
 
 __all__ = ["Question", "Recipe", "find_recipe"]
-
-MADE_FOR_FUSED = "made for fused backward"
-"""What the first lines of a recipe's documentation say if it is to be fused unless that is turned off."""
 
 SHAPES_TELL = ("weights_bytes", "buffer_bytes", "gradients_bytes", "state_bytes", "known_bytes")
 SEEN_ON_ONE = "gradients_most_bytes"
@@ -68,12 +64,18 @@ def find_recipe(recipe: str | Build) -> Recipe:
             raise QuestionError(str(error.args[0])) from error
     elif callable(recipe):
         build = recipe
-        inner = recipe.func if isinstance(recipe, partial) else recipe
+        inner = _inner(recipe)
         name = getattr(inner, "__name__", type(inner).__name__).lower()
     else:
         raise QuestionError(f"recipe={recipe!r} is a {type(recipe).__name__}: give a name, or what makes an optimizer")
-    summary = (inspect.getdoc(build) or "").partition("\n\n")[0]
-    return Recipe(name, build, MADE_FOR_FUSED in " ".join(summary.split()))
+    return Recipe(name, build, bool(getattr(_inner(build), "made_for_fused_backward", False)))
+
+
+def _inner(build: Build) -> Any:
+    """Return the recipe behind arguments that were given to it beforehand."""
+    while isinstance(build, partial):
+        build = build.func
+    return build
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class StepRunner:
             if len(batch) == 1:
                 self.update(self.leaf(batch[0]), batch[0], grad_scale)
             else:
-                self._update_together(batch, grad_scale)
+                self.update_together(batch, grad_scale)
 
     def update(self, leaf: Leaf, param: Tensor, grad_scale: Scalar, watched: bool = True) -> None:
         """Update one parameter from its gradient: the only step there is, called by `step()` and by backward hooks.
@@ -252,11 +252,11 @@ class StepRunner:
             return
         with torch.no_grad():
             if leaf.is_split:
-                self._update_together([param], grad_scale)
+                self.update_together([param], grad_scale)
             else:
                 self.update(leaf, param, grad_scale, watched=False)
 
-    def _update_together(self, params: list[Tensor], grad_scale: Scalar) -> None:
+    def update_together(self, params: list[Tensor], grad_scale: Scalar) -> None:
         """Update parameters of which this device has parts."""
         leaves = [self.leaf(param) for param in params]
         names = [leaf.name for leaf in leaves]

@@ -147,6 +147,6 @@ def test_the_command_line_decides_nothing() -> None:
             if not isinstance(node, ast.ImportFrom) or id(node) in typed:
                 continue
             names = {alias.name for alias in node.names}
-            data = names <= {"OPTSTATE", "STREAM", "TensorValue", "statistics"}
+            data = names <= {"OPTSTATE", "STREAM", "TensorValue", "measure_tensor"}
             if (node.module or "").startswith("optstate.checkpoint"):
                 assert node.module in allowed or data, f"{path.name}: {node.module}"

@@ -214,7 +214,7 @@ MADE: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "a zip archive": (in_file("a.pt", b"PK\5\6" + bytes(18)), 3, "a zip archive"),
     "what the hub's writer makes": (of_hugging_faces_writer, 3, "no optimizer state"),
     "a long header": (in_file("a.safetensors", b"\x40" + bytes(7) + b"{}"), 3, "64 bytes, but only 2 follow"),
-    "a deep header": (in_file("a.safetensors", safetensors_of('{"a":' + DEEP + "}", b"")), 3, "not an object"),
+    "a deep header": (in_file("a.safetensors", safetensors_of('{"a":' + DEEP + "}", b"")), 3, "nested too deeply"),
     "a deep document": (
         in_file("a.safetensors", safetensors_of(json.dumps({"__metadata__": {"optstate": DEEP}}), b"")),
         3,

@@ -488,7 +488,7 @@ def analytic(each: int, checkpointed: int) -> Any:
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[Setting]:
     """Traces of a model of 1 GiB in bf16 that needs 100 KiB of activations a token, or 10 KiB."""
     traced = analytic(100 << 10, 10 << 10)
-    monkeypatch.setattr(one_recipe, "traced", traced)
+    monkeypatch.setattr(one_recipe, "trace_model", traced)
 
     def batch(batch_size: int, seq_len: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if seq_len > 4096:

@@ -343,7 +343,7 @@ BAD_CONFIGS = [
     ({"hidden_size": 16}, "it has no model_type"),
     ([LLAMA], "it holds a list"),
     ("{", "not valid JSON"),
-    ('{"model_type": "llama"} {}', "more text after its end"),
+    ('{"model_type": "llama"} {}', "'{' after its end"),
     ("[" * 100_000, "not valid JSON"),
 ]
 

@@ -264,7 +264,7 @@ def trained(
     optimizer = recipe([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, weights=way)
     # PyTorch's fused AdamW, which only fp32 and fp64 parameters get, rounds in another order. The search for engines
     # among all live objects takes longer than the training.
-    by_hand = mock.patch("optstate.optimizer.optimizer.stepped_by_torch", return_value=False)
+    by_hand = mock.patch("optstate.optimizer.chain_step.stepped_by_torch", return_value=False)
     unsearched = mock.patch("optstate.integrations.engines.refuse_live_objects")
     with by_hand, unsearched, chunk_of(chunk):
         if fused:
