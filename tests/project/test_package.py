@@ -135,3 +135,11 @@ class TestCommandLine:
         done = subprocess.run(["optstate", "recipes"], capture_output=True, text=True, env=path_with_scripts())
         assert done.returncode == 0
         assert "adalomo" in done.stdout
+
+
+def test_every_folder_of_code_is_in_the_installed_package() -> None:
+    declared = re.search(r"^packages = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert declared is not None
+    folders = [path.parent for root in ("optstate", "adalomo") for path in (ROOT / root).rglob("__init__.py")]
+    names = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    assert sorted(re.findall(r'"(.+)"', declared[1])) == sorted([*names, "optstate_cli"])
