@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from optstate.text import shown
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["PluginError", "PluginWarning", "Plugins", "warn_in_a_line"]
 
@@ -106,6 +108,8 @@ def package_of(entry: EntryPoint) -> str:
 
 @lru_cache(maxsize=64)
 def _offered(plugins: Plugins[Any], path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # 30 ms that a look into a file of optstate's own does not need
+
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=plugins.group), key=_ours_first):
         if entry.name in plugins.taken:
