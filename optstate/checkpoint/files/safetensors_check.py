@@ -71,7 +71,7 @@ def second_opinion(path: str | os.PathLike[str], issues: Sequence[Issue]) -> lis
         files = [os.fspath(path)]
     found = []
     for file in files:
-        theirs = library_refusal(file)
+        theirs = refusal_by_safetensors(file)
         if not opened_at(file).is_at(file):  # replaced since it was read here: of that version nothing was said
             continue
         where = f"shard '{shown(os.path.basename(file))}'" if _is_set(path) else "file"
@@ -84,7 +84,7 @@ def second_opinion(path: str | os.PathLike[str], issues: Sequence[Issue]) -> lis
     return found
 
 
-def library_refusal(path: str | os.PathLike[str]) -> str:
+def refusal_by_safetensors(path: str | os.PathLike[str]) -> str:
     """Return why the `safetensors` library refuses a file; "" if the library opens it."""
     from safetensors import SafetensorError, safe_open
 

@@ -19,7 +19,7 @@ from optstate import checkpoint
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.issues import Issue
 from optstate.checkpoint.files.opened_file import reading
-from optstate.checkpoint.files.safetensors_check import library_refusal, second_opinion, structural_issues
+from optstate.checkpoint.files.safetensors_check import refusal_by_safetensors, second_opinion, structural_issues
 from optstate.checkpoint.files.safetensors_header import read_header
 from tests.support.paths import DATA
 
@@ -46,7 +46,7 @@ def opinion(path: Path) -> list[Issue]:
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: str(path.relative_to(DATA)))
 def test_every_recorded_file_is_read_or_refused_by_both(path: Path) -> None:
-    ours, theirs = reason(path), library_refusal(path)
+    ours, theirs = reason(path), refusal_by_safetensors(path)
     if path.stem in LAXER:
         assert LAXER[path.stem] in ours
         assert not theirs
@@ -117,7 +117,7 @@ def test_two_thousand_mutated_headers_are_judged_alike(tmp_path: Path) -> None:
         text, size = sound_header(random)
         header = mutated(text, random).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
-        ours, theirs = reason(path), library_refusal(path)
+        ours, theirs = reason(path), refusal_by_safetensors(path)
         if ours and not theirs:
             assert any(known in ours for known in KNOWN), (ours, header)
             laxer.update(known for known in KNOWN if known in ours)
@@ -143,7 +143,9 @@ def test_check_says_that_the_library_refuses_what_is_sound(tmp_path: Path, monke
     """No such file is known: the library's word is put in its mouth."""
     path = tmp_path / "sound.safetensors"
     path.write_bytes(save({"a": torch.ones(2)}))
-    monkeypatch.setattr("optstate.checkpoint.files.safetensors_check.library_refusal", lambda path: "odd\x1b[31m")
+    monkeypatch.setattr(
+        "optstate.checkpoint.files.safetensors_check.refusal_by_safetensors", lambda path: "odd\x1b[31m"
+    )
     assert [(issue.severity, issue.where) for issue in opinion(path)] == [("warning", "file")]
     assert "refuses it" in opinion(path)[0].what
     assert opinion(path)[0].what.isprintable()
@@ -154,7 +156,7 @@ def test_a_set_is_judged_by_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "s.safetensors"}}))
     assert opinion(index) == opinion(tmp_path) == []
-    monkeypatch.setattr("optstate.checkpoint.files.safetensors_check.library_refusal", lambda path: "no")
+    monkeypatch.setattr("optstate.checkpoint.files.safetensors_check.refusal_by_safetensors", lambda path: "no")
     assert [issue.where for issue in opinion(index)] == ["shard 's.safetensors'"]
 
 
@@ -166,4 +168,4 @@ def test_a_file_that_was_replaced_meanwhile_is_not_spoken_of(tmp_path: Path) -> 
         (tmp_path / "new").write_bytes(b"no safetensors file")
         (tmp_path / "new").replace(path)
         assert opinion(path) == []
-    assert library_refusal(path)
+    assert refusal_by_safetensors(path)
