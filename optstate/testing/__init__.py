@@ -21,11 +21,11 @@ from optstate.formats import Format
 from optstate.optimizer.optimizer import Optimizer
 from optstate.stores import Store
 from optstate.stores.registry import known_also
-from optstate.testing.foreign import LIBRARY_LAWS, Trial
 from optstate.testing.format_laws import FORMAT_LAWS, installed_format
-from optstate.testing.kept import STORE_LAWS, chain_with, signs
 from optstate.testing.laws import LawError, enforce
-from optstate.testing.rules import RULE_LAWS, Maker
+from optstate.testing.rule_laws import RULE_LAWS, Maker
+from optstate.testing.store_laws import STORE_LAWS, chain_with, signs
+from optstate.testing.trained_format_laws import LIBRARY_LAWS, Trial
 from optstate.updates import Chain, Transform
 
 __all__ = [

@@ -25,7 +25,7 @@ from optstate.optimizer.optimizer import Optimizer
 from optstate.other_libraries import FORMATS, OtherRule
 from optstate.plugins import PluginWarning
 from optstate.testing.laws import BrokenLawError, Law, expect, expect_close, expect_same, one_line
-from optstate.testing.rules import OF_A_STEP, Maker, Params, state_tensors, step_once
+from optstate.testing.rule_laws import OF_A_STEP, Maker, Params, state_tensors, step_once
 
 __all__ = ["FORMAT_LAWS", "installed_format"]
 

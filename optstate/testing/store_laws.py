@@ -29,7 +29,7 @@ from optstate.stores import Full, Store
 from optstate.stores.registry import known_also, parse_store
 from optstate.testing.devices import noise
 from optstate.testing.laws import BrokenLawError, Law, at, expect, expect_close, expect_same, one_line
-from optstate.testing.rules import Maker
+from optstate.testing.rule_laws import Maker
 from optstate.text import parsed_call
 from optstate.updates import Chain
 
