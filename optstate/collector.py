@@ -1,4 +1,4 @@
-"""Pause Python's collector of cyclic garbage while large libraries are imported."""
+"""Pause Python's collector of cyclic garbage while very many objects are made that all stay."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["paused"]
 def paused() -> Iterator[None]:
     """Pause the collector of cyclic garbage, and count the objects made meanwhile as old afterwards.
 
-    For imports: torch and transformers make half a million objects, all of them to stay, and the collector goes through
-    these again and again while they come, which takes a third of the time. Old objects are gone through only together
-    with all others. A collector that is off already stays off.
+    This is for imports, and for headers of very many tensors. Torch and transformers make half a million objects, all
+    of them to stay, and the collector goes through these again and again while they come, which takes a third of the
+    time. Old objects are gone through only together with all others. A collector that is off already stays off.
     """
     if not gc.isenabled():
         yield

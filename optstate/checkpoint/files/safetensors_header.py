@@ -12,12 +12,11 @@ the file before it is read, and few entries are decoded at a time, so no number 
 
 from __future__ import annotations
 
-import gc
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
@@ -39,6 +38,7 @@ from optstate.checkpoint.files.file_kinds import (
 from optstate.checkpoint.files.issues import Issue, IssueLog, raising
 from optstate.checkpoint.files.opened_file import Opened
 from optstate.checkpoint.files.strict_json import NotJSONError, Pairs, members
+from optstate.collector import paused
 from optstate.text import has_controls, shown
 
 __all__ = ["METADATA", "Entry", "Header", "log_header", "read_header", "read_stream", "tensor_place", "value_text"]
@@ -159,7 +159,7 @@ def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int 
     start = 8 + length
     parser = _Parser(log, start)
     try:
-        with _collector_waits(length > MANY):
+        with paused() if length > MANY else nullcontext():  # a header is no cyclic garbage
             parser.parse(text)
     except NotJSONError as error:
         raise CheckpointError(path, f"the header is not valid JSON: {error}") from None
@@ -168,19 +168,6 @@ def _parsed(path: str | os.PathLike[str], header: bytes, length: int, size: int 
     tensors = _in_file_order(parser, size)
     end = tensors[-1].stop if tensors else start
     return Header(os.fspath(path), parser.metadata, tensors, start, end if size is None else size)
-
-
-@contextmanager
-def _collector_waits(wanted: bool) -> Iterator[None]:
-    """Keep the collector of cyclic garbage from running: a header is none."""
-    if not wanted or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _special_hint(path: str | os.PathLike[str], special: str) -> str:
