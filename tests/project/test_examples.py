@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,11 @@ def run_on_two(script: str, *args: str | Path) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small real text: this project's own sources."""
+    """A small real text that a change of this project does not change: a part of Python's standard library."""
     path = tmp_path_factory.mktemp("corpus") / "sources.txt"
-    path.write_text("".join(p.read_text() for p in sorted((ROOT / "optstate").rglob("*.py"))))
+    library = Path(sysconfig.get_path("stdlib"))
+    folders = [library / name for name in ("asyncio", "email", "http", "importlib", "json", "logging", "unittest")]
+    path.write_text("".join(p.read_text() for folder in folders for p in sorted(folder.rglob("*.py"))))
     return path
 
 
