@@ -33,7 +33,7 @@ quality: .venv/ready-examples ## what compressed state costs in loss, on a small
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
 
 # torch first: a package that only asks for "torch" must find the pinned one in place.
-.venv/ready-%: pyproject.toml constraints.txt
+.venv/ready-%: pyproject.toml constraints.txt $(wildcard optstate/kernels/native/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'

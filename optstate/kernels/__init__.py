@@ -8,7 +8,6 @@ from optstate.kernels.chunking import Piece, chunk_elements, chunks, cut_into_pi
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
 from optstate.kernels.eager import (
     add_weight,
-    all_finite,
     apply_update,
     ema,
     ema_of_square,
@@ -20,6 +19,7 @@ from optstate.kernels.eager import (
     values,
     weight_sum_of_squares,
 )
+from optstate.kernels.primitives import all_finite
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running

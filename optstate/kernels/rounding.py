@@ -41,9 +41,14 @@ class Noise:
         """Return this noise for elements that begin at flat index `start` of the part on this device."""
         return replace(self, start=start)
 
+    @property
+    def key(self) -> int:
+        """The unsigned 32-bit number that stands for seed, name and step in the hash."""
+        return _mix(_mix(_mix(zlib.crc32(self.name.encode())) ^ (self.seed & MASK32)) ^ (self.step & MASK32))
+
     def bits16(self, count: int, device: torch.device) -> Tensor:
         """Return the random bits of `count` elements from `start` on: int16 `[count]`, uniform over all values."""
-        key = _mix(_mix(_mix(zlib.crc32(self.name.encode())) ^ (self.seed & MASK32)) ^ (self.step & MASK32))
+        key = self.key
         if self.region is None:
             return random_bits16(key, self.start, count, device)
         if self.region.start is not None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.kernels import Noise, Piece
-from optstate.optimizer.fused_kernels import stepped_by_torch
 from optstate.optimizer.plan import ParamPlan, SlotPlan
+from optstate.optimizer.whole_steps import WholeStep
 from optstate.stores import Guard, MovedStatistic, Requests, Statistic, together
 from optstate.updates import Chain, Context, Update
 
@@ -34,9 +34,12 @@ def context(
     return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec, is_whole=plan.spec.region is None)
 
 
-def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Requests[None]:
+def run_chain(
+    plan: ParamPlan, state: Mapping[str, Any], ctx: Context, whole_step: WholeStep | None = None
+) -> Requests[None]:
     """Refuse a gradient that is not finite, run the chain, write the parameter, then the statistics.
 
+    A whole step that was found for the parameter is taken in the place of the transforms, where it can be.
     Where a part of the chain can run slice by slice, and the parameter is larger than a slice, temporaries stay as
     small as one. What comes before that part runs on the whole parameter, with the update still on paper.
 
@@ -46,9 +49,11 @@ def run_chain(plan: ParamPlan, state: Mapping[str, Any], ctx: Context) -> Reques
     if not ctx.spec.numel:
         return
     is_split = ctx.spec.region is not None
+    if whole_step is not None and whole_step.checks_gradient and whole_step.run(state, ctx):
+        return
     if not (plan.guards or ctx.guard.checked):
         yield from ctx.check_finite(kernels.all_finite(ctx.grad, plan.largest_gradient(ctx.group)))
-    if plan.fused_adamw is not None and stepped_by_torch(plan, state, ctx):
+    if whole_step is not None and not whole_step.checks_gradient and whole_step.run(state, ctx):
         return
     statistics: dict[str, Statistic] = {}
     for name, slot in plan.slots.items():

@@ -12,6 +12,7 @@ from optstate import naming
 from optstate.distributed.placement import copy_part, here
 from optstate.integrations.live_objects import import_apart, without_compiler
 from optstate.kernels import Scalar
+from optstate.kernels.backend import check_backend
 from optstate.optimizer import loading, param_groups
 from optstate.optimizer import state_dict as resume
 from optstate.optimizer.broken_step import STEP, InconsistentStateError
@@ -124,12 +125,28 @@ class Optimizer(torch.optim.Optimizer):
     def plan(self) -> Plan:
         """Return which chain, stores and bytes each parameter has, what was kept otherwise than asked, and why."""
         self.runner.follow()
-        return Plan(tuple(self.runner.leaf(param).plan for param in self.runner.params()))
+        leaves = [(self.runner.leaf(param), param.device) for param in self.runner.params()]
+        return Plan(
+            tuple(leaf.plan for leaf, _ in leaves), tuple(leaf.found_step(device).words for leaf, device in leaves)
+        )
 
     def state_nbytes(self) -> int:
         """Return the bytes of all state tensors that exist now on this device."""
         tensors = (here(v) for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def use_backend(self, backend: str) -> None:
+        """Choose what makes the steps from now on; `plan()` tells what that is for each parameter.
+
+        Args:
+            backend: "auto", the best that is installed; "native", steps compiled for the CPU; "eager", the transforms
+                one after the other. The environment variable `OPTSTATE_BACKEND` is asked where this is "auto".
+
+        Raises:
+            ValueError: for another word, or for a backend that cannot be used here.
+        """
+        check_backend(backend)
+        self.runner.parameters.use_backend(backend)
 
     def train(self) -> None:
         """Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.

@@ -8,22 +8,39 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optstate import kernels
 from optstate.distributed.placement import Placement, is_distributed
 from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.whole_steps import Found, find_whole_step
 
 __all__ = ["Leaf", "batches", "replacements"]
 
 
 @dataclass
 class Leaf:
-    """One parameter: its plan, the index of its group, and how it lies on several devices if it does."""
+    """One parameter: its plan, the index of its group, and how it lies on several devices if it does.
+
+    backend: what may make its steps; see `optstate.kernels.backend`.
+    """
 
     plan: ParamPlan
     group: int
     placement: Placement | None = None
+    backend: str = "auto"
+    _found: tuple[ParamPlan, str, Found] | None = None
+
+    def found_step(self, device: torch.device) -> Found:
+        """Return the whole step of the parameter on this kind of device, or why there is none."""
+        if self._found is None or self._found[0] is not self.plan or self._found[1] != device.type:
+            self._found = self.plan, device.type, find_whole_step(self.plan, device, self.backend)
+        return self._found[2]
+
+    def use_backend(self, backend: str) -> None:
+        """Have the steps made by another backend from now on."""
+        self.backend, self._found = backend, None
 
     @property
     def name(self) -> str:

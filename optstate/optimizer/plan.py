@@ -12,8 +12,8 @@ import torch
 
 from optstate import kernels
 from optstate.spec import FieldSpec, ParamSpec, Region, can_be_stepped
-from optstate.stores import Full, Store
-from optstate.updates import Chain, Hyper, Route, add_decayed_weights, as_route, clip_by_value, scale_by_adam
+from optstate.stores import Store
+from optstate.updates import Chain, Hyper, Route, as_route, clip_by_value
 from optstate.weights import Plain, Weights, as_weights
 
 __all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
@@ -152,19 +152,6 @@ class ParamPlan:
         """How many elements a slice has: half as many if a statistic is in codes, whose making needs more buffers."""
         return kernels.slice_elements(device) // (2 if self.alignment > 1 else 1)
 
-    @cached_property
-    def fused_adamw(self) -> tuple[scale_by_adam, add_decayed_weights | None] | None:
-        """The rule and the decay of a chain that is AdamW as PyTorch's fused kernel does it, else None."""
-        exact = self.spec.dtype == self.spec.accumulator and isinstance(self.weights, Plain)
-        if not exact or any(slot.store != Full() for slot in self.slots.values()):
-            return None
-        match self.chain.transforms:
-            case (scale_by_adam() as adam,):
-                return adam, None
-            case (scale_by_adam() as adam, add_decayed_weights() as decay):
-                return adam, decay
-        return None
-
     def rounds_by_name(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with the group's hyper-parameters uses random bits, which are a function of the name."""
         if not self.slots and not self.weights.is_random:
@@ -195,8 +182,6 @@ class ParamPlan:
             notes.append("frozen: weights of this dtype are never stepped")
         elif not self.trainable:
             notes.append("frozen: no state until it gets a gradient")
-        if self.fused_adamw is not None:
-            notes.append("PyTorch's fused AdamW where contiguous and unclipped")
         if self.scratch_bytes:
             notes.append(f"up to {_bytes(self.scratch_bytes)} of temporaries in a step")
         return tuple(notes)
@@ -204,9 +189,13 @@ class ParamPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for every parameter, in the optimizer's order. `print` it."""
+    """The decisions for every parameter, in the optimizer's order. `print` it.
+
+    steps: what makes the step of each parameter, in words; empty where no optimizer has chosen yet.
+    """
 
     params: tuple[ParamPlan, ...]
+    steps: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ParamPlan]:
         return iter(self.params)
@@ -226,8 +215,8 @@ class Plan:
 
     def __str__(self) -> str:
         chains = list(dict.fromkeys(str(param.chain) for param in self.params))
-        rows = [("parameter", "shape", "dtype", "chain", "state", "bytes", "weights", "notes")]
-        for param in self.params:
+        rows = [("parameter", "shape", "dtype", "chain", "state", "bytes", "weights", "step", "notes")]
+        for param, step in zip(self.params, self.steps or [""] * len(self.params), strict=True):
             state = ", ".join(f"{name}: {store}" for name, store in param.stores.items() if name != "weight") or "-"
             rows.append(
                 (
@@ -238,6 +227,7 @@ class Plan:
                     state,
                     str(param.nbytes),
                     str(param.weights),
+                    step,
                     "; ".join(param.notes),
                 )
             )

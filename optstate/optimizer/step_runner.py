@@ -287,11 +287,12 @@ class StepRunner:
             state = {key: here(value) if isinstance(value, Tensor) else value for key, value in whole_state.items()}
         group = self._optimizer().param_groups[leaf.group]  # type: ignore[union-attr]
         guard = Guard(spec.name, grad, before_write=partial(self._before_write, spec.name, param, part, whole_state))
-        read_again = spec.region is None and plan.guards and grad.dtype != spec.accumulator
+        found = leaf.found_step(part.device).step
+        read_again = spec.region is None and found is None and plan.guards and grad.dtype != spec.accumulator
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
         ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale)
-        return run_chain(plan, state, ctx), whole_state, ctx
+        return run_chain(plan, state, ctx, found), whole_state, ctx
 
     def _before_write(self, name: str, param: Tensor, part: Tensor, state: Mapping[str, Any]) -> None:
         """Mark a parameter as being written, and tell autograd, which must refuse graphs that need the old values.

@@ -49,6 +49,7 @@ class TrackedParameters:
 
     def __init__(self, route: Route, weights: Weights | str, names: naming.CanonicalNames) -> None:
         self.route, self.weights, self.names = route, weights, names
+        self.backend = "auto"
         self.leaves: dict[Tensor, Leaf] = {}
         self.chains: dict[int, Chain] = {}
         """The chain of each group that has parameters, by the group's place."""
@@ -56,6 +57,12 @@ class TrackedParameters:
         self.strangers: list[Tensor] = []
         """Parameters in the groups that are in the place of no others: they came after the optimizer was built."""
         self._let_go = 0
+
+    def use_backend(self, backend: str) -> None:
+        """Have the steps of all parameters made by one of `optstate.kernels.backend.BACKENDS`."""
+        self.backend = backend
+        for leaf in self.leaves.values():
+            leaf.use_backend(backend)
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
@@ -88,7 +95,7 @@ class TrackedParameters:
         group = groups[index]
         for param, plan in zip(group["params"], self._plan_group(group, state), strict=True):
             self.chains.setdefault(index, plan.chain)
-            self.leaves[param] = Leaf(plan, index, placement_of(param))
+            self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend)
             if param.requires_grad and param not in state:
                 self.allocate(param, state)
 
@@ -253,7 +260,7 @@ class TrackedParameters:
 
     def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan, state: ParamStates) -> None:
         """Let `param` take the place of `old`, with its state."""
-        self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param))
+        self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param), self.backend)
         past = state.pop(old, None)
         if past is not None:
             entry = self.allocate(param, state)

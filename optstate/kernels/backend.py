@@ -1,0 +1,54 @@
+"""Which backend makes the steps: the one place where that is decided.
+
+eager: operations of PyTorch, one after the other, on any device; the reference that the others are tested against.
+native: steps compiled from C, on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from optstate.kernels import native
+
+__all__ = ["BACKENDS", "check_backend", "choose_backend"]
+
+BACKENDS = ("auto", "eager", "native")
+
+VARIABLE = "OPTSTATE_BACKEND"
+"""The environment variable that decides where an optimizer leaves the choice open."""
+
+
+def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
+    """Return the backend for parameters on a device, and why it is not a faster one; "" if it is the fastest.
+
+    Args:
+        backend: one of `BACKENDS`, as the optimizer was told.
+        device: where the parameters are.
+
+    Raises:
+        ValueError: if the environment variable holds another word.
+    """
+    if backend == "auto":
+        backend = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+        if backend not in BACKENDS:
+            raise ValueError(f"{VARIABLE}={backend!r} is no backend: give {', '.join(BACKENDS)}, or leave it out")
+    if backend == "eager":
+        return "eager", "eager was chosen"
+    if device.type != "cpu":
+        return "eager", f"no compiled steps for {device.type}"
+    missing = native.why_missing()
+    return ("eager", f"no compiled steps: {missing}") if missing else ("native", "")
+
+
+def check_backend(backend: str) -> None:
+    """Check that a backend can be used here.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
+    if backend == "native" and native.why_missing():
+        raise ValueError(f'backend="native" cannot be used: {native.why_missing()}; "auto" takes what there is')

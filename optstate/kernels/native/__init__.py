@@ -1,0 +1,34 @@
+"""Whole steps on a CPU, compiled from C: called with pointers, without torch's or Python's binary interface.
+
+The library is optional. Where it is missing, the same steps run on the loops of `optstate.kernels.eager`.
+"""
+
+from optstate.kernels.native.library import TILE, function, why_missing
+from optstate.kernels.native.structures import (
+    NUMBERS,
+    Elementwise,
+    FactoredStep,
+    Gradient,
+    Kept,
+    Moment,
+    Rule,
+    Weight,
+    Written,
+)
+from optstate.kernels.native.threads import share
+
+__all__ = [
+    "NUMBERS",
+    "TILE",
+    "Elementwise",
+    "FactoredStep",
+    "Gradient",
+    "Kept",
+    "Moment",
+    "Rule",
+    "Weight",
+    "Written",
+    "function",
+    "share",
+    "why_missing",
+]

@@ -1,0 +1,82 @@
+"""Find and open the compiled library: an optional part of an installation, made by the platform's C compiler."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from optstate.kernels.native.structures import ABI_VERSION
+
+__all__ = ["TILE", "function", "why_missing"]
+
+TILE = 1024
+"""Elements that the C code steps at once; a block of codes lies within one tile."""
+
+SUFFIXES = (".so", ".pyd", ".dylib")
+
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "within": (
+        ctypes.c_int32,
+        (ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_int64, ctypes.c_int64),
+    ),
+    "decode": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "encode": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "step_elementwise": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "weight_squares": (ctypes.c_double, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "row_squares": (
+        None,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+    ),
+    "sum_factored": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "finish_sums": (ctypes.c_int32, (ctypes.c_void_p,)),
+    "move_factored": (None, (ctypes.c_void_p,)),
+    "measure_factored": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "apply_factored": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "move_full": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "apply_full": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+}
+"""Result and arguments of every function; each has a name for each kind of processor."""
+
+
+@cache
+def opened() -> tuple[dict[str, Callable[..., Any]], str]:
+    """Return the functions for this processor by name, and why there are none; "" if there are."""
+    here = Path(__file__).parent
+    found = sorted(path for path in here.glob("_steps*") if path.suffix in SUFFIXES)
+    if not found:
+        return {}, "it was not compiled when optstate was installed, which needs a C compiler such as gcc"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        version = int(library.abi_version())
+    except (OSError, AttributeError) as error:
+        return {}, f"it cannot be opened: {error}"
+    if version != ABI_VERSION or library.tile_elements() != TILE:
+        return {}, "it was compiled from another version of optstate: install optstate again"
+    library.best_kind.restype = ctypes.c_char_p
+    kind = library.best_kind().decode()
+    functions = {}
+    for name, (result, arguments) in SIGNATURES.items():
+        each = getattr(library, name + kind)
+        each.restype, each.argtypes = result, arguments
+        functions[name] = each
+    return functions, ""
+
+
+def why_missing() -> str:
+    """Return why the compiled library cannot be used here, as the end of a sentence; "" if it can."""
+    return opened()[1]
+
+
+def function(name: str) -> Callable[..., Any]:
+    """Return a function of the library.
+
+    Raises:
+        RuntimeError: if the library cannot be used here.
+    """
+    functions, why = opened()
+    if why:
+        raise RuntimeError(f"the compiled steps of optstate cannot be used: {why}")
+    return functions[name]

@@ -1,0 +1,132 @@
+"""The structures that the C code reads, field by field as in steps.c: both change together, with `ABI_VERSION`."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+
+import torch
+
+__all__ = [
+    "ABI_VERSION",
+    "NUMBERS",
+    "Elementwise",
+    "FactoredStep",
+    "Gradient",
+    "Kept",
+    "Moment",
+    "Rule",
+    "Weight",
+    "Written",
+]
+
+ABI_VERSION = 1
+
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the C code calls the dtypes of parameters and gradients that it knows."""
+
+
+class Written(IntEnum):
+    """How a weight is written."""
+
+    PLAIN = 0
+    STOCHASTIC = 1
+    KAHAN = 2
+    SPLIT16 = 3
+    SPLIT8 = 4
+
+
+class Kept(IntEnum):
+    """How a moment is kept."""
+
+    NOTHING = 0
+    FULL32 = 1
+    FULL16 = 2
+    FULL16_RANDOM = 3
+    SIGNED8 = 4
+    UNSIGNED8 = 5
+    SIGNED_E4M3 = 6
+    UNSIGNED_E4M3 = 7
+    SIGNED4 = 8
+    LINEAR4 = 9
+    SPREAD = 10
+    """One number per `block` elements, moved beforehand."""
+    OUTER = 11
+    """One number per row times one per column, moved beforehand."""
+
+
+class Rule(IntEnum):
+    """What a step makes of a gradient where every element goes its own way."""
+
+    DESCENT = 0
+    ADAM = 1
+    LION = 2
+    AVERAGE = 3
+    HEAVY_BALL = 4
+
+
+def _pointers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _counts(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int64) for name in names]
+
+
+def _choices(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int32) for name in names]
+
+
+def _numbers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_float) for name in names]
+
+
+class Weight(ctypes.Structure):
+    """A parameter, what is kept beside it, and how new values are written."""
+
+    _fields_ = [*_pointers("param", "extra"), *_counts("start"), *_choices("type", "how"), ("key", ctypes.c_uint32)]
+
+
+class Gradient(ctypes.Structure):
+    """A gradient, clamped to `bound` first, then multiplied by `scale`; `penalty` times the weight is added to it."""
+
+    _fields_ = [*_pointers("grad"), *_choices("type"), *_numbers("bound", "scale", "penalty")]
+
+
+class Moment(ctypes.Structure):
+    """A statistic and the format that it is kept in."""
+
+    _fields_ = [
+        *_pointers("data", "scale", "values", "decades"),
+        *_counts("start", "block"),
+        *_choices("kind"),
+        ("key", ctypes.c_uint32),
+    ]
+
+
+class Elementwise(ctypes.Structure):
+    """A step in which every element, or block of elements, goes its own way."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("grad", Gradient),
+        ("first", Moment),
+        ("second", Moment),
+        *_choices("rule", "nesterov", "moves_second"),
+        *_numbers("first_weight", "second_weight", "mix", "inverse_correction", "eps", "step", "keep"),
+    ]
+
+
+class FactoredStep(ctypes.Structure):
+    """A step whose second moment is factored, or one of a vector, whose second moment is kept in full."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("grad", Gradient),
+        ("first", Moment),
+        *_counts("matrices", "rows", "cols", "parts"),
+        *_pointers("row", "col", "row_factor", "col_factor", "col_parts", "squares"),
+        *_numbers("averaging", "eps", "threshold", "least_rms", "step", "decay"),
+        *_choices("decay_is_scaled"),
+        *_numbers("first_weight", "after"),
+    ]

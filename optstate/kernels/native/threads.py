@@ -1,0 +1,46 @@
+"""Share the work of one call among as many threads as torch uses; results do not depend on how many these are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+
+__all__ = ["share"]
+
+WORTH_SHARING = 1 << 18
+"""Elements from which on a second thread saves more than it costs to wake."""
+
+
+def share(call: Callable[[int, int], Any], count: int, step: int, elements: int) -> None:
+    """Call `call(begin, end)` on ranges that cover `count` things, on several threads where that is worth it.
+
+    Args:
+        call: works on a range, and lets other threads run meanwhile, as calls of C code do.
+        count: number of things, such as elements or rows.
+        step: ranges begin at multiples of this number of things.
+        elements: number of elements of the parameter, which says how much work there is.
+    """
+    threads = min(torch.get_num_threads(), -(-count // step)) if elements >= WORTH_SHARING else 1
+    if threads <= 1:
+        call(0, count)
+        return
+    each = -(-count // step // threads) * step
+    ranges = [(begin, min(begin + each, count)) for begin in range(0, count, each)]
+    others = [_pool(threads - 1).submit(call, begin, end) for begin, end in ranges[1:]]
+    call(*ranges[0])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="optstate")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive in a child
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,55 @@
+"""Whole steps: kernels that do all that a chain does to a parameter, found when the parameter is planned.
+
+Chains that no whole step knows run on the transforms, with the same result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optstate.kernels.backend import choose_backend
+from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.whole_steps.base import WholeStep
+from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
+from optstate.optimizer.whole_steps.factored import CompiledFactored
+from optstate.optimizer.whole_steps.fused_by_torch import FusedByTorch
+from optstate.spec import can_be_stepped
+
+__all__ = ["Found", "WholeStep", "find_whole_step"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What makes the step of a parameter: a whole step, or the transforms, and why."""
+
+    step: WholeStep | None
+    why: str = ""
+
+    @property
+    def words(self) -> str:
+        """What the plan says of it."""
+        if self.step is not None:
+            return self.step.words
+        return f"transforms ({self.why})" if self.why else ""
+
+
+def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto") -> Found:
+    """Return the whole step for a parameter on this kind of device, or why its transforms are run instead.
+
+    Args:
+        plan: of the parameter.
+        device: where the parameter is.
+        backend: one of `optstate.kernels.backend.BACKENDS`.
+    """
+    if not can_be_stepped(plan.spec.dtype):
+        return Found(None)
+    by_torch = FusedByTorch.of(plan)
+    if by_torch is not None:
+        return Found(by_torch)
+    chosen, why = choose_backend(backend, device)
+    if chosen == "eager":
+        return Found(None, why)
+    step = CompiledFactored.of(plan) or CompiledElementwise.of(plan)
+    return Found(step) if step is not None else Found(None, "no whole step is written for this chain")

@@ -1,0 +1,60 @@
+"""What a whole step is: one kernel, or a few, that do all that a chain does to a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from optstate.spec import is_fake
+from optstate.updates import Context
+
+__all__ = ["WholeStep", "is_plain"]
+
+
+class WholeStep(Protocol):
+    """A kernel that was found for the chain, the stores, the weights and the dtype of one parameter.
+
+    Its result is that of the transforms, up to the order in which sums are added and roundings are made.
+    """
+
+    @property
+    def words(self) -> str:
+        """What the plan says of it."""
+        ...
+
+    @property
+    def checks_gradient(self) -> bool:
+        """Whether the kernel itself refuses a gradient that is not finite, before anything is written."""
+        ...
+
+    @property
+    def passes(self) -> int:
+        """Number of times that it goes over the parameter, each a launch on an accelerator."""
+        ...
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that it reads and writes in memory, of a parameter that does not fit a cache."""
+        ...
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter and its state; return False, with nothing written, where this step needs the transforms.
+
+        Args:
+            state: the parameter's state by key, parts on this device.
+            ctx: of the step, with the parameter's part on this device.
+        """
+        ...
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Return whether C code may be given the addresses of these tensors: on the CPU, real, and without gaps."""
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not is_fake(tensor)
+        for tensor in tensors
+    )

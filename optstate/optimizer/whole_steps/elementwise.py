@@ -1,0 +1,214 @@
+"""Compiled steps of chains in which every element goes its own way: descent, Adam, Lion, momentum."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optstate.kernels import native
+from optstate.kernels.native import Kept, Rule
+from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, number, takes
+from optstate.optimizer.whole_steps.tail import Tail
+from optstate.stores import Factored, Grouped, Statistic, run_alone
+from optstate.updates import (
+    Context,
+    Hyper,
+    Transform,
+    Update,
+    add_decayed_weights,
+    clip_by_value,
+    momentum,
+    scale_by_adam,
+    sign_momentum,
+)
+
+__all__ = ["CompiledElementwise"]
+
+
+@dataclass(frozen=True)
+class CompiledElementwise:
+    """A step over tiles, each of which is read, stepped and written once.
+
+    Attributes:
+        clip: of the gradient's elements, or None.
+        penalty: a weight decay that is added to the gradient, or None.
+        rule: what makes the update; None for the gradient itself.
+        tail: what comes after the rule.
+        first, second: the moments of the rule that the kernel moves; None without.
+        moved: a second moment that is moved before the kernel runs, as it needs sums; None without.
+    """
+
+    plan: ParamPlan
+    clip: clip_by_value | None
+    penalty: add_decayed_weights | None
+    rule: Transform | None
+    tail: Tail
+    weight: WrittenWeight
+    first: KeptMoment | None = None
+    second: KeptMoment | None = None
+    moved: str | None = None
+
+    @staticmethod
+    def of(plan: ParamPlan) -> CompiledElementwise | None:
+        """Return the step of a plan; None if its chain, a store or its way of writing weights is not known."""
+        weight = WrittenWeight.of(plan)
+        if weight is None or not takes(plan.spec):
+            return None
+        transforms = list(plan.chain.transforms)
+        clip = transforms.pop(0) if transforms and isinstance(transforms[0], clip_by_value) else None
+        penalty = None
+        if len(transforms) > 1 and isinstance(transforms[0], add_decayed_weights) and _takes_penalty(transforms[1]):
+            penalty = transforms.pop(0)
+        before = []
+        while transforms and isinstance(transforms[0], add_decayed_weights):
+            before.append(transforms.pop(0))
+        rule = transforms.pop(0) if transforms and isinstance(transforms[0], RULES) else None
+        if rule is not None and before and not (isinstance(rule, momentum) and rule.decoupled):
+            return None
+        tail = Tail.of([*before, *transforms])
+        if tail is None or tail.least_rms is not None or tail.threshold is not None:
+            return None
+        step = CompiledElementwise(plan, clip, penalty, rule, tail, weight)  # type: ignore[arg-type]
+        return step._with_moments()
+
+    def _with_moments(self) -> CompiledElementwise | None:
+        """Return this step with the moments of its rule; None if one is kept in a format that is not known."""
+        slots = list(self.plan.slots.values())
+        kept = [KeptMoment.of(slot) for slot in slots]
+        match self.rule:
+            case None:
+                return self if not slots else None
+            case scale_by_adam():
+                return self._with_adams(kept)
+        return _replaced(self, first=kept[0]) if len(kept) == 1 and kept[0] is not None else None
+
+    def _with_adams(self, kept: list[KeptMoment | None]) -> CompiledElementwise | None:
+        if list(self.plan.slots) != ["exp_avg", "exp_avg_sq"] or kept[0] is None:
+            return None
+        if kept[1] is not None:
+            return _replaced(self, first=kept[0], second=kept[1])
+        store, spec = self.plan.slots["exp_avg_sq"].store, self.plan.spec
+        spreads = isinstance(store, Grouped) or (isinstance(store, Factored) and spec.ndim == 2)
+        return _replaced(self, first=kept[0], moved="exp_avg_sq") if spreads and spec.region is None else None
+
+    @property
+    def words(self) -> str:
+        """What the plan says of the step."""
+        return "compiled" if self.moved is None else "compiled, sums before"
+
+    @property
+    def checks_gradient(self) -> bool:
+        """Whether the step refuses a gradient that is not finite: only where sums of it come first."""
+        return self.moved is not None
+
+    @property
+    def passes(self) -> int:
+        """Passes over the parameter: the check of the gradient, or its sums, and the step."""
+        return 2
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written: the gradient twice, the parameter and what is kept for it once each way."""
+        spec = self.plan.spec
+        return 4 * spec.local_numel * spec.dtype.itemsize + 2 * self.plan.nbytes
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        coefficients = self.tail.read(ctx)
+        grad = gradient(ctx, None if self.clip is None else ctx.read(self.clip.bound))
+        weight = self.weight.operand(state, ctx)
+        if coefficients is None or grad is None or weight is None or ctx.guard.deferred:
+            return False
+        step = native.Elementwise(weight=weight, grad=grad, step=coefficients.scale, keep=1.0 - coefficients.decay)
+        if self.penalty is not None:
+            step.grad.penalty = ctx.read(self.penalty.rate)
+        if not self._set_rule(step, state, ctx):
+            return False
+        statistic = self._move(step, state, ctx)
+        ctx.guard.begin_writing()
+        address = ctypes.addressof(step)
+        kernel, count = native.function("step_elementwise"), ctx.param.numel()
+        native.share(lambda begin, end: kernel(address, begin, end), count, native.TILE, count)
+        if statistic is not None:
+            statistic.commit()
+        return True
+
+    def _set_rule(self, step: native.Elementwise, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Fill in what makes the update; return whether C code can read and write the moments."""
+        share = second_share = 0.0
+        match self.rule:
+            case scale_by_adam() as adam:
+                beta1, beta2 = map(ctx.read, adam.betas)
+                step.rule, share, second_share = Rule.ADAM, 1 - beta1, 1 - beta2
+                step.eps = ctx.read(adam.eps)
+                step.inverse_correction = 1 / math.sqrt(1 - beta2**ctx.step)
+                step.step /= 1 - beta1**ctx.step
+            case sign_momentum() as lion:
+                beta1, beta2 = map(ctx.read, lion.betas)
+                step.rule, share, step.mix = Rule.LION, 1 - beta2, 1 - beta1
+            case momentum(heavy_ball=True) as ball:
+                step.rule, step.mix, step.nesterov = Rule.HEAVY_BALL, ctx.read(ball.beta), ball.nesterov
+                share = 1 - step.mix
+            case momentum() as average:
+                step.rule, share, step.nesterov = Rule.AVERAGE, 1 - ctx.read(average.beta), average.nesterov
+            case _:
+                step.rule = Rule.DESCENT
+        step.first_weight, step.second_weight = share, second_share
+        if isinstance(self.rule, momentum) and self.rule.heavy_ball:
+            step.first_weight = 1.0 if ctx.step == 1 else 1 - ctx.read(self.rule.dampening)
+        if self.first is not None:
+            first = self.first.operand(state, ctx, share)
+            if first is None:
+                return False
+            step.first = first
+        if self.second is not None:
+            second = self.second.operand(state, ctx, second_share)
+            if second is None:
+                return False
+            step.second, step.moves_second = second, 1
+        return True
+
+    def _move(self, step: native.Elementwise, state: Mapping[str, Any], ctx: Context) -> Statistic | None:
+        """Move a second moment that needs sums, and hand it to the kernel; return it, to be written afterwards.
+
+        Raises:
+            NonFiniteGradientError: if the gradient is not finite.
+        """
+        if self.moved is None:
+            return None
+        slot, spec = self.plan.slots[self.moved], ctx.spec
+        fields = {field: state[key] for field, key in slot.keys.items()}
+        statistic = Statistic(slot.store, fields, spec, ctx.guard, ctx.param.shape)
+        update = Update(ctx.grad, scale=ctx.grad_scale)
+        if self.clip is not None:
+            bounded = self.clip(update, {}, ctx)
+            update = run_alone(bounded)
+        if self.penalty is not None:
+            update = self.penalty(update, {}, ctx)
+        assert isinstance(self.rule, scale_by_adam)
+        run_alone(self.rule.prepare(update, {self.moved: statistic}, ctx))
+        if isinstance(slot.store, Factored):
+            share, col = (factor.contiguous() for factor in statistic.factors())
+            step.second = native.Moment(share.data_ptr(), col.data_ptr(), kind=Kept.OUTER, block=spec.shape[-1])
+            step._kept_alive = (share, col)
+        else:
+            mean = statistic.current["mean"].contiguous()
+            step.second = native.Moment(mean.data_ptr(), kind=Kept.SPREAD, block=spec.numel // mean.numel())
+            step._kept_alive = mean
+        return statistic
+
+
+RULES = (scale_by_adam, sign_momentum, momentum)
+
+
+def _takes_penalty(transform: Transform) -> bool:
+    """Whether a decay before this transform becomes a part of the gradient."""
+    return isinstance(transform, RULES) and not (isinstance(transform, momentum) and transform.decoupled)
+
+
+def _replaced(step: CompiledElementwise, **changes: Any) -> CompiledElementwise:
+    return CompiledElementwise(**{**vars(step), **changes})

@@ -1,0 +1,186 @@
+"""Compiled steps with a factored second moment: AdaLomo and Adafactor, with or without momentum."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate import kernels
+from optstate.kernels import native
+from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.whole_steps.base import is_plain
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
+from optstate.optimizer.whole_steps.tail import Tail
+from optstate.stores import Factored, Full
+from optstate.updates import Context, add_decayed_weights, clip_by_value, momentum, scale_by_rms
+
+__all__ = ["CompiledFactored"]
+
+MOST_PARTS = 16
+"""Ranges of rows whose sums are made apart, so that threads can share a matrix; the same for any number of threads."""
+
+MOST_COLUMN_SUMS = 1 << 18
+"""Numbers that the column sums of all parts may take: 1 MB."""
+
+SMALLEST_PART = 1 << 14
+"""Elements that are worth a part of their own."""
+
+
+@dataclass(frozen=True)
+class CompiledFactored:
+    """Three passes over the gradient: its sums, the update's root mean square, and the write. Two for a vector.
+
+    Attributes:
+        clip: of the gradient's elements, or None.
+        rms: the transform that divides by the second moment's root.
+        tail: what comes after it, up to the momentum.
+        average: the momentum at the end, or None; first: how that is kept.
+        is_factored: whether the second moment is factored, and not a vector's, which is kept in full.
+    """
+
+    plan: ParamPlan
+    clip: clip_by_value | None
+    rms: scale_by_rms
+    tail: Tail
+    weight: WrittenWeight
+    average: momentum | None
+    first: KeptMoment | None
+    is_factored: bool
+
+    @staticmethod
+    def of(plan: ParamPlan) -> CompiledFactored | None:
+        """Return the step of a plan; None if its chain, a store or its way of writing weights is not known."""
+        weight = WrittenWeight.of(plan)
+        if weight is None or not takes(plan.spec) or plan.spec.region is not None:
+            return None
+        transforms = list(plan.chain.transforms)
+        clip = transforms.pop(0) if transforms and isinstance(transforms[0], clip_by_value) else None
+        rms = transforms.pop(0) if transforms else None
+        if not isinstance(rms, scale_by_rms) or rms.floor is not None or rms.slot not in plan.slots:
+            return None
+        average = transforms.pop() if transforms and isinstance(transforms[-1], momentum) else None
+        tail = Tail.of(transforms)
+        store = plan.slots[rms.slot].store
+        if tail is None or not isinstance(store, Factored | Full) or not _is_fp32(plan, rms.slot):
+            return None
+        first = None
+        if average is not None:
+            first = KeptMoment.of(plan.slots[average.slot]) if _is_plain_average(average, tail) else None
+            if first is None or first.block > 1:  # rows do not end where blocks do
+                return None
+        if len(plan.slots) != 1 + (first is not None):
+            return None
+        return CompiledFactored(plan, clip, rms, tail, weight, average, first, isinstance(store, Factored))  # type: ignore[arg-type]
+
+    @property
+    def words(self) -> str:
+        """What the plan says of the step."""
+        return "compiled"
+
+    @property
+    def checks_gradient(self) -> bool:
+        """Whether the step refuses a gradient that is not finite: its sums show it."""
+        return self.is_factored
+
+    @property
+    def passes(self) -> int:
+        """Passes over the parameter."""
+        return 3
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written: the gradient three times; the parameter twice read and once written; the state."""
+        spec = self.plan.spec
+        reads_weight = self.tail.least_rms is not None
+        return (5 + reads_weight) * spec.local_numel * spec.dtype.itemsize + 2 * self.plan.nbytes
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        before = self.tail.read(ctx, ends_chain=self.average is None)
+        bound = None if self.clip is None else ctx.read(self.clip.bound)
+        grad, weight = gradient(ctx, bound), self.weight.operand(state, ctx)
+        moments = [state[key] for key in self.plan.slots[self.rms.slot].keys.values()]
+        if before is None or grad is None or weight is None or ctx.guard.deferred or not is_plain(*moments):
+            return False
+        step = native.FactoredStep(weight=weight, grad=grad, step=before.scale, decay=before.decay)
+        if not self._set_numbers(step, state, ctx):
+            return False
+        if bound is not None and not ctx.guard.checked:  # a clamp would hide what is infinite
+            ctx.guard.check(kernels.all_finite(ctx.grad))
+        (self._run_factored if self.is_factored else self._run_full)(step, moments, ctx)
+        return True
+
+    def _set_numbers(self, step: native.FactoredStep, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Fill in the hyper-parameters and the momentum; return whether C code can read and write the momentum."""
+        tail = self.tail
+        threshold = None if tail.threshold is None else ctx.read(tail.threshold.threshold)
+        step.threshold = float("inf") if threshold is None else threshold
+        step.least_rms = -1.0 if tail.least_rms is None else ctx.read(tail.least_rms.eps)
+        step.decay_is_scaled = tail.decay_is_scaled
+        step.averaging = self.rms.decay.weight(ctx.step, ctx.group)
+        step.eps = ctx.read(self.rms.eps) or 0.0
+        if self.average is not None and self.first is not None:
+            step.first_weight = 1 - ctx.read(self.average.beta)
+            first = self.first.operand(state, ctx, step.first_weight)
+            end = Tail(None, (), None, False).read(ctx)
+            if first is None or end is None:
+                return False
+            step.first, step.after = first, 1.0 if tail.applies_lr else end.scale
+            step.decay *= step.after
+        return True
+
+    def _run_factored(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
+        """Run the three passes of a matrix, or of several of them."""
+        *batch, rows, cols = ctx.param.shape
+        matrices, elements = torch.Size(batch).numel(), ctx.param.numel()
+        parts = matrices
+        if matrices == 1:
+            parts = max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, elements // SMALLEST_PART, rows))
+        step.matrices, step.rows, step.cols, step.parts = matrices, rows, cols, parts
+        step.row, step.col = (moment.data_ptr() for moment in moments)
+        room = torch.empty(matrices * (rows + cols) + (parts * cols if matrices == 1 else 0), device="cpu")
+        squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
+        step.row_factor, step.squares = room.data_ptr(), squares.data_ptr()
+        step.col_factor = step.row_factor + room.element_size() * matrices * rows
+        step.col_parts = step.col_factor + room.element_size() * matrices * cols
+        address = ctypes.addressof(step)
+        _share("sum_factored", address, parts, elements)
+        if not native.function("finish_sums")(address) and not ctx.guard.checked:
+            ctx.guard.check(torch.tensor(False))
+        ctx.guard.begin_writing()
+        native.function("move_factored")(address)
+        _share("measure_factored", address, parts, elements)
+        _share("apply_factored", address, parts, elements)
+
+    def _run_full(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
+        """Run the two passes of a vector, or of a tensor whose second moment is kept in full."""
+        count = ctx.param.numel()
+        step.matrices, step.rows, step.cols = 1, count, 1
+        step.parts = parts = max(1, min(MOST_PARTS, count // SMALLEST_PART))
+        step.row = moments[0].data_ptr()
+        squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
+        step.squares = squares.data_ptr()
+        address = ctypes.addressof(step)
+        ctx.guard.begin_writing()
+        _share("move_full", address, parts, count)
+        _share("apply_full", address, parts, count)
+
+
+def _share(name: str, address: int, parts: int, elements: int) -> None:
+    kernel = native.function(name)
+    native.share(lambda begin, end: kernel(address, begin, end), parts, 1, elements)
+
+
+def _is_plain_average(average: momentum, tail: Tail) -> bool:
+    """Whether the momentum averages finished updates, and leaves the decay out."""
+    has_decay = any(isinstance(t, add_decayed_weights) for t in tail.factors)
+    return not average.heavy_ball and not average.nesterov and (average.decoupled or not has_decay)
+
+
+def _is_fp32(plan: ParamPlan, slot: str) -> bool:
+    return all(field.dtype == torch.float32 for field in plan.slots[slot].fields.values())

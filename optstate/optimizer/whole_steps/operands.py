@@ -1,0 +1,190 @@
+"""The operands of compiled steps: a parameter, a gradient and moments, as addresses and formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import Codebook, Noise, native
+from optstate.kernels.native import NUMBERS, Kept, Written
+from optstate.optimizer.plan import ParamPlan, SlotPlan
+from optstate.optimizer.whole_steps.base import is_plain
+from optstate.spec import ParamSpec
+from optstate.stores import Block4, Block8, Float8, Full
+from optstate.updates import Context
+from optstate.weights import Kahan, Plain, Split, StochasticRounding
+
+__all__ = ["KeptMoment", "WrittenWeight", "gradient", "number", "takes"]
+
+
+def takes(spec: ParamSpec) -> bool:
+    """Return whether the compiled code knows parameters of this dtype, and this part of a parameter."""
+    return spec.dtype in NUMBERS and (spec.region is None or spec.region.start is not None)
+
+
+def number(value: Any) -> float | None:
+    """Return a number that the host has, as a float; None if only a device knows it."""
+    if isinstance(value, Tensor):
+        return float(value) if is_plain(value) and value.numel() == 1 else None
+    return float(value)
+
+
+def gradient(ctx: Context, bound: float | None) -> native.Gradient | None:
+    """Return the gradient as C code reads it; None if C code cannot."""
+    scale = number(ctx.grad_scale)
+    if scale is None or ctx.grad.dtype not in NUMBERS or not is_plain(ctx.grad):
+        return None
+    clamp = float("inf") if bound is None else bound
+    return native.Gradient(ctx.grad.data_ptr(), NUMBERS[ctx.grad.dtype], clamp, scale, 0.0)
+
+
+def _first_index(spec: ParamSpec) -> int:
+    return (spec.region.start or 0) if spec.region is not None else 0
+
+
+@dataclass(frozen=True)
+class WrittenWeight:
+    """How a parameter is written by C code."""
+
+    how: Written
+    key: str = ""
+    seed: int = 0
+
+    @staticmethod
+    def of(plan: ParamPlan) -> WrittenWeight | None:
+        """Return how a plan's parameter is written; None if the compiled code does not know the way."""
+        match plan.weights:
+            case Plain():
+                return WrittenWeight(Written.PLAIN)
+            case StochasticRounding(seed=seed):
+                return WrittenWeight(Written.STOCHASTIC, seed=seed)
+            case Kahan():
+                return WrittenWeight(Written.KAHAN, plan.weight_keys["compensation"])
+            case Split(bits=bits):
+                how = Written.SPLIT16 if bits == 16 else Written.SPLIT8
+                return WrittenWeight(how, plan.weight_keys["correction"])
+        return None
+
+    def operand(self, state: Mapping[str, Any], ctx: Context) -> native.Weight | None:
+        """Return the parameter as C code reads and writes it; None if C code cannot."""
+        param, spec = ctx.param, ctx.spec
+        extra = state[self.key] if self.key else None
+        if not is_plain(param) or (extra is not None and not is_plain(extra)):
+            return None
+        noise = Noise(spec.name, ctx.step, self.seed).key if self.how == Written.STOCHASTIC else 0
+        address = None if extra is None else extra.data_ptr()
+        return native.Weight(param.data_ptr(), address, _first_index(spec), NUMBERS[param.dtype], self.how, noise)
+
+
+@dataclass(frozen=True)
+class KeptMoment:
+    """How C code keeps a moment that it moves itself.
+
+    codes, scale: keys in the state; scale is "" where a moment has no scales.
+    """
+
+    slot: SlotPlan
+    kind: Kept
+    codes: str
+    scale: str = ""
+    block: int = 1
+
+    @staticmethod
+    def of(slot: SlotPlan) -> KeptMoment | None:
+        """Return how a slot is kept; None if the compiled code does not know the format."""
+        store, keys = slot.store, slot.keys
+        if isinstance(store, Full):
+            if slot.fields[""].dtype == torch.float64:
+                return None
+            kind = Kept.FULL32 if slot.fields[""].dtype == torch.float32 else Kept.FULL16
+            return KeptMoment(slot, kind, keys[""])
+        kinds = {Block8: (Kept.SIGNED8, Kept.UNSIGNED8), Float8: (Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3)}
+        kinds[Block4] = (Kept.SIGNED4, Kept.LINEAR4)
+        if type(store) not in kinds or native.TILE % store.block:  # type: ignore[attr-defined]
+            return None
+        signed, unsigned = kinds[type(store)]  # type: ignore[index]
+        kind = signed if store.signed else unsigned  # type: ignore[attr-defined]
+        return KeptMoment(slot, kind, keys["codes"], keys["absmax"], store.block)  # type: ignore[attr-defined]
+
+    def operand(self, state: Mapping[str, Any], ctx: Context, weight: float) -> native.Moment | None:
+        """Return the moment as C code reads and writes it; None if C code cannot.
+
+        weight: share of the new value in this step's average.
+
+        Raises:
+            ValueError: if the store would round such a step away.
+        """
+        store = self.slot.store
+        store.check_weight(weight)
+        data, scale = state[self.codes], state[self.scale] if self.scale else None
+        if not is_plain(data) or (scale is not None and not is_plain(scale)):
+            return None
+        if scale is None:
+            if self.kind == Kept.FULL16 and store.is_random(weight):
+                key = Noise(f"{ctx.spec.name}/{self.slot.name}", ctx.step).key
+                return native.Moment(data.data_ptr(), start=_first_index(ctx.spec), kind=Kept.FULL16_RANDOM, key=key)
+            return native.Moment(data.data_ptr(), kind=self.kind)
+        tables = _tables(store.codebook if self.kind not in _FLOATS else _e4m3())
+        return native.Moment(
+            data.data_ptr(),
+            scale.data_ptr(),
+            tables.values.data_ptr(),
+            tables.encoding.data_ptr(),
+            block=self.block,
+            kind=self.kind,
+        )
+
+
+_FLOATS = (Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3)
+
+
+@cache
+def _e4m3() -> Codebook:
+    from optstate.stores.block_codes import E4M3
+
+    return E4M3
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What C code needs of a codebook: the values of its codes, and what finds the code of a number."""
+
+    values: Tensor
+    encoding: Tensor
+
+
+@cache
+def _tables(book: Codebook) -> _Tables:
+    values = book.values.contiguous()
+    if len(values) == 16:  # by bytes of two codes; and the bounds between codes
+        byte = torch.arange(256, device="cpu")
+        pairs = values[torch.stack([byte >> 4, byte & 15], dim=1)].contiguous()
+        return _Tables(pairs, torch.cat([book.bounds, book.bounds.new_zeros(1)]).contiguous())
+    is_dynamic = float(values[-1]) == 1.0 and bool((values == 0).any()) and len(values) == 256
+    return _Tables(values, _decades(book) if is_dynamic else values)
+
+
+def _decades(book: Codebook) -> Tensor:
+    """Return where each decade of an 8-bit dynamic map begins, and how its codes follow from a magnitude: `[4, 8]`.
+
+    Within a decade the values are equally far apart, so that the place of the nearest one is linear in the magnitude.
+    The rows are the largest magnitude of the decade below; the slope and the offset of the place; and the last place.
+    """
+    zero = int((book.values == 0).nonzero()[0])
+    magnitudes = book.values[zero:].double()
+    places = torch.zeros(4, 8, dtype=torch.float64, device="cpu")
+    first, count = 1, 1 if zero else 2
+    for decade in range(7):
+        last = first + count - 1
+        width = 0.9 * 10.0 ** (decade - 6) / count
+        start = 0.1 * 10.0 ** (decade - 6)
+        between = (magnitudes[first - 1] + magnitudes[first]) / 2
+        places[:, decade] = torch.tensor([between, 1 / width, first - start / width, last])
+        first, count = last + 1, 2 * count
+    places[:, 7] = torch.tensor([(magnitudes[-2] + magnitudes[-1]) / 2, 0.0, first, first])
+    return places.float().contiguous()
