@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -105,7 +106,12 @@ class Moment(ctypes.Structure):
 
 
 class Elementwise(ctypes.Structure):
-    """A step in which every element, or block of elements, goes its own way."""
+    """A step in which every element, or block of elements, goes its own way.
+
+    alive: tensors that only this structure points to, kept until the step is made.
+    """
+
+    alive: Any = None
 
     _fields_ = [
         ("weight", Weight),

@@ -11,12 +11,11 @@ from typing import Any
 from optstate.kernels import native
 from optstate.kernels.native import Kept, Rule
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, number, takes
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Grouped, Statistic, run_alone
 from optstate.updates import (
     Context,
-    Hyper,
     Transform,
     Update,
     add_decayed_weights,
@@ -194,11 +193,11 @@ class CompiledElementwise:
         if isinstance(slot.store, Factored):
             share, col = (factor.contiguous() for factor in statistic.factors())
             step.second = native.Moment(share.data_ptr(), col.data_ptr(), kind=Kept.OUTER, block=spec.shape[-1])
-            step._kept_alive = (share, col)
+            step.alive = (share, col)
         else:
             mean = statistic.current["mean"].contiguous()
             step.second = native.Moment(mean.data_ptr(), kind=Kept.SPREAD, block=spec.numel // mean.numel())
-            step._kept_alive = mean
+            step.alive = mean
         return statistic
 
 

@@ -63,8 +63,9 @@ class CompiledFactored:
         rms = transforms.pop(0) if transforms else None
         if not isinstance(rms, scale_by_rms) or rms.floor is not None or rms.slot not in plan.slots:
             return None
-        average = transforms.pop() if transforms and isinstance(transforms[-1], momentum) else None
-        tail = Tail.of(transforms)
+        last = transforms[-1] if transforms else None
+        average = last if isinstance(last, momentum) else None
+        tail = Tail.of(transforms if average is None else transforms[:-1])
         store = plan.slots[rms.slot].store
         if tail is None or not isinstance(store, Factored | Full) or not _is_fp32(plan, rms.slot):
             return None

@@ -78,7 +78,11 @@ class Tail:
             if isinstance(transform, add_decayed_weights):
                 decay += ctx.read(transform.rate)
                 continue
-            factor = number(transform.schedule(ctx.step, ctx.group["lr"])) if isinstance(transform, scale_by_schedule) else lr
+            factor = (
+                number(transform.schedule(ctx.step, ctx.group["lr"]))
+                if isinstance(transform, scale_by_schedule)
+                else lr
+            )
             if factor is None:
                 return None
             scale, decay = scale * factor, decay * factor
