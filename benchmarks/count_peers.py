@@ -38,7 +38,6 @@ class Peer:
     counts_on_device: its step counters are on the device; else on the host.
     """
 
-    name: str
     build: Build
     together: bool = False
     is_factored: bool = False
@@ -50,21 +49,21 @@ class Peer:
 
 
 ADAMW, SGD, ADAFACTOR = torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor
-PEERS = [
-    Peer("torch AdamW fused", peers.torchs(ADAMW, fused=True), together=True, counts_on_device=True),
-    Peer("torch AdamW foreach", peers.torchs(ADAMW, foreach=True), together=True),
-    Peer("torch AdamW for-loop", peers.torchs(ADAMW, foreach=False)),
-    Peer("torch SGD fused", peers.torchs(SGD, fused=True), together=True),
-    Peer("torch SGD foreach", peers.torchs(SGD, foreach=True), together=True),
-    Peer("torch SGD for-loop", peers.torchs(SGD, foreach=False)),
-    Peer("torch Adafactor foreach", peers.torchs(ADAFACTOR, foreach=True), together=True, is_factored=True),
-    Peer("torch Adafactor for-loop", peers.torchs(ADAFACTOR, foreach=False), is_factored=True),
-    Peer("lomo-optim AdaLomo", peers.lomo_optim_adalomo, is_factored=True),
-    Peer("lomo-optim Lomo", peers.lomo_optim_lomo),
-    Peer("pytorch_optimizer AdaLOMO", peers.pytorch_optimizer_adalomo, is_factored=True),
-    Peer("bitsandbytes AdamW8bit", bitsandbytes_adamw8bit),
-    Peer("torchao AdamW8bit, not compiled", torchao_adamw8bit),
-]
+PEERS = {
+    "torch AdamW fused": Peer(peers.torchs(ADAMW, fused=True), together=True, counts_on_device=True),
+    "torch AdamW foreach": Peer(peers.torchs(ADAMW, foreach=True), together=True),
+    "torch AdamW for-loop": Peer(peers.torchs(ADAMW, foreach=False)),
+    "torch SGD fused": Peer(peers.torchs(SGD, fused=True), together=True),
+    "torch SGD foreach": Peer(peers.torchs(SGD, foreach=True), together=True),
+    "torch SGD for-loop": Peer(peers.torchs(SGD, foreach=False)),
+    "torch Adafactor foreach": Peer(peers.torchs(ADAFACTOR, foreach=True), together=True, is_factored=True),
+    "torch Adafactor for-loop": Peer(peers.torchs(ADAFACTOR, foreach=False), is_factored=True),
+    "lomo-optim AdaLomo": Peer(peers.lomo_optim_adalomo, is_factored=True),
+    "lomo-optim Lomo": Peer(peers.lomo_optim_lomo),
+    "pytorch_optimizer AdaLOMO": Peer(peers.pytorch_optimizer_adalomo, is_factored=True),
+    "bitsandbytes AdamW8bit": Peer(bitsandbytes_adamw8bit),
+    "torchao AdamW8bit, not compiled": Peer(torchao_adamw8bit),
+}
 
 
 def count_peer(peer: Peer, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[Cost, int]:
@@ -108,7 +107,7 @@ def step_counters(optimizer: Any) -> Iterator[Tensor]:
 
 
 def state_bytes(runner: peers.Runner) -> int:
-    """Return the bytes of the tensors that an optimizer of any library keeps, apart from parameters and gradients."""
+    """Return the bytes that an optimizer of any library keeps of its parameters, tables of codes not among them."""
     params = list(runner.module.parameters())
     others = {_storage(tensor) for param in params for tensor in (param, param.grad) if tensor is not None}
     found: dict[int, int] = {}
@@ -120,11 +119,11 @@ def state_bytes(runner: peers.Runner) -> int:
 
 def _kept(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
-        yield from _kept([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        yield from _kept({name: getattr(value, name) for name in value.__tensor_flatten__()[0]})
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _kept(list(value.values()))
+        yield from _kept([each for key, each in value.items() if "qmap" not in str(key)])
     elif isinstance(value, list | tuple):
         for each in value:
             yield from _kept(each)

@@ -1,6 +1,6 @@
-"""What an optimizer step launches and moves, counted exactly for an accelerator that need not be there, beside its floor.
+"""What an optimizer step launches and moves on an accelerator that need not be there, exactly, and the fewest bytes.
 
-    python benchmarks/counts.py [--quick] [--json PATH]
+    python benchmarks/counts.py [--quick] [--jobs N] [--json PATH]
 
 Every registered recipe, fp32 and bf16, both ways of writing bf16 weights, on three sets of parameters; other libraries
 beside. Nothing is timed, and no tensor has values: see `dispatch.py` for what is counted. Needs the extra `bench`;
@@ -10,9 +10,11 @@ libraries that are missing are named. Exit code 0, whether goals are met or miss
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ SHAPES: dict[str, Callable[[], Shapes]] = {
 }
 TITLES = {"7B": "LLaMA-7B", "110M": "a LLaMA-like model of 110M parameters", "small": "many small tensors"}
 WEIGHTS: dict[str, Weights] = {"plain": Plain(), "stochastic": StochasticRounding()}
-QUICK = ("adalomo", "adamw", "adamw8bit")
+QUICK, QUICK_SETS = ("adalomo", "adamw", "adamw8bit"), ("110M", "small")
 DEVICE = "cuda"
 
 BYTES_LIMIT, LAUNCHES_LIMIT = 2.0, 4.0
@@ -52,21 +54,21 @@ BYTES_LIMIT, LAUNCHES_LIMIT = 2.0, 4.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"the recipes {', '.join(QUICK)}, the small set and 110M")
+    parser.add_argument("--quick", action="store_true", help="three recipes on the two smaller sets")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything that was counted to PATH")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per processor)")
     options = parser.parse_args()
     console = Console(width=120)
-    torch.set_num_threads(1)
     results: dict[str, Any] = {"schema": "optstate.benchmark.counts/1", **environment(), "quick": options.quick}
     console.print(f"torch {results['torch']}, fake tensors that stand for {DEVICE}\n", highlight=False)
-    recipes = QUICK if options.quick else tuple(registry.names())
-    results["rows"], results["missing"] = [], []
-    for name in ("110M", "small") if options.quick else SHAPES:
-        rows = [row for recipe in recipes for row in rows_of_recipe(recipe, SHAPES[name]())]
-        theirs, results["missing"] = rows_of_peers(SHAPES[name]())
-        rows = [{"set": name, **row} for row in rows + theirs]
-        print_counts(console, name, rows)
-        results["rows"] += rows
+    recipes, sets = (QUICK, QUICK_SETS) if options.quick else (registry.names(), tuple(SHAPES))
+    cases = [(name, who) for name in sets for who in (*recipes, *PEERS)]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as processes:
+        found = list(processes.map(count_case, *zip(*cases, strict=True)))
+    results["rows"] = [row for rows in found for row in rows]
+    for name in sets:
+        print_counts(console, name, [row for row in results["rows"] if row["set"] == name])
+    results["missing"] = [who for (name, who), rows in zip(cases, found, strict=True) if not rows and name == sets[0]]
     for missing in results["missing"]:
         console.print(f"not counted, as it is not installed: {missing}", highlight=False)
     goals = goals_of(results["rows"])
@@ -74,6 +76,14 @@ def main() -> int:
     results["goals"] = [goal.as_dict() for goal in goals]
     write_json(options.json, results)
     return 0
+
+
+def count_case(name: str, who: str) -> Rows:
+    """Return the rows of one recipe or another library's optimizer on one set; none of what is not installed."""
+    torch.set_num_threads(1)
+    shapes = SHAPES[name]()
+    rows = rows_of_peer(who, shapes) if who in PEERS else rows_of_recipe(who, shapes)
+    return [{"set": name, **row} for row in rows]
 
 
 # --- our recipes ------------------------------------------------------------------------------------------------------
@@ -86,37 +96,47 @@ def rows_of_recipe(recipe: str, shapes: Shapes) -> Rows:
         for way, weights in WEIGHTS.items():
             if dtype == torch.float32 and way != "plain":
                 continue
-            with fake_optimizer(recipe, shapes, dtype, weights) as optimizer:
-                cost, floor = count_step(optimizer), floor_of(optimizer)
+            cost, floor = count_recipe(recipe, shapes, dtype, weights)
             name = registry.describe(recipe)["class"].rpartition(":")[2]
             rows.append(row_of(f"optstate {name}", dtype_name, way, shapes, cost, floor))
     return rows
 
 
-@contextmanager
-def fake_optimizer(
-    recipe: str, shapes: Shapes, dtype: torch.dtype, weights: Weights
-) -> Iterator[optstate.Optimizer]:
-    """Build a recipe on parameters without values, in a mode in which it can be stepped."""
+def count_recipe(recipe: str, shapes: Shapes, dtype: torch.dtype, weights: Weights) -> tuple[Cost, int]:
+    """Return the cost of a step of all parameters, and the fewest bytes of such a step.
+
+    Everything is planned; of the parameters that are planned alike one is stepped, for all of them.
+    """
+    make = registry.get(recipe)
+
+    def build(names: Iterable[str], device: str) -> optstate.Optimizer:
+        params = [(name, nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device))) for name in names]
+        return make(params, lr=1e-3, weights=weights)
+
+    planned = build(shapes, "meta")
+    alike: dict[Any, list[str]] = {}
+    for plan in planned.plan():
+        kind = plan.spec.shape, str(plan.chain), str(plan.stores), str(plan.weights)
+        alike.setdefault(kind, []).append(plan.spec.name)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        params = [(name, nn.Parameter(torch.empty(shape, dtype=dtype))) for name, shape in shapes.items()]
-        yield registry.get(recipe)(params, lr=1e-3, weights=weights)
+        times = {names[0]: len(names) for names in alike.values()}
+        return count_step(build(times, "cpu"), times), floor_of(planned)
 
 
-def count_step(optimizer: optstate.Optimizer, on: str = DEVICE) -> Cost:
-    """Return the cost of a step of all parameters. Of those that are planned alike one is counted, for all.
+def count_step(optimizer: optstate.Optimizer, times: Mapping[str, int], on: str = DEVICE) -> Cost:
+    """Return the cost of a step of all parameters.
 
     Args:
         optimizer: of fake tensors, in their mode.
-        on: type of the device that they stand for.
+        times: name of a parameter -> the number of parameters like it.
+        on: type of the device that the tensors stand for.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    alike: dict[Any, list[tuple[Tensor, ParamPlan]]] = {}
-    for param, plan in zip(params, optimizer.plan(), strict=True):
-        spec = plan.spec
-        kind = spec.shape, spec.dtype, str(plan.chain), str(plan.stores), str(plan.weights)
-        alike.setdefault(kind, []).append((param, plan))
-    return sum((count_parameter(optimizer, *ones[0], on) * len(ones) for ones in alike.values()), Cost())
+    costs = [
+        count_parameter(optimizer, param, plan, on) * times[plan.spec.name]
+        for param, plan in zip(params, optimizer.plan(), strict=True)
+    ]
+    return sum(costs, Cost())
 
 
 def count_parameter(optimizer: optstate.Optimizer, param: Tensor, plan: ParamPlan, on: str) -> Cost:
@@ -149,17 +169,13 @@ def floor_of(optimizer: optstate.Optimizer) -> int:
 # --- rows, tables, goals ----------------------------------------------------------------------------------------------
 
 
-def rows_of_peers(shapes: Shapes) -> tuple[Rows, list[str]]:
-    """Count what other libraries do, and name those that are not installed."""
-    rows, missing = [], []
-    for peer in PEERS:
-        try:
-            for dtype_name, dtype in DTYPES.items():
-                cost, floor = count_peer(peer, shapes, dtype)
-                rows.append(row_of(peer.name, dtype_name, "plain", shapes, cost, floor))
-        except MissingPeer:
-            missing.append(peer.name)
-    return rows, missing
+def rows_of_peer(name: str, shapes: Shapes) -> Rows:
+    """Count another library's optimizer in each dtype; nothing if the library is not installed."""
+    try:
+        found = {dtype_name: count_peer(PEERS[name], shapes, dtype) for dtype_name, dtype in DTYPES.items()}
+    except MissingPeer:
+        return []
+    return [row_of(name, dtype_name, "plain", shapes, *counted) for dtype_name, counted in found.items()]
 
 
 def row_of(name: str, dtype: str, weights: str, shapes: Shapes, cost: Cost, floor: int) -> dict[str, Any]:
@@ -186,16 +202,16 @@ def print_counts(console: Console, name: str, rows: Rows) -> None:
         ("optimizer", text("name")),
         ("dtype", text("dtype")),
         ("weights", text("weights")),
-        ("launches", number("launches", ",")),
+        ("launches", number("launches", ",.0f")),
         ("/ tensor", number("launches_per_tensor", ".1f")),
         ("bytes/param", number("bytes_per_parameter", ".2f")),
         ("floor", number("floor_per_parameter", ".2f")),
         ("/ floor", number("per_floor", ".2f")),
-        ("waits", number("waits", ",")),
+        ("waits", number("waits", ",.0f")),
     ]
     caption = (
-        "launches: kernels in one step; bytes/param: read and written by these kernels, caches aside; floor: the fewest "
-        "bytes of the recipe;\nwaits: how often the host waits for the device"
+        "launches: kernels in one step; bytes/param: what these kernels read and write, caches aside\n"
+        "floor: the fewest bytes of the recipe; waits: how often the host waits for the device"
     )
     title = f"One step of {TITLES[name]}: {len(shapes):,} tensors, {millions:,.1f} million parameters"
     print_table(console, title, caption, columns, rows)

@@ -1,8 +1,8 @@
 """Count what an eager step launches and moves: every operator that PyTorch dispatches, on tensors without values.
 
-A launch is one operator that runs a kernel on the device. Views, metadata and allocations run none; an operator on lists
-of tensors runs as many as its multi-tensor kernel needs. Bytes are those of the operands: each distinct tensor that an
-operator reads counts once, each that the operator writes once. What a cache saves between two operators is not known.
+A launch is one operator that runs a kernel on the device. Views, metadata and allocations run none; an operator on
+lists of tensors runs as many as its multi-tensor kernel needs. Bytes are those of the operands: each distinct tensor
+that an operator reads counts once, each that the operator writes once. What a cache saves between operators is unknown.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class DispatchCounter(TorchDispatchMode):
         if name == VALUE:
             self.cost += Cost(waits=0 if is_on_host else 1)
             return True if args[0].dtype == torch.bool else 1 if not args[0].is_floating_point() else 1.0
-        result = func(*args, **kwargs)
+        # What returns nothing makes no tensor, so that there is nothing to run: fakes of long lists are slow.
+        result = func(*args, **kwargs) if func._schema.returns else None
         if is_on_host:
             self._on_host |= {id(tensor): tensor for tensor in _tensors(result)}
         elif runs_kernel(func):
