@@ -28,6 +28,7 @@ bench: .venv/ready-bench ## speed and memory beside the peers, with goals
 	$(BIN)/python benchmarks/checkpoint.py --json benchmarks/results/checkpoint.json
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json
+	$(BIN)/python benchmarks/counts.py --json benchmarks/results/counts.json
 
 quality: .venv/ready-examples ## what compressed state costs in loss, on a small language model: about an hour
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json

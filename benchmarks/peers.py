@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,16 +14,23 @@ from torch import Tensor, nn
 import adalomo
 import optstate
 
-try:
-    import lomo_optim
-    import pytorch_optimizer
-except ImportError as error:
-    raise SystemExit(f"{error}; the benchmarks compare with other libraries: pip install 'optstate[bench]'") from None
-
 LOMO_ADALOMO, LOMO_LOMO = "lomo-optim AdaLomo", "lomo-optim Lomo"
 ADAMW_FUSED, SGD_FUSED, SGD_LOOP = "torch AdamW fused", "torch SGD fused", "torch SGD for-loop"
 OUR_ADALOMO, OUR_ADALOMO_AUTO = "optstate AdaLomo", "optstate AdaLomo, stochastic"
 OUR_LOMO = "optstate Lomo"
+
+
+class MissingPeer(SystemExit):
+    """Another library that is not installed: ends a benchmark that does not go on without."""
+
+
+def library(name: str) -> Any:
+    """Import another library, or raise MissingPeer."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        text = f"{error}; the benchmarks compare with other libraries: pip install 'optstate[bench]'"
+        raise MissingPeer(text) from None
 
 
 @dataclass
@@ -104,8 +112,9 @@ def torchs(optimizer_class: Callable[..., torch.optim.Optimizer], **options: Any
 
 def lomo_optim_adalomo(module: nn.Module, lr: float) -> Runner:
     """Build lomo-optim's AdaLomo without loss scaling, which would cost one more pass over the gradient."""
+    adalomo_class = library("lomo_optim").AdaLomo
     with cuda_is_identity():
-        optimizer = lomo_optim.AdaLomo(module, lr=lr, loss_scale=0)
+        optimizer = adalomo_class(module, lr=lr, loss_scale=0)
 
     def step() -> None:
         optimizer.step_num += 1
@@ -117,7 +126,7 @@ def lomo_optim_adalomo(module: nn.Module, lr: float) -> Runner:
 
 def lomo_optim_lomo(module: nn.Module, lr: float) -> Runner:
     """Build lomo-optim's Lomo."""
-    optimizer = lomo_optim.Lomo(module, lr=lr)
+    optimizer = library("lomo_optim").Lomo(module, lr=lr)
 
     def step() -> None:
         optimizer.lr = lr
@@ -128,7 +137,7 @@ def lomo_optim_lomo(module: nn.Module, lr: float) -> Runner:
 
 def pytorch_optimizer_adalomo(module: nn.Module, lr: float) -> Runner:
     """Build pytorch_optimizer's AdaLOMO, without loss scaling."""
-    optimizer = pytorch_optimizer.AdaLOMO(module, lr=lr, loss_scale=0)
+    optimizer = library("pytorch_optimizer").AdaLOMO(module, lr=lr, loss_scale=0)
 
     def step() -> None:
         optimizer.num_steps += 1

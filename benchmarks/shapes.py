@@ -45,6 +45,12 @@ def llama_shapes(width: int, hidden: int, layers: int, head: bool = False) -> di
     return shapes
 
 
+def small_shapes(blocks: int = 500) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of `4 * blocks` small tensors, 16,960 elements in the mean: 3 matrices and a vector."""
+    of_block = {"down": (128, 256), "up": (96, 192), "gate": (128, 128), "norm": (256,)}
+    return {f"blocks.{i}.{name}.weight": shape for i in range(blocks) for name, shape in of_block.items()}
+
+
 def one_element_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     """Return the `9 layers + 3` names of a LLaMA-like model with a head, each with the shape of one element."""
     return dict.fromkeys(llama_shapes(1, 1, layers, head=True), (1,))

@@ -17,19 +17,24 @@ T = TypeVar("T")
 STAND_IN: ContextVar[str] = ContextVar("STAND_IN", default="")
 """The type of the device that fake tensors on the CPU stand for; empty outside of a rehearsal."""
 
+_LEAVES_OUT: ContextVar[bool] = ContextVar("_LEAVES_OUT", default=False)
+"""Whether loops leave out rounds that need as much memory as those before them."""
+
 
 @contextmanager
-def rehearsal(on: str) -> Iterator[None]:
+def rehearsal(on: str, every_round: bool = False) -> Iterator[None]:
     """Let fake tensors on the CPU stand for tensors on a device of type `on`, and leave repeated work out.
 
     Args:
         on: type of the device that is rehearsed, such as "cuda".
+        every_round: leave nothing out, for counts of what a step does.
     """
-    token = STAND_IN.set(on)
+    tokens = STAND_IN.set(on), _LEAVES_OUT.set(not every_round)
     try:
         yield
     finally:
-        STAND_IN.reset(token)
+        STAND_IN.reset(tokens[0])
+        _LEAVES_OUT.reset(tokens[1])
 
 
 def rehearsing() -> bool:
@@ -43,7 +48,7 @@ def device_type(device: torch.device) -> str:
 
 
 def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
-    """Return the rounds of a loop; in a rehearsal only the first two rounds of each size.
+    """Return the rounds of a loop; in a rehearsal that leaves work out only the first two rounds of each size.
 
     Only for loops whose rounds do not depend on each other. The second round meets the buffers that the first left
     behind; every later one needs as much memory as the second.
@@ -52,7 +57,7 @@ def worth_running(rounds: Iterable[T], size: Callable[[T], int]) -> Iterable[T]:
         rounds: what the loop runs over.
         size: tells how large a round is, such as its number of elements.
     """
-    return _two_of_each(rounds, size) if STAND_IN.get() else rounds
+    return _two_of_each(rounds, size) if _LEAVES_OUT.get() else rounds
 
 
 def _two_of_each(rounds: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:

@@ -31,7 +31,7 @@ def test_the_migration_guide_runs_from_top_to_bottom() -> None:
         exec(compile(source, f"migrate_from_lomo_optim.md block {i}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md"])
 def test_documents_name_only_files_and_targets_that_exist(name: str) -> None:
     text = (ROOT / name).read_text()
     for path in re.findall(r"\b(?:docs|examples|benchmarks|optstate|tests|cli|adalomo)/[\w./]*\w", text):
