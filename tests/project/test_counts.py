@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,10 +139,11 @@ def test_no_round_is_left_out(recipe: str) -> None:
     assert three.bytes - two.bytes == four.bytes - three.bytes > 6 * 1024 * COLS
 
 
-def test_a_backend_that_does_whole_steps_is_asked() -> None:
-    plan: Any = SimpleNamespace(whole_step=SimpleNamespace(cost=lambda asked: (3, 100 if asked is plan else 0)))
-    optimizer: Any = None
-    assert counts.count_parameter(optimizer, torch.empty(()), plan, "cuda") == Cost(3, 100)
+def test_a_whole_step_says_what_it_costs() -> None:
+    """AdamW with 8-bit moments: the gradient twice, and everything else once each way, in two passes."""
+    count = ROWS * COLS
+    found, _ = counts.count_recipe("adamw8bit", {"w": (ROWS, COLS)}, BF16, STOCHASTIC, "native")
+    assert found == Cost(2, 2 * 2 * count + 2 * 2 * count + 2 * 2 * (count + 4 * count // 256))
 
 
 HELD = [
