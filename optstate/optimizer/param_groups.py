@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -84,7 +84,7 @@ def refuse_inference_mode(action: str) -> None:
         )
 
 
-def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
+def checked_group(param_group: Any, taken: Collection[Tensor]) -> dict[str, Any]:
     """Return a param group whose parameters can be added: `params` a list of tensors, `param_names` if there are any.
 
     Frozen parameters may be of any dtype: they are never stepped. A group may be empty.
@@ -104,15 +104,15 @@ def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
     if head_size is not None and (isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1):
         raise ValueError(f"head_size={head_size!r} must be a whole number of rows, at least 1")
     names, params = _named(group)
-    seen: dict[Tensor, str] = {}
+    seen: dict[int, str] = {}
     for i, param in enumerate(params):
         name = names[i] if names else f"number {i}"
         _check_parameter(name, param)
-        if param in seen:
-            raise ValueError(f"parameter {name!r} is the same tensor as {seen[param]!r}: pass each parameter once")
-        if param in taken:
+        if id(param) in seen:
+            raise ValueError(f"parameter {name!r} is the same tensor as {seen[id(param)]!r}: pass each parameter once")
+        if taken and param in taken:
             raise ValueError(f"parameter {name!r} is in another group already: pass each parameter once")
-        seen[param] = name
+        seen[id(param)] = name
     group.pop("param_names", None)
     return {**group, "params": params, **({"param_names": names} if names else {})}
 
@@ -185,9 +185,12 @@ def split_by_chain(
     if group["params"] and not names and any(isinstance(rule, str) for rule, _ in route.rules):
         raise ValueError("the route matches parameter names, but there are none: pass model.named_parameters()")
     picked: dict[Chain, list[int]] = {chain: [] for chain in route.chains}
-    for i, param in enumerate(group["params"]):
-        name = names[i] if names else ""
-        picked[route.pick(spec_of(name, param, group, given.get(name, "")))[0]].append(i)
+    if not route.rules:
+        picked[route.default] = list(range(len(group["params"])))
+    else:
+        for i, param in enumerate(group["params"]):
+            name = names[i] if names else ""
+            picked[route.pick(spec_of(name, param, group, given.get(name, "")))[0]].append(i)
     chosen = {chain: places for chain, places in picked.items() if places}
     everywhere = set[str]().union(*(chain.hyper for chain in route.chains))
     if not chosen:
