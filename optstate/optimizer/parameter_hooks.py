@@ -70,11 +70,14 @@ class ParameterHooks:
         """Attach hooks to these parameters.
 
         Raises:
-            RuntimeError: if they belong to an engine under which a fused update would be wrong.
+            RuntimeError: if they belong to an engine under which a fused update would be wrong, or one was put into the
+                groups after the optimizer was built.
         """
         receiver = self._receiver()
         assert receiver is not None
         if params:
+            for param in params:
+                runner.leaf(param)
             engines.refuse_live_objects(params)
             self._replace_older(runner, params)
             engines.refuse_parameters(params, runner.name)

@@ -14,7 +14,7 @@ from optstate.weights import Weights
 
 __all__ = ["Planner"]
 
-Layout = tuple[str, tuple[int, ...], torch.dtype]
+StateTensor = tuple[str, tuple[int, ...], torch.dtype]
 """A tensor of the state of a parameter that is whole: its key, its shape in memory and its dtype."""
 
 
@@ -32,7 +32,7 @@ class Planner:
     def __init__(self, route: Route, weights: Weights | str) -> None:
         self.route, self.weights = route, weights
         self._of_kind: dict[Hashable, ParamPlan] = {}
-        self._layouts: dict[Hashable, tuple[Layout, ...]] = {}
+        self._layouts: dict[Hashable, tuple[StateTensor, ...]] = {}
 
     def plan(self, spec: ParamSpec, trainable: bool) -> ParamPlan:
         """Decide everything about one parameter, as `plan_parameter` does.
