@@ -32,7 +32,7 @@ class Planner:
     def __init__(self, route: Route, weights: Weights | str) -> None:
         self.route, self.weights = route, weights
         self._of_kind: dict[Hashable, ParamPlan] = {}
-        self._layouts: dict[Hashable, tuple[StateTensor, ...]] = {}
+        self._state_of: dict[int, tuple[StateTensor, ...]] = {}
 
     def plan(self, spec: ParamSpec, trainable: bool) -> ParamPlan:
         """Decide everything about one parameter, as `plan_parameter` does.
@@ -49,12 +49,11 @@ class Planner:
 
     def zeros(self, plan: ParamPlan, device: torch.device) -> Iterable[tuple[str, Tensor]]:
         """Return the state of a whole parameter before its first step: key and tensor of every field."""
-        kind = _kind(plan.chain, plan.spec)
-        layouts = self._layouts.get(kind)
-        if layouts is None:
-            layouts = tuple((key, field.layout(plan.spec)[0], field.dtype) for key, field in plan.fields.items())
-            self._layouts[kind] = layouts
-        return [(key, torch.zeros(shape, dtype=dtype, device=device)) for key, shape, dtype in layouts]
+        tensors = self._state_of.get(id(plan.slots))  # which all plans of a kind share
+        if tensors is None:
+            tensors = tuple((key, field.layout(plan.spec)[0], field.dtype) for key, field in plan.fields.items())
+            self._state_of[id(plan.slots)] = tensors
+        return [(key, torch.zeros(shape, dtype=dtype, device=device)) for key, shape, dtype in tensors]
 
 
 def _kind(chain: Chain, spec: ParamSpec) -> Hashable:

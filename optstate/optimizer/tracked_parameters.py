@@ -115,10 +115,11 @@ class TrackedParameters:
             plans = self._plan_group(groups[index], state, self._next_number)
         else:
             self._places[index:] = [list(map(id, group["params"])) for group in groups[index:]]
+        have_state = set(map(id, state))
         with torch.inference_mode(False):
             for param, plan in zip(params, plans, strict=True):
                 leaf = self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend)
-                if param.requires_grad and param not in state:
+                if param.requires_grad and id(param) not in have_state:
                     self._allocate(param, leaf, state)
         if plans:
             self.chains.setdefault(index, plans[0].chain)
