@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from optstate.distributed.placement import Placement, placement_of
 from optstate.naming import CanonicalNames
 from optstate.optimizer.group_keys import refuse_unknown
-from optstate.spec import ROLES, ParamSpec, accumulator_dtype, can_be_stepped, is_fake
+from optstate.spec import ROLES, ParamSpec, Region, accumulator_dtype, can_be_stepped, is_fake
 from optstate.updates import Chain, Route
 
 __all__ = [
@@ -293,15 +294,17 @@ def spec_of(name: str, param: Tensor, group: Mapping[str, Any], given: str = "")
         placement = placement_of(param)
     except ValueError as error:
         raise ValueError(f"parameter {name!r} cannot be stepped as it is distributed: {error}") from None
-    return ParamSpec(
-        name=name,
-        shape=tuple(param.shape),
-        dtype=param.dtype,
-        role=group.get("role", ""),
-        head_size=group.get("head_size"),
-        region=None if placement is None else placement.region,
-        given="" if given == name else given,
-    )
+    region = None if placement is None else placement.region
+    spec = _nameless(tuple(param.shape), param.dtype, group.get("role", ""), group.get("head_size"), region)
+    return spec.renamed(name, "" if given == name else given)
+
+
+@lru_cache(maxsize=1024)
+def _nameless(
+    shape: tuple[int, ...], dtype: torch.dtype, role: str, head_size: int | None, region: Region | None
+) -> ParamSpec:
+    """Return what the specifications of all parameters of one kind have in common."""
+    return ParamSpec(name="", shape=shape, dtype=dtype, role=role, head_size=head_size, region=region)
 
 
 def checked_gradient(param: Tensor, spec: ParamSpec, placement: Placement | None = None) -> Tensor:

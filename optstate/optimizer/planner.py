@@ -45,7 +45,9 @@ class Planner:
         known = self._of_kind.get(kind)
         if known is None:
             known = self._of_kind[kind] = plan_parameter(spec, as_route(chain), self.weights, trainable=True)
-        return ParamPlan(spec, chain, rule, known.slots, known.weights, trainable and known.trainable)
+        plan = object.__new__(ParamPlan)  # as `ParamSpec.renamed`: what was derived of the other holds for this one
+        plan.__dict__.update(known.__dict__, spec=spec, rule=rule, trainable=trainable and known.trainable)
+        return plan
 
     def zeros(self, plan: ParamPlan, device: torch.device) -> Iterable[tuple[str, Tensor]]:
         """Return the state of a whole parameter before its first step: key and tensor of every field."""
