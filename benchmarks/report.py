@@ -108,9 +108,11 @@ def text(key: str) -> Callable[[Row], str]:
     return lambda row: str(row[key])
 
 
-def environment() -> dict[str, Any]:
-    """Return date, processor, threads and versions."""
-    packages = ("lomo-optim", "pytorch_optimizer")
+def environment(packages: Iterable[str] = ("lomo-optim", "pytorch_optimizer")) -> dict[str, Any]:
+    """Return date, processor, threads and versions.
+
+    packages: what is compared with.
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -26,7 +26,7 @@ from timing import DTYPES
 from update import measure_update
 
 SCRATCH_LIMIT = 8e6
-HOOK_LIMITS = {291: 10.0, 723: 25.0}
+HOOK_LIMITS = {291: 6.0, 723: 15.0}
 """Goals in milliseconds per step, by number of parameters."""
 
 Rows = list[dict[str, Any]]

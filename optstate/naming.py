@@ -29,6 +29,8 @@ ADAPTED = ("base_layer", "original_module")  # PEFT: what stands beside an adapt
 BASE = ("base_model", "model")  # PEFT: a model with adapters
 ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_", "modules_to_save", "trainable_tokens_")
 DEFAULT = "default"  # PEFT's name of an adapter that was given none, and which it leaves out when it saves
+WORDS = frozenset((MODULE, DEFAULT, BASE[0], *ADAPTED))
+"""Without one of these words a name has nothing of wrappers and adapters that models may use, too."""
 
 
 def canonical_names(given: Sequence[str], taken: Collection[str] = ()) -> list[str]:
@@ -107,12 +109,16 @@ class CanonicalNames:
 def _without_wrappers(name: str) -> str:
     """Return a name without the words that only wrappers use; its last word, the parameter's own, stays."""
     *path, own = name.split(".")
+    if WRAPPERS.isdisjoint(path):
+        return name
     return ".".join([*(word for word in path if word not in WRAPPERS), own])
 
 
 def _bare(name: str) -> str:
     """Return a name without the words that wrappers and adapters use but models may use, too."""
     words = name.split(".")
+    if WORDS.isdisjoint(words):
+        return name
     kept: list[str] = []
     for place, word in enumerate(words):
         last = place == len(words) - 1

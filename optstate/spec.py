@@ -112,6 +112,16 @@ class ParamSpec:
         if not self.role:
             object.__setattr__(self, "role", "matrix" if len(self.shape) >= 2 else "vector")
 
+    def renamed(self, name: str, given: str = "") -> ParamSpec:
+        """Return the specification of a parameter that differs in nothing but its names.
+
+        What was derived of this one holds for the other; and the constructor of a frozen class takes several times as
+        long, which counts where there are thousands of parameters.
+        """
+        other = object.__new__(ParamSpec)
+        other.__dict__.update(self.__dict__, name=name, given=given)
+        return other
+
     @cached_property
     def numel(self) -> int:
         """Number of elements over all shards."""

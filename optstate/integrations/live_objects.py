@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["import_apart", "instances_of", "without_compiler"]
+__all__ = ["family_of", "import_apart", "instances_of", "without_compiler"]
 
 
 P = ParamSpec("P")
@@ -24,7 +24,7 @@ def instances_of(*kinds: type) -> list[Any]:
     no way: it would hold what other threads are just building, and CPython raises a SystemError in a thread whose
     half-built tuple somebody else holds.
     """
-    family = {each for kind in kinds for each in _family(kind)}
+    family = {each for kind in kinds for each in family_of(kind)}
     return [item for item in gc.get_referrers(*family) if type(item) in family]
 
 
@@ -52,8 +52,9 @@ def without_compiler(method: Callable[P, T]) -> Callable[P, T]:
     return MethodType(plain, method.__self__)  # type: ignore[attr-defined]
 
 
-def _family(kind: type) -> Iterator[type]:
+def family_of(kind: type) -> Iterator[type]:
+    """Yield a class and all classes derived from it, some of them several times."""
     yield kind
     derived: type
     for derived in type.__subclasses__(kind):
-        yield from _family(derived)
+        yield from family_of(derived)

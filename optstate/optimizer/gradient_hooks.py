@@ -47,6 +47,7 @@ class GradientHooks:
         self._hooks = ParameterHooks(self)
         self._mode = _Mode.UPDATE
         self._updated: list[Tensor] = []
+        self._hidden: list[Tensor] = []  # those whose new values the pass at hand must not see
         self._engine_checked = False
         self._group = GradientGroup()
 
@@ -191,6 +192,7 @@ class GradientHooks:
         self._updated.append(param)
         if torch._C._current_graph_task_id() >= 0:
             stale_weights.hide_weight(param, leaf.plan.spec.name)
+            self._hidden.append(param)
 
     def _update_group(self, params: list[Tensor]) -> None:
         self.runner.require_agreement(params)
@@ -241,8 +243,9 @@ class GradientHooks:
         self._reset()
 
     def _show_weights(self) -> None:
-        for param in self._updated:
+        for param in self._hidden:
             stale_weights.show_weight(param)
+        self._hidden.clear()
 
     # --- clipping and accumulation ----------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(listed, {"lr": lr, **shared})
         self._built = True
         self._share_defaults()
-        resume.warn_if_unnamed(self.param_groups, self.plan())
+        resume.warn_if_unnamed(self.param_groups, self.runner.leaf)
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -91,16 +91,16 @@ class Optimizer(torch.optim.Optimizer):
         if self._built:
             self.runner.follow()
         parameters = self.runner.parameters
-        for part in parameters.split_group(param_group, self.param_groups, self.defaults):
+        for part, plans in parameters.split_group(param_group, self.param_groups, self.defaults):
             parameters.name_empty_groups(part, self.param_groups)
             if not all(map(is_fake, part["params"])):  # what only describes a run may do without two seconds of imports
                 import_apart("torch._dynamo")
             without_compiler(super().add_param_group)(part)
-            parameters.adopt(len(self.param_groups) - 1, self.param_groups, self.state)
+            parameters.adopt(len(self.param_groups) - 1, self.param_groups, self.state, plans)
         self.runner.ask_again()
         if self._built:
             self._share_defaults()
-            resume.warn_if_unnamed(self.param_groups, self.plan())
+            resume.warn_if_unnamed(self.param_groups, self.runner.leaf)
         if self.runner.hooks is not None:
             self.runner.hooks.attach()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from optstate.distributed.placement import Placement, placement_of
 from optstate.naming import CanonicalNames
 from optstate.optimizer.group_keys import refuse_unknown
-from optstate.spec import ROLES, ParamSpec, accumulator_dtype, can_be_stepped, is_fake
+from optstate.spec import ROLES, ParamSpec, Region, accumulator_dtype, can_be_stepped, is_fake
 from optstate.updates import Chain, Route
 
 __all__ = [
@@ -84,7 +85,7 @@ def refuse_inference_mode(action: str) -> None:
         )
 
 
-def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
+def checked_group(param_group: Any, taken: Collection[Tensor]) -> dict[str, Any]:
     """Return a param group whose parameters can be added: `params` a list of tensors, `param_names` if there are any.
 
     Frozen parameters may be of any dtype: they are never stepped. A group may be empty.
@@ -104,15 +105,15 @@ def checked_group(param_group: Any, taken: set[Tensor]) -> dict[str, Any]:
     if head_size is not None and (isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1):
         raise ValueError(f"head_size={head_size!r} must be a whole number of rows, at least 1")
     names, params = _named(group)
-    seen: dict[Tensor, str] = {}
+    seen: dict[int, str] = {}
     for i, param in enumerate(params):
         name = names[i] if names else f"number {i}"
         _check_parameter(name, param)
-        if param in seen:
-            raise ValueError(f"parameter {name!r} is the same tensor as {seen[param]!r}: pass each parameter once")
-        if param in taken:
+        if id(param) in seen:
+            raise ValueError(f"parameter {name!r} is the same tensor as {seen[id(param)]!r}: pass each parameter once")
+        if taken and param in taken:
             raise ValueError(f"parameter {name!r} is in another group already: pass each parameter once")
-        seen[param] = name
+        seen[id(param)] = name
     group.pop("param_names", None)
     return {**group, "params": params, **({"param_names": names} if names else {})}
 
@@ -185,9 +186,12 @@ def split_by_chain(
     if group["params"] and not names and any(isinstance(rule, str) for rule, _ in route.rules):
         raise ValueError("the route matches parameter names, but there are none: pass model.named_parameters()")
     picked: dict[Chain, list[int]] = {chain: [] for chain in route.chains}
-    for i, param in enumerate(group["params"]):
-        name = names[i] if names else ""
-        picked[route.pick(spec_of(name, param, group, given.get(name, "")))[0]].append(i)
+    if not route.rules:
+        picked[route.default] = list(range(len(group["params"])))
+    else:
+        for i, param in enumerate(group["params"]):
+            name = names[i] if names else ""
+            picked[route.pick(spec_of(name, param, group, given.get(name, "")))[0]].append(i)
     chosen = {chain: places for chain, places in picked.items() if places}
     everywhere = set[str]().union(*(chain.hyper for chain in route.chains))
     if not chosen:
@@ -290,15 +294,17 @@ def spec_of(name: str, param: Tensor, group: Mapping[str, Any], given: str = "")
         placement = placement_of(param)
     except ValueError as error:
         raise ValueError(f"parameter {name!r} cannot be stepped as it is distributed: {error}") from None
-    return ParamSpec(
-        name=name,
-        shape=tuple(param.shape),
-        dtype=param.dtype,
-        role=group.get("role", ""),
-        head_size=group.get("head_size"),
-        region=None if placement is None else placement.region,
-        given="" if given == name else given,
-    )
+    region = None if placement is None else placement.region
+    spec = _nameless(tuple(param.shape), param.dtype, group.get("role", ""), group.get("head_size"), region)
+    return spec.renamed(name, "" if given == name else given)
+
+
+@lru_cache(maxsize=1024)
+def _nameless(
+    shape: tuple[int, ...], dtype: torch.dtype, role: str, head_size: int | None, region: Region | None
+) -> ParamSpec:
+    """Return what the specifications of all parameters of one kind have in common."""
+    return ParamSpec(name="", shape=shape, dtype=dtype, role=role, head_size=head_size, region=region)
 
 
 def checked_gradient(param: Tensor, spec: ParamSpec, placement: Placement | None = None) -> Tensor:

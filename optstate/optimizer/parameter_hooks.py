@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -45,6 +45,8 @@ class ParameterHooks:
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = weakref.ref(receiver)
         self.hooked: dict[Tensor, RemovableHandle] = {}
+        self._handles: dict[int, RemovableHandle] = {}  # by their ids, without the parameters, which must not stay
+        weakref.finalize(receiver, _remove_all, self._handles).atexit = False  # what is gone leaves nothing behind
         self.kept: set[Tensor] = set()
         self._frozen: list[Tensor] = []  # those without a hook, when they were last looked at
 
@@ -68,18 +70,21 @@ class ParameterHooks:
         """Attach hooks to these parameters.
 
         Raises:
-            RuntimeError: if they belong to an engine under which a fused update would be wrong.
+            RuntimeError: if they belong to an engine under which a fused update would be wrong, or one was put into the
+                groups after the optimizer was built.
         """
         receiver = self._receiver()
         assert receiver is not None
         if params:
+            for param in params:
+                runner.leaf(param)
             engines.refuse_live_objects(params)
             self._replace_older(runner, params)
-            engines.refuse_parameters((runner.name(param), param) for param in params)
+            engines.refuse_parameters(params, runner.name)
+        hook = GradientHook(receiver, runner)
         for param in params:
-            handle = param.register_post_accumulate_grad_hook(GradientHook(receiver, runner))  # type: ignore[no-untyped-call]
-            weakref.finalize(receiver, handle.remove).atexit = False  # what is gone leaves nothing behind
-            self.hooked[param] = handle
+            handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._handles[handle.id] = self.hooked[param] = handle
             if param.grad is not None:
                 self.kept.add(param)
         self._frozen = [param for param in runner.params() if param not in self.hooked]
@@ -107,6 +112,7 @@ class ParameterHooks:
             handle = self.hooked.pop(param, None)
             if handle is not None:
                 handle.remove()
+                del self._handles[handle.id]
             self.kept.discard(param)
 
     def lost(self, held: Iterable[Tensor]) -> list[Tensor]:
@@ -123,6 +129,12 @@ class ParameterHooks:
     def _is_hooked(self, param: Tensor) -> bool:
         handle = self.hooked.get(param)
         return handle is not None and _is_on(param, handle)
+
+
+def _remove_all(handles: Mapping[int, RemovableHandle]) -> None:
+    """Take hooks away."""
+    for handle in handles.values():
+        handle.remove()
 
 
 def _is_on(param: Tensor, handle: RemovableHandle) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from numbers import Real
@@ -16,6 +16,7 @@ from optstate import naming
 from optstate.optimizer.foreign_state import check_foreign_rule
 from optstate.optimizer.missing_state import Gap, rule
 from optstate.optimizer.param_groups import check_values
+from optstate.optimizer.parameters import Leaf
 from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.spec import is_fake
 from optstate.updates import Chain
@@ -120,11 +121,15 @@ def loaded_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
 # --- names --------------------------------------------------------------------------------------------------------
 
 
-def warn_if_unnamed(own: Sequence[Mapping[str, Any]], plan: Plan) -> None:
-    """Warn if weights or statistics are rounded by random bits that follow places, as there are no names."""
-    params = [(param, group) for group in own for param in group["params"]]
-    for (param, group), planned in zip(params, plan, strict=True):
-        if "param_names" in group or is_fake(param) or not (planned.trainable and planned.rounds_by_name(group)):
+def warn_if_unnamed(own: Sequence[Mapping[str, Any]], leaf: Callable[[Tensor], Leaf]) -> None:
+    """Warn if weights or statistics are rounded by random bits that follow places, as there are no names.
+
+    leaf: returns what is known of a parameter.
+    """
+    unnamed = [(param, group) for group in own if "param_names" not in group for param in group["params"]]
+    for param, group in unnamed:
+        plan = leaf(param).plan
+        if is_fake(param) or not (plan.trainable and plan.rounds_by_name(group)):
             continue
         warnings.warn(
             "the parameters have no names, and some are rounded by random bits that follow from names: they follow "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain as in_a_row
 from typing import Any
@@ -17,7 +17,8 @@ from optstate.distributed.placement import copy_part, placement_of
 from optstate.integrations import engines
 from optstate.optimizer import param_groups
 from optstate.optimizer.parameters import Leaf, replacements
-from optstate.optimizer.plan import ParamPlan, Plan, plan_parameter
+from optstate.optimizer.plan import ParamPlan, Plan
+from optstate.optimizer.planner import Planner
 from optstate.updates import Chain, Route
 from optstate.weights import Weights
 
@@ -25,6 +26,8 @@ __all__ = ["Changes", "TrackedParameters"]
 
 ParamGroups = list[dict[str, Any]]
 ParamStates = dict[Tensor, Any]
+PlannedGroup = tuple[dict[str, Any], list[ParamPlan]]
+"""A complete param group, and the plans of its parameters."""
 
 
 @dataclass
@@ -50,6 +53,7 @@ class TrackedParameters:
     def __init__(self, route: Route, weights: Weights | str, names: naming.CanonicalNames) -> None:
         self.route, self.weights, self.names = route, weights, names
         self.backend = "auto"
+        self._planner = Planner(route, weights)
         self.leaves: dict[Tensor, Leaf] = {}
         self.chains: dict[int, Chain] = {}
         """The chain of each group that has parameters, by the group's place."""
@@ -66,21 +70,25 @@ class TrackedParameters:
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
-    def split_group(self, given: dict[str, Any], groups: ParamGroups, defaults: Mapping[str, Any]) -> ParamGroups:
+    def split_group(
+        self, given: dict[str, Any], groups: ParamGroups, defaults: Mapping[str, Any]
+    ) -> list[PlannedGroup]:
         """Return one complete group for each chain that the route picks for a group's parameters; take their names.
 
         Raises:
             TypeError, ValueError: for what cannot be kept or stepped. Nothing is taken then.
         """
-        group = param_groups.checked_group(given, set(self.leaves))
+        group = param_groups.checked_group(given, self.leaves)
         as_given = param_groups.name_group(group, self.names, groups)
         canonical = group.get("param_names", [])
         made_of = dict(zip(canonical, as_given, strict=True))
-        parts = param_groups.split_by_chain(group, self.route, made_of, defaults)
-        for part in parts:
-            self._plan_group(part, {}, made_of)
+        found: list[PlannedGroup] = []
+        first = self._next_number
+        for part in param_groups.split_by_chain(group, self.route, made_of, defaults):
+            found.append((part, self._plan_group(part, {}, first, made_of)))
+            first += len(part["params"])
         self.names.use(as_given, canonical)
-        return parts
+        return found
 
     def name_empty_groups(self, part: dict[str, Any], groups: ParamGroups) -> None:
         """Give empty groups the empty list of names that torch wants where other groups have names."""
@@ -90,43 +98,68 @@ class TrackedParameters:
             for group in groups:
                 group["param_names"] = []
 
-    def adopt(self, index: int, groups: ParamGroups, state: ParamStates) -> None:
-        """Plan the parameters of one group, and make the state of those that train."""
-        group = groups[index]
-        for param, plan in zip(group["params"], self._plan_group(group, state), strict=True):
-            self.chains.setdefault(index, plan.chain)
-            self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend)
-            if param.requires_grad and param not in state:
-                self.allocate(param, state)
+    @property
+    def _next_number(self) -> int:
+        """The number in the name of the next parameter that has none of its own; no number is given twice."""
+        return len(self.leaves) + self._let_go
+
+    def adopt(
+        self, index: int, groups: ParamGroups, state: ParamStates, plans: Sequence[ParamPlan] | None = None
+    ) -> None:
+        """Take over the parameters of one group, and make the state of those that train.
+
+        plans: of the group's parameters in order, as `split_group` gives them; without, they are made here.
+        """
+        params: list[Tensor] = groups[index]["params"]
+        if plans is None:  # of a copy, whose state may be of parameters that are in no group: `follow` looks
+            plans = self._plan_group(groups[index], state, self._next_number)
+        else:
+            self._places[index:] = [list(map(id, group["params"])) for group in groups[index:]]
+        have_state = set(map(id, state))
+        with torch.inference_mode(False):
+            for param, plan in zip(params, plans, strict=True):
+                leaf = self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend)
+                if param.requires_grad and id(param) not in have_state:
+                    self._allocate(param, leaf, state)
+        if plans:
+            self.chains.setdefault(index, plans[0].chain)
 
     def _plan_group(
-        self, group: dict[str, Any], state: ParamStates, made_of: Mapping[str, str] = {}
+        self, group: dict[str, Any], state: ParamStates, first: int, made_of: Mapping[str, str] = {}
     ) -> list[ParamPlan]:
-        """Return the plans of a group's parameters, which are numbered on where they have no names.
+        """Return the plans of a group's parameters.
 
-        made_of: the given names of canonical ones that are not in use yet.
+        Args:
+            group: with its parameters, and their names if there are any.
+            state: of the optimizer. A frozen parameter that has some is planned as one that trains.
+            first: the number of the group's first parameter, if they have no names.
+            made_of: the given names of canonical ones that are not in use yet.
         """
-        first = len(self.leaves) + self._let_go  # no number is given twice
+        params = group["params"]
+        names = group.get("param_names") or map(naming.by_place, range(first, first + len(params)))
+        in_parts = all(chain.knows_no_shape for chain in self.route.chains)
         plans = []
-        for i, param in enumerate(group["params"]):
-            name = group["param_names"][i] if "param_names" in group else naming.by_place(first + i)
+        for name, param in zip(names, params, strict=True):
             spec = param_groups.spec_of(name, param, group, made_of.get(name) or self.names.given(name))
-            engines.refuse_flat_parameter(name, param, all(chain.knows_no_shape for chain in self.route.chains))
-            plans.append(plan_parameter(spec, self.route, self.weights, param.requires_grad or param in state))
+            engines.refuse_flat_parameter(name, param, in_parts)
+            plans.append(self._planner.plan(spec, param.requires_grad or param in state))
         return plans
 
     @torch.inference_mode(False)
     def allocate(self, param: Tensor, state: ParamStates) -> dict[str, Any]:
         """Create the state of one parameter: step 0 and zeros."""
-        leaf = self.leaves[param]
-        leaf.plan = replace(leaf.plan, trainable=True)
+        return self._allocate(param, self.leaves[param], state)
+
+    def _allocate(self, param: Tensor, leaf: Leaf, state: ParamStates) -> dict[str, Any]:
+        """Create the state of one parameter outside of `torch.inference_mode()`."""
+        if not leaf.plan.trainable:
+            leaf.plan = replace(leaf.plan, trainable=True)
         entry: dict[str, Any] = {"step": 0}
-        for key, field_spec in leaf.plan.fields.items():
-            if leaf.placement is not None:
+        if leaf.placement is None:
+            entry.update(self._planner.zeros(leaf.plan, param.device))
+        else:
+            for key, field_spec in leaf.plan.fields.items():
                 entry[key] = leaf.placement.zeros(field_spec, leaf.plan.spec)
-            else:
-                layout, _ = field_spec.layout(leaf.plan.spec)
-                entry[key] = torch.zeros(layout, dtype=field_spec.dtype, device=param.device)
         state[param] = entry
         return entry
 
@@ -249,7 +282,7 @@ class TrackedParameters:
         """Return the plan of `param` in the place of `old`, if the state there is can become its state."""
         leaf = self.leaves[old]
         spec = param_groups.spec_of(leaf.name, param, groups[leaf.group], leaf.plan.spec.given)
-        plan = plan_parameter(spec, self.route, self.weights, leaf.plan.trainable)
+        plan = self._planner.plan(spec, leaf.plan.trainable)
         steps = state[old]["step"] if old in state else 0
         if steps and plan.stores != leaf.plan.stores:
             raise RuntimeError(

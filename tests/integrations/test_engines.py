@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from adalomo import AdaLomo, Lomo
+from optstate.integrations import engines
 from tests.support.models import assert_same, loss_of, mlp, weights_of
 
 pytestmark = pytest.mark.peer
@@ -95,6 +99,79 @@ def test_a_disabled_grad_scaler_is_no_obstacle() -> None:
     scaler.scale(loss_of(model, 0)).backward()
     scaler.step(optimizer)
     scaler.update()
+
+
+class Searched:
+    """Counts the searches through all objects."""
+
+    def __init__(self) -> None:
+        self._watched = mock.patch.object(engines, "instances_of", wraps=engines.instances_of)
+
+    def by(self, function: Callable[[], Any]) -> int:
+        with self._watched as instances_of:
+            function()
+        return int(instances_of.call_count)
+
+
+def fused_step() -> None:
+    model = mlp()
+    optimizer = AdaLomo(model.named_parameters(), fused_backward=True)
+    loss_of(model, 0).backward()
+    optimizer.step()
+
+
+def test_nothing_is_searched_where_no_scaler_and_no_process_group_is() -> None:
+    gc.collect()  # scalers and classes of scalers that other tests made
+    assert Searched().by(fused_step) == 0
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert Searched().by(fused_step) == 0
+    assert not scaler.is_enabled()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_with_a_process_group_wrappers_are_searched_when_fusing_and_at_the_first_backward() -> None:
+    assert Searched().by(fused_step) == 2
+
+
+def used_scaler() -> torch.amp.GradScaler:
+    """A scaler after a step, when its records were made anew."""
+    scaler, model = torch.amp.GradScaler("cpu"), mlp()
+    optimizer = torch.optim.SGD(model.parameters())
+    scaler.scale(loss_of(model, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler
+
+
+def derived_scaler() -> torch.amp.GradScaler:
+    class SomebodyElses(torch.amp.GradScaler):
+        pass
+
+    return SomebodyElses("cpu")
+
+
+def sharded_scaler() -> torch.amp.GradScaler:
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return ShardedGradScaler("cpu")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        sharded_scaler,
+        derived_scaler,
+        lambda: copy.deepcopy(torch.amp.GradScaler("cpu")),
+        lambda: pickle.loads(pickle.dumps(torch.amp.GradScaler("cpu"))),
+        used_scaler,
+    ],
+    ids=["sharded", "derived", "copied", "unpickled", "used"],
+)
+def test_every_kind_of_enabled_scaler_is_found(make: Callable[[], torch.amp.GradScaler]) -> None:
+    scaler = make()
+    with pytest.raises(RuntimeError, match="GradScaler is in use"):
+        AdaLomo(mlp().named_parameters(), fused_backward=True)
+    assert scaler.is_enabled()
 
 
 def test_unfused_training_works_with_a_grad_scaler() -> None:
