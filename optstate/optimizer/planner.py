@@ -32,6 +32,7 @@ class Planner:
     def __init__(self, route: Route, weights: Weights | str) -> None:
         self.route, self.weights = route, weights
         self._of_kind: dict[Hashable, ParamPlan] = {}
+        self._ours: dict[int, bool] = {}
         self._state_of: dict[int, tuple[StateTensor, ...]] = {}
 
     def plan(self, spec: ParamSpec, trainable: bool) -> ParamPlan:
@@ -41,13 +42,23 @@ class Planner:
             ValueError: if a store or a way to write weights cannot be used for the parameter.
         """
         chain, rule = self.route.pick(spec)
-        kind = _kind(chain, spec)
+        kind = self._kind(chain, spec)
         known = self._of_kind.get(kind)
         if known is None:
             known = self._of_kind[kind] = plan_parameter(spec, as_route(chain), self.weights, trainable=True)
         plan = object.__new__(ParamPlan)  # as `ParamSpec.renamed`: what was derived of the other holds for this one
         plan.__dict__.update(known.__dict__, spec=spec, rule=rule, trainable=trainable and known.trainable)
         return plan
+
+    def _kind(self, chain: Chain, spec: ParamSpec) -> Hashable:
+        """Return what decides a plan: the specification, without the names where all transforms and stores are ours.
+
+        What somebody else's part does with a name is not known.
+        """
+        if id(chain) not in self._ours:
+            self._ours[id(chain)] = _is_ours(chain)
+        name = "" if self._ours[id(chain)] else spec.name
+        return id(chain), spec.shape, spec.dtype, spec.role, spec.head_size, spec.region, name
 
     def zeros(self, plan: ParamPlan, device: torch.device) -> Iterable[tuple[str, Tensor]]:
         """Return the state of a whole parameter before its first step: key and tensor of every field."""
@@ -58,6 +69,9 @@ class Planner:
         return [(key, torch.zeros(shape, dtype=dtype, device=device)) for key, shape, dtype in tensors]
 
 
-def _kind(chain: Chain, spec: ParamSpec) -> Hashable:
-    """Return what decides a plan: all of the specification but the names. Chains are those of the planner's route."""
-    return id(chain), spec.shape, spec.dtype, spec.role, spec.head_size, spec.region
+def _is_ours(chain: Chain) -> bool:
+    """Return whether all transforms and stores of a chain are this library's."""
+    parts: list[object] = []
+    for transform in chain.transforms:
+        parts += [transform, *(slot.store for slot in transform.declared_slots({}).values())]
+    return all(type(part).__module__.startswith("optstate.") for part in parts)

@@ -101,3 +101,15 @@ def test_a_frozen_parameter_of_a_known_kind_gets_state_when_it_trains() -> None:
     optimizer.step()
     assert optimizer.state[frozen].keys() == optimizer.state[pairs[0][1]].keys()
     assert all(plan.trainable for plan in optimizer.plan())
+
+
+class ByName(type(updates.sign_momentum(stores.Full()))):  # type: ignore[misc]
+    """A transform of somebody else's, which keeps something for one parameter alone."""
+
+    def slots(self, spec: Any) -> dict[str, Any]:
+        return self.declared_slots({}) if spec.name.endswith("3.weight") else {}
+
+
+def test_what_a_foreign_transform_keeps_may_depend_on_the_name() -> None:
+    kept = [len(plan.slots) for plan in optstate.Optimizer(stack(), optstate.chain(ByName(stores.Full()))).plan()]
+    assert sum(kept) == LAYERS // 10
