@@ -17,6 +17,7 @@ from optstate.distributed.sums import lock_step
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, plan_parameter
+from optstate.optimizer.whole_steps import find_whole_step
 from optstate.spec import FieldSpec, ParamSpec, Region
 from optstate.stores import Guard, Largest, Partial
 
@@ -48,6 +49,7 @@ class DevicePart:
         self.place, self.plan = place, plan_parameter(spec, optimizer.recipe, "auto", trainable=True)
         assert spec.region is not None
         self.region = spec.region
+        self.whole_step = find_whole_step(self.plan, torch.device("cpu")).step
         self.state: dict[str, Any] = {}
         for key, field in self.plan.fields.items():
             self.state[key] = torch.zeros(field.layout(spec)[0], dtype=field.dtype)[self.of_field(field)].clone()
@@ -64,9 +66,8 @@ class DevicePart:
         guard = Guard(self.plan.spec.name, grad)
         if not self.plan.guards:
             guard.check(torch.isfinite(grad).all())
-        requests: Any = run_chain(
-            self.plan, self.state, context(self.plan, self.state, param, grad, group, step, guard)
-        )
+        ctx = context(self.plan, self.state, param, grad, group, step, guard)
+        requests: Any = run_chain(self.plan, self.state, ctx, self.whole_step)
         reply = None
         while True:
             try:
@@ -99,6 +100,8 @@ class CutParameter:
         self.whole = nn.Parameter(noise(shape, 1).to(dtype))
         self.optimizer = recipe([{"params": [("p", self.whole)], "head_size": HEAD_SIZE}])
         self.devices = [self._part(place) for place in product(*map(range, parts))]
+        if any(part.whole_step is None for part in self.devices):  # the same arithmetic on both sides
+            self.optimizer.use_backend("eager")
         self.params = [self.whole.detach()[part.region.index].clone() for part in self.devices]
         self.rounds: list[int] = []
 

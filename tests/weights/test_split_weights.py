@@ -22,6 +22,7 @@ from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import recipes, stores, updates
 from optstate.kernels import WeightCodec
 from optstate.memory import peak_extra_bytes
+from optstate.optimizer.whole_steps import Found
 from optstate.recipes import (
     CAME,
     SGD,
@@ -262,9 +263,9 @@ def trained(
         params = [nn.Parameter(p.detach().mT.contiguous().mT) if p.ndim >= 2 else p for p in params]
         assert not params[0].is_contiguous()
     optimizer = recipe([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, weights=way)
-    # PyTorch's fused AdamW, which only fp32 and fp64 parameters get, rounds in another order. The search for engines
-    # among all live objects takes longer than the training.
-    by_hand = mock.patch("optstate.optimizer.chain_step.stepped_by_torch", return_value=False)
+    # Whole steps, such as PyTorch's fused AdamW, round in another order. The search for engines among all live objects
+    # takes longer than the training.
+    by_hand = mock.patch("optstate.optimizer.parameters.find_whole_step", return_value=Found(None))
     unsearched = mock.patch("optstate.integrations.engines.refuse_live_objects")
     with by_hand, unsearched, chunk_of(chunk):
         if fused:

@@ -37,6 +37,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "apply_factored": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "move_full": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "apply_full": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "average_updates": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "apply_average": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "step_maxima": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "finish_maxima": (None, (ctypes.c_void_p,)),
 }
 """Result and arguments of every function; each has a name for each kind of processor."""
 

@@ -16,7 +16,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 #define TILE 1024  /* elements; four fp32 buffers of a tile fill half of a first-level cache of 32 KiB */
 #define LANES 16
 
@@ -437,7 +437,7 @@ EXPORT void NAMED(encode, FOR_CPU)(const Moment *m, const float *x, int64_t begi
 
 /* --- steps in which every element goes its own way ------------------------------------------------------------------ */
 
-enum { DESCENT, ADAM, LION, AVERAGE, HEAVY_BALL };
+enum { DESCENT, ADAM, LION, AVERAGE, HEAVY_BALL, ROOT_OF_SUM };
 typedef struct {
     Weight weight;
     Gradient grad;
@@ -475,6 +475,15 @@ TILED void step_tile(const Elementwise *s, int64_t count, const float *restrict 
         EACH(j, count) m[j] = move(m[j], g[j], w1);
         if (s->nesterov) EACH(j, count) p[j] = p[j] * keep - move(m[j], g[j], w1) * step;
         else EACH(j, count) p[j] = p[j] * keep - m[j] * step;
+    } else if (s->rule == ROOT_OF_SUM) {
+        float eps = s->eps;
+        EACH(j, count) v[j] += g[j] * g[j];
+        if (s->first.kind == NOTHING) {
+            EACH(j, count) p[j] = p[j] * keep - g[j] * step / sqrtf(v[j] + eps);
+        } else {
+            EACH(j, count) m[j] = move(m[j], g[j] / sqrtf(v[j] + eps), w1);
+            EACH(j, count) p[j] = p[j] * keep - m[j] * step;
+        }
     } else {
         EACH(j, count) m[j] = m[j] * mix + g[j] * w1;
         if (s->nesterov) EACH(j, count) p[j] = p[j] * keep - (m[j] * mix + g[j]) * step;
@@ -797,5 +806,122 @@ EXPORT void NAMED(apply_full, FOR_CPU)(const FactoredStep *s, int64_t first_part
             }
             write_weight(&s->weight, at, count, p);
         }
+    }
+}
+
+/* --- CAME: a factored second moment, and a factored average of how far updates stray from their average --------------
+ * `s` is as above, `residual` has the second statistic and room for its sums. The average is kept in fp32. */
+
+/* Third pass: move the average of updates; sums of squares of the distance, of rows and columns. */
+EXPORT void NAMED(average_updates, FOR_CPU)(const FactoredStep *s, const FactoredStep *residual, int64_t first_part,
+                                            int64_t last_part) {
+    int64_t n = s->cols, matrix, begin, end;
+    float step = 1.0f, decay = 0.0f, w = s->first_weight, room[TILE], distance[TILE], slab[TILE];
+    coefficients_of(s->squares, s->parts, (double)s->matrices * (double)s->rows * (double)n, s->threshold, -1.0f, &step,
+                    &decay, 0);
+    for (int64_t part = first_part; part < last_part; part++) {
+        part_of(s, part, &matrix, &begin, &end);
+        const float *restrict b = s->col_factor + matrix * n;
+        float *restrict cols = s->matrices == 1 ? residual->col_parts + part * n : residual->col_factor + matrix * n;
+        float *restrict rows = residual->row_factor + matrix * s->rows;
+        memset(cols, 0, 4 * (size_t)n);
+        for (int64_t i0 = begin; i0 < end; i0 += SLAB) {
+            int64_t i1 = end - i0 < SLAB ? end : i0 + SLAB;
+            double totals[SLAB] = {0};
+            for (int64_t j = 0; j < n; j += TILE) {
+                int64_t count = n - j < TILE ? n - j : TILE;
+                memset(slab, 0, 4 * (size_t)count);
+                for (int64_t i = i0; i < i1; i++) {
+                    int64_t at = (matrix * s->rows + i) * n + j;
+                    const float *restrict x = read_gradient(&s->grad, at, count, room);
+                    float *restrict m = (float *)s->first.data + at;
+                    float a = s->row_factor[matrix * s->rows + i] * step;
+                    EACH(l, count) {
+                        float update = x[l] * a * b[j + l];
+                        m[l] = move(m[l], update, w);
+                        distance[l] = update - m[l];
+                    }
+                    totals[i - i0] += add_squares(distance, count, slab);
+                }
+                EACH(l, count) cols[j + l] += slab[l];
+            }
+            for (int64_t i = i0; i < i1; i++) rows[i] = (float)totals[i - i0];
+        }
+    }
+}
+
+/* Fourth pass: write the weight from the average and the factors of the second statistic. */
+EXPORT void NAMED(apply_average, FOR_CPU)(const FactoredStep *s, const FactoredStep *residual, int64_t first_part,
+                                          int64_t last_part) {
+    int64_t n = s->cols, matrix, begin, end;
+    float keep = 1.0f - s->decay, room[TILE];
+    for (int64_t part = first_part; part < last_part; part++) {
+        part_of(s, part, &matrix, &begin, &end);
+        const float *restrict b = residual->col_factor + matrix * n;
+        for (int64_t i = begin; i < end; i++) {
+            int64_t at = (matrix * s->rows + i) * n;
+            float a = residual->row_factor[matrix * s->rows + i] * s->step;
+            for (int64_t j = 0; j < n; j += TILE) {
+                int64_t count = n - j < TILE ? n - j : TILE;
+                const float *restrict m = (const float *)s->first.data + at + j;
+                float *restrict p = read_weight(&s->weight, at + j, count, room);
+                EACH(l, count) p[l] = p[l] * keep - m[l] * a * b[j + l];
+                write_weight(&s->weight, at + j, count, p);
+            }
+        }
+    }
+}
+
+/* --- SM3: a sum of squares of which only the largest value of every row and column is kept --------------------------- */
+
+typedef struct {
+    Weight weight;
+    Gradient grad;
+    Moment first; /* the average of updates, or nothing */
+    int64_t rows, cols, parts;
+    float *row, *col, *col_parts; /* the maxima; and those of each part, [parts][cols] */
+    float eps, step, keep, first_weight;
+} MaximaStep;
+
+/* One pass: the new bound, the update, the weight. Maxima are the same in whichever order they are taken. */
+EXPORT void NAMED(step_maxima, FOR_CPU)(const MaximaStep *s, int64_t first_part, int64_t last_part) {
+    int64_t n = s->cols;
+    float eps = s->eps, step = s->step, keep = s->keep, w = s->first_weight, room[3][TILE], bound[TILE];
+    for (int64_t part = first_part; part < last_part; part++) {
+        float *restrict largest = s->col_parts + part * n;
+        memset(largest, 0, 4 * (size_t)n);
+        for (int64_t i = s->rows * part / s->parts; i < s->rows * (part + 1) / s->parts; i++) {
+            float row = s->row[i];
+            uint32_t most = 0;
+            for (int64_t j = 0; j < n; j += TILE) {
+                int64_t count = n - j < TILE ? n - j : TILE, at = i * n + j;
+                const float *restrict x = read_gradient(&s->grad, at, count, room[0]), *restrict col = s->col + j;
+                float *restrict p = read_weight(&s->weight, at, count, room[1]);
+                EACH(l, count) {
+                    bound[l] = (row < col[l] ? row : col[l]) + x[l] * x[l];
+                    largest[j + l] = bound[l] > largest[j + l] ? bound[l] : largest[j + l];
+                    most = bits_of(bound[l]) > most ? bits_of(bound[l]) : most; /* no bound is negative */
+                }
+                if (s->first.kind == NOTHING) {
+                    EACH(l, count) p[l] = p[l] * keep - x[l] * step / sqrtf(bound[l] + eps);
+                } else {
+                    float *restrict m = read_moment(&s->first, at, count, room[2]);
+                    EACH(l, count) {
+                        m[l] = move(m[l], x[l] / sqrtf(bound[l] + eps), w);
+                        p[l] = p[l] * keep - m[l] * step;
+                    }
+                    write_moment(&s->first, at, count, m);
+                }
+                write_weight(&s->weight, at, count, p);
+            }
+            s->row[i] = float_of(most);
+        }
+    }
+}
+EXPORT void NAMED(finish_maxima, FOR_CPU)(const MaximaStep *s) {
+    memcpy(s->col, s->col_parts, 4 * (size_t)s->cols);
+    for (int64_t part = 1; part < s->parts; part++) {
+        const float *restrict more = s->col_parts + part * s->cols;
+        EACH(j, s->cols) s->col[j] = more[j] > s->col[j] ? more[j] : s->col[j];
     }
 }

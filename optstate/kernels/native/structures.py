@@ -15,13 +15,14 @@ __all__ = [
     "FactoredStep",
     "Gradient",
     "Kept",
+    "MaximaStep",
     "Moment",
     "Rule",
     "Weight",
     "Written",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the C code calls the dtypes of parameters and gradients that it knows."""
@@ -64,6 +65,7 @@ class Rule(IntEnum):
     LION = 2
     AVERAGE = 3
     HEAVY_BALL = 4
+    ROOT_OF_SUM = 5
 
 
 def _pointers(*names: str) -> list[tuple[str, type]]:
@@ -135,4 +137,17 @@ class FactoredStep(ctypes.Structure):
         *_numbers("averaging", "eps", "threshold", "least_rms", "step", "decay"),
         *_choices("decay_is_scaled"),
         *_numbers("first_weight", "after"),
+    ]
+
+
+class MaximaStep(ctypes.Structure):
+    """A step that bounds sums of squares by the largest value of every row and column."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("grad", Gradient),
+        ("first", Moment),
+        *_counts("rows", "cols", "parts"),
+        *_pointers("row", "col", "col_parts"),
+        *_numbers("eps", "step", "keep", "first_weight"),
     ]

@@ -12,12 +12,18 @@ import torch
 from optstate.kernels.backend import choose_backend
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.base import WholeStep
+from optstate.optimizer.whole_steps.confidence import CompiledConfidence
 from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
 from optstate.optimizer.whole_steps.factored import CompiledFactored
 from optstate.optimizer.whole_steps.fused_by_torch import FusedByTorch
+from optstate.optimizer.whole_steps.maxima import CompiledMaxima
 from optstate.spec import can_be_stepped
 
 __all__ = ["Found", "WholeStep", "find_whole_step"]
+
+
+COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)
+"""Every compiled step; the first that knows a chain makes its steps."""
 
 
 @dataclass(frozen=True)
@@ -51,5 +57,8 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
     chosen, why = choose_backend(backend, device)
     if chosen == "eager":
         return Found(None, why)
-    step = CompiledFactored.of(plan) or CompiledElementwise.of(plan)
-    return Found(step) if step is not None else Found(None, "no whole step is written for this chain")
+    for kind in COMPILED:
+        step = kind.of(plan)
+        if step is not None:
+            return Found(step)
+    return Found(None, "no whole step is written for this chain")

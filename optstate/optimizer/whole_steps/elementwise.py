@@ -22,6 +22,7 @@ from optstate.updates import (
     clip_by_value,
     momentum,
     scale_by_adam,
+    scale_by_rss,
     sign_momentum,
 )
 
@@ -83,6 +84,9 @@ class CompiledElementwise:
                 return self if not slots else None
             case scale_by_adam():
                 return self._with_adams(kept)
+            case scale_by_rss():
+                exact = len(kept) == 1 and kept[0] is not None and kept[0].kind == Kept.FULL32
+                return _replaced(self, second=kept[0]) if exact else None
         return _replaced(self, first=kept[0]) if len(kept) == 1 and kept[0] is not None else None
 
     def _with_adams(self, kept: list[KeptMoment | None]) -> CompiledElementwise | None:
@@ -146,6 +150,8 @@ class CompiledElementwise:
                 step.eps = ctx.read(adam.eps)
                 step.inverse_correction = 1 / math.sqrt(1 - beta2**ctx.step)
                 step.step /= 1 - beta1**ctx.step
+            case scale_by_rss() as rss:
+                step.rule, step.eps = Rule.ROOT_OF_SUM, ctx.read(rss.eps)
             case sign_momentum() as lion:
                 beta1, beta2 = map(ctx.read, lion.betas)
                 step.rule, share, step.mix = Rule.LION, 1 - beta2, 1 - beta1
@@ -201,7 +207,7 @@ class CompiledElementwise:
         return statistic
 
 
-RULES = (scale_by_adam, sign_momentum, momentum)
+RULES = (scale_by_adam, sign_momentum, momentum, scale_by_rss)
 
 
 def _takes_penalty(transform: Transform) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, add_decayed_weights, clip_by_value, momentum, scale_by_rms
 
-__all__ = ["CompiledFactored"]
+__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "parts_of", "share_parts", "start_factored"]
 
 MOST_PARTS = 16
 """Ranges of rows whose sums are made apart, so that threads can share a matrix; the same for any number of threads."""
@@ -67,7 +68,7 @@ class CompiledFactored:
         average = last if isinstance(last, momentum) else None
         tail = Tail.of(transforms if average is None else transforms[:-1])
         store = plan.slots[rms.slot].store
-        if tail is None or not isinstance(store, Factored | Full) or not _is_fp32(plan, rms.slot):
+        if tail is None or not isinstance(store, Factored | Full) or not keeps_fp32(plan, rms.slot):
             return None
         first = None
         if average is not None:
@@ -137,51 +138,71 @@ class CompiledFactored:
 
     def _run_factored(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
         """Run the three passes of a matrix, or of several of them."""
-        *batch, rows, cols = ctx.param.shape
-        matrices, elements = torch.Size(batch).numel(), ctx.param.numel()
-        parts = matrices
-        if matrices == 1:
-            parts = max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, elements // SMALLEST_PART, rows))
-        step.matrices, step.rows, step.cols, step.parts = matrices, rows, cols, parts
-        step.row, step.col = (moment.data_ptr() for moment in moments)
-        room = torch.empty(matrices * (rows + cols) + (parts * cols if matrices == 1 else 0), device="cpu")
-        squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
-        step.row_factor, step.squares = room.data_ptr(), squares.data_ptr()
-        step.col_factor = step.row_factor + room.element_size() * matrices * rows
-        step.col_parts = step.col_factor + room.element_size() * matrices * cols
-        address = ctypes.addressof(step)
-        _share("sum_factored", address, parts, elements)
-        if not native.function("finish_sums")(address) and not ctx.guard.checked:
-            ctx.guard.check(torch.tensor(False))
-        ctx.guard.begin_writing()
-        native.function("move_factored")(address)
-        _share("measure_factored", address, parts, elements)
-        _share("apply_factored", address, parts, elements)
+        room = FactoredRoom(step, moments, ctx.param.shape)
+        address, elements = ctypes.addressof(step), ctx.param.numel()
+        start_factored(address, room.parts, elements, ctx)
+        share_parts("measure_factored", (address,), room.parts, elements)
+        share_parts("apply_factored", (address,), room.parts, elements)
 
     def _run_full(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
         """Run the two passes of a vector, or of a tensor whose second moment is kept in full."""
         count = ctx.param.numel()
-        step.matrices, step.rows, step.cols = 1, count, 1
-        step.parts = parts = max(1, min(MOST_PARTS, count // SMALLEST_PART))
+        step.matrices, step.rows, step.cols, step.parts = 1, count, 1, parts_of(count, 1)
         step.row = moments[0].data_ptr()
-        squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
+        squares = torch.empty(2 * step.parts, dtype=torch.float64, device="cpu")
         step.squares = squares.data_ptr()
         address = ctypes.addressof(step)
         ctx.guard.begin_writing()
-        _share("move_full", address, parts, count)
-        _share("apply_full", address, parts, count)
+        share_parts("move_full", (address,), step.parts, count)
+        share_parts("apply_full", (address,), step.parts, count)
 
 
-def _share(name: str, address: int, parts: int, elements: int) -> None:
+class FactoredRoom:
+    """The room for sums and factors that a step needs while it runs, tied to the step; parts: how a matrix is cut."""
+
+    def __init__(self, step: native.FactoredStep, moments: Sequence[Tensor], shape: Sequence[int]) -> None:
+        *batch, rows, cols = shape
+        matrices = math.prod(batch)
+        self.parts = parts = parts_of(rows, cols) if matrices == 1 else matrices
+        self._numbers = torch.empty(matrices * (rows + cols) + (parts * cols if matrices == 1 else 0), device="cpu")
+        self._squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
+        step.matrices, step.rows, step.cols, step.parts = matrices, rows, cols, parts
+        step.row, step.col = (moment.data_ptr() for moment in moments)
+        step.row_factor, step.squares = self._numbers.data_ptr(), self._squares.data_ptr()
+        step.col_factor = step.row_factor + self._numbers.element_size() * matrices * rows
+        step.col_parts = step.col_factor + self._numbers.element_size() * matrices * cols
+
+
+def parts_of(rows: int, cols: int) -> int:
+    """Return into how many ranges of rows a matrix is cut."""
+    return max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, rows * cols // SMALLEST_PART, rows))
+
+
+def start_factored(address: int, parts: int, elements: int, ctx: Context) -> None:
+    """Sum the squares of the gradient, refuse what is not finite, and move the statistic.
+
+    Raises:
+        NonFiniteGradientError: if a square, or the sum of all, is not finite. Nothing is written then.
+    """
+    share_parts("sum_factored", (address,), parts, elements)
+    if not native.function("finish_sums")(address) and not ctx.guard.checked:
+        ctx.guard.check(torch.tensor(False))
+    ctx.guard.begin_writing()
+    native.function("move_factored")(address)
+
+
+def share_parts(name: str, addresses: tuple[int, ...], parts: int, elements: int) -> None:
+    """Call a compiled function on all parts of a parameter of `elements` elements, on threads if it is large."""
     kernel = native.function(name)
-    native.share(lambda begin, end: kernel(address, begin, end), parts, 1, elements)
+    native.share(lambda begin, end: kernel(*addresses, begin, end), parts, 1, elements)
+
+
+def keeps_fp32(plan: ParamPlan, slot: str) -> bool:
+    """Return whether every tensor of a slot is fp32."""
+    return all(field.dtype == torch.float32 for field in plan.slots[slot].fields.values())
 
 
 def _is_plain_average(average: momentum, tail: Tail) -> bool:
     """Whether the momentum averages finished updates, and leaves the decay out."""
     has_decay = any(isinstance(t, add_decayed_weights) for t in tail.factors)
     return not average.heavy_ball and not average.nesterov and (average.decoupled or not has_decay)
-
-
-def _is_fp32(plan: ParamPlan, slot: str) -> bool:
-    return all(field.dtype == torch.float32 for field in plan.slots[slot].fields.values())

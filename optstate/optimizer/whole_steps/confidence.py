@@ -1,0 +1,128 @@
+"""Compiled steps of CAME: updates averaged, and divided by how far they stray from their average."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optstate.kernels import native
+from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.whole_steps.base import is_plain
+from optstate.optimizer.whole_steps.factored import FactoredRoom, keeps_fp32, share_parts, start_factored
+from optstate.optimizer.whole_steps.operands import WrittenWeight, gradient, takes
+from optstate.optimizer.whole_steps.tail import Tail
+from optstate.stores import Factored, Full
+from optstate.updates import Context, clip_by_rms, scale_by_confidence, scale_by_rms
+
+__all__ = ["CompiledConfidence"]
+
+
+@dataclass(frozen=True)
+class CompiledConfidence:
+    """Four passes: sums of the gradient, of the update, of its distance from the average, and the write.
+
+    Attributes:
+        rms: the transform that divides by the second moment's root.
+        clip: of the update's root mean square, or None.
+        confidence: the transform that averages and divides once more.
+        tail: what comes after it.
+    """
+
+    plan: ParamPlan
+    rms: scale_by_rms
+    clip: clip_by_rms | None
+    confidence: scale_by_confidence
+    tail: Tail
+    weight: WrittenWeight
+
+    @staticmethod
+    def of(plan: ParamPlan) -> CompiledConfidence | None:
+        """Return the step of a plan; None if its chain, a store or its way of writing weights is not known."""
+        weight = WrittenWeight.of(plan)
+        if weight is None or not takes(plan.spec) or plan.spec.region is not None or plan.spec.ndim < 2:
+            return None
+        rest = list(plan.chain.transforms)
+        rms = rest.pop(0) if rest else None
+        clip = rest.pop(0) if rest and isinstance(rest[0], clip_by_rms) else None
+        confidence = rest.pop(0) if rest else None
+        tail = Tail.of(rest)
+        known = isinstance(rms, scale_by_rms) and rms.floor is None and isinstance(confidence, scale_by_confidence)
+        if not known or tail is None or tail.threshold is not None or tail.least_rms is not None:
+            return None
+        assert isinstance(rms, scale_by_rms)
+        assert isinstance(confidence, scale_by_confidence)
+        stores = {name: type(slot.store) for name, slot in plan.slots.items()}
+        if stores != {rms.slot: Factored, "exp_avg": Full, "exp_avg_res": Factored}:
+            return None
+        if not all(keeps_fp32(plan, slot) for slot in plan.slots):
+            return None
+        return CompiledConfidence(plan, rms, clip if isinstance(clip, clip_by_rms) else None, confidence, tail, weight)
+
+    @property
+    def words(self) -> str:
+        """What the plan says of the step."""
+        return "compiled"
+
+    @property
+    def checks_gradient(self) -> bool:
+        """Whether the step refuses a gradient that is not finite: its sums show it."""
+        return True
+
+    @property
+    def passes(self) -> int:
+        """Passes over the parameter."""
+        return 4
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written: the gradient and the average three times, the parameter and the rest each way."""
+        spec = self.plan.spec
+        average = self.plan.slots["exp_avg"].nbytes
+        return 5 * spec.local_numel * spec.dtype.itemsize + 2 * self.plan.nbytes + average
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        end = self.tail.read(ctx)
+        grad, weight = gradient(ctx, None), self.weight.operand(state, ctx)
+        first, second = self._moments(state, self.rms.slot), self._moments(state, "exp_avg_res")
+        (average,) = self._moments(state, "exp_avg")
+        if end is None or grad is None or weight is None or ctx.guard.deferred:
+            return False
+        if not is_plain(average, *first, *second):
+            return False
+        threshold = None if self.clip is None else ctx.read(self.clip.threshold)
+        beta1, beta3 = map(ctx.read, self.confidence.betas)
+        step = native.FactoredStep(weight=weight, grad=grad, step=end.scale, decay=end.decay, least_rms=-1.0)
+        step.threshold = float("inf") if threshold is None else threshold
+        step.averaging = self.rms.decay.weight(ctx.step, ctx.group)
+        step.eps, step.first_weight = ctx.read(self.rms.eps) or 0.0, 1 - beta1
+        step.first = native.Moment(average.data_ptr(), kind=native.Kept.FULL32)
+        residual = native.FactoredStep(averaging=1 - beta3, eps=ctx.read(self.confidence.eps))
+        self._run(step, residual, first, second, ctx)
+        return True
+
+    def _moments(self, state: Mapping[str, Any], slot: str) -> list[Tensor]:
+        return [state[key] for key in self.plan.slots[slot].keys.values()]
+
+    @staticmethod
+    def _run(
+        step: native.FactoredStep,
+        residual: native.FactoredStep,
+        first: list[Tensor],
+        second: list[Tensor],
+        ctx: Context,
+    ) -> None:
+        rooms = FactoredRoom(step, first, ctx.param.shape), FactoredRoom(residual, second, ctx.param.shape)
+        parts, elements = rooms[0].parts, ctx.param.numel()  # both statistics are of one shape, and cut alike
+        address, other = ctypes.addressof(step), ctypes.addressof(residual)
+        start_factored(address, parts, elements, ctx)
+        if step.threshold < float("inf"):
+            share_parts("measure_factored", (address,), parts, elements)
+        share_parts("average_updates", (address, other), parts, elements)
+        native.function("finish_sums")(other)
+        native.function("move_factored")(other)
+        share_parts("apply_average", (address, other), parts, elements)
