@@ -17,7 +17,9 @@ __all__ = ["BACKENDS", "check_backend", "choose_backend"]
 BACKENDS = ("auto", "eager", "native")
 
 VARIABLE = "OPTSTATE_BACKEND"
-"""The environment variable that decides where an optimizer leaves the choice open."""
+"""The environment variable that decides where an optimizer leaves the choice open; read when this is imported."""
+
+CHOSEN_OUTSIDE = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
 
 
 def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
@@ -31,7 +33,7 @@ def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
         ValueError: if the environment variable holds another word.
     """
     if backend == "auto":
-        backend = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+        backend = CHOSEN_OUTSIDE
         if backend not in BACKENDS:
             raise ValueError(f"{VARIABLE}={backend!r} is no backend: give {', '.join(BACKENDS)}, or leave it out")
     if backend == "eager":

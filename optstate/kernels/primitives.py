@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optstate.kernels import eager, native
 from optstate.kernels.backend import choose_backend
-from optstate.spec import is_fake
 
 __all__ = ["all_finite"]
+
+YES, NO = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
+"""Answers, which nobody writes to: making a tensor costs more than reading a small gradient."""
 
 
 def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
@@ -21,17 +23,21 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
     """
     if not _is_compiled(grad):
         return eager.all_finite(grad, largest)
-    kernel, address, kind, outside = native.function("within"), grad.data_ptr(), native.NUMBERS[grad.dtype], []
+    address, kind, count = grad.data_ptr(), native.NUMBERS[grad.dtype], grad.numel()
+    if count < native.WORTH_SHARING:
+        return YES if native.function("within")(address, kind, largest, 0, count) else NO
+    outside: list[int] = []
 
     def check(begin: int, end: int) -> None:
-        if not kernel(address, kind, largest, begin, end):
+        if not native.function("within")(address, kind, largest, begin, end):
             outside.append(begin)
 
-    native.share(check, grad.numel(), native.TILE, grad.numel())
-    return torch.tensor(not outside, device="cpu")
+    native.share(check, (), count, native.TILE, count)
+    return NO if outside else YES
 
 
 def _is_compiled(tensor: Tensor) -> bool:
     """Whether C code may be given the address of a tensor."""
-    known = tensor.dtype in native.NUMBERS and tensor.device.type == "cpu" and tensor.is_contiguous()
-    return known and not is_fake(tensor) and choose_backend("auto", tensor.device)[0] == "native"
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    known = plain and tensor.device.type == "cpu" and tensor.dtype in native.NUMBERS and tensor.is_contiguous()
+    return known and choose_backend("auto", tensor.device)[0] == "native"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from optstate.kernels.regions import global_index
 from optstate.spec import Region, is_fake
 
-__all__ = ["Noise", "known_finite", "random_bits16", "round_bf16", "round_fp16"]
+__all__ = ["Noise", "known_finite", "noise_key", "random_bits16", "round_bf16", "round_fp16"]
 
 MASK32 = 0xFFFFFFFF
 
@@ -41,20 +42,25 @@ class Noise:
         """Return this noise for elements that begin at flat index `start` of the part on this device."""
         return replace(self, start=start)
 
-    @property
-    def key(self) -> int:
-        """The unsigned 32-bit number that stands for seed, name and step in the hash."""
-        return _mix(_mix(_mix(zlib.crc32(self.name.encode())) ^ (self.seed & MASK32)) ^ (self.step & MASK32))
-
     def bits16(self, count: int, device: torch.device) -> Tensor:
         """Return the random bits of `count` elements from `start` on: int16 `[count]`, uniform over all values."""
-        key = self.key
+        key = noise_key(self.name, self.step, self.seed)
         if self.region is None:
             return random_bits16(key, self.start, count, device)
         if self.region.start is not None:
             return random_bits16(key, self.region.start + self.start, count, device)
         index = global_index(self.region, self.start, count, device)
         return _scattered_bits16(key, index, math.prod(self.region.whole))
+
+
+def noise_key(name: str, step: int, seed: int = 0) -> int:
+    """Return the unsigned 32-bit number that stands for seed, name and step in the hash."""
+    return _mix(_key_of_name(name, seed) ^ (step & MASK32))
+
+
+@lru_cache(maxsize=1 << 14)
+def _key_of_name(name: str, seed: int) -> int:
+    return _mix(_mix(zlib.crc32(name.encode())) ^ (seed & MASK32))
 
 
 def random_bits16(key: int, start: int, count: int, device: torch.device) -> Tensor:

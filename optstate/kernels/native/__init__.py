@@ -16,11 +16,12 @@ from optstate.kernels.native.structures import (
     Weight,
     Written,
 )
-from optstate.kernels.native.threads import share
+from optstate.kernels.native.threads import WORTH_SHARING, share
 
 __all__ = [
     "NUMBERS",
     "TILE",
+    "WORTH_SHARING",
     "Elementwise",
     "FactoredStep",
     "Gradient",

@@ -10,29 +10,33 @@ from typing import Any
 
 import torch
 
-__all__ = ["share"]
+__all__ = ["WORTH_SHARING", "share"]
 
 WORTH_SHARING = 1 << 18
 """Elements from which on a second thread saves more than it costs to wake."""
 
 
-def share(call: Callable[[int, int], Any], count: int, step: int, elements: int) -> None:
-    """Call `call(begin, end)` on ranges that cover `count` things, on several threads where that is worth it.
+def share(call: Callable[..., Any], addresses: tuple[Any, ...], count: int, step: int, elements: int) -> None:
+    """Call `call(*addresses, begin, end)` on ranges that cover `count` things, on threads where that is worth it.
 
     Args:
         call: works on a range, and lets other threads run meanwhile, as calls of C code do.
+        addresses: the first arguments of every call.
         count: number of things, such as elements or rows.
         step: ranges begin at multiples of this number of things.
         elements: number of elements of the parameter, which says how much work there is.
     """
-    threads = min(torch.get_num_threads(), -(-count // step)) if elements >= WORTH_SHARING else 1
+    if elements < WORTH_SHARING:
+        call(*addresses, 0, count)
+        return
+    threads = min(torch.get_num_threads(), -(-count // step))
     if threads <= 1:
-        call(0, count)
+        call(*addresses, 0, count)
         return
     each = -(-count // step // threads) * step
     ranges = [(begin, min(begin + each, count)) for begin in range(0, count, each)]
-    others = [_pool(threads - 1).submit(call, begin, end) for begin, end in ranges[1:]]
-    call(*ranges[0])
+    others = [_pool(threads - 1).submit(call, *addresses, begin, end) for begin, end in ranges[1:]]
+    call(*addresses, *ranges[0])
     for other in others:
         other.result()
 

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from optstate.spec import is_fake
 from optstate.updates import Context
 
 __all__ = ["WholeStep", "is_plain"]
@@ -51,10 +50,10 @@ class WholeStep(Protocol):
 
 def is_plain(*tensors: Tensor) -> bool:
     """Return whether C code may be given the addresses of these tensors: on the CPU, real, and without gaps."""
-    return all(
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and not is_fake(tensor)
-        for tensor in tensors
-    )
+    for tensor in tensors:  # a loop, not a generator: every call counts where parameters are small
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not nn.Parameter) or tensor.device.type != "cpu":
+            return False
+        if not tensor.is_contiguous():
+            return False
+    return True

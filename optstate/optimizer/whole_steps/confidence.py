@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ class CompiledConfidence:
     tail: Tail
     weight: WrittenWeight
 
+    checks_gradient: ClassVar[bool] = True
+
     @staticmethod
     def of(plan: ParamPlan) -> CompiledConfidence | None:
         """Return the step of a plan; None if its chain, a store or its way of writing weights is not known."""
@@ -66,11 +68,6 @@ class CompiledConfidence:
     def words(self) -> str:
         """What the plan says of the step."""
         return "compiled"
-
-    @property
-    def checks_gradient(self) -> bool:
-        """Whether the step refuses a gradient that is not finite: its sums show it."""
-        return True
 
     @property
     def passes(self) -> int:

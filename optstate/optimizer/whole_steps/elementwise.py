@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from optstate.kernels import native
@@ -103,7 +104,7 @@ class CompiledElementwise:
         """What the plan says of the step."""
         return "compiled" if self.moved is None else "compiled, sums before"
 
-    @property
+    @cached_property
     def checks_gradient(self) -> bool:
         """Whether the step refuses a gradient that is not finite: only where sums of it come first."""
         return self.moved is not None
@@ -133,9 +134,8 @@ class CompiledElementwise:
             return False
         statistic = self._move(step, state, ctx)
         ctx.guard.begin_writing()
-        address = ctypes.addressof(step)
-        kernel, count = native.function("step_elementwise"), ctx.param.numel()
-        native.share(lambda begin, end: kernel(address, begin, end), count, native.TILE, count)
+        count = ctx.param.numel()
+        native.share(native.function("step_elementwise"), (ctypes.addressof(step),), count, native.TILE, count)
         if statistic is not None:
             statistic.commit()
         return True
@@ -216,4 +216,4 @@ def _takes_penalty(transform: Transform) -> bool:
 
 
 def _replaced(step: CompiledElementwise, **changes: Any) -> CompiledElementwise:
-    return CompiledElementwise(**{**vars(step), **changes})
+    return replace(step, **changes)

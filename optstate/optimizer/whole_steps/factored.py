@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class CompiledFactored:
         """What the plan says of the step."""
         return "compiled"
 
-    @property
+    @cached_property
     def checks_gradient(self) -> bool:
         """Whether the step refuses a gradient that is not finite: its sums show it."""
         return self.is_factored
@@ -193,8 +194,7 @@ def start_factored(address: int, parts: int, elements: int, ctx: Context) -> Non
 
 def share_parts(name: str, addresses: tuple[int, ...], parts: int, elements: int) -> None:
     """Call a compiled function on all parts of a parameter of `elements` elements, on threads if it is large."""
-    kernel = native.function(name)
-    native.share(lambda begin, end: kernel(*addresses, begin, end), parts, 1, elements)
+    native.share(native.function(name), addresses, parts, 1, elements)
 
 
 def keeps_fp32(plan: ParamPlan, slot: str) -> bool:

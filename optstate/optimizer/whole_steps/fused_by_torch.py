@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class FusedByTorch:
     adam: scale_by_adam
     decay: add_decayed_weights | None
 
+    checks_gradient: ClassVar[bool] = False
+
     @staticmethod
     def of(plan: ParamPlan) -> FusedByTorch | None:
         """Return the step of a plan; None if its chain is not exactly this one."""
@@ -45,11 +47,6 @@ class FusedByTorch:
     def words(self) -> str:
         """What the plan says of the step."""
         return "PyTorch's fused AdamW"
-
-    @property
-    def checks_gradient(self) -> bool:
-        """Whether the step refuses a gradient that is not finite: the kernel does not."""
-        return False
 
     @property
     def passes(self) -> int:

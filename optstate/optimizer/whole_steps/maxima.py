@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +38,8 @@ class CompiledMaxima:
     tail: Tail
     weight: WrittenWeight
 
+    checks_gradient: ClassVar[bool] = False
+
     @staticmethod
     def of(plan: ParamPlan) -> CompiledMaxima | None:
         """Return the step of a plan; None if its chain, a store or its way of writing weights is not known."""
@@ -64,11 +66,6 @@ class CompiledMaxima:
     def words(self) -> str:
         """What the plan says of the step."""
         return "compiled"
-
-    @property
-    def checks_gradient(self) -> bool:
-        """Whether the step refuses a gradient that is not finite: it does not."""
-        return False
 
     @property
     def passes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.kernels import Codebook, Noise, native
+from optstate.kernels import Codebook, native, noise_key
 from optstate.kernels.native import NUMBERS, Kept, Written
 from optstate.optimizer.plan import ParamPlan, SlotPlan
 from optstate.optimizer.whole_steps.base import is_plain
@@ -29,6 +30,8 @@ def takes(spec: ParamSpec) -> bool:
 
 def number(value: Any) -> float | None:
     """Return a number that the host has, as a float; None if only a device knows it."""
+    if isinstance(value, float):
+        return value
     if isinstance(value, Tensor):
         return float(value) if is_plain(value) and value.numel() == 1 else None
     return float(value)
@@ -36,14 +39,15 @@ def number(value: Any) -> float | None:
 
 def gradient(ctx: Context, bound: float | None) -> native.Gradient | None:
     """Return the gradient as C code reads it; None if C code cannot."""
-    scale = number(ctx.grad_scale)
-    if scale is None or ctx.grad.dtype not in NUMBERS or not is_plain(ctx.grad):
+    grad, scale = ctx.grad, number(ctx.grad_scale)
+    if scale is None or grad.dtype not in NUMBERS or not is_plain(grad):
         return None
-    clamp = float("inf") if bound is None else bound
-    return native.Gradient(ctx.grad.data_ptr(), NUMBERS[ctx.grad.dtype], clamp, scale, 0.0)
+    clamp = math.inf if bound is None else bound
+    return native.Gradient(grad.data_ptr(), NUMBERS[grad.dtype], clamp, scale, 0.0)
 
 
 def _first_index(spec: ParamSpec) -> int:
+    """Return the flat index, in the whole parameter, of the first element here."""
     return (spec.region.start or 0) if spec.region is not None else 0
 
 
@@ -76,9 +80,10 @@ class WrittenWeight:
         extra = state[self.key] if self.key else None
         if not is_plain(param) or (extra is not None and not is_plain(extra)):
             return None
-        noise = Noise(spec.name, ctx.step, self.seed).key if self.how == Written.STOCHASTIC else 0
+        key = noise_key(spec.name, ctx.step, self.seed) if self.how is Written.STOCHASTIC else 0
         address = None if extra is None else extra.data_ptr()
-        return native.Weight(param.data_ptr(), address, _first_index(spec), NUMBERS[param.dtype], self.how, noise)
+        start = 0 if spec.region is None else _first_index(spec)
+        return native.Weight(param.data_ptr(), address, start, NUMBERS[param.dtype], self.how, key)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class KeptMoment:
             return None
         if scale is None:
             if self.kind == Kept.FULL16 and store.is_random(weight):
-                key = Noise(f"{ctx.spec.name}/{self.slot.name}", ctx.step).key
+                key = noise_key(f"{ctx.spec.name}/{self.slot.name}", ctx.step)
                 return native.Moment(data.data_ptr(), start=_first_index(ctx.spec), kind=Kept.FULL16_RANDOM, key=key)
             return native.Moment(data.data_ptr(), kind=self.kind)
         tables = _tables(store.codebook if self.kind not in _FLOATS else _e4m3())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from optstate.optimizer.whole_steps.operands import number
@@ -60,7 +61,7 @@ class Tail:
             return None
         return Tail(threshold, tuple(rest), least_rms, bool(decays and decays[0]))  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def applies_lr(self) -> bool:
         """Whether a transform multiplies by the learning rate, so that the end of the chain does not."""
         return any(t.applies_lr for t in self.factors)
