@@ -72,13 +72,17 @@ def trained(recipe: Callable[..., optstate.Optimizer], fused: bool) -> tuple[tor
     return param, optimizer
 
 
-def test_a_hook_reaches_every_kernel_in_seven_frames_and_the_weight_in_120_calls() -> None:
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_hook_reaches_every_kernel_in_seven_frames_and_the_weight_in_120_calls(backend: str) -> None:
     param, optimizer = trained(AdaLomo, fused=True)
+    optimizer.use_backend(backend)
+    (param * param).sum().backward()  # the steps are found anew
+    optimizer.step()
     loss = (param * param).sum()
     before = param.detach().clone()
     calls = Calls().of(loss.backward)
     assert not torch.equal(param, before)
-    assert calls.deepest == 7  # hook, arrival, runner, chain, transform, store, kernel
+    assert calls.deepest <= 7  # hook, arrival, runner, chain, whole step, kernel; or, in eager, transform and store
     assert 60 < calls.after_hook < 120
     optimizer.step()
 
@@ -86,7 +90,7 @@ def test_a_hook_reaches_every_kernel_in_seven_frames_and_the_weight_in_120_calls
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "stepped"])
 @pytest.mark.parametrize(
     ("recipe", "most"),
-    [(AdaLomo, 155), (Lomo, 95), (recipes.get("adamw"), 90), (recipes.get("lion"), 133), (recipes.get("came"), 208)],
+    [(AdaLomo, 115), (Lomo, 103), (recipes.get("adamw"), 92), (recipes.get("lion"), 106), (recipes.get("came"), 130)],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_no_recipe_takes_more_calls_than_it_did(

@@ -12,7 +12,7 @@ from torch import Tensor
 from optstate.kernels import native
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.base import is_plain
-from optstate.optimizer.whole_steps.factored import FactoredRoom, keeps_fp32, share_parts, start_factored
+from optstate.optimizer.whole_steps.factored import FactoredRoom, keeps_fp32, move_statistic
 from optstate.optimizer.whole_steps.operands import WrittenWeight, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
@@ -114,12 +114,13 @@ class CompiledConfidence:
         ctx: Context,
     ) -> None:
         rooms = FactoredRoom(step, first, ctx.param.shape), FactoredRoom(residual, second, ctx.param.shape)
-        parts, elements = rooms[0].parts, ctx.param.numel()  # both statistics are of one shape, and cut alike
         address, other = ctypes.addressof(step), ctypes.addressof(residual)
-        start_factored(address, parts, elements, ctx)
+        work = rooms[0].parts, 1, ctx.param.numel()  # both statistics are of one shape, and cut alike
+        native.share(native.function("sum_factored"), (address,), *work)
+        move_statistic(address, ctx)
         if step.threshold < float("inf"):
-            share_parts("measure_factored", (address,), parts, elements)
-        share_parts("average_updates", (address, other), parts, elements)
+            native.share(native.function("measure_factored"), (address,), *work)
+        native.share(native.function("average_updates"), (address, other), *work)
         native.function("finish_sums")(other)
         native.function("move_factored")(other)
-        share_parts("apply_average", (address, other), parts, elements)
+        native.share(native.function("apply_average"), (address, other), *work)

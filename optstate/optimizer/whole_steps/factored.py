@@ -21,7 +21,7 @@ from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, add_decayed_weights, clip_by_value, momentum, scale_by_rms
 
-__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "parts_of", "share_parts", "start_factored"]
+__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "move_statistic", "parts_of"]
 
 MOST_PARTS = 16
 """Ranges of rows whose sums are made apart, so that threads can share a matrix; the same for any number of threads."""
@@ -115,7 +115,15 @@ class CompiledFactored:
             return False
         if bound is not None and not ctx.guard.checked:  # a clamp would hide what is infinite
             ctx.guard.check(kernels.all_finite(ctx.grad))
-        (self._run_factored if self.is_factored else self._run_full)(step, moments, ctx)
+        if not self.is_factored:
+            self._run_full(step, moments, ctx)
+            return True
+        room, address = FactoredRoom(step, moments, ctx.param.shape), ctypes.addressof(step)
+        work = (address,), room.parts, 1, ctx.param.numel()
+        native.share(native.function("sum_factored"), *work)
+        move_statistic(address, ctx)
+        native.share(native.function("measure_factored"), *work)
+        native.share(native.function("apply_factored"), *work)
         return True
 
     def _set_numbers(self, step: native.FactoredStep, state: Mapping[str, Any], ctx: Context) -> bool:
@@ -137,14 +145,6 @@ class CompiledFactored:
             step.decay *= step.after
         return True
 
-    def _run_factored(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
-        """Run the three passes of a matrix, or of several of them."""
-        room = FactoredRoom(step, moments, ctx.param.shape)
-        address, elements = ctypes.addressof(step), ctx.param.numel()
-        start_factored(address, room.parts, elements, ctx)
-        share_parts("measure_factored", (address,), room.parts, elements)
-        share_parts("apply_factored", (address,), room.parts, elements)
-
     def _run_full(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
         """Run the two passes of a vector, or of a tensor whose second moment is kept in full."""
         count = ctx.param.numel()
@@ -152,10 +152,10 @@ class CompiledFactored:
         step.row = moments[0].data_ptr()
         squares = torch.empty(2 * step.parts, dtype=torch.float64, device="cpu")
         step.squares = squares.data_ptr()
-        address = ctypes.addressof(step)
+        work = (ctypes.addressof(step),), step.parts, 1, count
         ctx.guard.begin_writing()
-        share_parts("move_full", (address,), step.parts, count)
-        share_parts("apply_full", (address,), step.parts, count)
+        native.share(native.function("move_full"), *work)
+        native.share(native.function("apply_full"), *work)
 
 
 class FactoredRoom:
@@ -179,22 +179,16 @@ def parts_of(rows: int, cols: int) -> int:
     return max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, rows * cols // SMALLEST_PART, rows))
 
 
-def start_factored(address: int, parts: int, elements: int, ctx: Context) -> None:
-    """Sum the squares of the gradient, refuse what is not finite, and move the statistic.
+def move_statistic(address: int, ctx: Context) -> None:
+    """Refuse sums of squares that are not finite, and move the row and column means towards them.
 
     Raises:
         NonFiniteGradientError: if a square, or the sum of all, is not finite. Nothing is written then.
     """
-    share_parts("sum_factored", (address,), parts, elements)
     if not native.function("finish_sums")(address) and not ctx.guard.checked:
         ctx.guard.check(torch.tensor(False))
     ctx.guard.begin_writing()
     native.function("move_factored")(address)
-
-
-def share_parts(name: str, addresses: tuple[int, ...], parts: int, elements: int) -> None:
-    """Call a compiled function on all parts of a parameter of `elements` elements, on threads if it is large."""
-    native.share(native.function(name), addresses, parts, 1, elements)
 
 
 def keeps_fp32(plan: ParamPlan, slot: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from optstate.kernels import native
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.base import is_plain
-from optstate.optimizer.whole_steps.factored import parts_of, share_parts
+from optstate.optimizer.whole_steps.factored import parts_of
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import AxisMax
@@ -97,6 +97,6 @@ class CompiledMaxima:
                 return False
             step.first = first
         ctx.guard.begin_writing()
-        share_parts("step_maxima", (ctypes.addressof(step),), parts, ctx.param.numel())
+        native.share(native.function("step_maxima"), (ctypes.addressof(step),), parts, 1, ctx.param.numel())
         native.function("finish_maxima")(ctypes.addressof(step))
         return True
