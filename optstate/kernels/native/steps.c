@@ -115,7 +115,7 @@ INLINE uint16_t round_fp16(float x, uint16_t random) {
     uint32_t u = bits_of(x), share = (uint32_t)((int32_t)(int16_t)random + 0x8000) >> 3;
     float normal = float_of((u + share) & 0xffffe000u);
     float places = x * 0x1p24f + (float)(int32_t)share * 0x1p-13f;
-    float least = (float)(int32_t)(fabsf(places) < 1024.0f ? places : 0.0f);
+    float least = (float)(int32_t)(fabsf(places) < 2048.0f ? places : 0.0f);  /* 1024 is reached */
     float tiny = (least > places ? least - 1.0f : least) * 0x1p-24f;  /* floor */
     float rounded = fabsf(x) < 0x1p-14f ? tiny : normal;
     return to_fp16((u & 0x7f800000u) == 0x7f800000u ? x : rounded);
