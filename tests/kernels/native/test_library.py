@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_ranges_cover_everything_once_and_begin_at_steps(count: int, step: int) 
     seen.sort()
     assert seen[0][0] == 0
     assert seen[-1][1] == count
-    assert all(a[1] == b[0] and b[0] % step == 0 for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a[1] == b[0] and b[0] % step == 0 for a, b in pairwise(seen))
     assert len(seen) == min(2, -(-count // step))
 
 
