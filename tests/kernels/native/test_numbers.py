@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optstate.kernels import Noise
+from optstate.kernels import noise_key
 from optstate.kernels.native import Written
 from optstate.spec import ParamSpec, Region
 from optstate.weights import Kahan, Split, StochasticRounding, Weights
@@ -117,7 +117,7 @@ def test_stochastic_rounding_uses_the_random_bits_of_the_place_in_the_whole_para
     count = len(value)
     region = Region((2 * (start + count),), (start,), (count,), (2,))
     param, expected = torch.zeros(count, dtype=dtype), torch.zeros(count, dtype=dtype)
-    write_weight(param, value, Written.STOCHASTIC, start=start, key=Noise("p", 3, seed=5).key)
+    write_weight(param, value, Written.STOCHASTIC, start=start, key=noise_key("p", 3, 5))
     StochasticRounding(5).codec(spec_of(dtype, count, region), 3, {}).write(expected, value + 0.0, 0)
     assert_equal_numbers(param, expected)
 
@@ -126,7 +126,7 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     """A number a quarter of the way between two of bf16 is rounded up in a quarter of the places: binomial."""
     value = torch.full((1 << 18,), 1.0 + 2.0**-9)
     param = torch.zeros(len(value), dtype=torch.bfloat16)
-    write_weight(param, value, Written.STOCHASTIC, key=Noise("p", 1).key)
+    write_weight(param, value, Written.STOCHASTIC, key=noise_key("p", 1))
     share = float((param > 1.0).double().mean())
     assert set(param.tolist()) == {1.0, 1.0 + 2.0**-7}
     assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / len(value))  # five standard deviations
