@@ -29,7 +29,7 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
     outside: list[int] = []
 
     def check(begin: int, end: int) -> None:
-        if not native.function("within")(address, kind, largest, begin, end):
+        if not native.function("within")(grad.data_ptr(), kind, largest, begin, end):
             outside.append(begin)
 
     native.share(check, (), count, native.TILE, count)

@@ -301,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
         runner, parameters = self.runner, self.runner.parameters
         clip = runner.clip_grad_norm if runner.hooks is not None else runner.clip_of_original
         own: dict[str, Any] = {"_route": parameters.route, "_weights": parameters.weights, "_names": parameters.names}
-        own["_inconsistent"] = runner.consistency.reason_of_copy
+        own["_backend"], own["_inconsistent"] = parameters.backend, runner.consistency.reason_of_copy
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -309,6 +309,7 @@ class Optimizer(torch.optim.Optimizer):
         state = dict(state)
         names = state.pop("_names", naming.CanonicalNames())
         parameters = TrackedParameters(state.pop("_route"), state.pop("_weights"), names)
+        parameters.use_backend(state.pop("_backend", "auto"))
         self.runner = StepRunner(self, parameters, state.pop("_inconsistent"))
         self.runner.clip_of_original = state.pop("_clip_of_original", None)
         self._built = True

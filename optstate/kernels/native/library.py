@@ -10,7 +10,7 @@ from typing import Any
 
 from optstate.kernels.native.structures import ABI_VERSION
 
-__all__ = ["TILE", "function", "why_missing"]
+__all__ = ["TILE", "find_library", "function", "functions_for", "opened", "why_missing"]
 
 TILE = 1024
 """Elements that the C code steps at once; a block of codes lies within one tile."""
@@ -45,28 +45,37 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 """Result and arguments of every function; each has a name for each kind of processor."""
 
 
+def find_library() -> Path | None:
+    """Return the path of the compiled library; None if there is none."""
+    here = Path(__file__).parent
+    return min((path for path in here.glob("_steps*") if path.suffix in SUFFIXES), default=None)
+
+
 @cache
 def opened() -> tuple[dict[str, Callable[..., Any]], str]:
     """Return the functions for this processor by name, and why there are none; "" if there are."""
-    here = Path(__file__).parent
-    found = sorted(path for path in here.glob("_steps*") if path.suffix in SUFFIXES)
-    if not found:
+    path = find_library()
+    if path is None:
         return {}, "it was not compiled when optstate was installed, which needs a C compiler such as gcc"
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(path))
         version = int(library.abi_version())
     except (OSError, AttributeError) as error:
         return {}, f"it cannot be opened: {error}"
     if version != ABI_VERSION or library.tile_elements() != TILE:
         return {}, "it was compiled from another version of optstate: install optstate again"
     library.best_kind.restype = ctypes.c_char_p
-    kind = library.best_kind().decode()
+    return functions_for(library, library.best_kind().decode()), ""
+
+
+def functions_for(library: ctypes.CDLL, kind: str) -> dict[str, Callable[..., Any]]:
+    """Return the functions of an opened library by name, for one kind of processor: "", "_v3" or "_v4"."""
     functions = {}
     for name, (result, arguments) in SIGNATURES.items():
         each = getattr(library, name + kind)
         each.restype, each.argtypes = result, arguments
         functions[name] = each
-    return functions, ""
+    return functions
 
 
 def why_missing() -> str:

@@ -68,9 +68,10 @@ INLINE uint16_t to_bf16(float x) {
 /* fp16 by integer arithmetic, as not every compiler vectorises its own type. */
 INLINE float from_fp16(uint16_t x) {
     uint32_t sign = (uint32_t)(x & 0x8000u) << 16, rest = x & 0x7fffu;
-    float normal = float_of(rest << 13) * 0x1p112f;  /* moves the exponent; subnormal numbers come out right */
-    uint32_t special = 0x7f800000u | (rest << 13);
-    return float_of(sign | (rest >= 0x7c00u ? special : bits_of(normal)));
+    uint32_t tiny = bits_of(float_of(0x3f000000u + rest) - 0.5f);  /* the last place of 0.5 is 2**-24 */
+    uint32_t normal = (rest << 13) + 0x38000000u;  /* no fp32 number here is subnormal: those may be flushed to zero */
+    uint32_t found = rest < 0x400u ? tiny : normal;
+    return float_of(sign | (rest >= 0x7c00u ? found + 0x38000000u : found));
 }
 INLINE uint16_t to_fp16(float x) {
     uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
@@ -114,7 +115,7 @@ INLINE uint16_t round_fp16(float x, uint16_t random) {
     uint32_t u = bits_of(x), share = (uint32_t)((int32_t)(int16_t)random + 0x8000) >> 3;
     float normal = float_of((u + share) & 0xffffe000u);
     float places = x * 0x1p24f + (float)(int32_t)share * 0x1p-13f;
-    float least = (float)(int32_t)(fabsf(places) < 1024.0f ? places : 0.0f);
+    float least = (float)(int32_t)(fabsf(places) < 2048.0f ? places : 0.0f);  /* 1024 is reached */
     float tiny = (least > places ? least - 1.0f : least) * 0x1p-24f;  /* floor */
     float rounded = fabsf(x) < 0x1p-14f ? tiny : normal;
     return to_fp16((u & 0x7f800000u) == 0x7f800000u ? x : rounded);

@@ -110,7 +110,7 @@ class Moment(ctypes.Structure):
 class Elementwise(ctypes.Structure):
     """A step in which every element, or block of elements, goes its own way.
 
-    alive: tensors that only this structure points to, kept until the step is made.
+    alive: what owns the tensors that this structure points to, kept while a thread may still work on them.
     """
 
     alive: Any = None
@@ -126,7 +126,12 @@ class Elementwise(ctypes.Structure):
 
 
 class FactoredStep(ctypes.Structure):
-    """A step whose second moment is factored, or one of a vector, whose second moment is kept in full."""
+    """A step whose second moment is factored, or one of a vector, whose second moment is kept in full.
+
+    alive: as in `Elementwise`.
+    """
+
+    alive: Any = None
 
     _fields_ = [
         ("weight", Weight),
@@ -141,7 +146,12 @@ class FactoredStep(ctypes.Structure):
 
 
 class MaximaStep(ctypes.Structure):
-    """A step that bounds sums of squares by the largest value of every row and column."""
+    """A step that bounds sums of squares by the largest value of every row and column.
+
+    alive: as in `Elementwise`.
+    """
+
+    alive: Any = None
 
     _fields_ = [
         ("weight", Weight),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -36,7 +36,10 @@ def share(call: Callable[..., Any], addresses: tuple[Any, ...], count: int, step
     each = -(-count // step // threads) * step
     ranges = [(begin, min(begin + each, count)) for begin in range(0, count, each)]
     others = [_pool(threads - 1).submit(call, *addresses, begin, end) for begin, end in ranges[1:]]
-    call(*addresses, *ranges[0])
+    try:
+        call(*addresses, *ranges[0])
+    finally:
+        wait(others)  # also where Ctrl-C comes first: the others still write to the parameter
     for other in others:
         other.result()
 

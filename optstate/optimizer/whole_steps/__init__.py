@@ -51,6 +51,8 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
     """
     if not can_be_stepped(plan.spec.dtype):
         return Found(None)
+    if not _is_known(plan):
+        return Found(None, "a part of this chain is not the library's own")
     by_torch = FusedByTorch.of(plan)
     if by_torch is not None:
         return Found(by_torch)
@@ -62,3 +64,9 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
         if step is not None:
             return Found(step)
     return Found(None, "no whole step is written for this chain")
+
+
+def _is_known(plan: ParamPlan) -> bool:
+    """Whether every part of a plan is of a class that a whole step may know, and no subclass that does otherwise."""
+    parts = (*plan.chain.transforms, *(slot.store for slot in plan.slots.values()), plan.weights)
+    return all(type(part).__module__.partition(".")[0] == "optstate" for part in parts)

@@ -54,6 +54,6 @@ def is_plain(*tensors: Tensor) -> bool:
         kind = type(tensor)
         if (kind is not Tensor and kind is not nn.Parameter) or tensor.device.type != "cpu":
             return False
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() or tensor.is_neg():  # numbers that are read with the other sign
             return False
     return True

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from optstate.kernels import native
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps.base import is_plain
 from optstate.optimizer.whole_steps.factored import FactoredRoom, keeps_fp32, move_statistic
-from optstate.optimizer.whole_steps.operands import WrittenWeight, gradient, takes
+from optstate.optimizer.whole_steps.operands import WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, clip_by_rms, scale_by_confidence, scale_by_rms
@@ -89,7 +88,10 @@ class CompiledConfidence:
         (average,) = self._moments(state, "exp_avg")
         if end is None or grad is None or weight is None or ctx.guard.deferred:
             return False
-        if not is_plain(average, *first, *second):
+        slots = self.plan.slots
+        if not are_as_planned(slots["exp_avg"], [average]) or not are_as_planned(slots[self.rms.slot], first):
+            return False
+        if not are_as_planned(slots["exp_avg_res"], second):
             return False
         threshold = None if self.clip is None else ctx.read(self.clip.threshold)
         beta1, beta3 = map(ctx.read, self.confidence.betas)
@@ -114,7 +116,8 @@ class CompiledConfidence:
         ctx: Context,
     ) -> None:
         rooms = FactoredRoom(step, first, ctx.param.shape), FactoredRoom(residual, second, ctx.param.shape)
-        address, other = ctypes.addressof(step), ctypes.addressof(residual)
+        address, other = ctypes.byref(step), ctypes.byref(residual)
+        step.alive = residual.alive = ctx, rooms
         work = rooms[0].parts, 1, ctx.param.numel()  # both statistics are of one shape, and cut alike
         native.share(native.function("sum_factored"), (address,), *work)
         move_statistic(address, ctx)

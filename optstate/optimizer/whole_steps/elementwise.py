@@ -134,8 +134,8 @@ class CompiledElementwise:
             return False
         statistic = self._move(step, state, ctx)
         ctx.guard.begin_writing()
-        count = ctx.param.numel()
-        native.share(native.function("step_elementwise"), (ctypes.addressof(step),), count, native.TILE, count)
+        step.alive, count = (ctx, step.alive), ctx.param.numel()
+        native.share(native.function("step_elementwise"), (ctypes.byref(step),), count, native.TILE, count)
         if statistic is not None:
             statistic.commit()
         return True

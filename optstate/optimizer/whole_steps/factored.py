@@ -15,8 +15,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.kernels import native
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps.base import is_plain
-from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, add_decayed_weights, clip_by_value, momentum, scale_by_rms
@@ -107,8 +106,9 @@ class CompiledFactored:
         before = self.tail.read(ctx, ends_chain=self.average is None)
         bound = None if self.clip is None else ctx.read(self.clip.bound)
         grad, weight = gradient(ctx, bound), self.weight.operand(state, ctx)
-        moments = [state[key] for key in self.plan.slots[self.rms.slot].keys.values()]
-        if before is None or grad is None or weight is None or ctx.guard.deferred or not is_plain(*moments):
+        slot = self.plan.slots[self.rms.slot]
+        moments = [state[key] for key in slot.keys.values()]
+        if before is None or grad is None or weight is None or ctx.guard.deferred or not are_as_planned(slot, moments):
             return False
         step = native.FactoredStep(weight=weight, grad=grad, step=before.scale, decay=before.decay)
         if not self._set_numbers(step, state, ctx):
@@ -118,7 +118,8 @@ class CompiledFactored:
         if not self.is_factored:
             self._run_full(step, moments, ctx)
             return True
-        room, address = FactoredRoom(step, moments, ctx.param.shape), ctypes.addressof(step)
+        room, address = FactoredRoom(step, moments, ctx.param.shape), ctypes.byref(step)
+        step.alive = ctx, room
         work = (address,), room.parts, 1, ctx.param.numel()
         native.share(native.function("sum_factored"), *work)
         move_statistic(address, ctx)
@@ -152,7 +153,8 @@ class CompiledFactored:
         step.row = moments[0].data_ptr()
         squares = torch.empty(2 * step.parts, dtype=torch.float64, device="cpu")
         step.squares = squares.data_ptr()
-        work = (ctypes.addressof(step),), step.parts, 1, count
+        step.alive = ctx, squares
+        work = (ctypes.byref(step),), step.parts, 1, count
         ctx.guard.begin_writing()
         native.share(native.function("move_full"), *work)
         native.share(native.function("apply_full"), *work)
@@ -165,7 +167,8 @@ class FactoredRoom:
         *batch, rows, cols = shape
         matrices = math.prod(batch)
         self.parts = parts = parts_of(rows, cols) if matrices == 1 else matrices
-        self._numbers = torch.empty(matrices * (rows + cols) + (parts * cols if matrices == 1 else 0), device="cpu")
+        count = matrices * (rows + cols) + (parts * cols if matrices == 1 else 0)
+        self._numbers = torch.empty(count, dtype=torch.float32, device="cpu")
         self._squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
         step.matrices, step.rows, step.cols, step.parts = matrices, rows, cols, parts
         step.row, step.col = (moment.data_ptr() for moment in moments)
@@ -179,14 +182,14 @@ def parts_of(rows: int, cols: int) -> int:
     return max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, rows * cols // SMALLEST_PART, rows))
 
 
-def move_statistic(address: int, ctx: Context) -> None:
+def move_statistic(address: Any, ctx: Context) -> None:
     """Refuse sums of squares that are not finite, and move the row and column means towards them.
 
     Raises:
         NonFiniteGradientError: if a square, or the sum of all, is not finite. Nothing is written then.
     """
     if not native.function("finish_sums")(address) and not ctx.guard.checked:
-        ctx.guard.check(torch.tensor(False))
+        ctx.guard.check(torch.tensor(False, device="cpu"))
     ctx.guard.begin_writing()
     native.function("move_factored")(address)
 

@@ -11,9 +11,8 @@ import torch
 
 from optstate.kernels import native
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps.base import is_plain
 from optstate.optimizer.whole_steps.factored import parts_of
-from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import AxisMax
 from optstate.updates import Context, momentum, scale_by_rss
@@ -81,12 +80,13 @@ class CompiledMaxima:
         """Step the parameter; see `WholeStep.run`."""
         end = self.tail.read(ctx)
         grad, weight = gradient(ctx, None), self.weight.operand(state, ctx)
-        row, col = (state[key] for key in self.plan.slots[self.rss.slot].keys.values())
-        if end is None or grad is None or weight is None or ctx.guard.deferred or not is_plain(row, col):
+        slot = self.plan.slots[self.rss.slot]
+        row, col = moments = [state[key] for key in slot.keys.values()]
+        if end is None or grad is None or weight is None or ctx.guard.deferred or not are_as_planned(slot, moments):
             return False
         rows, cols = ctx.param.shape
         parts = parts_of(rows, cols)
-        room = torch.empty(parts * cols, device="cpu")
+        room = torch.empty(parts * cols, dtype=torch.float32, device="cpu")
         step = native.MaximaStep(weight=weight, grad=grad, rows=rows, cols=cols, parts=parts)
         step.row, step.col, step.col_parts = row.data_ptr(), col.data_ptr(), room.data_ptr()
         step.eps, step.step, step.keep = ctx.read(self.rss.eps), end.scale, 1.0 - end.decay
@@ -96,7 +96,8 @@ class CompiledMaxima:
             if first is None:
                 return False
             step.first = first
+        step.alive = ctx, room
         ctx.guard.begin_writing()
-        native.share(native.function("step_maxima"), (ctypes.addressof(step),), parts, 1, ctx.param.numel())
-        native.function("finish_maxima")(ctypes.addressof(step))
+        native.share(native.function("step_maxima"), (ctypes.byref(step),), parts, 1, ctx.param.numel())
+        native.function("finish_maxima")(ctypes.byref(step))
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ from optstate.stores import Block4, Block8, Float8, Full
 from optstate.updates import Context
 from optstate.weights import Kahan, Plain, Split, StochasticRounding
 
-__all__ = ["KeptMoment", "WrittenWeight", "gradient", "number", "takes"]
+__all__ = ["KeptMoment", "WrittenWeight", "are_as_planned", "gradient", "number", "takes"]
 
 
 def takes(spec: ParamSpec) -> bool:
@@ -40,7 +40,7 @@ def number(value: Any) -> float | None:
 def gradient(ctx: Context, bound: float | None) -> native.Gradient | None:
     """Return the gradient as C code reads it; None if C code cannot."""
     grad, scale = ctx.grad, number(ctx.grad_scale)
-    if scale is None or grad.dtype not in NUMBERS or not is_plain(grad):
+    if scale is None or grad.dtype not in NUMBERS or not is_plain(grad) or grad.numel() != ctx.param.numel():
         return None
     clamp = math.inf if bound is None else bound
     return native.Gradient(grad.data_ptr(), NUMBERS[grad.dtype], clamp, scale, 0.0)
@@ -49,6 +49,18 @@ def gradient(ctx: Context, bound: float | None) -> native.Gradient | None:
 def _first_index(spec: ParamSpec) -> int:
     """Return the flat index, in the whole parameter, of the first element here."""
     return (spec.region.start or 0) if spec.region is not None else 0
+
+
+def are_as_planned(slot: SlotPlan, moments: Sequence[Tensor]) -> bool:
+    """Return whether C code may read the tensors of a slot, which is whole here, as what was planned."""
+    for moment, field in zip(moments, slot.fields.values(), strict=True):
+        if moment.dtype != field.dtype or moment.shape != field.shape:
+            return False
+    return is_plain(*moments)
+
+
+_CORRECTIONS = {Written.SPLIT16: torch.int16, Written.SPLIT8: torch.int8}
+"""The dtype of what is kept beside a parameter, where that is not the parameter's."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,12 @@ class WrittenWeight:
         """Return the parameter as C code reads and writes it; None if C code cannot."""
         param, spec = ctx.param, ctx.spec
         extra = state[self.key] if self.key else None
-        if not is_plain(param) or (extra is not None and not is_plain(extra)):
+        if not is_plain(param) or param.dtype != spec.dtype:
             return None
+        if extra is not None:
+            dtype = _CORRECTIONS.get(self.how, spec.dtype)
+            if not is_plain(extra) or extra.dtype != dtype or extra.numel() != param.numel():
+                return None
         key = noise_key(spec.name, ctx.step, self.seed) if self.how is Written.STOCHASTIC else 0
         address = None if extra is None else extra.data_ptr()
         start = 0 if spec.region is None else _first_index(spec)
@@ -127,8 +143,14 @@ class KeptMoment:
         store = self.slot.store
         store.check_weight(weight)
         data, scale = state[self.codes], state[self.scale] if self.scale else None
-        if not is_plain(data) or (scale is not None and not is_plain(scale)):
+        dtype, count = self.slot.fields["" if scale is None else "codes"].dtype, ctx.param.numel()
+        codes = -(-count // 2) if self.kind in _HALVES else count
+        if not is_plain(data) or data.dtype != dtype or data.numel() != codes:
             return None
+        if scale is not None:
+            maxima = -(-count // self.block)
+            if not is_plain(scale) or scale.dtype != torch.float32 or scale.numel() != maxima:
+                return None
         if scale is None:
             if self.kind == Kept.FULL16 and store.is_random(weight):
                 key = noise_key(f"{ctx.spec.name}/{self.slot.name}", ctx.step)
@@ -145,6 +167,7 @@ class KeptMoment:
         )
 
 
+_HALVES = (Kept.SIGNED4, Kept.LINEAR4)
 _FLOATS = (Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3)
 
 
@@ -189,7 +212,7 @@ def _decades(book: Codebook) -> Tensor:
         width = 0.9 * 10.0 ** (decade - 6) / count
         start = 0.1 * 10.0 ** (decade - 6)
         between = (magnitudes[first - 1] + magnitudes[first]) / 2
-        places[:, decade] = torch.tensor([between, 1 / width, first - start / width, last])
+        places[:, decade] = places.new_tensor([float(between), 1 / width, first - start / width, last])
         first, count = last + 1, 2 * count
-    places[:, 7] = torch.tensor([(magnitudes[-2] + magnitudes[-1]) / 2, 0.0, first, first])
+    places[:, 7] = places.new_tensor([float(magnitudes[-2] + magnitudes[-1]) / 2, 0.0, first, first])
     return places.float().contiguous()
