@@ -3,6 +3,9 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
+from functools import cache
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -19,6 +22,16 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def options_read_once() -> Iterator[None]:
+    """Let `typer.testing` read the options of the commands once, not for every command that a test runs."""
+    from typer.main import get_command
+
+    with mock.patch("typer.testing._get_command", cache(get_command)):
+        yield
+
 
 LONGEST = ("ranks", "slow", "peer")
 

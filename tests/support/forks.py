@@ -1,6 +1,7 @@
 """Starting processes that are forks of one, which takes seconds to import torch and does nothing else but fork.
 
-`Starter.run` runs a function in such a process, or in several that this one forks; `run_script` runs a program.
+`Starter.run` runs a function in such a process, or in several that this one forks; `run_script` runs a program, and
+`run_command` the command line.
 """
 
 from __future__ import annotations
@@ -85,6 +86,25 @@ def be_program(command: list[str], world: int, out: str) -> None:
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
+
+
+def run_command(*arguments: str | Path, installed: Path | None = None, timeout: float = 600) -> CompletedProcess[str]:
+    """Run `optstate arguments`, as a person does beside whom the packages in a folder are installed."""
+    command = list(map(str, arguments))
+    folder = "" if installed is None else str(installed)
+    with TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        code = starter().run("tests.support.forks:be_command", command, folder, str(out), log=err, timeout=timeout)
+        return CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def be_command(command: list[str], installed: str, out: str) -> None:
+    """Be the command line, with the packages of a folder, and print to a file."""
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    if installed:
+        sys.path.insert(0, installed)
+    sys.argv = ["optstate", *command]
+    importlib.import_module("optstate_cli.main").app()
 
 
 def be_ranks(world: int) -> None:

@@ -21,7 +21,7 @@ from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import recipes
 from optstate.distributed.placement import here
 
-STEPS = 5
+STEPS = 3
 BATCH = 8
 TOKENS = 12
 SAVED_ROWS = 7
@@ -524,7 +524,7 @@ def saved_run(recipe: str, folder: Path, fused: bool = False) -> tuple[nn.Module
     world, rank = dist.get_world_size(), dist.get_rank()
     model = shard(net(SAVED_ROWS), init_device_mesh("cpu", (world,)), True)
     optimizer = RECIPES[recipe](model.named_parameters())
-    train(model, optimizer, fused, world, rank, range(5))
+    train(model, optimizer, fused, world, rank, range(STEPS))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder / "dcp")
     optstate.save(optimizer, folder / "opt.safetensors")
@@ -553,7 +553,7 @@ def load_distributed(recipe: str, folder: Path, how: str) -> float:
         set_optimizer_state_dict(model, optimizer, state["optim"])
     else:
         optstate.load(optimizer, folder / "opt.safetensors")
-    train(model, optimizer, how == "dcp", world, rank, range(5, 10))
-    train_whole(plain, other, 2, range(5))
-    train_whole(plain, other, world, range(5, 10))
+    train(model, optimizer, how == "dcp", world, rank, range(STEPS, 2 * STEPS))
+    train_whole(plain, other, 2, range(STEPS))
+    train_whole(plain, other, world, range(STEPS, 2 * STEPS))
     return distance(model, plain)

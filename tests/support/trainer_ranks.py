@@ -44,7 +44,7 @@ from tests.support.trainer_runs import (
     windows,
 )
 
-STEPS, SIZE, WORLD, CLIP = 4, 2, 2, 0.3
+STEPS, SIZE, WORLD, CLIP = 2, 2, 2, 0.3
 
 RECIPES: dict[str, tuple[type[optstate.Optimizer], dict[str, Any]]] = {
     "adalomo": (AdaLomo, {"lr": 2e-2}),

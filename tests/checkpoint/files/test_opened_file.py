@@ -31,7 +31,7 @@ def beside_a_saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_beside_a_saver_every_reading_is_of_one_version(action: str, beside_a_saver: Path) -> None:
-    counts = seen(25 if action in ("load", "inspect") else 8, beside_a_saver, action)
+    counts = seen(12 if action in ("load", "inspect") else 4, beside_a_saver, action)
     print(f"{action} beside a saver: {dict(counts)}")
     assert set(counts) <= {"1", "2"}
 
