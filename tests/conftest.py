@@ -2,9 +2,11 @@
 
 import gc
 import os
+import re
 import signal
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -34,6 +36,16 @@ def options_read_once() -> Iterator[None]:
 
 
 LONGEST = ("ranks", "slow", "peer")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files of which the marks of the run want nothing: to import other people's trainers takes seconds."""
+    wanted = config.getoption("markexpr")
+    if collection_path.suffix != ".py" or "not" not in wanted:
+        return None
+    line = re.search(r"^pytestmark = .*$", collection_path.read_text(encoding="utf-8"), re.M)
+    marks = re.findall(r"pytest\.mark\.(\w+)", line[0]) if line else []
+    return True if any(re.fullmatch(rf"(?:.* and )?not {mark}(?: and .*)?", wanted) for mark in marks) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from tests.support.pairwise import pairwise
 pytestmark = pytest.mark.ranks
 
 CLOSE = 1e-6
-"""fp32 weights of order one, ten steps: gradients averaged over processes are summed in another order."""
+"""fp32 weights of order one, some steps: gradients averaged over processes are summed in another order."""
 
 STATE_CLOSE = 2e-4
 """Of the largest number of its tensor: a statistic of squares doubles relative errors."""
@@ -41,8 +41,8 @@ def run(world: int, cases: list[tuple[Any, ...]], folder: Path) -> dict[Any, Any
 
 
 BOTH = (False, True)
-SIZES = ((8, (2,)), (7, (2,)), (1, (2,)))
-"""Rows of a matrix, and the mesh they lie on: even and uneven parts, and a part that is empty."""
+SIZES = ((7, (2,)), (1, (2,)))
+"""Rows of a matrix, and the mesh they lie on: uneven parts, and a part that is empty. Even ones are in all others."""
 
 SHARDED = [
     *(
@@ -97,7 +97,7 @@ FOUR = [
     *(
         ("equals_unsharded", recipe, fused, rows, True, mesh)
         for recipe, fused, (rows, mesh) in pairwise(
-            ("adalomo", "adafactor", "adamw", "adamw8bit", "came"), BOTH, ((8, (2, 2)), (7, (4,)), (3, (4,)))
+            ("adalomo", "adamw8bit", "came"), BOTH, ((8, (2, 2)), (7, (4,)), (3, (4,)))
         )
     ),
     *WITH_DATA_PARALLEL,

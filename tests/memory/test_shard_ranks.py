@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ def ranks_of(measured: dict[Any, Any], case: tuple[Any, ...]) -> list[dict[str, 
     return result(measured, "held", *case)
 
 
+@cache
 def estimated(recipe: str, fused: bool, rows: str) -> RecipeEstimate:
     answer = optstate.estimate(
         lambda: memory_ranks.stack(rows),

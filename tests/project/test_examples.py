@@ -22,7 +22,8 @@ BESIDE = Path(sys.executable).parent
 
 def run(script: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """An example in a process of its own."""
-    return run_script(ROOT / "examples" / script, *args)
+    first = "tests.support.example_runs:validate_less" if script in ("train_lm.py", "demo.py") else ""
+    return run_script(ROOT / "examples" / script, *args, first=first)
 
 
 def run_on_two(script: str, *args: str | Path) -> subprocess.CompletedProcess[str]:

@@ -905,12 +905,10 @@ def test_lossy_stores_do_differ_from_full_ones() -> None:
     ("dtype", "tail", "chunk"),
     [
         (FP32, (), 1 << 19),
-        (FP32, (), 1 << 12),
         (FP32, (updates.clip_by_rms(1e9),), 1 << 12),
         (BF16, (), 1 << 12),
-        (BF16, (updates.clip_by_rms(1e9),), 1 << 12),
     ],
-    ids=["fp32", "fp32 sliced", "fp32 in place", "bf16 sliced", "bf16 in place"],
+    ids=["fp32", "fp32 in place", "bf16 sliced"],
 )
 def test_a_gradient_found_not_finite_later_leaves_everything_bit_for_bit(
     dtype: torch.dtype, tail: tuple[Transform, ...], chunk: int, monkeypatch: pytest.MonkeyPatch

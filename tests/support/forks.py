@@ -67,24 +67,30 @@ def starter() -> Starter:
     return Starter()
 
 
-def run_script(script: Path, *arguments: str | Path, world: int = 1, timeout: float = 600) -> CompletedProcess[str]:
+def run_script(
+    script: Path, *arguments: str | Path, world: int = 1, first: str = "", timeout: float = 600
+) -> CompletedProcess[str]:
     """Run a Python program in the project's folder as `python script arguments` would, or as torchrun would if `world`,
-    the number of processes, is above one."""
+    the number of processes, is above one. first: a function, "module:name", that is called before the program."""
     command = [str(script), *map(str, arguments)]
     with TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        code = starter().run("tests.support.forks:be_program", command, world, str(out), log=err, timeout=timeout)
+        code = starter().run(
+            "tests.support.forks:be_program", command, world, first, str(out), log=err, timeout=timeout
+        )
         return CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
-def be_program(command: list[str], world: int, out: str) -> None:
-    """Be the program of this command, in one process or several, which print to a file."""
+def be_program(command: list[str], world: int, first: str, out: str) -> None:
+    """Be the program of this command, in one process or several, which print to a file; call `first` before."""
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.chdir(ROOT)
     if world > 1:
         be_ranks(world)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
+    if first:
+        call(first)
     runpy.run_path(command[0], run_name="__main__")
 
 
@@ -151,6 +157,12 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(ended[1]), flush=True)
 
 
+def call(function: str, *arguments: Any) -> None:
+    """Call a function, "module:name"."""
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
 def lead(function: str, arguments: list[Any], log: str) -> None:
     """Run a function in a session of its own, and end with the exit code that a program of it would have."""
     code = 1
@@ -160,8 +172,7 @@ def lead(function: str, arguments: list[Any], log: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        module, _, name = function.partition(":")
-        getattr(importlib.import_module(module), name)(*arguments)
+        call(function, *arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
