@@ -118,7 +118,7 @@ GRID = [
 
 @pytest.mark.parametrize(("name", "tied", "setting"), GRID)
 def test_a_llama_needs_what_a_real_step_allocates(name: str, tied: bool, setting: Setting) -> None:
-    model, recipe = llama(tied=tied), registry.get(name)
+    model, recipe = llama(layers=2, tied=tied), registry.get(name)
     expected = real_peak(model, recipe, setting)
     assert trace_step(model, recipe, setting, device="cpu").peak == pytest.approx(expected, rel=0.005)
 
@@ -266,7 +266,7 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
             return self.layers(x)[0].square().mean()
 
     model = model_of(lambda _: Recurrent(), lambda count, length: ((torch.zeros(count, length, 64),), {}))
-    setting = replace(FP32, batch_size=16, seq_len=50)
+    setting = replace(FP32, batch_size=16, seq_len=20)
     seen = trace_step(model, AdamW, setting)
     with torch.backends.mkldnn.flags(enabled=False):
         assert seen.peak == pytest.approx(real_peak(model, AdamW, setting), rel=0.01)  # sizes rounded up to 512 bytes

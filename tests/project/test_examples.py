@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.forks import run_script
+from tests.support.forks import run_script, starter
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -41,11 +41,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def transformers_once() -> None:
+    """Have what all examples with a trainer import, which takes seconds, imported for all of them."""
+    starter().share("accelerate")
+    starter().share("transformers.trainer")
+
+
+@pytest.mark.usefixtures("transformers_once")
 @pytest.mark.parametrize("script", ["hf_trainer.py", "accelerate_loop.py", "lightning_module.py", "trl_sft.py"])
 def test_every_trainer_trains_a_small_llama(script: str) -> None:
     assert_learnt(run(script, "--steps", "12"))
 
 
+@pytest.mark.usefixtures("transformers_once")
 def test_accelerate_trains_a_small_llama_sharded_over_two_processes() -> None:
     done = run_on_two("accelerate_fsdp2.py", "--steps", "12")
     assert_learnt(done)

@@ -41,6 +41,13 @@ class Starter:
         self.process = subprocess.Popen(command, env=environment, bufsize=0, stdin=PIPE, stdout=PIPE)
         atexit.register(self.process.communicate)  # which ends it: there is no more to do
 
+    def share(self, module: str) -> None:
+        """Import a module in the process that is forked, so that not every fork has to."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([module]).encode() + b"\n")
+        assert self.process.stdout.readline() == b"shared\n"
+
     def run(self, function: str, *arguments: Any, log: Path, timeout: float) -> int:
         """Run a function, "module:name", with arguments that JSON can hold, and return the exit code of its process.
 
@@ -135,7 +142,10 @@ def be_ranks(world: int) -> None:
 
 
 def serve() -> None:
-    """Run each function that comes in as a line in a fork: say who leads it, and, in a second line, its exit code."""
+    """Run each function that comes in as a line in a fork: say who leads it, and, in a second line, its exit code.
+
+    A line that is the name of a module alone has it imported here.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -144,9 +154,15 @@ def serve() -> None:
     tests = os.getppid()
     gc.freeze()  # what was imported is no garbage, nor an engine that optimizers would have to look for
     for line in sys.stdin:
+        job = json.loads(line)
+        if len(job) == 1:
+            importlib.import_module(job[0])
+            gc.freeze()
+            print("shared", flush=True)
+            continue
         leader = os.fork()
         if leader == 0:
-            lead(*json.loads(line))
+            lead(*job)
         print(leader, flush=True)
         while not (ended := os.waitpid(leader, os.WNOHANG))[0]:
             time.sleep(0.02)
