@@ -258,6 +258,7 @@ def test_sharded_sets_that_are_not_whole(native: Path, tmp_path: Path) -> None:
         open_checkpoint(split(native, tmp_path / "lost", lost=lost))
 
 
+@pytest.mark.peer
 def test_opening_imports_no_torch(native: Path, tmp_path: Path) -> None:
     import bitsandbytes as bnb
 

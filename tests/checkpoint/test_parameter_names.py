@@ -182,6 +182,7 @@ def test_factories_that_fail_are_one_line(factory: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_factory_in_the_working_directory_is_found(tmp_path: Path) -> None:
     listed(tmp_path, "import torch\n\ndef build():\n    return torch.nn.Linear(3, 2)\n", "my_model_of_two.py")
     elsewhere = tmp_path / "elsewhere"
@@ -252,6 +253,7 @@ def test_counts_and_groups_must_be_the_same(numbered: Checkpoint, tmp_path: Path
         give_names(numbered, read_names(listed(tmp_path, [IN_GROUPS[:2], IN_GROUPS[2:]])))
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("kind", ["torch.optim.AdamW", "bitsandbytes.optim.AdamW8bit"])
 def test_an_order_alone_does_not_name_several_groups(kind: str, tmp_path: Path) -> None:
     """A list in the model's order would put a matrix's state under a vector's name: only groups or shapes tell."""

@@ -27,6 +27,8 @@ from optstate.checkpoint.operations import run_conversion
 from tests.support.fuzzing import safetensors_of
 from tests.support.replaced_files import fresh
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: Any) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -23,7 +23,7 @@ CLOSE = 0.02
 """Of rank 1, whose parts of uneven rows are smaller; rank 0's figures are held to the byte."""
 
 WAITING = [
-    *((recipe, (512, 512)) for recipe in ("adalomo", "adafactor", "came", "adamw", "adamw8bit", "sm3", "sgd")),
+    *((recipe, (512, 512)) for recipe in ("adalomo", "came", "adamw", "adamw8bit", "sm3")),
     ("adalomo", (128, 128, 3, 3)),
     ("adamw8bit", (520, 500)),
 ]

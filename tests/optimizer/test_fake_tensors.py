@@ -59,6 +59,7 @@ CHOSEN = [
 """Every recipe stepped and, with corrections beside the weights, fused; every way to write weights with several."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), CHOSEN, ids=str)
 def test_every_recipe_steps_without_values_and_afterwards_with_them(name: str, way: Weights) -> None:
     fused = isinstance(way, Split)

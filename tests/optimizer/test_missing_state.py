@@ -26,6 +26,8 @@ from optstate.optimizer.missing_state import Gap, rule
 from optstate.recipes import AdamW, AdamW8bit
 from tests.support.models import assert_same
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2
 THE_ONE = "0.bias"
 

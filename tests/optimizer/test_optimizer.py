@@ -91,6 +91,7 @@ class TestParameters:
         model["b"].weight = model["a"].weight
         assert len(AdaLomo(model.named_parameters()).plan()) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("recipe", "fused", "dtype"),
         pairwise(RECIPES, (False, True), (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
@@ -354,6 +355,7 @@ class TestTorchConventions:
                 optimizer.step()
             assert loss_of(model, 0).item() < first
 
+    @pytest.mark.slow
     def test_one_device_synchronisation_free_step_needs_no_value(self) -> None:
         """Under fake tensors any read of a value raises: every recipe, stepped and fused, low precision too."""
         from torch._subclasses import FakeTensorMode

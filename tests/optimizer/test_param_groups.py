@@ -279,6 +279,7 @@ def test_frozen_parameters_are_skipped_whatever_they_are(build: Any, codes: torc
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.peer
 def test_a_model_in_four_bits_with_an_adapter() -> None:
     """As QLoRA: bitsandbytes packs weights into uint8 of another shape."""
     import bitsandbytes.nn
@@ -438,6 +439,7 @@ def test_what_is_no_group(group: Any, match: str) -> None:
         AdamW(net().named_parameters()).add_param_group(group)
 
 
+@pytest.mark.peer
 def test_sam_takes_our_optimizers_as_it_takes_torchs() -> None:
     weights = []
     for base in (AdamW, torch.optim.AdamW):

@@ -325,12 +325,14 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_the_role_its_module_declares(name: str) -> None:
     build, expected = MODELS[name]
     assert roles_of(on_meta(build)) == expected
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", MODELS)
 def test_groups_hold_every_parameter_once_in_a_fixed_order_and_any_recipe_takes_them(name: str) -> None:
     model = on_meta(MODELS[name][0])

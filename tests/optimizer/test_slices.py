@@ -22,6 +22,8 @@ from optstate.recipes import CAME, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, 
 from optstate.stores import Block4, Block8, Factored, Float8, Full
 from tests.support.models import assert_same
 
+pytestmark = pytest.mark.slow
+
 chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
 
 FP32, BF16 = torch.float32, torch.bfloat16

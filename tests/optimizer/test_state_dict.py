@@ -45,6 +45,7 @@ def steps(model: nn.Module, optimizer: Any, scheduler: Any, first: int, count: i
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fused", "dtype"),
     pairwise(list(RECIPES), (False, True), (torch.float32, torch.bfloat16, torch.float16, torch.float64)),

@@ -14,6 +14,8 @@ from optstate import updates, weights
 from optstate.memory import peak_extra_bytes
 from optstate.recipes import SGD, AdamW, Lion
 
+pytestmark = pytest.mark.slow
+
 MEGABYTE = 10**6
 
 

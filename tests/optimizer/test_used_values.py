@@ -66,6 +66,7 @@ def refused(model: nn.Module, optimizer: Any, match: str) -> None:
 UNUSABLE = (-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(-0.1), torch.ones(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fused", "value"), pairwise(list(RECIPES), (False, True), UNUSABLE), ids=str)
 def test_a_learning_rate_that_no_step_can_use(name: str, fused: bool, value: Any) -> None:
     model, optimizer = built(RECIPES[name], fused)

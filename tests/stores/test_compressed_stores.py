@@ -27,6 +27,8 @@ from optstate.stores import AxisMax, Block4, Block8, Factored, Float8, Full, Gro
 from optstate.updates import Transform
 from tests.support.models import assert_same
 
+pytestmark = pytest.mark.slow
+
 chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -900,7 +902,6 @@ def test_lossy_stores_do_differ_from_full_ones() -> None:
             assert not torch.equal(run.params[case, (70, 90)], run.params[case.reference, (70, 90)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tail", "chunk"),
     [

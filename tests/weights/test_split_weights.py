@@ -40,6 +40,8 @@ from optstate.spec import ParamSpec
 from optstate.weights import Kahan, Plain, Split, StochasticRounding, Weights, as_weights
 from tests.support.models import assert_same
 
+pytestmark = pytest.mark.slow
+
 chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -21,6 +21,8 @@ from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.support.paths import DATA
 from tests.support.replaced_files import ACTIONS, SETS, command, fresh, held, saving, seen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=SETS)
 def beside_a_saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

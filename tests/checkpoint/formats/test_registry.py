@@ -20,6 +20,8 @@ from optstate.other_libraries.libraries import OWN_FORMATS
 from optstate.recipes import Lion
 from tests.support.forks import run_command
 
+pytestmark = pytest.mark.slow
+
 # --- a package of somebody else's ---------------------------------------------------------------------------------
 
 GADGET = '''

@@ -19,6 +19,8 @@ from optstate.weights import Kahan, Plain, Split, StochasticRounding
 from tests.support.models import assert_same, state_of
 from tests.support.pairwise import pairwise
 
+pytestmark = pytest.mark.slow
+
 FP32, BF16 = torch.float32, torch.bfloat16
 WAYS: list[tuple[torch.dtype, Any]] = [
     (FP32, Plain()),
