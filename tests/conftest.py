@@ -2,7 +2,12 @@
 
 import gc
 import os
+import re
 import signal
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -20,7 +25,27 @@ settings.register_profile("same", derandomize=True, database=None, deadline=None
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("same")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def options_read_once() -> Iterator[None]:
+    """Let `typer.testing` read the options of the commands once, not for every command that a test runs."""
+    from typer.main import get_command
+
+    with mock.patch("typer.testing._get_command", cache(get_command)):
+        yield
+
+
 LONGEST = ("ranks", "slow", "peer")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files of which the marks of the run want nothing: to import other people's trainers takes seconds."""
+    wanted = config.getoption("markexpr")
+    if collection_path.suffix != ".py" or "not" not in wanted:
+        return None
+    line = re.search(r"^pytestmark = .*$", collection_path.read_text(encoding="utf-8"), re.M)
+    marks = re.findall(r"pytest\.mark\.(\w+)", line[0]) if line else []
+    return True if any(re.fullmatch(rf"(?:.* and )?not {mark}(?: and .*)?", wanted) for mark in marks) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -36,6 +36,8 @@ from optstate.memory.errors import SourceError
 from optstate.memory.sources.config import of_config_file
 from tests.support.fuzzing import damaged_json, safetensors_of
 
+pytestmark = pytest.mark.slow
+
 COMMAND = typer.main.get_command(app)
 SECONDS = 2.0
 """Of the processor's time. A machine that is shared, and slow for that, may take a few times as long."""
@@ -161,7 +163,6 @@ def commanded(*arguments: Any) -> tuple[int, str, float, int]:
     return code, err.getvalue(), time.process_time() - began, peak() - before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "check"])
 @pytest.mark.parametrize("name", MADE)
 def test_small_files_take_little_time(name: str, command: str, tmp_path: Path) -> None:
@@ -182,7 +183,6 @@ def best(action: Callable[[], Any]) -> float:
     return min(times)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["groups", "tensors"])
 def test_time_grows_as_the_file_does(what: str, tmp_path: Path) -> None:
     """Eight times as much takes about eight times as long; what was quadratic took 64 times."""

@@ -17,6 +17,8 @@ from optstate.checkpoint import CheckpointError, UsageError
 from optstate.checkpoint.files.issues import Issue
 from optstate.recipes import AdamW, AdamW8bit
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = Path(__file__).parents[2] / "cli"
 
 

@@ -46,12 +46,12 @@ def test_every_case_gives_a_result_or_one_line(results: dict[str, Any]) -> None:
     cases = {kind: results["cases"].get(kind, 0) for kind in KINDS}
     print(f"{sum(cases.values())} files, {results['cases']['commands']} commands: {cases}, {results['outcomes']}")
     assert results["failures"][:5] == []
-    assert sum(cases.values()) >= 5_000
-    assert results["cases"]["commands"] >= 125
+    assert sum(cases.values()) >= 2_000
+    assert results["cases"]["commands"] >= 50
     assert set(results["outcomes"]) == {"result", "unreadable", "refused"}
     # Else the damage is too great, or too small, to show anything. Only names that do something are refused.
-    assert min(results["outcomes"][each] for each in ("result", "unreadable")) > 250
-    assert results["outcomes"]["refused"] > 2
+    assert min(results["outcomes"][each] for each in ("result", "unreadable")) > 100
+    assert results["outcomes"]["refused"] > 0
 
 
 def test_no_case_takes_long_or_much_memory(results: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ TENSORS = {
 }
 
 
-@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     others=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2),
     seed=st.one_of(st.none(), st.integers(0, 1 << 30)),

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import safetensors.torch
 import torch
@@ -259,7 +258,10 @@ def test_sharded_sets_that_are_not_whole(native: Path, tmp_path: Path) -> None:
         open_checkpoint(split(native, tmp_path / "lost", lost=lost))
 
 
+@pytest.mark.peer
 def test_opening_imports_no_torch(native: Path, tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
     eight_bit = trained(lambda m: bnb.optim.AdamW8bit(m.groups())).state_dict()
     paths = [saved(adamw(), tmp_path), saved(eight_bit, tmp_path, "b.pt"), native]
     paths.append(DATA / "galore_adamw" / "optimizer.pt")

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from optstate.collector import paused
 
+pytestmark = pytest.mark.slow
+
 
 class Ring:
     """Garbage that only the collector frees."""

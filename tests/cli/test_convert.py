@@ -29,6 +29,8 @@ from tests.checkpoint.formats.test_writers import assert_equal
 from tests.support.models import EveryShape, assert_same, state_of, weights_of
 from tests.support.paths import DATA
 
+pytestmark = pytest.mark.slow
+
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 

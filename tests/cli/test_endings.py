@@ -23,9 +23,11 @@ from optstate.checkpoint.document.document_json import to_json
 from optstate.checkpoint.files.atomic_write import ending_in_order
 from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.open_checkpoint import open_checkpoint
-from optstate.checkpoint.operations.run_conversion import MOST_HISTORY
+from optstate.checkpoint.operations import run_conversion
 from tests.support.fuzzing import safetensors_of
 from tests.support.replaced_files import fresh
+
+pytestmark = pytest.mark.slow
 
 
 def run(*arguments: Any) -> tuple[int, str, str]:
@@ -167,22 +169,24 @@ def test_a_document_without_parameters(groups: int, tmp_path: Path) -> None:
     assert (code, err.count("\n")) == (3, 1)
 
 
-def test_the_history_is_bounded(tmp_path: Path) -> None:
+def test_the_history_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first entry and the last ones stay, and the number of those between them, however often it is converted."""
+    most = 10  # instead of 64, so that few conversions are enough
+    monkeypatch.setattr(run_conversion, "MOST_HISTORY", most)
     path = tmp_path / "a.safetensors"
     optstate.save(fresh(1.0), path)
     stores = ["bf16", "fp32"]
-    for i in range(MOST_HISTORY + 5):
+    for i in range(most + 5):
         new = tmp_path / f"b{i % 2}.safetensors"
         assert run("convert", path, new, "--to", stores[i % 2], "--allow-lossy", "--force")[0] == 0
         path = new
         history = open_checkpoint(path).document.history
         if i == 0:
             first = history[0]
-        assert len(history) <= MOST_HISTORY
+        assert len(history) <= most
     assert history[0] == first
-    assert history[1] == {"left_out": 6}  # of 69: the first, these, and the last 62
-    assert len(history) == MOST_HISTORY
+    assert history[1] == {"left_out": 6}  # of 15: the first, these, and the last 8
+    assert len(history) == most
     sizes = len(to_json(open_checkpoint(path).document))
     assert sizes < 100_000
 

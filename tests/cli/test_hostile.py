@@ -29,6 +29,8 @@ from tests.support.fuzzing import rezipped, safetensors_of
 from tests.support.models import loss_of, mlp
 from tests.support.paths import DATA
 
+pytestmark = pytest.mark.slow
+
 ADAMW = DATA / "torch_adamw" / "optimizer.pt"
 
 

@@ -350,6 +350,7 @@ def on_a_terminal(stream: str, arguments: list[str], **environment: str) -> str:
     return output.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, environment: dict[str, str]) -> None:
     text = on_a_terminal("stdout", command("inspect", eight_bit), **environment)
@@ -359,6 +360,7 @@ def test_a_terminal_gets_tables_and_colour_only_where_wanted(eight_bit: Path, en
     assert "TERM" not in environment or "\x1b" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "term", "shown"), [(0.06, "xterm", True), (0.0, "xterm", False), (0.06, "dumb", False)]
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.support.launching import failed, launch, result
-from tests.support.trainer_ranks import CLIP, FUSED_AFTER, FUSED_BEFORE, STEPPED, STEPS
+from tests.support.trainer_words import CLIP, FUSED_AFTER, FUSED_BEFORE, STEPPED, STEPS
 
 pytestmark = [pytest.mark.ranks, pytest.mark.peer]
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from adalomo import AdaLomo, Lomo
 from tests.support.models import assert_same, state_of
+from tests.support.pairwise import pairwise
 from tests.support.trainer_runs import (
     Batch,
     assert_close,
@@ -123,9 +124,9 @@ def test_a_fit_trains_as_by_hand(kind: type[Automatic], fused: bool) -> None:
     assert trainer.global_step == STEPS
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", [Automatic, Manual])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fused"), pairwise((Automatic, Manual), (torch.float32, torch.bfloat16), (False, True)), ids=str
+)
 def test_a_resumed_fit_repeats_the_uninterrupted_one_to_the_bit(
     kind: type[Automatic], dtype: torch.dtype, fused: bool, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def build(folder: Path, fused: bool, dtype: torch.dtype = torch.float32, **chang
     return SFTTrainer(
         tiny_llama(dtype),
         SFTConfig(**{**values, **changes}),
-        train_dataset=sentences(40 * SIZE),
+        train_dataset=sentences(24 * SIZE),
         processing_class=byte_tokenizer(),
         optimizer_cls_and_kwargs=(AdaLomo, {"lr": 3e-2, "fused_backward": fused}),
     )
@@ -66,7 +66,7 @@ def losses_of(trainer: SFTTrainer) -> list[float]:
 def test_fused_and_stepped_fine_tuning_are_the_same(reentrant: bool, tmp_path: Path) -> None:
     """Its gradient checkpointing runs parts of the model twice, and each gradient must still arrive once."""
     settings = {
-        "max_steps": 40,
+        "max_steps": 24,
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
     }
@@ -75,13 +75,12 @@ def test_fused_and_stepped_fine_tuning_are_the_same(reentrant: bool, tmp_path: P
     for trainer in (stepped, fused):
         trainer.train()
         assert trainer.model.is_gradient_checkpointing
-        assert losses_of(trainer)[-1] < losses_of(trainer)[0] - 0.3
+        assert losses_of(trainer)[-1] < losses_of(trainer)[0] - 0.2
     assert_close(fused.model, stepped.model)
     assert not any(torch.equal(p, before[name]) for name, p in stepped.model.named_parameters())
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(
     dtype: torch.dtype, fused: bool, tmp_path: Path
 ) -> None:

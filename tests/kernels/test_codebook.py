@@ -270,6 +270,7 @@ def test_the_tables_cannot_be_changed_by_what_is_read() -> None:
         assert torch.equal(again, before)
 
 
+@pytest.mark.slow
 def test_tables_do_not_depend_on_torchs_defaults() -> None:
     """A checkpoint written by a process with another default dtype must decode to the same numbers here."""
     code = (

@@ -27,7 +27,7 @@ DTYPES = (FP32, FP64, BF16, FP16)
 LAYOUTS = ("contiguous", "transposed", "every second", "channels last", "expanded")
 FACTORS = ("row", "column", "full", "scalar", "other")
 COMMON = settings(deadline=None, derandomize=True, database=None)
-MANY, SOME = settings(COMMON, max_examples=300), settings(COMMON, max_examples=120)
+MANY, SOME = settings(COMMON, max_examples=150), settings(COMMON, max_examples=80)
 
 # Values are at most a few units, tensors at most a few hundred elements. An fp32 result is then off by some
 # roundings of 6e-8 each, an fp64 result by some of 1e-16, and a sum of n such squares by at most n times that.

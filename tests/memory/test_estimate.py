@@ -41,6 +41,8 @@ from optstate.stores import Full
 from optstate.weights import Split
 from tests.support.memory_models import Tokens
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 

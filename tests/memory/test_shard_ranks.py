@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ CLOSE = 0.02
 """Of rank 1, whose parts of uneven rows are smaller; rank 0's figures are held to the byte."""
 
 WAITING = [
-    *((recipe, (512, 512)) for recipe in ("adalomo", "adafactor", "came", "adamw", "adamw8bit", "sm3", "sgd")),
+    *((recipe, (512, 512)) for recipe in ("adalomo", "came", "adamw", "adamw8bit", "sm3")),
     ("adalomo", (128, 128, 3, 3)),
     ("adamw8bit", (520, 500)),
 ]
@@ -47,6 +48,7 @@ def ranks_of(measured: dict[Any, Any], case: tuple[Any, ...]) -> list[dict[str, 
     return result(measured, "held", *case)
 
 
+@cache
 def estimated(recipe: str, fused: bool, rows: str) -> RecipeEstimate:
     answer = optstate.estimate(
         lambda: memory_ranks.stack(rows),

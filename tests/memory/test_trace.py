@@ -118,7 +118,7 @@ GRID = [
 
 @pytest.mark.parametrize(("name", "tied", "setting"), GRID)
 def test_a_llama_needs_what_a_real_step_allocates(name: str, tied: bool, setting: Setting) -> None:
-    model, recipe = llama(tied=tied), registry.get(name)
+    model, recipe = llama(layers=2, tied=tied), registry.get(name)
     expected = real_peak(model, recipe, setting)
     assert trace_step(model, recipe, setting, device="cpu").peak == pytest.approx(expected, rel=0.005)
 
@@ -266,7 +266,7 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
             return self.layers(x)[0].square().mean()
 
     model = model_of(lambda _: Recurrent(), lambda count, length: ((torch.zeros(count, length, 64),), {}))
-    setting = replace(FP32, batch_size=16, seq_len=50)
+    setting = replace(FP32, batch_size=16, seq_len=20)
     seen = trace_step(model, AdamW, setting)
     with torch.backends.mkldnn.flags(enabled=False):
         assert seen.peak == pytest.approx(real_peak(model, AdamW, setting), rel=0.01)  # sizes rounded up to 512 bytes
@@ -283,15 +283,14 @@ def test_recurrent_layers_need_what_real_ones_do_step_by_step(kind: type[nn.RNNB
         ("adalomo", "cuda", replace(SMALL, fused_backward=True, checkpointing=True)),
         ("adamw8bit", "cuda", SMALL),
         ("adalomo", "cpu", replace(SMALL, fused_backward=True, clip="norm", attention="eager")),
-        ("sgd", "cuda", replace(SMALL, fused_backward=True, grad_accum=2)),
     ],
 )
 def test_shallow_traces_tell_the_deep_one_to_the_byte(name: str, device: str, setting: Setting) -> None:
-    model = llama(layers=12, hidden_size=64, intermediate_size=172, num_attention_heads=4)
+    model = llama(layers=8, hidden_size=64, intermediate_size=172, num_attention_heads=4)
     recipe = registry.get(name)
     short, how = trace_model(model, recipe, setting, device=device)
     whole, how_whole = trace_model(model, recipe, setting, exact=True, device=device)
-    assert how == "traced with 3, 4 and 5 layers, extrapolated to 12"
+    assert how == "traced with 3, 4 and 5 layers, extrapolated to 8"
     assert how_whole == "traced in full"
     assert (short.peak, short.phase, short.at_peak, short.most) == (whole.peak, whole.phase, whole.at_peak, whole.most)
     for kind in KINDS:
@@ -349,8 +348,7 @@ def test_a_shallow_model_is_traced_in_full() -> None:
 # --- what is left as it was -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize(("name", "fused"), [(name, i % 2 == 0) for i, name in enumerate(registry.names())])
 def test_every_recipe_is_traced(name: str, fused: bool) -> None:
     model = tokens(layers=2, width=64)
     setting = replace(FP32, dtype="bfloat16", fused_backward=fused)

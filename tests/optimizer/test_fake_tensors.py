@@ -51,8 +51,16 @@ def step(name: str, way: Weights, fused: bool) -> tuple[list[nn.Parameter], opts
     return params, optimizer
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("name", recipes.names())
+CHOSEN = [
+    (name, way)
+    for i, name in enumerate(recipes.names())
+    for way in ([Plain(), StochasticRounding(3), Kahan()][i % 3], [Split(8), Split(16)][i % 2])
+]
+"""Every recipe stepped and, with corrections beside the weights, fused; every way to write weights with several."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way"), CHOSEN, ids=str)
 def test_every_recipe_steps_without_values_and_afterwards_with_them(name: str, way: Weights) -> None:
     fused = isinstance(way, Split)
     real, real_optimizer = step(name, way, fused)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import optstate
 from adalomo import AdaLomo
+from tests.support.forks import starter
 from tests.support.interrupts import CASES, attack, first_in_step
 from tests.support.models import mlp
-from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -34,16 +32,11 @@ def test_no_line_leaves_a_half_made_step_unseen(name: str) -> None:
     assert not found.wrong_afterwards
 
 
-def test_what_other_devices_may_have_gone_on_with_is_seen() -> None:
+def test_what_other_devices_may_have_gone_on_with_is_seen(tmp_path: Path) -> None:
     """In a process of its own, as it is one of two devices."""
-    code = (
-        "from tests.support.interrupts import *;"
-        " start_two_devices(); found = attack(lambda: split(AdaLomo), first_in_step);"
-        "print(found); assert found.half > 20 and not found.silent and not found.wrong_afterwards"
-    )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    log = tmp_path / "log"
+    code = starter().run("tests.support.interrupts:attack_one_of_two_devices", log=log, timeout=300)
+    assert code == 0, log.read_text()
 
 
 class FailsIf(torch.autograd.Function):

@@ -23,6 +23,8 @@ from optstate.optimizer.moved_state import MovedStateError
 from optstate.recipes import AdamW, AdamW8bit
 from tests.support.models import assert_same, state_of
 
+pytestmark = pytest.mark.slow
+
 COUNT = 6
 
 

@@ -8,9 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.nn
 import pytest
-import pytorch_optimizer
 import torch
 import torch.distributed.checkpoint as dcp
 from optstate_cli import app
@@ -281,8 +279,11 @@ def test_frozen_parameters_are_skipped_whatever_they_are(build: Any, codes: torc
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.peer
 def test_a_model_in_four_bits_with_an_adapter() -> None:
     """As QLoRA: bitsandbytes packs weights into uint8 of another shape."""
+    import bitsandbytes.nn
+
     model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4"), nn.Linear(64, 8)).to("cpu")
     model[0].weight.requires_grad_(False)
     assert model[0].weight.dtype == torch.uint8
@@ -438,10 +439,13 @@ def test_what_is_no_group(group: Any, match: str) -> None:
         AdamW(net().named_parameters()).add_param_group(group)
 
 
+@pytest.mark.peer
 def test_sam_takes_our_optimizers_as_it_takes_torchs() -> None:
     weights = []
     for base in (AdamW, torch.optim.AdamW):
         model = net()
+        import pytorch_optimizer
+
         sam = pytorch_optimizer.SAM(model.parameters(), base_optimizer=base, lr=1e-2, weight_decay=0.0)
         for _ in range(3):
             model(torch.ones(2, 4)).square().mean().backward()

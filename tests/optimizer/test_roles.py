@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from examples.gpt import GPT, GPTConfig
@@ -237,7 +237,7 @@ GPT_EXAMPLE = """
 
 def of_transformers(name: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
     """Builds a model of transformers with its own configuration class."""
-    return lambda: getattr(transformers, name)(getattr(transformers, config)(**sizes))
+    return lambda: resolve_name(f"transformers.{name}")(resolve_name(f"transformers.{config}")(**sizes))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
@@ -325,12 +325,14 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_the_role_its_module_declares(name: str) -> None:
     build, expected = MODELS[name]
     assert roles_of(on_meta(build)) == expected
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", MODELS)
 def test_groups_hold_every_parameter_once_in_a_fixed_order_and_any_recipe_takes_them(name: str) -> None:
     model = on_meta(MODELS[name][0])

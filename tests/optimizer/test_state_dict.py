@@ -15,6 +15,7 @@ from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import stores, updates
 from optstate.recipes import SGD, AdamW, Lion
 from tests.support.models import assert_same, loss_of, mlp, state_of, weights_of
+from tests.support.pairwise import pairwise
 
 RECIPES: dict[str, Any] = {
     "adalomo": AdaLomo,
@@ -44,9 +45,12 @@ def steps(model: nn.Module, optimizer: Any, scheduler: Any, first: int, count: i
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("fused", [False, True], ids=["step", "fused"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fused", "dtype"),
+    pairwise(list(RECIPES), (False, True), (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+    ids=str,
+)
 def test_resuming_is_bit_exact_with_a_scheduler(name: str, fused: bool, dtype: torch.dtype) -> None:
     def build() -> tuple[nn.Module, Any, Any]:
         model = mlp(dtype)
@@ -56,17 +60,17 @@ def test_resuming_is_bit_exact_with_a_scheduler(name: str, fused: bool, dtype: t
         return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
     model, optimizer, scheduler = build()
-    steps(model, optimizer, scheduler, 0, 4)
+    steps(model, optimizer, scheduler, 0, 3)
     saved = through_a_file(
         {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     )
-    steps(model, optimizer, scheduler, 4, 4)
+    steps(model, optimizer, scheduler, 3, 2)
 
     resumed, resumed_optimizer, resumed_scheduler = build()
     resumed.load_state_dict(saved["model"])
     resumed_optimizer.load_state_dict(saved["optimizer"])
     resumed_scheduler.load_state_dict(saved["scheduler"])
-    steps(resumed, resumed_optimizer, resumed_scheduler, 4, 4)
+    steps(resumed, resumed_optimizer, resumed_scheduler, 3, 2)
     assert_same(weights_of(resumed), weights_of(model))
     assert_same(state_of(resumed_optimizer), state_of(optimizer))
 

@@ -17,6 +17,7 @@ from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import updates
 from optstate.optimizer import param_groups
 from optstate.recipes import CAME, SGD, AdamMini, AdamW, AdamW8bit, Lion
+from tests.support.pairwise import pairwise
 
 RECIPES: dict[str, Any] = {
     "adamw": AdamW,
@@ -62,11 +63,13 @@ def refused(model: nn.Module, optimizer: Any, match: str) -> None:
     assert steps == [s["step"] for s in optimizer.state.values()]
 
 
-@every_recipe
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(-0.1), torch.ones(2)])
-def test_a_learning_rate_that_no_step_can_use(build: Any, fused: bool, value: Any) -> None:
-    model, optimizer = built(build, fused)
+UNUSABLE = (-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(-0.1), torch.ones(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fused", "value"), pairwise(list(RECIPES), (False, True), UNUSABLE), ids=str)
+def test_a_learning_rate_that_no_step_can_use(name: str, fused: bool, value: Any) -> None:
+    model, optimizer = built(RECIPES[name], fused)
     step(model, optimizer)
     optimizer.param_groups[0]["lr"] = value
     refused(model, optimizer, r"param group 0 cannot be stepped: lr(=| has shape)")

@@ -59,6 +59,7 @@ class TestVersions:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("recipe", RECIPES)
     def test_a_weight_used_with_and_without_gradient_is_not_written_under_the_graph(self, recipe: str) -> None:
         """As in a VQ-VAE, whose codebook is used once more behind a stop-gradient: its gradient is complete while the
@@ -258,6 +259,7 @@ class TestLifetime:
         finally:
             gc.enable()
 
+    @pytest.mark.slow
     def test_the_first_optimizer_of_a_process_is_gone_at_once_too(self) -> None:
         """PyTorch imports its compiler when that one is built, which keeps the frames of its callers for a while."""
         code = (

@@ -24,6 +24,8 @@ from optstate.stores.registry import parse_store
 from tests.support.paths import ROOT
 from tests.support.plugins import install
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "examples" / "plugin"
 
 

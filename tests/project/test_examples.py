@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.forks import run_script
+from tests.support.forks import run_script, starter
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,8 @@ BESIDE = Path(sys.executable).parent
 
 def run(script: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """An example in a process of its own."""
-    return run_script(ROOT / "examples" / script, *args)
+    first = "tests.support.example_runs:validate_less" if script in ("train_lm.py", "demo.py") else ""
+    return run_script(ROOT / "examples" / script, *args, first=first)
 
 
 def run_on_two(script: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -35,25 +36,34 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small real text that a change of this project does not change: a part of Python's standard library."""
     path = tmp_path_factory.mktemp("corpus") / "sources.txt"
     library = Path(sysconfig.get_path("stdlib"))
-    folders = [library / name for name in ("asyncio", "email", "http", "importlib", "json", "logging", "unittest")]
+    folders = [library / name for name in ("http", "json", "logging")]
     path.write_text("".join(p.read_text() for folder in folders for p in sorted(folder.rglob("*.py"))))
     return path
 
 
+@pytest.fixture(scope="module")
+def transformers_once() -> None:
+    """Have what all examples with a trainer import, which takes seconds, imported for all of them."""
+    starter().share("accelerate")
+    starter().share("transformers.trainer")
+
+
+@pytest.mark.usefixtures("transformers_once")
 @pytest.mark.parametrize("script", ["hf_trainer.py", "accelerate_loop.py", "lightning_module.py", "trl_sft.py"])
 def test_every_trainer_trains_a_small_llama(script: str) -> None:
-    assert_learnt(run(script, "--steps", "24"))
+    assert_learnt(run(script, "--steps", "12"))
 
 
+@pytest.mark.usefixtures("transformers_once")
 def test_accelerate_trains_a_small_llama_sharded_over_two_processes() -> None:
-    done = run_on_two("accelerate_fsdp2.py", "--steps", "24")
+    done = run_on_two("accelerate_fsdp2.py", "--steps", "12")
     assert_learnt(done)
     assert "in this process of 2" in done.stdout
 
 
 def assert_learnt(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
-    line = re.search(r"loss (\S+) -> (\S+) nats per byte in 24 steps", done.stdout)
+    line = re.search(r"loss (\S+) -> (\S+) nats per byte in 12 steps", done.stdout)
     assert line is not None
     before, after = map(float, line.groups())
     assert after < before - 0.5
@@ -66,10 +76,11 @@ def test_compose_your_own_prints_a_plan_and_trains() -> None:
     assert "of state" in done.stdout
 
 
-@pytest.mark.parametrize("recipe", ["adalomo", "lomo", "adafactor", "adamw", "sgd", "lion"])
+@pytest.mark.parametrize("recipe", ["lomo", "adafactor", "sgd", "lion"])
 def test_every_recipe_trains_the_language_model(recipe: str, corpus: Path, tmp_path: Path) -> None:
+    """AdaLomo and AdamW are trained by the demo."""
     out = tmp_path / "out.json"
-    done = run("train_lm.py", "--recipe", recipe, "--steps", "5", "--corpus", corpus, "--json", out)
+    done = run("train_lm.py", "--recipe", recipe, "--steps", "4", "--corpus", corpus, "--json", out)
     assert done.returncode == 0, done.stderr
     numbers = json.loads(out.read_text())
     assert numbers["recipe"] == recipe
@@ -126,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args: list[str], message: str) ->
 
 
 def test_the_demo_compares_and_resumes(corpus: Path, tmp_path: Path) -> None:
-    done = run("demo.py", "--steps", "6", "--out", tmp_path, "--corpus", corpus)
+    done = run("demo.py", "--steps", "4", "--out", tmp_path, "--corpus", corpus)
     assert done.returncode == 0, done.stderr
     assert "differ from those of the uninterrupted run by at most 0\n" in done.stdout
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -138,7 +149,7 @@ def test_the_demo_compares_and_resumes(corpus: Path, tmp_path: Path) -> None:
 
 def test_fsdp2_trains_on_two_processes_and_saves_what_one_reads(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "opt.safetensors"
-    done = run_on_two("fsdp2.py", "--steps", "11", "--corpus", corpus, "--save", out)
+    done = run_on_two("fsdp2.py", "--steps", "6", "--corpus", corpus, "--save", out)
     assert done.returncode == 0, done.stderr
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.stdout.splitlines() if "loss" in line]
     assert losses[-1] < losses[0]

@@ -17,6 +17,8 @@ import optstate
 from adalomo import AdaLomo
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -18,6 +18,8 @@ from optstate.plugins import PluginWarning
 from optstate.stores import registry
 from tests.support.plugins import install
 
+pytestmark = pytest.mark.slow
+
 OURS = recipes.names()
 
 RECIPE = """

@@ -27,6 +27,8 @@ from optstate.stores import AxisMax, Block4, Block8, Factored, Float8, Full, Gro
 from optstate.updates import Transform
 from tests.support.models import assert_same
 
+pytestmark = pytest.mark.slow
+
 chunking = importlib.import_module("optstate.kernels.chunking")  # `kernels.chunks` itself is the function
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -900,17 +902,14 @@ def test_lossy_stores_do_differ_from_full_ones() -> None:
             assert not torch.equal(run.params[case, (70, 90)], run.params[case.reference, (70, 90)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tail", "chunk"),
     [
         (FP32, (), 1 << 19),
-        (FP32, (), 1 << 12),
         (FP32, (updates.clip_by_rms(1e9),), 1 << 12),
         (BF16, (), 1 << 12),
-        (BF16, (updates.clip_by_rms(1e9),), 1 << 12),
     ],
-    ids=["fp32", "fp32 sliced", "fp32 in place", "bf16 sliced", "bf16 in place"],
+    ids=["fp32", "fp32 in place", "bf16 sliced"],
 )
 def test_a_gradient_found_not_finite_later_leaves_everything_bit_for_bit(
     dtype: torch.dtype, tail: tuple[Transform, ...], chunk: int, monkeypatch: pytest.MonkeyPatch

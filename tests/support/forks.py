@@ -1,6 +1,7 @@
 """Starting processes that are forks of one, which takes seconds to import torch and does nothing else but fork.
 
-`Starter.run` runs a function in such a process, or in several that this one forks; `run_script` runs a program.
+`Starter.run` runs a function in such a process, or in several that this one forks; `run_script` runs a program, and
+`run_command` the command line.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ class Starter:
         self.process = subprocess.Popen(command, env=environment, bufsize=0, stdin=PIPE, stdout=PIPE)
         atexit.register(self.process.communicate)  # which ends it: there is no more to do
 
+    def share(self, module: str) -> None:
+        """Import a module in the process that is forked, so that not every fork has to."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([module]).encode() + b"\n")
+        assert self.process.stdout.readline() == b"shared\n"
+
     def run(self, function: str, *arguments: Any, log: Path, timeout: float) -> int:
         """Run a function, "module:name", with arguments that JSON can hold, and return the exit code of its process.
 
@@ -66,25 +74,50 @@ def starter() -> Starter:
     return Starter()
 
 
-def run_script(script: Path, *arguments: str | Path, world: int = 1, timeout: float = 600) -> CompletedProcess[str]:
+def run_script(
+    script: Path, *arguments: str | Path, world: int = 1, first: str = "", timeout: float = 600
+) -> CompletedProcess[str]:
     """Run a Python program in the project's folder as `python script arguments` would, or as torchrun would if `world`,
-    the number of processes, is above one."""
+    the number of processes, is above one. first: a function, "module:name", that is called before the program."""
     command = [str(script), *map(str, arguments)]
     with TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        code = starter().run("tests.support.forks:be_program", command, world, str(out), log=err, timeout=timeout)
+        code = starter().run(
+            "tests.support.forks:be_program", command, world, first, str(out), log=err, timeout=timeout
+        )
         return CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
-def be_program(command: list[str], world: int, out: str) -> None:
-    """Be the program of this command, in one process or several, which print to a file."""
+def be_program(command: list[str], world: int, first: str, out: str) -> None:
+    """Be the program of this command, in one process or several, which print to a file; call `first` before."""
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.chdir(ROOT)
     if world > 1:
         be_ranks(world)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
+    if first:
+        call(first)
     runpy.run_path(command[0], run_name="__main__")
+
+
+def run_command(*arguments: str | Path, installed: Path | None = None, timeout: float = 600) -> CompletedProcess[str]:
+    """Run `optstate arguments`, as a person does beside whom the packages in a folder are installed."""
+    command = list(map(str, arguments))
+    folder = "" if installed is None else str(installed)
+    with TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        code = starter().run("tests.support.forks:be_command", command, folder, str(out), log=err, timeout=timeout)
+        return CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def be_command(command: list[str], installed: str, out: str) -> None:
+    """Be the command line, with the packages of a folder, and print to a file."""
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    if installed:
+        sys.path.insert(0, installed)
+    sys.argv = ["optstate", *command]
+    importlib.import_module("optstate_cli.main").app()
 
 
 def be_ranks(world: int) -> None:
@@ -109,7 +142,10 @@ def be_ranks(world: int) -> None:
 
 
 def serve() -> None:
-    """Run each function that comes in as a line in a fork: say who leads it, and, in a second line, its exit code."""
+    """Run each function that comes in as a line in a fork: say who leads it, and, in a second line, its exit code.
+
+    A line that is the name of a module alone has it imported here.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -118,9 +154,15 @@ def serve() -> None:
     tests = os.getppid()
     gc.freeze()  # what was imported is no garbage, nor an engine that optimizers would have to look for
     for line in sys.stdin:
+        job = json.loads(line)
+        if len(job) == 1:
+            importlib.import_module(job[0])
+            gc.freeze()
+            print("shared", flush=True)
+            continue
         leader = os.fork()
         if leader == 0:
-            lead(*json.loads(line))
+            lead(*job)
         print(leader, flush=True)
         while not (ended := os.waitpid(leader, os.WNOHANG))[0]:
             time.sleep(0.02)
@@ -129,6 +171,12 @@ def serve() -> None:
                     os.killpg(leader, SIGKILL)
                 return
         print(os.waitstatus_to_exitcode(ended[1]), flush=True)
+
+
+def call(function: str, *arguments: Any) -> None:
+    """Call a function, "module:name"."""
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)
 
 
 def lead(function: str, arguments: list[Any], log: str) -> None:
@@ -140,8 +188,7 @@ def lead(function: str, arguments: list[Any], log: str) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        module, _, name = function.partition(":")
-        getattr(importlib.import_module(module), name)(*arguments)
+        call(function, *arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

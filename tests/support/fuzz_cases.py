@@ -401,8 +401,8 @@ def torch_file_of(tree: Any, path: Path) -> bytes:
 KINDS = {"document": 5500, "bytes": 6000, "pickle": 4000, "tree": 2400, "folder": 1600, "zip": 900}
 """How many cases of each."""
 
-SHARE = 4
-"""The suite runs the first quarter of each kind, `python -m tests.support.fuzz_cases all` every case."""
+SHARE = 10
+"""The suite runs the first tenth of each kind, `python -m tests.support.fuzz_cases all` every case."""
 
 
 def run(corpus: Corpus, kind: str, number: int, results: Results) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -245,21 +246,30 @@ def _clipped(model: Small, optimizer: Any) -> Callable[[int], Any]:
 def _loaded(recipe: Any) -> Case:
     """Here the step that is interrupted is a load of another run's state, with a step after it."""
     case = _case(recipe, _plain, fused=False)
-    saved = []
-    for steps in range(3):
-        other = _case(recipe, _plain, fused=False)
-        for number in range(1, steps + 4):
-            other.step(number)
-        saved.append(copy.deepcopy(other.optimizer.state_dict()))
+    saved = [_saved(recipe, steps) for steps in range(3)]
     case.step = lambda number: case.optimizer.load_state_dict(saved[number])
     return case
+
+
+@cache
+def _saved(recipe: Any, steps: int) -> dict[str, Any]:
+    """The state of a run that made three steps more than this."""
+    other = _case(recipe, _plain, fused=False)
+    for number in range(1, steps + 4):
+        other.step(number)
+    return copy.deepcopy(other.optimizer.state_dict())
+
+
+@cache
+def _two_devices() -> Any:
+    return dist.device_mesh.init_device_mesh("cpu", (2,))
 
 
 def split(recipe: Any) -> Case:
     """One of two devices that each hold half of a matrix; what the other one sends is what this one sent."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    mesh = _two_devices()
     torch.manual_seed(0)
     shapes = {"matrix": (6, 4), "other": (4, 4), "vector": (6,)}
     params = [nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])) for shape in shapes.values()]
@@ -310,6 +320,16 @@ def start_two_devices() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+
+
+def attack_one_of_two_devices() -> None:
+    """Attack AdaLomo's step there, and end with an error if a half-made step passes unseen."""
+    start_two_devices()
+    found = attack(lambda: split(AdaLomo), first_in_step)
+    print(found)
+    assert found.half > 20
+    assert not found.silent
+    assert not found.wrong_afterwards
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from optstate.checkpoint.files.safetensors_writer import SafetensorsFile
 from tests.support.ranks import (
     RECIPES,
     SAVED_ROWS,
+    STEPS,
     batch,
     distance,
     loss_of,
@@ -75,7 +76,7 @@ the backward pass, when groups have been updated and others have not."""
 
 
 def killed_in_a_step(place: str, folder: Path) -> dict[str, Any]:
-    """Five steps, both kinds of checkpoint, then a step during which rank 1 is killed. Gives what rank 0 sees."""
+    """Some steps, both kinds of checkpoint, then a step during which rank 1 is killed. Gives what rank 0 sees."""
     model, optimizer = saved_run("adalomo", folder, fused=place != "stepped")
     deadly = die if dist.get_rank() == 1 else lambda: None
     if place == "fused, in backward":
@@ -84,7 +85,7 @@ def killed_in_a_step(place: str, folder: Path) -> dict[str, Any]:
     else:
         sums = at_call(2 if place == "stepped" else 4, dist.all_reduce, deadly)
     with patch.object(dist, "all_reduce", sums), pytest.raises(RuntimeError) as caught:
-        train(model, optimizer, place != "stepped", dist.get_world_size(), dist.get_rank(), range(5, 6))
+        train(model, optimizer, place != "stepped", dist.get_world_size(), dist.get_rank(), range(STEPS, STEPS + 1))
     cause = caught.value.__cause__
     return {
         "error": f"{caught.type.__name__}: {caught.value}",

@@ -21,7 +21,7 @@ from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import recipes
 from optstate.distributed.placement import here
 
-STEPS = 5
+STEPS = 3
 BATCH = 8
 TOKENS = 12
 SAVED_ROWS = 7
@@ -112,7 +112,11 @@ def train(
 
 def train_whole(model: nn.Module, optimizer: optstate.Optimizer, parts: int = 1, steps: range = range(STEPS)) -> None:
     """The run to compare with: the parts of a batch one after the other, so that gradients are added up alike. Two
-    processes then get the same bits, and a code of 8 bits cannot fall on the other side of a tie."""
+    processes then get the same bits, and a code of 8 bits cannot fall on the other side of a tie.
+
+    Only rank 0 makes it, whose results are looked at; distances on the other ranks mean nothing."""
+    if dist.get_rank() > 0:
+        return
     for step in steps:
         for rank in range(parts):
             (loss_of(model, my_part(batch(step), parts, rank)) / parts).backward()
@@ -134,7 +138,7 @@ def distance_of_state(optimizer: optstate.Optimizer, other: optstate.Optimizer) 
     worst = 0.0
     for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert a.keys() == b.keys()
-        assert a["step"] == b["step"]
+        assert a["step"] == b["step"] or dist.get_rank() > 0
         for key, value in b.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 scale = value.abs().max().clamp(min=1e-30)
@@ -512,19 +516,19 @@ def other_parameters_on_each_rank(file: Path) -> str:
 
 
 def save_distributed(recipe: str, folder: Path) -> None:
-    """Five steps, then torch's distributed checkpoint and the one file of `optstate.save`."""
+    """Some steps, then torch's distributed checkpoint and the one file of `optstate.save`."""
     saved_run(recipe, folder)
 
 
 def saved_run(recipe: str, folder: Path, fused: bool = False) -> tuple[nn.Module, optstate.Optimizer]:
-    """A run that has just saved itself in both ways after five steps."""
+    """A run that has just saved itself in both ways after some steps."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
     world, rank = dist.get_world_size(), dist.get_rank()
     model = shard(net(SAVED_ROWS), init_device_mesh("cpu", (world,)), True)
     optimizer = RECIPES[recipe](model.named_parameters())
-    train(model, optimizer, fused, world, rank, range(5))
+    train(model, optimizer, fused, world, rank, range(STEPS))
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder / "dcp")
     optstate.save(optimizer, folder / "opt.safetensors")
@@ -553,7 +557,7 @@ def load_distributed(recipe: str, folder: Path, how: str) -> float:
         set_optimizer_state_dict(model, optimizer, state["optim"])
     else:
         optstate.load(optimizer, folder / "opt.safetensors")
-    train(model, optimizer, how == "dcp", world, rank, range(5, 10))
-    train_whole(plain, other, 2, range(5))
-    train_whole(plain, other, world, range(5, 10))
+    train(model, optimizer, how == "dcp", world, rank, range(STEPS, 2 * STEPS))
+    train_whole(plain, other, 2, range(STEPS))
+    train_whole(plain, other, world, range(STEPS, 2 * STEPS))
     return distance(model, plain)

@@ -30,6 +30,8 @@ from optstate.formats import (
 from optstate.other_libraries import FORMATS
 from tests.testing.test_broken_parts import broken_laws
 
+pytestmark = pytest.mark.slow
+
 NAME = "smalllib"
 HYPERS = {"lr": NEEDED, "betas": NEEDED, "eps": NEEDED, "weight_decay": NEEDED, "small": 1}
 RULE = OtherRule(NAME, "Small", "adamw", needs=frozenset({"small"}), numbers=frozenset(HYPERS))

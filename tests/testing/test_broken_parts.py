@@ -16,6 +16,8 @@ from optstate.spec import FieldSpec, ParamSpec
 from optstate.stores import Fields, Noise, Requests, Shape, Slot, Store
 from optstate.updates import Context, State, Transform, Update
 
+pytestmark = pytest.mark.slow
+
 
 def broken_laws(check: Callable[..., None], part: Any, names: tuple[str, ...]) -> dict[str, testing.LawError]:
     """Every law of these that a part breaks, with what is said of it."""

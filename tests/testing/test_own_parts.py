@@ -8,6 +8,8 @@ from optstate import recipes, stores, testing, updates
 from optstate.stores import Store, registry
 from optstate.updates import Transform
 
+pytestmark = pytest.mark.slow
+
 STORES = [
     stores.Full(),
     stores.Full("bfloat16"),

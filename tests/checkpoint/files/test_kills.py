@@ -22,7 +22,7 @@ from optstate.checkpoint.open_checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("OPTSTATE_KILLS", "50"))
+KILLS = int(os.environ.get("OPTSTATE_KILLS", "25"))
 
 ACTIONS = {
     "save": "opt.safetensors",

@@ -21,6 +21,8 @@ from optstate.checkpoint.open_checkpoint import open_checkpoint
 from tests.support.paths import DATA
 from tests.support.replaced_files import ACTIONS, SETS, command, fresh, held, saving, seen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=SETS)
 def beside_a_saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -31,7 +33,7 @@ def beside_a_saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_beside_a_saver_every_reading_is_of_one_version(action: str, beside_a_saver: Path) -> None:
-    counts = seen(25 if action in ("load", "inspect") else 8, beside_a_saver, action)
+    counts = seen(12 if action in ("load", "inspect") else 4, beside_a_saver, action)
     print(f"{action} beside a saver: {dict(counts)}")
     assert set(counts) <= {"1", "2"}
 

@@ -17,6 +17,8 @@ from tests.support.fuzz_cases import SPARE
 from tests.support.paths import ROOT
 from tests.support.pickle_attack import BITING
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 2.0
 """Of the processor's time, for all that is done with one file."""
 

@@ -57,6 +57,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(trees, st.sampled_from(PROTOCOLS))
 def test_plain_data_is_what_pickle_makes_of_it(tree: Any, protocol: int) -> None:
@@ -493,6 +494,7 @@ def test_a_pickle_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(pickle.dumps("a" * 900) + b"more" * 1000) == "a" * 900
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", [b"]", b"(", b"\x85", b"cmod\nName\n"])
 def test_deep_nesting_needs_no_recursion(one: bytes) -> None:
     depth = 100_000

@@ -409,6 +409,7 @@ def stop_writers(path: Path, delays: list[float], how: signal.Signals) -> Iterat
         process.stdin.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_writer_leaves_one_complete_set(how: signal.Signals, tmp_path: Path) -> None:
     """At times that run through a write. A kill may leave what no index names, Ctrl-C no temporary file."""

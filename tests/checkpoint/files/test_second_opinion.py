@@ -107,6 +107,7 @@ def mutated(text: str, random: Random) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_two_thousand_mutated_headers_are_judged_alike(tmp_path: Path) -> None:
     """A header is taken by one and refused by the other for reasons that are known, and for no others."""
     random = Random(2026)

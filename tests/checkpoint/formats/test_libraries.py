@@ -111,6 +111,7 @@ RECIPES: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 """Ours of the same rule, where that is not the recipe as it is by default."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_library_keeps_the_laws_of_formats(name: str) -> None:
     kind, build, laws = LIBRARIES[name]

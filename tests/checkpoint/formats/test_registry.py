@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,9 @@ from optstate.checkpoint import formats
 from optstate.checkpoint.formats.registry import find_formats
 from optstate.other_libraries.libraries import OWN_FORMATS
 from optstate.recipes import Lion
+from tests.support.forks import run_command
+
+pytestmark = pytest.mark.slow
 
 # --- a package of somebody else's ---------------------------------------------------------------------------------
 
@@ -91,9 +93,7 @@ def install(folder: Path, value: str = "gadget_optim:FORMAT", source: str = GADG
 
 def run(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """The command line, with the other package installed."""
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", "from optstate_cli.main import app; app()", *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    return run_command(*arguments, installed=folder)
 
 
 def done(folder: Path, *arguments: Any) -> dict[str, Any]:

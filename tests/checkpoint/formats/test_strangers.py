@@ -36,6 +36,8 @@ from tests.cli.test_hostile import answer, refusal
 from tests.support.foreign_files import Tiny, fields, identical, param, saved, train
 from tests.support.paths import DATA
 
+pytestmark = pytest.mark.slow
+
 THIS = __name__
 
 

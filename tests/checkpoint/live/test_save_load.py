@@ -576,6 +576,7 @@ print(optimizer.state_nbytes())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures by Linux's peak counter")
 def test_two_hundred_megabytes_pass_through_little_memory(tmp_path: Path) -> None:
     """The largest tensor has 10.5 MB; on the CPU not even that is copied."""
