@@ -340,12 +340,13 @@ TILED void encode_block(const Moment *m, int64_t at, int64_t count, const float 
     float most = float_of(largest);
     most = most < SMALLEST_MAXIMUM ? SMALLEST_MAXIMUM : most > LARGEST_MAXIMUM ? LARGEST_MAXIMUM : most;
     m->scale[at / m->block] = most;
+    float inverse = 1.0f / most;
     uint8_t *restrict codes = (uint8_t *)m->data + (m->kind == SIGNED4 || m->kind == LINEAR4 ? at / 2 : at);
     if (m->kind == SIGNED8) {
         float decades[32];
         memcpy(decades, m->decades, sizeof decades);
         EACH(j, count) {
-            int32_t place = place_in_map(fabsf(x[j]) / most, decades);
+            int32_t place = place_in_map(fabsf(x[j]) * inverse, decades);
             int32_t below = 127 - (place > 127 ? 127 : place);  /* the map has no -1 */
             codes[j] = (uint8_t)(x[j] < 0 ? below : 127 + place);
         }
@@ -353,7 +354,7 @@ TILED void encode_block(const Moment *m, int64_t at, int64_t count, const float 
         float decades[32];
         memcpy(decades, m->decades, sizeof decades);
         EACH(j, count) {
-            int32_t place = place_in_map(x[j] / most, decades);
+            int32_t place = place_in_map(x[j] * inverse, decades);
             codes[j] = (uint8_t)(place + (place == 0 && x[j] > 0));  /* what is positive stays positive */
         }
     } else if (m->kind == SIGNED_E4M3 || m->kind == UNSIGNED_E4M3) {
@@ -368,13 +369,14 @@ TILED void encode_block(const Moment *m, int64_t at, int64_t count, const float 
         if (m->kind == SIGNED4) {
             float bounds[15];
             memcpy(bounds, m->decades, sizeof bounds);
-            EACH(j, count) places[j] = (uint8_t)place_in_signed4(x[j] / most, bounds);
+            EACH(j, count) places[j] = (uint8_t)place_in_signed4(x[j] * inverse, bounds);
         } else {
             EACH(j, count) {
                 float place = x[j] / most * 16.0f - 1.5f;  /* exact, as 16 is a power of two and 1.5 has few bits */
-                place = place > 0.0f ? place < 15.0f ? place : 15.0f : 0.0f;
                 int32_t below = (int32_t)place;
-                places[j] = (uint8_t)(below + ((float)below < place));
+                int32_t above = below + ((float)below < place);
+                above = above > 15 ? 15 : above;
+                places[j] = (uint8_t)(above < 0 ? 0 : above);
             }
         }
         for (int64_t j = count; j & 1; j++) places[j] = 0;
@@ -452,7 +454,8 @@ typedef struct {
 
 /* torch.lerp: from whichever end is nearer. */
 INLINE float move(float from, float to, float weight) {
-    return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1.0f - weight);
+    int near = weight < 0.5f; /* the same for all elements of a loop */
+    return (near ? from : to) + (near ? weight : weight - 1.0f) * (to - from);
 }
 
 TILED void step_tile(const Elementwise *s, int64_t count, const float *restrict g, float *restrict p, float *restrict m,
@@ -462,9 +465,13 @@ TILED void step_tile(const Elementwise *s, int64_t count, const float *restrict 
         EACH(j, count) p[j] = p[j] * keep - g[j] * step;
     } else if (s->rule == ADAM) {
         float inverse = s->inverse_correction, eps = s->eps;
-        EACH(j, count) m[j] = move(m[j], g[j], w1);
-        if (s->moves_second) EACH(j, count) v[j] = move(v[j], g[j] * g[j], w2);
-        EACH(j, count) p[j] = p[j] * keep - m[j] * step / (sqrtf(v[j]) * inverse + eps);
+        w2 = s->moves_second ? w2 : 0.0f;
+        EACH(j, count) {
+            float first = move(m[j], g[j], w1), second = move(v[j], g[j] * g[j], w2);
+            m[j] = first;
+            v[j] = second;
+            p[j] = p[j] * keep - first * step / (sqrtf(second) * inverse + eps);
+        }
     } else if (s->rule == LION) {
         EACH(j, count) {
             float direction = move(m[j], g[j], mix);
