@@ -16,7 +16,10 @@ from optstate.stores import Store
 from optstate.updates import Chain, Hyper, Route, as_route, clip_by_value
 from optstate.weights import Plain, Weights, as_weights
 
-__all__ = ["ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
+__all__ = ["TRANSFORMS", "ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
+
+TRANSFORMS = "transforms"
+"""What the plan calls a step that is made by the transforms of the chain, one after the other."""
 
 SMALL_SCRATCH = 1_000_000
 """Bytes of temporaries not worth a note."""
@@ -174,7 +177,7 @@ class ParamPlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What differs from what was asked for, and what costs more than a reader would expect."""
+        """What differs from what was asked for."""
         notes = [f"{slot.name}: {slot.note}" for slot in self.slots.values() if slot.note]
         if self.spec.region is not None:
             notes.append(f"{'x'.join(map(str, self.spec.region.shape))} of it here")
@@ -182,9 +185,12 @@ class ParamPlan:
             notes.append("frozen: weights of this dtype are never stepped")
         elif not self.trainable:
             notes.append("frozen: no state until it gets a gradient")
-        if self.scratch_bytes:
-            notes.append(f"up to {_bytes(self.scratch_bytes)} of temporaries in a step")
         return tuple(notes)
+
+    @property
+    def scratch_note(self) -> tuple[str, ...]:
+        """What the transforms of the chain need for a step beyond chunks; a whole step needs no such room."""
+        return (f"up to {_bytes(self.scratch_bytes)} of temporaries in a step",) if self.scratch_bytes else ()
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,9 @@ class Plan:
                     str(param.nbytes),
                     str(param.weights),
                     step,
-                    "; ".join(param.notes),
+                    "; ".join(
+                        param.notes if step and not step.startswith(TRANSFORMS) else (*param.notes, *param.scratch_note)
+                    ),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -186,6 +186,7 @@ def stepped(
     strides = param.stride()
     with chunk_of(chunk), mock.patch.object(kernels, "cut_into_pieces", wraps=kernels.cut_into_pieces) as cut:
         optimizer = build([("p", param)], lr=0.01, **options)
+        optimizer.use_backend("eager")  # whole steps know no slices
         for step in range(2):
             param.grad = laid_out(noise(shape, 2 + step).to(dtype), of_grad)
             kept = param.grad.clone()
@@ -241,6 +242,7 @@ def test_one_bad_element_in_any_slice_is_refused_before_any_is_written(layout: s
         param = nn.Parameter(torch.ones(shape))
         with chunk_of(SMALL):
             optimizer = AdamW8bit([("p", param)])
+            optimizer.use_backend("eager")
             gradient = noise(shape, 1)
             gradient.view(-1)[at] = bad
             param.grad = laid_out(gradient, layout)
@@ -297,6 +299,7 @@ def test_chains_of_maxima_run_whole_and_are_the_same_bits_in_small_chunks(build:
             with chunk_of(chunk):
                 param = nn.Parameter(laid_out((noise(shape, 1) * 0.1).to(dtype), of_param))
                 optimizer = build([("p", param)], lr=0.01)
+                optimizer.use_backend("eager")
                 for step in range(2):
                     param.grad = laid_out(noise(shape, 2 + step).to(dtype), of_grad)
                     optimizer.step()
@@ -327,9 +330,10 @@ GROWS: dict[str, tuple[Build, bool]] = {  # and whether it needs temporaries of 
 
 
 def announced_and_measured(build: Build, shape: Shape, dtype: torch.dtype, layout: str) -> tuple[int, int]:
-    """Of a step: what the plan says, and the peak beyond parameter, gradient and state. Values do not matter."""
+    """Of the transforms: what the plan says, and the peak beyond parameter, gradient, state. Values do not matter."""
     param = nn.Parameter(laid_out(torch.full(shape, 0.5, dtype=dtype), layout))
     optimizer = build([("p", param)])
+    optimizer.use_backend("eager")
     param.grad = laid_out(torch.full(shape, 0.25, dtype=dtype), layout)
     (plan,) = optimizer.plan()
     return plan.scratch_bytes, peak_extra_bytes(optimizer.step)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from optstate.kernels.backend import choose_backend
-from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.plan import TRANSFORMS, ParamPlan
 from optstate.optimizer.whole_steps.base import WholeStep
 from optstate.optimizer.whole_steps.confidence import CompiledConfidence
 from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
@@ -38,7 +38,7 @@ class Found:
         """What the plan says of it."""
         if self.step is not None:
             return self.step.words
-        return f"transforms ({self.why})" if self.why else ""
+        return f"{TRANSFORMS} ({self.why})" if self.why else ""
 
 
 def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto") -> Found:
