@@ -2,6 +2,7 @@
 
 eager: operations of PyTorch, one after the other, on any device; the reference that the others are tested against.
 native: steps compiled from C, on a CPU.
+triton: steps in Triton, on CUDA devices.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 import torch
 
 from optstate.kernels import native
+from optstate.kernels.triton_steps import why_no_triton
 
 __all__ = ["BACKENDS", "check_backend", "choose_backend"]
 
-BACKENDS = ("auto", "eager", "native")
+BACKENDS = ("auto", "eager", "native", "triton")
 
 VARIABLE = "OPTSTATE_BACKEND"
 """The environment variable that decides where an optimizer leaves the choice open; read when this is imported."""
@@ -38,10 +40,10 @@ def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
             raise ValueError(f"{VARIABLE}={backend!r} is no backend: give {', '.join(BACKENDS)}, or leave it out")
     if backend == "eager":
         return "eager", "eager was chosen"
-    if device.type != "cpu":
-        return "eager", f"no compiled steps for {device.type}"
-    missing = native.why_missing()
-    return ("eager", f"no compiled steps: {missing}") if missing else ("native", "")
+    if backend == "auto":
+        backend = {"cpu": "native", "cuda": "triton"}.get(device.type, "auto")
+    why = _why_not(backend, device)
+    return ("eager", why) if why else (backend, "")
 
 
 def check_backend(backend: str) -> None:
@@ -52,5 +54,17 @@ def check_backend(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
-    if backend == "native" and native.why_missing():
-        raise ValueError(f'backend="native" cannot be used: {native.why_missing()}; "auto" takes what there is')
+    missing = {"native": native.why_missing(), "triton": why_no_triton(torch.device("cuda"))}.get(backend, "")
+    if missing:
+        raise ValueError(f'backend="{backend}" cannot be used: {missing}; "auto" takes what there is')
+
+
+def _why_not(backend: str, device: torch.device) -> str:
+    """Return why a backend makes no steps on a device; "" if it does."""
+    if backend == "triton":
+        why = why_no_triton(device)
+        return f"no steps in Triton: {why}" if why else ""
+    if device.type != "cpu":
+        return f"no compiled steps for {device.type}"
+    missing = native.why_missing()
+    return f"no compiled steps: {missing}" if missing else ""

@@ -17,6 +17,8 @@ from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
 from optstate.optimizer.whole_steps.factored import CompiledFactored
 from optstate.optimizer.whole_steps.fused_by_torch import FusedByTorch
 from optstate.optimizer.whole_steps.maxima import CompiledMaxima
+from optstate.optimizer.whole_steps.triton_elementwise import TritonElementwise
+from optstate.optimizer.whole_steps.triton_factored import TritonFactored
 from optstate.spec import can_be_stepped
 
 __all__ = ["Found", "WholeStep", "find_whole_step"]
@@ -24,6 +26,9 @@ __all__ = ["Found", "WholeStep", "find_whole_step"]
 
 COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)
 """Every compiled step; the first that knows a chain makes its steps."""
+
+IN_TRITON = (TritonFactored, TritonElementwise)
+"""Every step in Triton, in the same way."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
     chosen, why = choose_backend(backend, device)
     if chosen == "eager":
         return Found(None, why)
-    for kind in COMPILED:
-        step = kind.of(plan)
+    for kind in IN_TRITON if chosen == "triton" else COMPILED:
+        step: WholeStep | None = kind.of(plan)
         if step is not None:
             return Found(step)
     return Found(None, "no whole step is written for this chain")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from optstate.kernels import native
 from optstate.kernels.native import Kept, Rule
 from optstate.optimizer.plan import ParamPlan
@@ -27,7 +29,24 @@ from optstate.updates import (
     sign_momentum,
 )
 
-__all__ = ["CompiledElementwise"]
+__all__ = ["CompiledElementwise", "MovedMoment"]
+
+
+@dataclass(frozen=True)
+class MovedMoment:
+    """A second moment that was moved before the kernel runs, as it needs sums; to be committed afterwards.
+
+    Attributes:
+        statistic: the moment.
+        kind, data, scale, block: how a kernel reads it: one number per `block` elements; or one per row of `block`
+            elements, times one per column.
+    """
+
+    statistic: Statistic
+    kind: Kept
+    data: Tensor
+    scale: Tensor | None
+    block: int
 
 
 @dataclass(frozen=True)
@@ -178,10 +197,20 @@ class CompiledElementwise:
         return True
 
     def _move(self, step: native.Elementwise, state: Mapping[str, Any], ctx: Context) -> Statistic | None:
-        """Move a second moment that needs sums, and hand it to the kernel; return it, to be written afterwards.
+        """Move a second moment that needs sums, and hand it to the kernel; return it, to be written afterwards."""
+        moved = self.move_second(state, ctx)
+        if moved is None:
+            return None
+        scale = None if moved.scale is None else moved.scale.data_ptr()
+        step.second = native.Moment(moved.data.data_ptr(), scale, kind=moved.kind, block=moved.block)
+        step.alive = moved
+        return moved.statistic
+
+    def move_second(self, state: Mapping[str, Any], ctx: Context) -> MovedMoment | None:
+        """Move the second moment that needs sums; return how a kernel reads it, or None if there is none.
 
         Raises:
-            NonFiniteGradientError: if the gradient is not finite.
+            NonFiniteGradientError: if the gradient is not finite, and the host can know.
         """
         if self.moved is None:
             return None
@@ -198,13 +227,9 @@ class CompiledElementwise:
         run_alone(self.rule.prepare(update, {self.moved: statistic}, ctx))
         if isinstance(slot.store, Factored):
             share, col = (factor.contiguous() for factor in statistic.factors())
-            step.second = native.Moment(share.data_ptr(), col.data_ptr(), kind=Kept.OUTER, block=spec.shape[-1])
-            step.alive = (share, col)
-        else:
-            mean = statistic.current["mean"].contiguous()
-            step.second = native.Moment(mean.data_ptr(), kind=Kept.SPREAD, block=spec.numel // mean.numel())
-            step.alive = mean
-        return statistic
+            return MovedMoment(statistic, Kept.OUTER, share, col, spec.shape[-1])
+        mean = statistic.current["mean"].contiguous()
+        return MovedMoment(statistic, Kept.SPREAD, mean, None, spec.numel // mean.numel())
 
 
 RULES = (scale_by_adam, sign_momentum, momentum, scale_by_rss)

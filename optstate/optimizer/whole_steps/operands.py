@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optstate.kernels import Codebook, native, noise_key
+from optstate.kernels.decades import find_decades
 from optstate.kernels.native import NUMBERS, Kept, Written
 from optstate.optimizer.plan import ParamPlan, SlotPlan
 from optstate.optimizer.whole_steps.base import is_plain
@@ -193,26 +194,5 @@ def _tables(book: Codebook) -> _Tables:
         byte = torch.arange(256, device="cpu")
         pairs = values[torch.stack([byte >> 4, byte & 15], dim=1)].contiguous()
         return _Tables(pairs, torch.cat([book.bounds, book.bounds.new_zeros(1)]).contiguous())
-    is_dynamic = float(values[-1]) == 1.0 and bool((values == 0).any()) and len(values) == 256
-    return _Tables(values, _decades(book) if is_dynamic else values)
-
-
-def _decades(book: Codebook) -> Tensor:
-    """Return where each decade of an 8-bit dynamic map begins, and how its codes follow from a magnitude: `[4, 8]`.
-
-    Within a decade the values are equally far apart, so that the place of the nearest one is linear in the magnitude.
-    The rows are the largest magnitude of the decade below; the slope and the offset of the place; and the last place.
-    """
-    zero = int((book.values == 0).nonzero()[0])
-    magnitudes = book.values[zero:].double()
-    places = torch.zeros(4, 8, dtype=torch.float64, device="cpu")
-    first, count = 1, 1 if zero else 2
-    for decade in range(7):
-        last = first + count - 1
-        width = 0.9 * 10.0 ** (decade - 6) / count
-        start = 0.1 * 10.0 ** (decade - 6)
-        between = (magnitudes[first - 1] + magnitudes[first]) / 2
-        places[:, decade] = places.new_tensor([float(between), 1 / width, first - start / width, last])
-        first, count = last + 1, 2 * count
-    places[:, 7] = places.new_tensor([float(magnitudes[-2] + magnitudes[-1]) / 2, 0.0, first, first])
-    return places.float().contiguous()
+    decades = find_decades(book)
+    return _Tables(values, values if decades is None else decades)

@@ -1,0 +1,311 @@
+"""Compile every kernel of CUDA steps ahead of time, without a GPU, and print what the compiler made of each.
+
+Registers per thread, bytes of spilled registers and of shared memory come from NVIDIA's assembler, by `cuobjdump`,
+which Triton brings along. Spills would mean traffic to memory that no count of bytes knows of: there must be none.
+
+    python -m benchmarks.aot [--arch 80 90 100] [--only NAME] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from optstate.kernels.native import Kept, Rule, Written
+
+ARCHITECTURES = (80, 90, 100)
+"""A100; H100 and H200; B200."""
+
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: types of arguments by name, constants by name, and the number of warps."""
+
+    name: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a variant on one architecture; bytes of `spills` and `shared` memory."""
+
+    name: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+
+    @property
+    def label(self) -> str:
+        """The kernel and the variant."""
+        return self.name if self.name.startswith(self.kernel) else f"{self.kernel}, {self.name}"
+
+
+def of_weight(dtype: str, how: Written) -> dict[str, str | None]:
+    extra = {Written.KAHAN: POINTERS[dtype], Written.SPLIT16: "*i16", Written.SPLIT8: "*i8"}
+    return {"param": POINTERS[dtype], "grad": POINTERS[dtype], "extra": extra.get(how)}
+
+
+def of_moment(name: str, kind: Kept) -> dict[str, str | None]:
+    if kind == Kept.NOTHING:
+        return dict.fromkeys((name, f"{name}_scale", f"{name}_table"))
+    if kind in (Kept.FULL32, Kept.FULL16, Kept.FULL16_RANDOM):
+        data = "*fp32" if kind == Kept.FULL32 else "*bf16"
+        return {name: data, f"{name}_scale": None, f"{name}_table": None}
+    if kind in (Kept.SPREAD, Kept.OUTER):
+        return {name: "*fp32", f"{name}_scale": "*fp32" if kind == Kept.OUTER else None, f"{name}_table": None}
+    return {name: "*u8", f"{name}_scale": "*fp32", f"{name}_table": "*fp32"}
+
+
+LONG = ("start", "first_start", "second_start")
+"""Counts of elements, which may need 64 bits."""
+
+WHOLE = (
+    "row_count",
+    "col_count",
+    "programs",
+    "weight_key",
+    "first_key",
+    "second_key",
+    "second_block",
+    "rows",
+    "cols",
+    "matrices",
+    "strip",
+)
+"""Counts that fit 32 bits, and keys."""
+
+
+def make_variant(
+    name: str, kernel: str, arguments: list[str], given: dict[str, str | None], warps: int, **constants: Any
+) -> Variant:
+    """Return a variant whose other arguments have the types that a launch gives them."""
+    types, fixed = {}, dict(constants)
+    for argument in arguments:
+        if argument in constants:
+            continue
+        usual = "i64" if argument in LONG else "i32" if argument in WHOLE else "fp32"
+        kind = given.get(argument, usual)
+        if kind is None:
+            fixed[argument] = None
+        else:
+            types[argument] = kind
+    return Variant(name, kernel, types, fixed, warps)
+
+
+def elementwise_variants() -> Iterator[Variant]:
+    from optstate.kernels.triton_steps.elementwise import WARPS, elementwise_kernel
+
+    none, full, bf16 = Kept.NOTHING, Kept.FULL32, Kept.FULL16
+    cases = [
+        ("descent fp32", "float32", Written.PLAIN, Rule.DESCENT, none, none, 1),
+        ("descent bf16 stochastic", "bfloat16", Written.STOCHASTIC, Rule.DESCENT, none, none, 1),
+        ("descent fp16 stochastic", "float16", Written.STOCHASTIC, Rule.DESCENT, none, none, 1),
+        ("adam fp32", "float32", Written.PLAIN, Rule.ADAM, full, full, 1),
+        ("adam bf16 plain", "bfloat16", Written.PLAIN, Rule.ADAM, full, full, 1),
+        ("adam bf16 stochastic", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, full, 1),
+        ("adam fp16 stochastic", "float16", Written.STOCHASTIC, Rule.ADAM, full, full, 1),
+        ("adam bf16 kahan, bf16 moments", "bfloat16", Written.KAHAN, Rule.ADAM, bf16, Kept.FULL16_RANDOM, 1),
+        ("adam bf16 split16", "bfloat16", Written.SPLIT16, Rule.ADAM, full, full, 1),
+        ("adam bf16 split8", "bfloat16", Written.SPLIT8, Rule.ADAM, full, full, 1),
+        ("adam 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED8, Kept.UNSIGNED8, 256),
+        ("adam 8-bit floats", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3, 256),
+        ("adam 4-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED4, Kept.LINEAR4, 128),
+        ("adam group means", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, Kept.SPREAD, 1),
+        ("adam factored", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, Kept.OUTER, 1),
+        ("lion bf16", "bfloat16", Written.STOCHASTIC, Rule.LION, bf16, none, 1),
+        ("lion 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.LION, Kept.SIGNED8, none, 256),
+        ("average bf16", "bfloat16", Written.STOCHASTIC, Rule.AVERAGE, full, none, 1),
+        ("heavy ball fp32", "float32", Written.PLAIN, Rule.HEAVY_BALL, full, none, 1),
+        ("heavy ball 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.HEAVY_BALL, Kept.SIGNED8, none, 256),
+    ]
+    for name, dtype, how, rule, first, second, block in cases:
+        moved = second not in (none, Kept.SPREAD, Kept.OUTER)
+        yield make_variant(
+            name,
+            "elementwise",
+            elementwise_kernel.arg_names,
+            {
+                **of_weight(dtype, how),
+                **of_moment("first", first),
+                **of_moment("second", second),
+                "finite": "*u8",
+                "device_scale": None,
+            },
+            WARPS,
+            HOW=int(how),
+            RULE=int(rule),
+            NESTEROV=False,
+            FIRST=int(first),
+            SECOND=int(second),
+            FIRST_BLOCK=block,
+            SECOND_BLOCK=block if moved else 1,
+            MOVES_SECOND=moved,
+            CLAMPS=False,
+            PENALISES=False,
+            TILE=1024,
+        )
+
+
+def finite_variants() -> Iterator[Variant]:
+    from optstate.kernels.triton_steps.finite import CHECKED, finite_kernel
+
+    for dtype in POINTERS:
+        given: dict[str, str | None] = {"grad": POINTERS[dtype], "finite": "*u8", "count": "i32"}
+        yield make_variant(f"finite {dtype}", "finite", finite_kernel.arg_names, given, 4, TILE=CHECKED)
+
+
+SCRATCH = (
+    "row",
+    "col",
+    "row_parts",
+    "col_parts",
+    "new_row",
+    "new_col",
+    "row_roots",
+    "col_roots",
+    "row_means",
+    "squares",
+)
+"""Statistics and sums, all fp32."""
+
+
+def matrix_variants() -> Iterator[Variant]:
+    from optstate.kernels.triton_steps import factored, unfactored
+
+    def variant(name: str, given: dict[str, str | None], **constants: Any) -> Variant:
+        kernel = find_kernel(name.split(",")[0])
+        given = {**dict.fromkeys(SCRATCH, "*fp32"), "finite": "*u8", "device_scale": None, **given}
+        warps = factored.WIDE_WARPS if name.startswith(("measure", "apply_factored")) else factored.WARPS
+        return make_variant(name, name.split(",")[0], kernel.arg_names, given, warps, **constants)
+
+    tile = {"HEIGHT": 16, "WIDTH": 256}
+    for dtype in ("float32", "bfloat16"):
+        yield variant(f"sum_squares, {dtype}", {"grad": POINTERS[dtype]}, CLAMPS=False, **tile)
+    yield variant("move_factored", {"count": "i32"}, SIZE=factored.VECTOR)
+    cases = [
+        ("fp32", "float32", Written.PLAIN, Kept.NOTHING),
+        ("bf16 stochastic", "bfloat16", Written.STOCHASTIC, Kept.NOTHING),
+        ("fp16 stochastic", "float16", Written.STOCHASTIC, Kept.NOTHING),
+        ("bf16 kahan", "bfloat16", Written.KAHAN, Kept.NOTHING),
+        ("bf16 split16", "bfloat16", Written.SPLIT16, Kept.NOTHING),
+        ("bf16 split8", "bfloat16", Written.SPLIT8, Kept.NOTHING),
+        ("bf16 stochastic, fp32 momentum", "bfloat16", Written.STOCHASTIC, Kept.FULL32),
+        ("bf16 stochastic, bf16 momentum", "bfloat16", Written.STOCHASTIC, Kept.FULL16_RANDOM),
+    ]
+    sums = {"OF_UPDATE": True, "OF_WEIGHT": True}
+    for name, dtype, how, first in cases:
+        given = {**of_weight(dtype, how), **of_moment("first", first), "second": "*fp32"}
+        own = {"HOW": int(how), "CLAMPS": False}
+        written = {**own, **sums, "FIRST": int(first), "DECAY_IS_SCALED": True, "PROGRAMS": 1024}
+        if first == Kept.NOTHING:
+            blocks = {"BLOCKS": 16, "ROW_BLOCK": factored.VECTOR}
+            yield variant(f"measure, {name}", given, **own, **sums, **blocks, **tile)
+            yield variant(f"move_full, {name}", {**given, "count": "i32"}, **own, OF_WEIGHT=True, TILE=unfactored.TILE)
+        yield variant(f"apply_factored, {name}", given, **written, BLOCKS=16, ROW_BLOCK=factored.VECTOR, **tile)
+        yield variant(f"apply_full, {name}", {**given, "count": "i32"}, **written, TILE=unfactored.TILE)
+
+
+def all_variants() -> list[Variant]:
+    """Return every kernel in its main variants."""
+    return [*elementwise_variants(), *finite_variants(), *matrix_variants()]
+
+
+def find_kernel(name: str) -> Any:
+    """Return a kernel by its name without "_kernel"."""
+    from optstate.kernels.triton_steps import elementwise, factored_kernels, finite, unfactored
+
+    homes = (elementwise, finite, factored_kernels, unfactored)
+    return next(getattr(home, f"{name}_kernel") for home in homes if hasattr(home, f"{name}_kernel"))
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Compile one variant for one architecture."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from optstate.kernels.triton_steps.launching import OPTIONS
+
+    kernel = find_kernel(variant.kernel)
+    signature = {name: variant.types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in variant.constants.items()}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("count", "rows", "cols"))
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps, **OPTIONS})
+    registers, spills = read_usage(made.asm["cubin"])
+    instructions = len(re.findall(r"^\t(?!\.)[@a-z]", made.asm["ptx"], re.M))
+    return Compiled(
+        variant.name, variant.kernel, arch, variant.warps, registers, spills, made.metadata.shared, instructions
+    )
+
+
+def read_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers per thread, and bytes of local memory per thread, of the kernel in a binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {text}")
+    return int(found[1]), max(int(found[2]), int(found[3]))
+
+
+def format_table(rows: list[Compiled]) -> str:
+    names: dict[str, list[Compiled]] = {}
+    for row in rows:
+        names.setdefault(row.label, []).append(row)
+    lines = [
+        f"{'kernel':48}{'warps':>6}  "
+        + "  ".join(f"sm_{r.arch}: regs spill shared" for r in next(iter(names.values())))
+    ]
+    for name, each in names.items():
+        columns = "  ".join(f"{'':4}{r.registers:9}{r.spills:6}{r.shared:7}" for r in each)
+        lines.append(f"{name:48}{each[0].warps:6}  {columns}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="a part of the names")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        rows = [
+            compile_variant(variant, arch)
+            for variant in all_variants()
+            if options.only in f"{variant.kernel} {variant.name}"
+            for arch in options.arch
+        ]
+    print(format_table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

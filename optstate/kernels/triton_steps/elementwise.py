@@ -1,0 +1,219 @@
+"""Steps in which every element, or block of elements, goes its own way: one launch, one program per tile.
+
+A program reads a tile of the gradient, the weight and the moments, steps it in fp32 and writes it. Each is read once
+and written once, which is also the floor: `4 * n * itemsize` bytes for weight and gradient less one write, and twice
+the bytes of the state. No program waits for another, and none writes where the gradient was found not to be finite.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optstate.kernels.native import Rule
+from optstate.kernels.rules import ElementRule
+from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_flag
+from optstate.kernels.triton_steps.moments import read_moment, write_moment
+from optstate.kernels.triton_steps.operands import (
+    TILE,
+    GradientTensor,
+    MomentTensor,
+    WeightTensor,
+    signed_key,
+)
+from optstate.kernels.triton_steps.tiles import read_gradient, read_weight, write_weight
+
+__all__ = ["launch_elementwise"]
+
+ADAM = tl.constexpr(int(Rule.ADAM))
+LION = tl.constexpr(int(Rule.LION))
+AVERAGE = tl.constexpr(int(Rule.AVERAGE))
+HEAVY_BALL = tl.constexpr(int(Rule.HEAVY_BALL))
+ROOT_OF_SUM = tl.constexpr(int(Rule.ROOT_OF_SUM))
+
+WARPS = 4
+
+
+@triton.jit
+def move_average(old, new, weight):
+    """Move averages towards new values as `torch.lerp` does: from whichever end is nearer."""
+    return tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
+
+
+@triton.jit
+def find_update(g, m, v, first_weight, mix, inverse_correction, eps, step, RULE: tl.constexpr, NESTEROV: tl.constexpr):
+    """Return what is subtracted from the weight, and the first moment as it is kept."""
+    update = g * step
+    if RULE == ADAM:
+        m = move_average(m, g, first_weight)
+        update = tl.div_rn(m * step, tl.sqrt_rn(v) * inverse_correction + eps)
+    elif RULE == LION:
+        direction = move_average(m, g, mix)
+        update = tl.where(direction > 0, step, tl.where(direction < 0, -step, direction * step))
+        m = move_average(m, g, first_weight)
+    elif RULE == AVERAGE:
+        m = move_average(m, g, first_weight)
+        update = (move_average(m, g, first_weight) if NESTEROV else m) * step
+    elif RULE == HEAVY_BALL:
+        m = m * mix + g * first_weight
+        update = (m * mix + g if NESTEROV else m) * step
+    elif RULE == ROOT_OF_SUM:
+        update = tl.div_rn(g * step, tl.sqrt_rn(v + eps))
+    return update, m
+
+
+@triton.jit(do_not_specialize=["start", "weight_key", "first_key", "second_key", "first_start", "second_start"])
+def elementwise_kernel(
+    param,
+    extra,
+    grad,
+    device_scale,
+    first,
+    first_scale,
+    first_table,
+    second,
+    second_scale,
+    second_table,
+    finite,
+    count,
+    start,
+    weight_key,
+    first_key,
+    first_start,
+    second_key,
+    second_start,
+    second_block,
+    bound,
+    scale,
+    penalty,
+    first_weight,
+    second_weight,
+    mix,
+    inverse_correction,
+    eps,
+    step,
+    keep,
+    HOW: tl.constexpr,
+    RULE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    MOVES_SECOND: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    PENALISES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Step one tile."""
+    at = tl.program_id(0).to(tl.int64) * TILE
+    left = tl.minimum(count - at, TILE).to(tl.int32)
+    if finite is not None:
+        left = tl.where(tl.load(finite) != 0, left, 0)
+    j = tl.arange(0, TILE)
+    mask = j < left
+    x = read_gradient(grad + at, device_scale, j, mask, bound, scale, CLAMPS)
+    if extra is not None:
+        extra += at
+    p = read_weight(param + at, extra, j, mask, HOW)
+    if PENALISES:
+        x += p * penalty
+    m = x
+    v = x
+    if FIRST != 0:
+        m = read_moment(first, first_scale, first_table, at, j, mask, FIRST_BLOCK, FIRST, FIRST_BLOCK)
+    if SECOND != 0:
+        v = read_moment(second, second_scale, second_table, at, j, mask, second_block, SECOND, SECOND_BLOCK)
+        if RULE == ROOT_OF_SUM:
+            v += x * x
+        elif MOVES_SECOND:
+            v = move_average(v, x * x, second_weight)
+    update, m = find_update(x, m, v, first_weight, mix, inverse_correction, eps, step, RULE, NESTEROV)
+    write_weight(param + at, extra, j, mask, p * keep - update, weight_key, start + at, HOW)
+    if FIRST != 0:
+        write_moment(
+            first, first_scale, first_table, at, j, mask, m, first_key, first_start, left, FIRST, FIRST_BLOCK, TILE
+        )
+    if MOVES_SECOND:
+        write_moment(
+            second,
+            second_scale,
+            second_table,
+            at,
+            j,
+            mask,
+            v,
+            second_key,
+            second_start,
+            left,
+            SECOND,
+            SECOND_BLOCK,
+            TILE,
+        )
+
+
+def launch_elementwise(
+    weight: WeightTensor,
+    gradient: GradientTensor,
+    first: MomentTensor,
+    second: MomentTensor,
+    rule: ElementRule,
+    finite: Tensor | None,
+    moves_second: bool,
+) -> None:
+    """Step a parameter and its moments, in one launch.
+
+    Args:
+        weight, gradient: the operands, with as many elements.
+        first, second: moments of the rule; of no kind where there is none.
+        rule: the formula and its numbers.
+        finite: 0-d bool on the device; nothing is written where it is False. None if all is known to be finite.
+        moves_second: whether the kernel moves the second moment; False where that was moved beforehand.
+    """
+    count = weight.param.numel()
+    with on_device(weight.param):
+        elementwise_kernel[(triton.cdiv(count, TILE),)](
+            weight.param,
+            weight.extra,
+            gradient.grad,
+            gradient.on_device,
+            first.data,
+            first.scale,
+            first.table,
+            second.data,
+            second.scale,
+            second.table,
+            view_flag(finite),
+            count,
+            weight.start,
+            signed_key(weight.key),
+            signed_key(first.key),
+            first.start,
+            signed_key(second.key),
+            second.start,
+            second.block,
+            0.0 if gradient.bound is None else gradient.bound,
+            gradient.on_host,
+            gradient.penalty,
+            rule.first_weight,
+            rule.second_weight,
+            rule.mix,
+            rule.inverse_correction,
+            rule.eps,
+            rule.step,
+            rule.keep,
+            HOW=int(weight.how),
+            RULE=int(rule.rule),
+            NESTEROV=bool(rule.nesterov),
+            FIRST=int(first.kind),
+            SECOND=int(second.kind),
+            FIRST_BLOCK=first.block,
+            SECOND_BLOCK=second.block if moves_second else 1,
+            MOVES_SECOND=moves_second,
+            CLAMPS=gradient.bound is not None,
+            PENALISES=gradient.penalty != 0.0,
+            TILE=TILE,
+            num_warps=WARPS,
+            **OPTIONS,
+        )

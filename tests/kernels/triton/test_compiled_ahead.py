@@ -1,0 +1,35 @@
+"""Every kernel compiles for the GPUs that people have, without registers that spill to memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_kernel_spills_registers(arch: int, tmp_path: Path) -> None:
+    """A spill would be traffic to memory that the declared bytes do not count."""
+    found = tmp_path / "aot.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", "--arch", str(arch), "--json", str(found)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    kernels = json.loads(found.read_text())
+    assert {kernel["arch"] for kernel in kernels} == {arch}
+    assert len(kernels) > 50
+    assert [kernel["name"] for kernel in kernels if kernel["spills"] or kernel["registers"] > 168] == []
