@@ -139,8 +139,9 @@ class Optimizer(torch.optim.Optimizer):
         """Choose what makes the steps from now on; `plan()` tells what that is for each parameter.
 
         Args:
-            backend: "auto", the best that is installed; "native", steps compiled for the CPU; "eager", the transforms
-                one after the other. The environment variable `OPTSTATE_BACKEND` is asked where this is "auto".
+            backend: "auto", the best that is installed; "native", steps compiled for the CPU; "triton", steps in
+                Triton for CUDA devices; "eager", the transforms one after the other. The environment variable
+                `OPTSTATE_BACKEND` is asked where this is "auto".
 
         Raises:
             ValueError: for another word, or for a backend that cannot be used here.

@@ -8,14 +8,15 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["interprets", "why_no_triton"]
+__all__ = ["interprets", "is_installed", "why_no_triton"]
 
 INTERPRETER = "TRITON_INTERPRET"
 """Triton's own environment variable: kernels then run in Python, on a CPU, one program after the other."""
 
 
 @cache
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Return whether the package triton can be imported."""
     found = find_spec("triton")
     return found is not None and found.origin is not None  # a mere folder of that name has none
 
@@ -27,7 +28,7 @@ def interprets() -> bool:
 
 def why_no_triton(device: torch.device) -> str:
     """Return why Triton's kernels cannot run on this device, as the end of a sentence; "" if they can."""
-    if not _is_installed():
+    if not is_installed():
         return "the package triton is not installed: pip install 'optstate[triton]'"
     if device.type == "cuda" or (device.type == "cpu" and interprets()):
         return ""

@@ -198,22 +198,21 @@ class CompiledElementwise:
 
     def _move(self, step: native.Elementwise, state: Mapping[str, Any], ctx: Context) -> Statistic | None:
         """Move a second moment that needs sums, and hand it to the kernel; return it, to be written afterwards."""
-        moved = self.move_second(state, ctx)
-        if moved is None:
+        if self.moved is None:
             return None
+        moved = self.move_second(state, ctx)
         scale = None if moved.scale is None else moved.scale.data_ptr()
         step.second = native.Moment(moved.data.data_ptr(), scale, kind=moved.kind, block=moved.block)
         step.alive = moved
         return moved.statistic
 
-    def move_second(self, state: Mapping[str, Any], ctx: Context) -> MovedMoment | None:
-        """Move the second moment that needs sums; return how a kernel reads it, or None if there is none.
+    def move_second(self, state: Mapping[str, Any], ctx: Context) -> MovedMoment:
+        """Move the second moment that needs sums; return how a kernel reads it.
 
         Raises:
             NonFiniteGradientError: if the gradient is not finite, and the host can know.
         """
-        if self.moved is None:
-            return None
+        assert self.moved is not None
         slot, spec = self.plan.slots[self.moved], ctx.spec
         fields = {field: state[key] for field, key in slot.keys.items()}
         statistic = Statistic(slot.store, fields, spec, ctx.guard, ctx.param.shape)

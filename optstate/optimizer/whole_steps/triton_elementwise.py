@@ -77,7 +77,7 @@ class TritonElementwise:
 
         if chain.moved is None and not guard.checked:
             guard.check(launch_finite_check(gradient.grad, chain.plan.largest_gradient(ctx.group)))
-        moved = chain.move_second(state, ctx)
+        moved = None if chain.moved is None else chain.move_second(state, ctx)
         if moved is not None:
             second = _moment_of(moved)
         guard.begin_writing()

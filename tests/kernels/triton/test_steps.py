@@ -160,12 +160,18 @@ def test_a_second_moment_that_needs_sums(second: stores.Store, dtype: torch.dtyp
 WAYS = [weights.Plain(), weights.StochasticRounding(3), weights.Kahan(), weights.Split(8), weights.Split(16)]
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        (how, dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for how in WAYS
+        if dtype == torch.bfloat16 or not isinstance(how, weights.Split)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("recipe", ["sgd", "adalomo", "adalomo of a vector"])
 def test_every_way_of_writing_weights(recipe: str, how: Any, dtype: torch.dtype) -> None:
-    if dtype == torch.float16 and isinstance(how, weights.Split):
-        pytest.skip("Split is for bf16")
     shape = (1300,) if recipe.endswith("vector") else (40, 33)
     if recipe == "sgd":
         compare(of(ELEMENTWISE["descent"], weights=how), shape, dtype)
@@ -215,20 +221,23 @@ def test_many_small_matrices_are_left_to_the_transforms() -> None:
     assert "no whole step" in optimizer.plan().steps[0]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e19])
 @pytest.mark.parametrize("shape", [(33, 40), (77,), (2, 64, 64)], ids=str)
-@pytest.mark.parametrize("name", ["adalomo", "adalomo, clamped", "momentum", "elementwise"])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *((name, bad) for name in ("adalomo", "momentum", "elementwise") for bad in (math.nan, math.inf, 3e19)),
+        *(("adalomo, clamped", bad) for bad in (math.nan, math.inf)),
+    ],
+)
 @pytest.mark.parametrize("deferred", [False, True], ids=["known at once", "known to the device"])
 def test_a_gradient_that_is_not_finite_changes_no_byte(
     name: str, shape: tuple[int, ...], bad: float, deferred: bool
 ) -> None:
-    """The square of 3e19 overflows. Where only the device knows, as on CUDA, the step is run and writes nothing."""
-    if bad == 3e19 and name == "adalomo, clamped":
-        pytest.skip("a clamp makes such a gradient small")
-    if bad == 3e19 and name == "elementwise":
-        make = of(adam(stores.Block8(), stores.Full()))
-    else:
-        make = MATRIX.get(name, of(adam(stores.Block8(), stores.Float8())))
+    """The square of 3e19 overflows. Where only the device knows, as on CUDA, the step is run and writes nothing.
+
+    A clamp makes such a gradient small.
+    """
+    make = MATRIX.get(name, of(adam(stores.Block8(), stores.Float8())))
     param, optimizer = train(make, shape, torch.bfloat16, "triton", steps=1)
     state = optimizer.state[param]
     tensors = [param, *(value for value in state.values() if isinstance(value, Tensor))]
