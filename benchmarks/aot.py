@@ -129,6 +129,7 @@ def elementwise_variants() -> Iterator[Variant]:
         ("adam 4-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED4, Kept.LINEAR4, 128),
         ("adam group means", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, Kept.SPREAD, 1),
         ("adam factored", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, Kept.OUTER, 1),
+        ("root of a sum", "bfloat16", Written.STOCHASTIC, Rule.ROOT_OF_SUM, none, full, 1),
         ("lion bf16", "bfloat16", Written.STOCHASTIC, Rule.LION, bf16, none, 1),
         ("lion 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.LION, Kept.SIGNED8, none, 256),
         ("average bf16", "bfloat16", Written.STOCHASTIC, Rule.AVERAGE, full, none, 1),
@@ -302,6 +303,9 @@ def main() -> None:
             if options.only in f"{variant.kernel} {variant.name}"
             for arch in options.arch
         ]
+    import triton
+
+    print(f"triton {triton.__version__}, no fused multiplications and additions; spills and shared memory in bytes\n")
     print(format_table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
