@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from optstate.kernels.native import Kept, Rule, Written
+from optstate.kernels.native import MomentKind, StepRule, WriteKind
 
 ARCHITECTURES = (80, 90, 100)
 """A100; H100 and H200; B200."""
@@ -57,19 +57,19 @@ class Compiled:
         return self.name if self.name.startswith(self.kernel) else f"{self.kernel}, {self.name}"
 
 
-def of_weight(dtype: str, how: Written) -> dict[str, str | None]:
-    extra = {Written.KAHAN: POINTERS[dtype], Written.SPLIT16: "*i16", Written.SPLIT8: "*i8"}
+def of_weight(dtype: str, how: WriteKind) -> dict[str, str | None]:
+    extra = {WriteKind.KAHAN: POINTERS[dtype], WriteKind.SPLIT16: "*i16", WriteKind.SPLIT8: "*i8"}
     return {"param": POINTERS[dtype], "grad": POINTERS[dtype], "extra": extra.get(how)}
 
 
-def of_moment(name: str, kind: Kept) -> dict[str, str | None]:
-    if kind == Kept.NOTHING:
+def of_moment(name: str, kind: MomentKind) -> dict[str, str | None]:
+    if kind == MomentKind.NOTHING:
         return dict.fromkeys((name, f"{name}_scale", f"{name}_table"))
-    if kind in (Kept.FULL32, Kept.FULL16, Kept.FULL16_RANDOM):
-        data = "*fp32" if kind == Kept.FULL32 else "*bf16"
+    if kind in (MomentKind.FULL32, MomentKind.FULL16, MomentKind.FULL16_RANDOM):
+        data = "*fp32" if kind == MomentKind.FULL32 else "*bf16"
         return {name: data, f"{name}_scale": None, f"{name}_table": None}
-    if kind in (Kept.SPREAD, Kept.OUTER):
-        return {name: "*fp32", f"{name}_scale": "*fp32" if kind == Kept.OUTER else None, f"{name}_table": None}
+    if kind in (MomentKind.SPREAD, MomentKind.OUTER):
+        return {name: "*fp32", f"{name}_scale": "*fp32" if kind == MomentKind.OUTER else None, f"{name}_table": None}
     return {name: "*u8", f"{name}_scale": "*fp32", f"{name}_table": "*fp32"}
 
 
@@ -112,32 +112,72 @@ def make_variant(
 def elementwise_variants() -> Iterator[Variant]:
     from optstate.kernels.triton_steps.elementwise import WARPS, elementwise_kernel
 
-    none, full, bf16 = Kept.NOTHING, Kept.FULL32, Kept.FULL16
+    none, full, bf16 = MomentKind.NOTHING, MomentKind.FULL32, MomentKind.FULL16
     cases = [
-        ("descent fp32", "float32", Written.PLAIN, Rule.DESCENT, none, none, 1),
-        ("descent bf16 stochastic", "bfloat16", Written.STOCHASTIC, Rule.DESCENT, none, none, 1),
-        ("descent fp16 stochastic", "float16", Written.STOCHASTIC, Rule.DESCENT, none, none, 1),
-        ("adam fp32", "float32", Written.PLAIN, Rule.ADAM, full, full, 1),
-        ("adam bf16 plain", "bfloat16", Written.PLAIN, Rule.ADAM, full, full, 1),
-        ("adam bf16 stochastic", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, full, 1),
-        ("adam fp16 stochastic", "float16", Written.STOCHASTIC, Rule.ADAM, full, full, 1),
-        ("adam bf16 kahan, bf16 moments", "bfloat16", Written.KAHAN, Rule.ADAM, bf16, Kept.FULL16_RANDOM, 1),
-        ("adam bf16 split16", "bfloat16", Written.SPLIT16, Rule.ADAM, full, full, 1),
-        ("adam bf16 split8", "bfloat16", Written.SPLIT8, Rule.ADAM, full, full, 1),
-        ("adam 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED8, Kept.UNSIGNED8, 256),
-        ("adam 8-bit floats", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3, 256),
-        ("adam 4-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.ADAM, Kept.SIGNED4, Kept.LINEAR4, 128),
-        ("adam group means", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, Kept.SPREAD, 1),
-        ("adam factored", "bfloat16", Written.STOCHASTIC, Rule.ADAM, full, Kept.OUTER, 1),
-        ("root of a sum", "bfloat16", Written.STOCHASTIC, Rule.ROOT_OF_SUM, none, full, 1),
-        ("lion bf16", "bfloat16", Written.STOCHASTIC, Rule.LION, bf16, none, 1),
-        ("lion 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.LION, Kept.SIGNED8, none, 256),
-        ("average bf16", "bfloat16", Written.STOCHASTIC, Rule.AVERAGE, full, none, 1),
-        ("heavy ball fp32", "float32", Written.PLAIN, Rule.HEAVY_BALL, full, none, 1),
-        ("heavy ball 8-bit blocks", "bfloat16", Written.STOCHASTIC, Rule.HEAVY_BALL, Kept.SIGNED8, none, 256),
+        ("descent fp32", "float32", WriteKind.PLAIN, StepRule.DESCENT, none, none, 1),
+        ("descent bf16 stochastic", "bfloat16", WriteKind.STOCHASTIC, StepRule.DESCENT, none, none, 1),
+        ("descent fp16 stochastic", "float16", WriteKind.STOCHASTIC, StepRule.DESCENT, none, none, 1),
+        ("adam fp32", "float32", WriteKind.PLAIN, StepRule.ADAM, full, full, 1),
+        ("adam bf16 plain", "bfloat16", WriteKind.PLAIN, StepRule.ADAM, full, full, 1),
+        ("adam bf16 stochastic", "bfloat16", WriteKind.STOCHASTIC, StepRule.ADAM, full, full, 1),
+        ("adam fp16 stochastic", "float16", WriteKind.STOCHASTIC, StepRule.ADAM, full, full, 1),
+        (
+            "adam bf16 kahan, bf16 moments",
+            "bfloat16",
+            WriteKind.KAHAN,
+            StepRule.ADAM,
+            bf16,
+            MomentKind.FULL16_RANDOM,
+            1,
+        ),
+        ("adam bf16 split16", "bfloat16", WriteKind.SPLIT16, StepRule.ADAM, full, full, 1),
+        ("adam bf16 split8", "bfloat16", WriteKind.SPLIT8, StepRule.ADAM, full, full, 1),
+        (
+            "adam 8-bit blocks",
+            "bfloat16",
+            WriteKind.STOCHASTIC,
+            StepRule.ADAM,
+            MomentKind.SIGNED8,
+            MomentKind.UNSIGNED8,
+            256,
+        ),
+        (
+            "adam 8-bit floats",
+            "bfloat16",
+            WriteKind.STOCHASTIC,
+            StepRule.ADAM,
+            MomentKind.SIGNED_E4M3,
+            MomentKind.UNSIGNED_E4M3,
+            256,
+        ),
+        (
+            "adam 4-bit blocks",
+            "bfloat16",
+            WriteKind.STOCHASTIC,
+            StepRule.ADAM,
+            MomentKind.SIGNED4,
+            MomentKind.LINEAR4,
+            128,
+        ),
+        ("adam group means", "bfloat16", WriteKind.STOCHASTIC, StepRule.ADAM, full, MomentKind.SPREAD, 1),
+        ("adam factored", "bfloat16", WriteKind.STOCHASTIC, StepRule.ADAM, full, MomentKind.OUTER, 1),
+        ("root of a sum", "bfloat16", WriteKind.STOCHASTIC, StepRule.ROOT_OF_SUM, none, full, 1),
+        ("lion bf16", "bfloat16", WriteKind.STOCHASTIC, StepRule.LION, bf16, none, 1),
+        ("lion 8-bit blocks", "bfloat16", WriteKind.STOCHASTIC, StepRule.LION, MomentKind.SIGNED8, none, 256),
+        ("average bf16", "bfloat16", WriteKind.STOCHASTIC, StepRule.AVERAGE, full, none, 1),
+        ("heavy ball fp32", "float32", WriteKind.PLAIN, StepRule.HEAVY_BALL, full, none, 1),
+        (
+            "heavy ball 8-bit blocks",
+            "bfloat16",
+            WriteKind.STOCHASTIC,
+            StepRule.HEAVY_BALL,
+            MomentKind.SIGNED8,
+            none,
+            256,
+        ),
     ]
     for name, dtype, how, rule, first, second, block in cases:
-        moved = second not in (none, Kept.SPREAD, Kept.OUTER)
+        moved = second not in (none, MomentKind.SPREAD, MomentKind.OUTER)
         yield make_variant(
             name,
             "elementwise",
@@ -201,21 +241,21 @@ def matrix_variants() -> Iterator[Variant]:
         yield variant(f"sum_squares, {dtype}", {"grad": POINTERS[dtype]}, CLAMPS=False, **tile)
     yield variant("move_factored", {"count": "i32"}, SIZE=factored.VECTOR)
     cases = [
-        ("fp32", "float32", Written.PLAIN, Kept.NOTHING),
-        ("bf16 stochastic", "bfloat16", Written.STOCHASTIC, Kept.NOTHING),
-        ("fp16 stochastic", "float16", Written.STOCHASTIC, Kept.NOTHING),
-        ("bf16 kahan", "bfloat16", Written.KAHAN, Kept.NOTHING),
-        ("bf16 split16", "bfloat16", Written.SPLIT16, Kept.NOTHING),
-        ("bf16 split8", "bfloat16", Written.SPLIT8, Kept.NOTHING),
-        ("bf16 stochastic, fp32 momentum", "bfloat16", Written.STOCHASTIC, Kept.FULL32),
-        ("bf16 stochastic, bf16 momentum", "bfloat16", Written.STOCHASTIC, Kept.FULL16_RANDOM),
+        ("fp32", "float32", WriteKind.PLAIN, MomentKind.NOTHING),
+        ("bf16 stochastic", "bfloat16", WriteKind.STOCHASTIC, MomentKind.NOTHING),
+        ("fp16 stochastic", "float16", WriteKind.STOCHASTIC, MomentKind.NOTHING),
+        ("bf16 kahan", "bfloat16", WriteKind.KAHAN, MomentKind.NOTHING),
+        ("bf16 split16", "bfloat16", WriteKind.SPLIT16, MomentKind.NOTHING),
+        ("bf16 split8", "bfloat16", WriteKind.SPLIT8, MomentKind.NOTHING),
+        ("bf16 stochastic, fp32 momentum", "bfloat16", WriteKind.STOCHASTIC, MomentKind.FULL32),
+        ("bf16 stochastic, bf16 momentum", "bfloat16", WriteKind.STOCHASTIC, MomentKind.FULL16_RANDOM),
     ]
     sums = {"OF_UPDATE": True, "OF_WEIGHT": True}
     for name, dtype, how, first in cases:
         given = {**of_weight(dtype, how), **of_moment("first", first), "second": "*fp32"}
         own = {"HOW": int(how), "CLAMPS": False}
         written = {**own, **sums, "FIRST": int(first), "DECAY_IS_SCALED": True, "PROGRAMS": 1024}
-        if first == Kept.NOTHING:
+        if first == MomentKind.NOTHING:
             blocks = {"BLOCKS": 16, "ROW_BLOCK": factored.VECTOR}
             yield variant(f"measure, {name}", given, **own, **sums, **blocks, **tile)
             yield variant(f"move_full, {name}", {**given, "count": "i32"}, **own, OF_WEIGHT=True, TILE=unfactored.TILE)

@@ -20,7 +20,7 @@ from optstate.spec import accumulator_dtype
 
 __all__ = [
     "add_weight",
-    "all_finite",
+    "all_finite_by_sums",
     "apply_update",
     "ema",
     "ema_of_square",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
+def all_finite_by_sums(grad: Tensor, largest: float = math.inf) -> Tensor:
     """Return a 0-d bool tensor: whether no element of `grad` is infinite, NaN, or beyond `largest` in magnitude.
 
     `grad` is read once. Without `largest` the elements are summed, in half the time in bf16: a sum is finite only if

@@ -22,7 +22,7 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
     The tensor is read once. In eager PyTorch elements so large that their sum overflows count as infinite, too.
     """
     if not _is_compiled(grad):
-        return eager.all_finite(grad, largest)
+        return eager.all_finite_by_sums(grad, largest)
     address, kind, count = grad.data_ptr(), native.NUMBERS[grad.dtype], grad.numel()
     if count < native.WORTH_SHARING:
         return YES if native.function("within")(address, kind, largest, 0, count) else NO

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optstate.kernels.native import Rule
+from optstate.kernels.native import StepRule
 
 __all__ = ["ElementRule", "MatrixRule"]
 
@@ -21,7 +21,7 @@ class ElementRule:
         step, keep: the parameter becomes `param * keep - step * update`.
     """
 
-    rule: Rule = Rule.DESCENT
+    rule: StepRule = StepRule.DESCENT
     nesterov: bool = False
     first_weight: float = 0.0
     second_weight: float = 0.0
@@ -34,7 +34,7 @@ class ElementRule:
     @property
     def first_share(self) -> float:
         """The share of the first moment that one step replaces, which decides how its store rounds."""
-        return 1.0 - self.mix if self.rule == Rule.HEAVY_BALL else self.first_weight
+        return 1.0 - self.mix if self.rule == StepRule.HEAVY_BALL else self.first_weight
 
 
 @dataclass(frozen=True)

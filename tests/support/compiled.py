@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from optstate.kernels import native
-from optstate.kernels.native import Rule, Written
+from optstate.kernels.native import StepRule, WriteKind
 
 needs_compiled_steps = pytest.mark.skipif(bool(native.why_missing()), reason=native.why_missing())
 
 
 def write_weight(
-    param: Tensor, value: Tensor, how: Written, extra: Tensor | None = None, start: int = 0, key: int = 0
+    param: Tensor, value: Tensor, how: WriteKind, extra: Tensor | None = None, start: int = 0, key: int = 0
 ) -> None:
     """Make `value`, fp32, the value of a parameter of zeros, by a step of size -1 along it.
 
@@ -32,19 +32,19 @@ def write_weight(
     native.function("step_elementwise")(ctypes.byref(step), 0, param.numel())
 
 
-def step_by_nothing(param: Tensor, how: Written, extra: Tensor | None = None, key: int = 0) -> None:
+def step_by_nothing(param: Tensor, how: WriteKind, extra: Tensor | None = None, key: int = 0) -> None:
     """Make a step of size zero along a gradient of zeros: read every weight and write it back."""
     step = _descent(param, torch.zeros(param.numel()), how, extra, 0, key)
     native.function("step_elementwise")(ctypes.byref(step), 0, param.numel())
 
 
 def _descent(
-    param: Tensor, grad: Tensor, how: Written, extra: Tensor | None, start: int, key: int
+    param: Tensor, grad: Tensor, how: WriteKind, extra: Tensor | None, start: int, key: int
 ) -> native.Elementwise:
     address = None if extra is None else extra.data_ptr()
-    weight = native.Weight(param.data_ptr(), address, start, native.NUMBERS[param.dtype], how, key)
-    gradient = native.Gradient(grad.data_ptr(), native.NUMBERS[grad.dtype], float("inf"), 1.0, 0.0)
-    return native.Elementwise(weight=weight, grad=gradient, rule=Rule.DESCENT, keep=1.0, alive=(param, grad, extra))
+    weight = native.WeightOperand(param.data_ptr(), address, start, native.NUMBERS[param.dtype], how, key)
+    gradient = native.GradientOperand(grad.data_ptr(), native.NUMBERS[grad.dtype], float("inf"), 1.0, 0.0)
+    return native.Elementwise(weight=weight, grad=gradient, rule=StepRule.DESCENT, keep=1.0, alive=(param, grad, extra))
 
 
 def every_pattern(dtype: torch.dtype) -> Tensor:

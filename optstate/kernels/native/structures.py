@@ -13,13 +13,13 @@ __all__ = [
     "NUMBERS",
     "Elementwise",
     "FactoredStep",
-    "Gradient",
-    "Kept",
+    "GradientOperand",
+    "MomentKind",
     "MaximaStep",
-    "Moment",
-    "Rule",
-    "Weight",
-    "Written",
+    "MomentOperand",
+    "StepRule",
+    "WeightOperand",
+    "WriteKind",
 ]
 
 ABI_VERSION = 2
@@ -28,7 +28,7 @@ NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the C code calls the dtypes of parameters and gradients that it knows."""
 
 
-class Written(IntEnum):
+class WriteKind(IntEnum):
     """How a weight is written."""
 
     PLAIN = 0
@@ -38,7 +38,7 @@ class Written(IntEnum):
     SPLIT8 = 4
 
 
-class Kept(IntEnum):
+class MomentKind(IntEnum):
     """How a moment is kept."""
 
     NOTHING = 0
@@ -57,7 +57,7 @@ class Kept(IntEnum):
     """One number per row times one per column, moved beforehand."""
 
 
-class Rule(IntEnum):
+class StepRule(IntEnum):
     """What a step makes of a gradient where every element goes its own way."""
 
     DESCENT = 0
@@ -84,19 +84,19 @@ def _numbers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_float) for name in names]
 
 
-class Weight(ctypes.Structure):
+class WeightOperand(ctypes.Structure):
     """A parameter, what is kept beside it, and how new values are written."""
 
     _fields_ = [*_pointers("param", "extra"), *_counts("start"), *_choices("type", "how"), ("key", ctypes.c_uint32)]
 
 
-class Gradient(ctypes.Structure):
+class GradientOperand(ctypes.Structure):
     """A gradient, clamped to `bound` first, then multiplied by `scale`; `penalty` times the weight is added to it."""
 
     _fields_ = [*_pointers("grad"), *_choices("type"), *_numbers("bound", "scale", "penalty")]
 
 
-class Moment(ctypes.Structure):
+class MomentOperand(ctypes.Structure):
     """A statistic and the format that it is kept in."""
 
     _fields_ = [
@@ -116,10 +116,10 @@ class Elementwise(ctypes.Structure):
     alive: Any = None
 
     _fields_ = [
-        ("weight", Weight),
-        ("grad", Gradient),
-        ("first", Moment),
-        ("second", Moment),
+        ("weight", WeightOperand),
+        ("grad", GradientOperand),
+        ("first", MomentOperand),
+        ("second", MomentOperand),
         *_choices("rule", "nesterov", "moves_second"),
         *_numbers("first_weight", "second_weight", "mix", "inverse_correction", "eps", "step", "keep"),
     ]
@@ -134,9 +134,9 @@ class FactoredStep(ctypes.Structure):
     alive: Any = None
 
     _fields_ = [
-        ("weight", Weight),
-        ("grad", Gradient),
-        ("first", Moment),
+        ("weight", WeightOperand),
+        ("grad", GradientOperand),
+        ("first", MomentOperand),
         *_counts("matrices", "rows", "cols", "parts"),
         *_pointers("row", "col", "row_factor", "col_factor", "col_parts", "squares"),
         *_numbers("averaging", "eps", "threshold", "least_rms", "step", "decay"),
@@ -154,9 +154,9 @@ class MaximaStep(ctypes.Structure):
     alive: Any = None
 
     _fields_ = [
-        ("weight", Weight),
-        ("grad", Gradient),
-        ("first", Moment),
+        ("weight", WeightOperand),
+        ("grad", GradientOperand),
+        ("first", MomentOperand),
         *_counts("rows", "cols", "parts"),
         *_pointers("row", "col", "col_parts"),
         *_numbers("eps", "step", "keep", "first_weight"),

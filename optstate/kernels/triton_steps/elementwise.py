@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optstate.kernels.native import Rule
+from optstate.kernels.native import StepRule
 from optstate.kernels.rules import ElementRule
 from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_flag
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
@@ -26,11 +26,11 @@ from optstate.kernels.triton_steps.tiles import read_gradient, read_weight, writ
 
 __all__ = ["launch_elementwise"]
 
-ADAM = tl.constexpr(int(Rule.ADAM))
-LION = tl.constexpr(int(Rule.LION))
-AVERAGE = tl.constexpr(int(Rule.AVERAGE))
-HEAVY_BALL = tl.constexpr(int(Rule.HEAVY_BALL))
-ROOT_OF_SUM = tl.constexpr(int(Rule.ROOT_OF_SUM))
+ADAM = tl.constexpr(int(StepRule.ADAM))
+LION = tl.constexpr(int(StepRule.LION))
+AVERAGE = tl.constexpr(int(StepRule.AVERAGE))
+HEAVY_BALL = tl.constexpr(int(StepRule.HEAVY_BALL))
+ROOT_OF_SUM = tl.constexpr(int(StepRule.ROOT_OF_SUM))
 
 WARPS = 4
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optstate.kernels.native import Kept
+from optstate.kernels.native import MomentKind
 from optstate.kernels.triton_steps.tiles import make_random, round_nearest, round_to_bf16
 
 __all__ = ["read_moment", "write_moment"]
 
-FULL32 = tl.constexpr(int(Kept.FULL32))
-FULL16 = tl.constexpr(int(Kept.FULL16))
-FULL16_RANDOM = tl.constexpr(int(Kept.FULL16_RANDOM))
-SIGNED8 = tl.constexpr(int(Kept.SIGNED8))
-UNSIGNED8 = tl.constexpr(int(Kept.UNSIGNED8))
-UNSIGNED_E4M3 = tl.constexpr(int(Kept.UNSIGNED_E4M3))
-SIGNED4 = tl.constexpr(int(Kept.SIGNED4))
-LINEAR4 = tl.constexpr(int(Kept.LINEAR4))
-SPREAD = tl.constexpr(int(Kept.SPREAD))
-OUTER = tl.constexpr(int(Kept.OUTER))
+FULL32 = tl.constexpr(int(MomentKind.FULL32))
+FULL16 = tl.constexpr(int(MomentKind.FULL16))
+FULL16_RANDOM = tl.constexpr(int(MomentKind.FULL16_RANDOM))
+SIGNED8 = tl.constexpr(int(MomentKind.SIGNED8))
+UNSIGNED8 = tl.constexpr(int(MomentKind.UNSIGNED8))
+UNSIGNED_E4M3 = tl.constexpr(int(MomentKind.UNSIGNED_E4M3))
+SIGNED4 = tl.constexpr(int(MomentKind.SIGNED4))
+LINEAR4 = tl.constexpr(int(MomentKind.LINEAR4))
+SPREAD = tl.constexpr(int(MomentKind.SPREAD))
+OUTER = tl.constexpr(int(MomentKind.OUTER))
 
 SMALLEST_MAXIMUM = tl.constexpr(2.0**-120)
 LARGEST_MAXIMUM = tl.constexpr(3.4028234663852886e38)

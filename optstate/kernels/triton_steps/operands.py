@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate.kernels.codebook import Codebook
 from optstate.kernels.decades import find_decades
-from optstate.kernels.native import Kept, Written
+from optstate.kernels.native import MomentKind, WriteKind
 
 __all__ = ["TILE", "GradientTensor", "MomentTensor", "WeightTensor", "make_table", "signed_key"]
 
@@ -33,7 +33,7 @@ class WeightTensor:
 
     param: Tensor
     extra: Tensor | None = None
-    how: Written = Written.PLAIN
+    how: WriteKind = WriteKind.PLAIN
     start: int = 0
     key: int = 0
 
@@ -80,7 +80,7 @@ class MomentTensor:
 
     data: Tensor | None = None
     scale: Tensor | None = None
-    kind: Kept = Kept.NOTHING
+    kind: MomentKind = MomentKind.NOTHING
     table: Tensor | None = None
     block: int = 1
     key: int = 0

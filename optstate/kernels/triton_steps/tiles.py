@@ -8,15 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optstate.kernels.native import Written
+from optstate.kernels.native import WriteKind
 
 __all__ = ["read_gradient", "read_weight", "write_weight"]
 
-PLAIN = tl.constexpr(int(Written.PLAIN))
-STOCHASTIC = tl.constexpr(int(Written.STOCHASTIC))
-KAHAN = tl.constexpr(int(Written.KAHAN))
-SPLIT16 = tl.constexpr(int(Written.SPLIT16))
-SPLIT8 = tl.constexpr(int(Written.SPLIT8))
+PLAIN = tl.constexpr(int(WriteKind.PLAIN))
+STOCHASTIC = tl.constexpr(int(WriteKind.STOCHASTIC))
+KAHAN = tl.constexpr(int(WriteKind.KAHAN))
+SPLIT16 = tl.constexpr(int(WriteKind.SPLIT16))
+SPLIT8 = tl.constexpr(int(WriteKind.SPLIT8))
 
 
 # --- random bits: a hash of a key and of the element's index -----------------------------------------------------

@@ -99,7 +99,7 @@ class CompiledConfidence:
         step.threshold = float("inf") if threshold is None else threshold
         step.averaging = self.rms.decay.weight(ctx.step, ctx.group)
         step.eps, step.first_weight = ctx.read(self.rms.eps) or 0.0, 1 - beta1
-        step.first = native.Moment(average.data_ptr(), kind=native.Kept.FULL32)
+        step.first = native.MomentOperand(average.data_ptr(), kind=native.MomentKind.FULL32)
         residual = native.FactoredStep(averaging=1 - beta3, eps=ctx.read(self.confidence.eps))
         self._run(step, residual, first, second, ctx)
         return True

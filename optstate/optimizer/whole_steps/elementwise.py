@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate.kernels import native
-from optstate.kernels.native import Kept, Rule
+from optstate.kernels.native import MomentKind, StepRule
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
@@ -43,7 +43,7 @@ class MovedMoment:
     """
 
     statistic: Statistic
-    kind: Kept
+    kind: MomentKind
     data: Tensor
     scale: Tensor | None
     block: int
@@ -105,7 +105,7 @@ class CompiledElementwise:
             case scale_by_adam():
                 return self._with_adams(kept)
             case scale_by_rss():
-                exact = len(kept) == 1 and kept[0] is not None and kept[0].kind == Kept.FULL32
+                exact = len(kept) == 1 and kept[0] is not None and kept[0].kind == MomentKind.FULL32
                 return _replaced(self, second=kept[0]) if exact else None
         return _replaced(self, first=kept[0]) if len(kept) == 1 and kept[0] is not None else None
 
@@ -165,22 +165,22 @@ class CompiledElementwise:
         match self.rule:
             case scale_by_adam() as adam:
                 beta1, beta2 = map(ctx.read, adam.betas)
-                step.rule, share, second_share = Rule.ADAM, 1 - beta1, 1 - beta2
+                step.rule, share, second_share = StepRule.ADAM, 1 - beta1, 1 - beta2
                 step.eps = ctx.read(adam.eps)
                 step.inverse_correction = 1 / math.sqrt(1 - beta2**ctx.step)
                 step.step /= 1 - beta1**ctx.step
             case scale_by_rss() as rss:
-                step.rule, step.eps = Rule.ROOT_OF_SUM, ctx.read(rss.eps)
+                step.rule, step.eps = StepRule.ROOT_OF_SUM, ctx.read(rss.eps)
             case sign_momentum() as lion:
                 beta1, beta2 = map(ctx.read, lion.betas)
-                step.rule, share, step.mix = Rule.LION, 1 - beta2, 1 - beta1
+                step.rule, share, step.mix = StepRule.LION, 1 - beta2, 1 - beta1
             case momentum(heavy_ball=True) as ball:
-                step.rule, step.mix, step.nesterov = Rule.HEAVY_BALL, ctx.read(ball.beta), ball.nesterov
+                step.rule, step.mix, step.nesterov = StepRule.HEAVY_BALL, ctx.read(ball.beta), ball.nesterov
                 share = 1 - step.mix
             case momentum() as average:
-                step.rule, share, step.nesterov = Rule.AVERAGE, 1 - ctx.read(average.beta), average.nesterov
+                step.rule, share, step.nesterov = StepRule.AVERAGE, 1 - ctx.read(average.beta), average.nesterov
             case _:
-                step.rule = Rule.DESCENT
+                step.rule = StepRule.DESCENT
         step.first_weight, step.second_weight = share, second_share
         if isinstance(self.rule, momentum) and self.rule.heavy_ball:
             step.first_weight = 1.0 if ctx.step == 1 else 1 - ctx.read(self.rule.dampening)
@@ -202,7 +202,7 @@ class CompiledElementwise:
             return None
         moved = self.move_second(state, ctx)
         scale = None if moved.scale is None else moved.scale.data_ptr()
-        step.second = native.Moment(moved.data.data_ptr(), scale, kind=moved.kind, block=moved.block)
+        step.second = native.MomentOperand(moved.data.data_ptr(), scale, kind=moved.kind, block=moved.block)
         step.alive = moved
         return moved.statistic
 
@@ -226,9 +226,9 @@ class CompiledElementwise:
         run_alone(self.rule.prepare(update, {self.moved: statistic}, ctx))
         if isinstance(slot.store, Factored):
             share, col = (factor.contiguous() for factor in statistic.factors())
-            return MovedMoment(statistic, Kept.OUTER, share, col, spec.shape[-1])
+            return MovedMoment(statistic, MomentKind.OUTER, share, col, spec.shape[-1])
         mean = statistic.current["mean"].contiguous()
-        return MovedMoment(statistic, Kept.SPREAD, mean, None, spec.numel // mean.numel())
+        return MovedMoment(statistic, MomentKind.SPREAD, mean, None, spec.numel // mean.numel())
 
 
 RULES = (scale_by_adam, sign_momentum, momentum, scale_by_rss)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optstate.kernels import Codebook, native, noise_key
 from optstate.kernels.decades import find_decades
-from optstate.kernels.native import NUMBERS, Kept, Written
+from optstate.kernels.native import NUMBERS, MomentKind, WriteKind
 from optstate.optimizer.plan import ParamPlan, SlotPlan
 from optstate.optimizer.whole_steps.base import is_plain
 from optstate.spec import ParamSpec
@@ -29,7 +29,7 @@ def takes(spec: ParamSpec) -> bool:
     return spec.dtype in NUMBERS and (spec.region is None or spec.region.start is not None)
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """Return a number that the host has, as a float; None if only a device knows it."""
     if isinstance(value, float):
         return value
@@ -38,13 +38,13 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def gradient(ctx: Context, bound: float | None) -> native.Gradient | None:
+def gradient(ctx: Context, bound: float | None) -> native.GradientOperand | None:
     """Return the gradient as C code reads it; None if C code cannot."""
-    grad, scale = ctx.grad, number(ctx.grad_scale)
+    grad, scale = ctx.grad, as_number(ctx.grad_scale)
     if scale is None or grad.dtype not in NUMBERS or not is_plain(grad) or grad.numel() != ctx.param.numel():
         return None
     clamp = math.inf if bound is None else bound
-    return native.Gradient(grad.data_ptr(), NUMBERS[grad.dtype], clamp, scale, 0.0)
+    return native.GradientOperand(grad.data_ptr(), NUMBERS[grad.dtype], clamp, scale, 0.0)
 
 
 def _first_index(spec: ParamSpec) -> int:
@@ -60,7 +60,7 @@ def are_as_planned(slot: SlotPlan, moments: Sequence[Tensor]) -> bool:
     return is_plain(*moments)
 
 
-_CORRECTIONS = {Written.SPLIT16: torch.int16, Written.SPLIT8: torch.int8}
+_CORRECTIONS = {WriteKind.SPLIT16: torch.int16, WriteKind.SPLIT8: torch.int8}
 """The dtype of what is kept beside a parameter, where that is not the parameter's."""
 
 
@@ -68,7 +68,7 @@ _CORRECTIONS = {Written.SPLIT16: torch.int16, Written.SPLIT8: torch.int8}
 class WrittenWeight:
     """How a parameter is written by C code."""
 
-    how: Written
+    how: WriteKind
     key: str = ""
     seed: int = 0
 
@@ -77,17 +77,17 @@ class WrittenWeight:
         """Return how a plan's parameter is written; None if the compiled code does not know the way."""
         match plan.weights:
             case Plain():
-                return WrittenWeight(Written.PLAIN)
+                return WrittenWeight(WriteKind.PLAIN)
             case StochasticRounding(seed=seed):
-                return WrittenWeight(Written.STOCHASTIC, seed=seed)
+                return WrittenWeight(WriteKind.STOCHASTIC, seed=seed)
             case Kahan():
-                return WrittenWeight(Written.KAHAN, plan.weight_keys["compensation"])
+                return WrittenWeight(WriteKind.KAHAN, plan.weight_keys["compensation"])
             case Split(bits=bits):
-                how = Written.SPLIT16 if bits == 16 else Written.SPLIT8
+                how = WriteKind.SPLIT16 if bits == 16 else WriteKind.SPLIT8
                 return WrittenWeight(how, plan.weight_keys["correction"])
         return None
 
-    def operand(self, state: Mapping[str, Any], ctx: Context) -> native.Weight | None:
+    def operand(self, state: Mapping[str, Any], ctx: Context) -> native.WeightOperand | None:
         """Return the parameter as C code reads and writes it; None if C code cannot."""
         param, spec = ctx.param, ctx.spec
         extra = state[self.key] if self.key else None
@@ -97,10 +97,10 @@ class WrittenWeight:
             dtype = _CORRECTIONS.get(self.how, spec.dtype)
             if not is_plain(extra) or extra.dtype != dtype or extra.numel() != param.numel():
                 return None
-        key = noise_key(spec.name, ctx.step, self.seed) if self.how is Written.STOCHASTIC else 0
+        key = noise_key(spec.name, ctx.step, self.seed) if self.how is WriteKind.STOCHASTIC else 0
         address = None if extra is None else extra.data_ptr()
         start = 0 if spec.region is None else _first_index(spec)
-        return native.Weight(param.data_ptr(), address, start, NUMBERS[param.dtype], self.how, key)
+        return native.WeightOperand(param.data_ptr(), address, start, NUMBERS[param.dtype], self.how, key)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class KeptMoment:
     """
 
     slot: SlotPlan
-    kind: Kept
+    kind: MomentKind
     codes: str
     scale: str = ""
     block: int = 1
@@ -123,17 +123,20 @@ class KeptMoment:
         if isinstance(store, Full):
             if slot.fields[""].dtype == torch.float64:
                 return None
-            kind = Kept.FULL32 if slot.fields[""].dtype == torch.float32 else Kept.FULL16
+            kind = MomentKind.FULL32 if slot.fields[""].dtype == torch.float32 else MomentKind.FULL16
             return KeptMoment(slot, kind, keys[""])
-        kinds = {Block8: (Kept.SIGNED8, Kept.UNSIGNED8), Float8: (Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3)}
-        kinds[Block4] = (Kept.SIGNED4, Kept.LINEAR4)
+        kinds = {
+            Block8: (MomentKind.SIGNED8, MomentKind.UNSIGNED8),
+            Float8: (MomentKind.SIGNED_E4M3, MomentKind.UNSIGNED_E4M3),
+        }
+        kinds[Block4] = (MomentKind.SIGNED4, MomentKind.LINEAR4)
         if type(store) not in kinds or native.TILE % store.block:  # type: ignore[attr-defined]
             return None
         signed, unsigned = kinds[type(store)]  # type: ignore[index]
         kind = signed if store.signed else unsigned  # type: ignore[attr-defined]
         return KeptMoment(slot, kind, keys["codes"], keys["absmax"], store.block)  # type: ignore[attr-defined]
 
-    def operand(self, state: Mapping[str, Any], ctx: Context, weight: float) -> native.Moment | None:
+    def operand(self, state: Mapping[str, Any], ctx: Context, weight: float) -> native.MomentOperand | None:
         """Return the moment as C code reads and writes it; None if C code cannot.
 
         weight: share of the new value in this step's average.
@@ -153,12 +156,14 @@ class KeptMoment:
             if not is_plain(scale) or scale.dtype != torch.float32 or scale.numel() != maxima:
                 return None
         if scale is None:
-            if self.kind == Kept.FULL16 and store.is_random(weight):
+            if self.kind == MomentKind.FULL16 and store.is_random(weight):
                 key = noise_key(f"{ctx.spec.name}/{self.slot.name}", ctx.step)
-                return native.Moment(data.data_ptr(), start=_first_index(ctx.spec), kind=Kept.FULL16_RANDOM, key=key)
-            return native.Moment(data.data_ptr(), kind=self.kind)
+                return native.MomentOperand(
+                    data.data_ptr(), start=_first_index(ctx.spec), kind=MomentKind.FULL16_RANDOM, key=key
+                )
+            return native.MomentOperand(data.data_ptr(), kind=self.kind)
         tables = _tables(store.codebook if self.kind not in _FLOATS else _e4m3())
-        return native.Moment(
+        return native.MomentOperand(
             data.data_ptr(),
             scale.data_ptr(),
             tables.values.data_ptr(),
@@ -168,8 +173,8 @@ class KeptMoment:
         )
 
 
-_HALVES = (Kept.SIGNED4, Kept.LINEAR4)
-_FLOATS = (Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3)
+_HALVES = (MomentKind.SIGNED4, MomentKind.LINEAR4)
+_FLOATS = (MomentKind.SIGNED_E4M3, MomentKind.UNSIGNED_E4M3)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from optstate.kernels.native import Rule
+from optstate.kernels.native import StepRule
 from optstate.kernels.rules import ElementRule, MatrixRule
 from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
 from optstate.optimizer.whole_steps.factored import CompiledFactored
@@ -26,7 +26,7 @@ def read_element_rule(chain: CompiledElementwise, ctx: Context) -> ElementRule |
             beta1, beta2 = map(ctx.read, adam.betas)
             return replace(
                 rule,
-                rule=Rule.ADAM,
+                rule=StepRule.ADAM,
                 first_weight=1 - beta1,
                 second_weight=1 - beta2,
                 eps=ctx.read(adam.eps),
@@ -34,17 +34,17 @@ def read_element_rule(chain: CompiledElementwise, ctx: Context) -> ElementRule |
                 step=end.scale / (1 - beta1**ctx.step),
             )
         case scale_by_rss() as rss:
-            return replace(rule, rule=Rule.ROOT_OF_SUM, eps=ctx.read(rss.eps))
+            return replace(rule, rule=StepRule.ROOT_OF_SUM, eps=ctx.read(rss.eps))
         case sign_momentum() as lion:
             beta1, beta2 = map(ctx.read, lion.betas)
-            return replace(rule, rule=Rule.LION, first_weight=1 - beta2, mix=1 - beta1)
+            return replace(rule, rule=StepRule.LION, first_weight=1 - beta2, mix=1 - beta1)
         case momentum(heavy_ball=True) as ball:
             share = 1.0 if ctx.step == 1 else 1 - ctx.read(ball.dampening)
             beta = ctx.read(ball.beta)
-            return replace(rule, rule=Rule.HEAVY_BALL, first_weight=share, mix=beta, nesterov=ball.nesterov)
+            return replace(rule, rule=StepRule.HEAVY_BALL, first_weight=share, mix=beta, nesterov=ball.nesterov)
         case momentum() as average:
             share = 1 - ctx.read(average.beta)
-            return replace(rule, rule=Rule.AVERAGE, first_weight=share, nesterov=average.nesterov)
+            return replace(rule, rule=StepRule.AVERAGE, first_weight=share, nesterov=average.nesterov)
     return rule
 
 

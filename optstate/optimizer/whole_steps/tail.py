@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from optstate.optimizer.whole_steps.operands import number
+from optstate.optimizer.whole_steps.operands import as_number
 from optstate.updates import (
     Context,
     Transform,
@@ -71,7 +71,7 @@ class Tail:
 
         ends_chain: whether the learning rate multiplies at the end, unless a transform has done so.
         """
-        lr = number(ctx.group["lr"])
+        lr = as_number(ctx.group["lr"])
         if lr is None:
             return None
         scale, decay = 1.0, 0.0
@@ -80,7 +80,7 @@ class Tail:
                 decay += ctx.read(transform.rate)
                 continue
             factor = (
-                number(transform.schedule(ctx.step, ctx.group["lr"]))
+                as_number(transform.schedule(ctx.step, ctx.group["lr"]))
                 if isinstance(transform, scale_by_schedule)
                 else lr
             )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from optstate.kernels import noise_key
-from optstate.kernels.native import NUMBERS, Kept, Written
+from optstate.kernels.native import NUMBERS, MomentKind, WriteKind
 from optstate.kernels.triton_steps import GradientTensor, MomentTensor, WeightTensor, make_table, why_no_triton
 from optstate.optimizer.plan import SlotPlan
-from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, number
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, as_number
 from optstate.spec import ParamSpec, is_fake
 from optstate.stores.block_codes import E4M3
 from optstate.updates import Context
@@ -33,7 +33,7 @@ def are_launchable(*tensors: Tensor) -> bool:
 
 def gradient_tensor(ctx: Context, bound: float | None, penalty: float = 0.0) -> GradientTensor | None:
     """Return the gradient as kernels read it; None if they cannot."""
-    grad, scale = ctx.grad, number(ctx.grad_scale)
+    grad, scale = ctx.grad, as_number(ctx.grad_scale)
     if grad.dtype not in NUMBERS or grad.numel() != ctx.param.numel() or not are_launchable(grad):
         return None
     if scale is not None:
@@ -50,10 +50,10 @@ def weight_tensor(written: WrittenWeight, state: Mapping[str, Any], ctx: Context
     if param.dtype != ctx.spec.dtype or not are_launchable(param):
         return None
     if extra is not None:
-        dtype = {Written.SPLIT16: torch.int16, Written.SPLIT8: torch.int8}.get(written.how, param.dtype)
+        dtype = {WriteKind.SPLIT16: torch.int16, WriteKind.SPLIT8: torch.int8}.get(written.how, param.dtype)
         if extra.dtype != dtype or extra.numel() != param.numel() or not are_launchable(extra):
             return None
-    key = noise_key(ctx.spec.name, ctx.step, written.seed) if written.how == Written.STOCHASTIC else 0
+    key = noise_key(ctx.spec.name, ctx.step, written.seed) if written.how == WriteKind.STOCHASTIC else 0
     return WeightTensor(param.detach(), extra, written.how, _first_index(ctx.spec), key)
 
 
@@ -71,18 +71,18 @@ def moment_tensor(kept: KeptMoment | None, state: Mapping[str, Any], ctx: Contex
     store.check_weight(share)
     data, scale = state[kept.codes], state[kept.scale] if kept.scale else None
     count, dtype = ctx.param.numel(), fields["" if scale is None else "codes"].dtype
-    codes = -(-count // 2) if kept.kind in (Kept.SIGNED4, Kept.LINEAR4) else count
+    codes = -(-count // 2) if kept.kind in (MomentKind.SIGNED4, MomentKind.LINEAR4) else count
     if data.dtype != dtype or data.numel() != codes or not are_launchable(data):
         return None
     if scale is not None:
         if scale.dtype != torch.float32 or scale.numel() != -(-count // kept.block) or not are_launchable(scale):
             return None
-        book = E4M3 if kept.kind in (Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3) else store.codebook
+        book = E4M3 if kept.kind in (MomentKind.SIGNED_E4M3, MomentKind.UNSIGNED_E4M3) else store.codebook
         assert book is not None
         return MomentTensor(data.view(torch.uint8), scale, kept.kind, make_table(book, data.device), kept.block)
-    if kept.kind == Kept.FULL16 and store.is_random(share):
+    if kept.kind == MomentKind.FULL16 and store.is_random(share):
         key = noise_key(f"{ctx.spec.name}/{kept.slot.name}", ctx.step)
-        return MomentTensor(data, kind=Kept.FULL16_RANDOM, key=key, start=_first_index(ctx.spec))
+        return MomentTensor(data, kind=MomentKind.FULL16_RANDOM, key=key, start=_first_index(ctx.spec))
     return MomentTensor(data, kind=kept.kind)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate import stores
 from optstate.kernels import Noise, noise_key
-from optstate.kernels.native import Kept, Rule, Written
+from optstate.kernels.native import MomentKind, StepRule, WriteKind
 from optstate.kernels.rounding import random_bits16, round_bf16, round_fp16
 from optstate.kernels.rules import ElementRule
 from optstate.kernels.triton_steps import TILE, GradientTensor, MomentTensor, WeightTensor, interprets, make_table
@@ -50,7 +50,7 @@ class TestRandomBits:
         value = numbers(TILE + 300)
         param = torch.zeros(len(value), dtype=dtype)
         key = noise_key("layer.weight", 7, 2**31)
-        descend(WeightTensor(param, how=Written.STOCHASTIC, start=start, key=key), -value)
+        descend(WeightTensor(param, how=WriteKind.STOCHASTIC, start=start, key=key), -value)
         bits = random_bits16(key, start, len(value), value.device)
         expected = (round_bf16 if dtype == torch.bfloat16 else round_fp16)(value.clone(), bits).to(dtype)
         assert torch.equal(param.view(torch.int16), expected.view(torch.int16))
@@ -59,17 +59,17 @@ class TestRandomBits:
     def test_what_is_not_finite_stays(self, dtype: torch.dtype) -> None:
         value = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
         param = torch.zeros(4, dtype=dtype)
-        descend(WeightTensor(param, how=Written.STOCHASTIC, key=5), -value)
+        descend(WeightTensor(param, how=WriteKind.STOCHASTIC, key=5), -value)
         assert torch.equal(param[[0, 1, 3]].float(), value[[0, 1, 3]])
         assert param[2].isnan()
 
 
-STORES: list[tuple[Any, Kept, Kept]] = [
-    (stores.Block8(), Kept.SIGNED8, Kept.UNSIGNED8),
-    (stores.Block8(64), Kept.SIGNED8, Kept.UNSIGNED8),
-    (stores.Float8(), Kept.SIGNED_E4M3, Kept.UNSIGNED_E4M3),
-    (stores.Block4(), Kept.SIGNED4, Kept.LINEAR4),
-    (stores.Block4(1024), Kept.SIGNED4, Kept.LINEAR4),
+STORES: list[tuple[Any, MomentKind, MomentKind]] = [
+    (stores.Block8(), MomentKind.SIGNED8, MomentKind.UNSIGNED8),
+    (stores.Block8(64), MomentKind.SIGNED8, MomentKind.UNSIGNED8),
+    (stores.Float8(), MomentKind.SIGNED_E4M3, MomentKind.UNSIGNED_E4M3),
+    (stores.Block4(), MomentKind.SIGNED4, MomentKind.LINEAR4),
+    (stores.Block4(1024), MomentKind.SIGNED4, MomentKind.LINEAR4),
 ]
 
 
@@ -82,13 +82,15 @@ def table_of(store: Any) -> Tensor:
 class TestCodes:
     @pytest.mark.parametrize("count", [1, 255, 256, 1023, 2 * TILE + 77])
     @pytest.mark.parametrize(("store", "kind", "other"), STORES, ids=str)
-    def test_signed_codes_are_those_of_the_store(self, store: Any, kind: Kept, other: Kept, count: int) -> None:
+    def test_signed_codes_are_those_of_the_store(
+        self, store: Any, kind: MomentKind, other: MomentKind, count: int
+    ) -> None:
         """An average that takes the new value in full is the gradient itself, so that codes must agree to the bit."""
         value = numbers(count + 4)[:count]
         expected = store.encode(value.clone(), Noise("", 0))
         codes, absmax = torch.zeros_like(expected["codes"]), torch.zeros_like(expected["absmax"])
         moment = MomentTensor(codes.view(torch.uint8), absmax, kind, table_of(store), store.block)
-        rule = ElementRule(rule=Rule.AVERAGE, first_weight=1.0, step=1.0)
+        rule = ElementRule(rule=StepRule.AVERAGE, first_weight=1.0, step=1.0)
         weight = WeightTensor(torch.zeros(count))
         launch_elementwise(weight, GradientTensor(value), moment, NO_MOMENT, rule, None, moves_second=False)
         assert torch.equal(absmax, expected["absmax"])
@@ -96,28 +98,30 @@ class TestCodes:
 
     @pytest.mark.parametrize("count", [255, 2 * TILE + 77])
     @pytest.mark.parametrize(("store", "other", "kind"), STORES, ids=str)
-    def test_unsigned_codes_are_those_of_the_store(self, store: Any, kind: Kept, other: Kept, count: int) -> None:
+    def test_unsigned_codes_are_those_of_the_store(
+        self, store: Any, kind: MomentKind, other: MomentKind, count: int
+    ) -> None:
         from dataclasses import replace
 
         store, value = replace(store, signed=False), numbers(count + 4)[:count]
         expected = store.encode(value * value, Noise("", 0))
         codes, absmax = torch.zeros_like(expected["codes"]), torch.zeros_like(expected["absmax"])
         moment = MomentTensor(codes.view(torch.uint8), absmax, kind, table_of(store), store.block)
-        rule = ElementRule(rule=Rule.ADAM, first_weight=1.0, second_weight=1.0, eps=1e-8, step=1.0)
+        rule = ElementRule(rule=StepRule.ADAM, first_weight=1.0, second_weight=1.0, eps=1e-8, step=1.0)
         weight = WeightTensor(torch.zeros(count))
         launch_elementwise(weight, GradientTensor(value), NO_MOMENT, moment, rule, None, moves_second=True)
         assert torch.equal(absmax, expected["absmax"])
         assert torch.equal(codes.view(torch.uint8), expected["codes"].view(torch.uint8))
 
     @pytest.mark.parametrize(("store", "kind", "other"), STORES, ids=str)
-    def test_codes_are_read_as_the_store_reads_them(self, store: Any, kind: Kept, other: Kept) -> None:
+    def test_codes_are_read_as_the_store_reads_them(self, store: Any, kind: MomentKind, other: MomentKind) -> None:
         """An average that takes nothing of the gradient is what was kept; the weight becomes its negative."""
         value = numbers(TILE + 400)
         fields = store.encode(value.clone(), Noise("", 0))
         expected = store.read(fields, value.shape)
         moment = MomentTensor(fields["codes"].view(torch.uint8), fields["absmax"], kind, table_of(store), store.block)
         param = torch.zeros_like(value)
-        rule = ElementRule(rule=Rule.AVERAGE, first_weight=0.0, step=1.0)
+        rule = ElementRule(rule=StepRule.AVERAGE, first_weight=0.0, step=1.0)
         gradient = GradientTensor(torch.zeros_like(value))
         launch_elementwise(WeightTensor(param), gradient, moment, NO_MOMENT, rule, None, moves_second=False)
         assert torch.equal(-param, expected)
@@ -150,21 +154,21 @@ class TestGradient:
         assert launch_finite_check(grad[:0])
 
 
-@pytest.mark.parametrize("how", list(Written), ids=str)
-def test_a_flag_that_is_not_set_leaves_every_byte(how: Written) -> None:
+@pytest.mark.parametrize("how", list(WriteKind), ids=str)
+def test_a_flag_that_is_not_set_leaves_every_byte(how: WriteKind) -> None:
     value = numbers(TILE + 100)
     param = value.to(torch.bfloat16)
-    extra = {Written.KAHAN: torch.bfloat16, Written.SPLIT16: torch.int16, Written.SPLIT8: torch.int8}.get(how)
+    extra = {WriteKind.KAHAN: torch.bfloat16, WriteKind.SPLIT16: torch.int16, WriteKind.SPLIT8: torch.int8}.get(how)
     beside = None if extra is None else torch.arange(len(value)).to(extra)
     store = stores.Block4()
     fields = store.encode(value.clone(), Noise("", 0))
-    moment = MomentTensor(fields["codes"], fields["absmax"], Kept.SIGNED4, table_of(store), store.block)
+    moment = MomentTensor(fields["codes"], fields["absmax"], MomentKind.SIGNED4, table_of(store), store.block)
     second = value.square()
     tensors = [t for t in (param, beside, fields["codes"], fields["absmax"], second) if t is not None]
     before = [tensor.clone() for tensor in tensors]
-    rule = ElementRule(rule=Rule.ADAM, first_weight=0.5, second_weight=0.5, eps=1e-8, step=1.0)
+    rule = ElementRule(rule=StepRule.ADAM, first_weight=0.5, second_weight=0.5, eps=1e-8, step=1.0)
     operands = (WeightTensor(param, beside, how), GradientTensor(value * math.nan), moment)
-    kept = MomentTensor(second, kind=Kept.FULL32)
+    kept = MomentTensor(second, kind=MomentKind.FULL32)
     launch_elementwise(*operands, kept, rule, torch.tensor(False), moves_second=True)
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
     launch_elementwise(
