@@ -110,7 +110,7 @@ def make_variant(
 
 
 def elementwise_variants() -> Iterator[Variant]:
-    from optstate.kernels.triton_steps.elementwise import WARPS, elementwise_kernel
+    from optstate.kernels.triton_steps.elementwise import WARPS, WARPS_OF_CODES, elementwise_kernel
 
     none, full, bf16 = Kept.NOTHING, Kept.FULL32, Kept.FULL16
     cases = [
@@ -149,7 +149,7 @@ def elementwise_variants() -> Iterator[Variant]:
                 "finite": "*u8",
                 "device_scale": None,
             },
-            WARPS,
+            WARPS if block == 1 else WARPS_OF_CODES,
             HOW=int(how),
             RULE=int(rule),
             NESTEROV=False,
