@@ -110,7 +110,7 @@ def make_variant(
 
 
 def elementwise_variants() -> Iterator[Variant]:
-    from optstate.kernels.triton_steps.elementwise import WARPS, elementwise_kernel
+    from optstate.kernels.triton_steps.elementwise import WARPS, WARPS_OF_CODES, elementwise_kernel
 
     none, full, bf16 = MomentKind.NOTHING, MomentKind.FULL32, MomentKind.FULL16
     cases = [
@@ -189,7 +189,7 @@ def elementwise_variants() -> Iterator[Variant]:
                 "finite": "*u8",
                 "device_scale": None,
             },
-            WARPS,
+            WARPS if block == 1 else WARPS_OF_CODES,
             HOW=int(how),
             RULE=int(rule),
             NESTEROV=False,

@@ -34,6 +34,9 @@ ROOT_OF_SUM = tl.constexpr(int(StepRule.ROOT_OF_SUM))
 
 WARPS = 4
 
+WARPS_OF_CODES = 8
+"""Where a moment is kept in codes: four elements per thread, as with eight a register spills on sm_80."""
+
 
 @triton.jit
 def move_average(old, new, weight):
@@ -214,6 +217,6 @@ def launch_elementwise(
             CLAMPS=gradient.bound is not None,
             PENALISES=gradient.penalty != 0.0,
             TILE=TILE,
-            num_warps=WARPS,
+            num_warps=WARPS if first.table is None and second.table is None else WARPS_OF_CODES,
             **OPTIONS,
         )

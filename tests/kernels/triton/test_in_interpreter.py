@@ -23,7 +23,6 @@ def test_kernels_under_the_interpreter(module: str) -> None:
             sys.executable,
             "-m",
             "pytest",
-            "-q",
             "-n",
             "0",
             "-p",
