@@ -21,7 +21,7 @@ from optstate.stores import Block4, Block8, Float8, Full
 from optstate.updates import Context
 from optstate.weights import Kahan, Plain, Split, StochasticRounding
 
-__all__ = ["KeptMoment", "WrittenWeight", "are_as_planned", "gradient", "number", "takes"]
+__all__ = ["KeptMoment", "WrittenWeight", "are_as_planned", "as_number", "gradient", "takes"]
 
 
 def takes(spec: ParamSpec) -> bool:
