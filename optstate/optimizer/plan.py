@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -233,7 +234,7 @@ class Plan:
                     state,
                     str(param.nbytes),
                     str(param.weights),
-                    step,
+                    step.partition(" (")[0],
                     "; ".join(
                         param.notes if step and not step.startswith(TRANSFORMS) else (*param.notes, *param.scratch_note)
                     ),
@@ -242,6 +243,8 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         legend = [f"chain {i}: {text}" for i, text in enumerate(chains, 1)]
+        whys = Counter(step for step in self.steps if step.startswith(TRANSFORMS))
+        legend += [f"{step}: {count} of {len(self)} parameters" for step, count in whys.items()]
         share = f", {self.nbytes / self.elements:.4f} per element" if self.elements else ""
         total = f"{len(self)} parameters, {self.elements} elements, {_bytes(self.nbytes)} of state{share}"
         return "\n".join([*legend, *table, total])
