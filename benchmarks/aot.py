@@ -329,17 +329,26 @@ def format_table(rows: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def first_variants() -> list[Variant]:
+    """Return one variant of each kernel."""
+    found: dict[str, Variant] = {}
+    for variant in all_variants():
+        found.setdefault(variant.kernel, variant)
+    return list(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="a part of the names")
+    parser.add_argument("--first", action="store_true", help="only the first variant of each kernel")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         rows = [
             compile_variant(variant, arch)
-            for variant in all_variants()
+            for variant in (first_variants() if options.first else all_variants())
             if options.only in f"{variant.kernel} {variant.name}"
             for arch in options.arch
         ]

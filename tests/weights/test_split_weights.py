@@ -292,8 +292,16 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TRAINED)
+TRAINED_IN_MODES = [
+    (name, mode)
+    for i, name in enumerate(TRAINED)
+    for j, mode in enumerate(MODES)
+    if j == 0 or (i + j) % 2 or name.startswith("adamw8bit")
+]
+"""Every rule in one go, and in half of the other modes, every mode with half of the rules."""
+
+
+@pytest.mark.parametrize(("name", "mode"), TRAINED_IN_MODES)
 def test_split_16_trains_a_bf16_parameter_bit_for_bit_as_fp32(name: str, mode: str) -> None:
     """Except where the root mean square of a transposed fp32 parameter is summed in the order of its memory: that
     differs by 2**-23 of itself, and so may each of 5 steps' roundings of a weight."""

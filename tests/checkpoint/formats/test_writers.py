@@ -214,7 +214,8 @@ def members(groups: list[dict[str, Any]]) -> list[nn.Parameter]:
 
 
 def assert_same_steps(ours: Any, theirs: Any, params: list[nn.Parameter], others: list[nn.Parameter]) -> None:
-    """Both optimizers move by the same three steps, which are far longer than the tolerance."""
+    """Both optimizers move by the same three steps, which are far longer than the tolerance: a few roundings of weights
+    up to 4, as one fuses multiplications and additions and the other does not."""
     before = [param.detach().clone() for param in params]
     for _ in range(3):
         for mine, other in zip(params, others, strict=True):
@@ -224,7 +225,7 @@ def assert_same_steps(ours: Any, theirs: Any, params: list[nn.Parameter], others
         theirs.step()
     for mine, other, was in zip(params, others, before, strict=True):
         assert (mine - was).abs().mean() > 1e-3
-        torch.testing.assert_close(other, mine, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(other, mine, rtol=1e-6, atol=5e-7)
 
 
 def transformers_adafactor(params: Any) -> Any:

