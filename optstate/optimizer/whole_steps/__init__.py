@@ -21,7 +21,7 @@ from optstate.optimizer.whole_steps.triton_elementwise import TritonElementwise
 from optstate.optimizer.whole_steps.triton_factored import TritonFactored
 from optstate.spec import can_be_stepped
 
-__all__ = ["Found", "WholeStep", "find_whole_step"]
+__all__ = ["COMPILED", "IN_TRITON", "Found", "FusedByTorch", "WholeStep", "find_whole_step"]
 
 
 COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)
