@@ -11,6 +11,7 @@ import peers
 import torch
 from byte_floor import Passes, lowest
 from dispatch import Cost, DispatchCounter
+from peers import library
 from shapes import module_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,12 +22,12 @@ Build = Callable[[nn.Module, float], peers.Runner]
 
 def bitsandbytes_adamw8bit(module: nn.Module, lr: float) -> peers.Runner:
     """Build bitsandbytes' AdamW with blocks of 256 in 8 bits."""
-    return peers.torchs(peers.library("bitsandbytes").optim.AdamW8bit)(module, lr)
+    return peers.torchs(library("bitsandbytes").optim.AdamW8bit)(module, lr)
 
 
 def torchao_adamw8bit(module: nn.Module, lr: float) -> peers.Runner:
     """Build torchao's AdamW with blocks of 256 in 8 bits."""
-    return peers.torchs(peers.library("torchao.optim").AdamW8bit)(module, lr)
+    return peers.torchs(library("torchao.optim").AdamW8bit)(module, lr)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +23,30 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
 
     The tensor is read once. In eager PyTorch elements so large that their sum overflows count as infinite, too.
     """
-    if not _is_compiled(grad):
+    within = _compiled_check() if _is_plain(grad) else None
+    if within is None:
         return eager.all_finite_by_sums(grad, largest)
     address, kind, count = grad.data_ptr(), native.NUMBERS[grad.dtype], grad.numel()
     if count < native.WORTH_SHARING:
-        return YES if native.function("within")(address, kind, largest, 0, count) else NO
+        return YES if within(address, kind, largest, 0, count) else NO
     outside: list[int] = []
 
     def check(begin: int, end: int) -> None:
-        if not native.function("within")(grad.data_ptr(), kind, largest, begin, end):
+        if not within(grad.data_ptr(), kind, largest, begin, end):
             outside.append(begin)
 
     native.share(check, (), count, native.TILE, count)
     return NO if outside else YES
 
 
-def _is_compiled(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether C code may be given the address of a tensor."""
     plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    known = plain and tensor.device.type == "cpu" and tensor.dtype in native.NUMBERS and tensor.is_contiguous()
-    return known and choose_backend("auto", tensor.device)[0] == "native"
+    return plain and tensor.device.type == "cpu" and tensor.dtype in native.NUMBERS and tensor.is_contiguous()
+
+
+@cache
+def _compiled_check() -> Callable[..., int] | None:
+    """Return the compiled check, or None if steps are not compiled; found once, as every call counts."""
+    chosen, _ = choose_backend("auto", torch.device("cpu"))
+    return native.function("within") if chosen == "native" else None

@@ -30,17 +30,17 @@ class Leaf:
     group: int
     placement: Placement | None = None
     backend: str = "auto"
-    _found: tuple[ParamPlan, str, Found] | None = None
+    last_found: tuple[ParamPlan, str, Found] | None = None
 
     def found_step(self, device: torch.device) -> Found:
         """Return the whole step of the parameter on this kind of device, or why there is none."""
-        if self._found is None or self._found[0] is not self.plan or self._found[1] != device.type:
-            self._found = self.plan, device.type, find_whole_step(self.plan, device, self.backend)
-        return self._found[2]
+        if self.last_found is None or self.last_found[0] is not self.plan or self.last_found[1] != device.type:
+            self.last_found = self.plan, device.type, find_whole_step(self.plan, device, self.backend)
+        return self.last_found[2]
 
     def use_backend(self, backend: str) -> None:
         """Have the steps made by another backend from now on."""
-        self.backend, self._found = backend, None
+        self.backend, self.last_found = backend, None
 
     @property
     def name(self) -> str:

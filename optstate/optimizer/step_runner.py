@@ -287,7 +287,9 @@ class StepRunner:
             state = {key: here(value) if isinstance(value, Tensor) else value for key, value in whole_state.items()}
         group = self._optimizer().param_groups[leaf.group]  # type: ignore[union-attr]
         guard = Guard(spec.name, grad, before_write=partial(self._before_write, spec.name, param, part, whole_state))
-        found = leaf.found_step(part.device).step
+        last = leaf.last_found  # asked here first, as every call counts in a small step
+        known = last is not None and last[0] is plan and last[1] == part.device.type
+        found = (last[2] if known else leaf.found_step(part.device)).step  # type: ignore[index]
         read_again = spec.region is None and found is None and plan.guards and grad.dtype != spec.accumulator
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together

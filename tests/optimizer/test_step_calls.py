@@ -83,20 +83,20 @@ def test_a_hook_reaches_every_kernel_in_seven_frames_and_the_weight_in_120_calls
     calls = Calls().of(loss.backward)
     assert not torch.equal(param, before)
     assert calls.deepest <= 7  # hook, arrival, runner, chain, whole step, kernel; or, in eager, transform and store
-    assert 60 < calls.after_hook < (130 if backend == "eager" else 120)
+    assert 60 < calls.after_hook < 120
     optimizer.step()
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "stepped"])
 @pytest.mark.parametrize(
     ("recipe", "most"),
-    [(AdaLomo, 120), (Lomo, 110), (recipes.get("adamw"), 100), (recipes.get("lion"), 115), (recipes.get("came"), 140)],
+    [(AdaLomo, 115), (Lomo, 95), (recipes.get("adamw"), 90), (recipes.get("lion"), 106), (recipes.get("came"), 135)],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_no_recipe_takes_more_calls_than_it_did(
     recipe: Callable[..., optstate.Optimizer], most: int, fused: bool
 ) -> None:
-    """Bounds leave room for the few calls that PyTorch adds where something else was imported or begun before."""
+    """PyTorch adds two calls where something else was begun before: the bounds have room for them."""
     param, optimizer = trained(recipe, fused)
     if fused:
         calls = Calls().of((param * param).sum().backward)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import optstate
 from adalomo import Adafactor, AdaLomo, Lomo
 from optstate import updates
-from optstate.kernels.native import library
+from optstate.kernels.native import loading
 from optstate.memory import peak_extra_bytes
 from optstate.optimizer.plan import ParamPlan
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion, Lion8bit, SGDM8bit
@@ -260,14 +260,14 @@ def trained(name: str, dtype: torch.dtype, shapes: Any = SHAPES) -> list[Any]:
 def test_every_kind_of_processor_gives_the_same_bits(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = ctypes.CDLL(str(library.find_library()))
+    opened = ctypes.CDLL(str(loading.find_library()))
     opened.best_kind.restype = ctypes.c_char_p
     best = opened.best_kind().decode()
     kinds = ["", "_v3", "_v4"][: 1 + ["", "_v3", "_v4"].index(best)]
     found = []
     for kind in kinds:
-        functions = library.functions_for(opened, kind)
-        monkeypatch.setattr(library, "opened", lambda functions=functions: (functions, ""))
+        functions = loading.functions_for(opened, kind)
+        monkeypatch.setattr(loading, "opened", lambda functions=functions: (functions, ""))
         found.append(trained(name, dtype))
     for each in found[1:]:
         assert_same(each, found[0])

@@ -3,7 +3,7 @@
 The library is optional. Where it is missing, the same steps run on the loops of `optstate.kernels.eager`.
 """
 
-from optstate.kernels.native.library import TILE, function, why_missing
+from optstate.kernels.native.loading import TILE, function, why_missing
 from optstate.kernels.native.structures import (
     NUMBERS,
     Elementwise,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -118,6 +118,10 @@ class CompiledElementwise:
         spreads = isinstance(store, Grouped) or (isinstance(store, Factored) and spec.ndim == 2)
         return _replaced(self, first=kept[0], moved="exp_avg_sq") if spreads and spec.region is None else None
 
+    @cached_property
+    def _kernel(self) -> Callable[..., Any]:
+        return native.function("step_elementwise")
+
     @property
     def words(self) -> str:
         """What the plan says of the step."""
@@ -151,10 +155,13 @@ class CompiledElementwise:
             step.grad.penalty = ctx.read(self.penalty.rate)
         if not self._set_rule(step, state, ctx):
             return False
-        statistic = self._move(step, state, ctx)
+        statistic = None if self.moved is None else self._move(step, state, ctx)
         ctx.guard.begin_writing()
         step.alive, count = (ctx, step.alive), ctx.param.numel()
-        native.share(native.function("step_elementwise"), (ctypes.byref(step),), count, native.TILE, count)
+        if count < native.WORTH_SHARING:  # as `share` would, one call sooner
+            self._kernel(ctypes.byref(step), 0, count)
+        else:
+            native.share(self._kernel, (ctypes.byref(step),), count, native.TILE, count)
         if statistic is not None:
             statistic.commit()
         return True

@@ -40,7 +40,8 @@ def as_number(value: Any) -> float | None:
 
 def gradient(ctx: Context, bound: float | None) -> native.GradientOperand | None:
     """Return the gradient as C code reads it; None if C code cannot."""
-    grad, scale = ctx.grad, as_number(ctx.grad_scale)
+    grad, given = ctx.grad, ctx.grad_scale
+    scale = given if type(given) is float else as_number(given)
     if scale is None or grad.dtype not in NUMBERS or not is_plain(grad) or grad.numel() != ctx.param.numel():
         return None
     clamp = math.inf if bound is None else bound

@@ -71,7 +71,8 @@ class Tail:
 
         ends_chain: whether the learning rate multiplies at the end, unless a transform has done so.
         """
-        lr = as_number(ctx.group["lr"])
+        lr = ctx.group["lr"]
+        lr = lr if type(lr) is float else as_number(lr)
         if lr is None:
             return None
         scale, decay = 1.0, 0.0

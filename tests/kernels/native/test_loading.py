@@ -18,7 +18,7 @@ from torch import nn
 import optstate
 from optstate import kernels
 from optstate.kernels import backend, native
-from optstate.kernels.native import library, threads
+from optstate.kernels.native import loading, threads
 from optstate.optimizer.whole_steps.base import is_plain
 from optstate.recipes import Lion
 from tests.support.compiled import needs_compiled_steps
@@ -37,8 +37,8 @@ def lion() -> optstate.Optimizer:
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing was compiled."""
-    monkeypatch.setattr(library, "find_library", lambda: None)
-    monkeypatch.setattr(library, "opened", library.opened.__wrapped__)
+    monkeypatch.setattr(loading, "find_library", lambda: None)
+    monkeypatch.setattr(loading, "opened", loading.opened.__wrapped__)
 
 
 @pytest.mark.usefixtures("no_library")
@@ -55,8 +55,8 @@ def test_without_a_library_steps_are_eager_and_the_plan_says_why() -> None:
 
 @needs_compiled_steps
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "ABI_VERSION", -1)
-    functions, why = library.opened.__wrapped__()
+    monkeypatch.setattr(loading, "ABI_VERSION", -1)
+    functions, why = loading.opened.__wrapped__()
     assert not functions
     assert why == "it was compiled from another version of optstate: install optstate again"
 
@@ -64,8 +64,8 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
 def test_a_file_that_is_no_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "_steps.so"
     path.write_bytes(b"no library")
-    monkeypatch.setattr(library, "find_library", lambda: path)
-    functions, why = library.opened.__wrapped__()
+    monkeypatch.setattr(loading, "find_library", lambda: path)
+    functions, why = loading.opened.__wrapped__()
     assert not functions
     assert why.startswith("it cannot be opened: ")
     assert "\n" not in why
@@ -222,5 +222,5 @@ def share_in_a_child() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_of_a_process_with_threads_makes_its_own(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    code = starter().run("tests.kernels.native.test_library:share_in_a_child", log=log, timeout=60)
+    code = starter().run("tests.kernels.native.test_loading:share_in_a_child", log=log, timeout=60)
     assert code == 0, log.read_text()
