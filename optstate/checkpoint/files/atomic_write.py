@@ -16,7 +16,16 @@ from optstate.checkpoint.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["as_bytes", "ending_in_order", "replacing", "reported", "reserve_room", "write_all", "write_at"]
+__all__ = [
+    "as_bytes",
+    "ending_in_order",
+    "replacing",
+    "reported",
+    "reserve_room",
+    "temporary_beside",
+    "write_all",
+    "write_at",
+]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
@@ -24,13 +33,16 @@ _NO_RESERVATION = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], overwrite: bool, permissions: int | None = None) -> Iterator[int]:
+def replacing(
+    path: str | os.PathLike[str], overwrite: bool, permissions: int | None = None, temporary: str | None = None
+) -> Iterator[int]:
     """Yield a descriptor of a new file, which takes the target's place when the body ends without an exception.
 
     A symbolic link is followed. An existing file keeps its permissions, a new one gets those that are given, else those
     of the process (0666 less the umask). On any exception, KeyboardInterrupt included, the temporary file is removed,
     and when the process is asked to end (`ending_in_order`). A killed one may leave `.optstate-<random>.tmp` in the
-    target's folder: never read, safe to delete.
+    target's folder: never read, safe to delete. `temporary` is this file's name, from `temporary_beside`, for a caller
+    that removes the file itself where an interrupt comes between the lines of its `with` statements.
 
     Raises CheckpointError if the target exists and `overwrite` is false (refused), is no regular file (refused), or
     cannot be written. Exceptions of the body pass; it puts what it does with the descriptor under `reported`.
@@ -38,9 +50,14 @@ def replacing(path: str | os.PathLike[str], overwrite: bool, permissions: int | 
     target = os.path.realpath(path)
     existing = _permissions(path, target, overwrite)
     permissions = permissions if existing is None else existing
-    temporary = os.path.join(os.path.dirname(target), f".optstate-{os.urandom(8).hex()}.tmp")
+    temporary = temporary or temporary_beside(path)
     with ending_in_order():
         yield from _replacing(path, target, temporary, permissions, overwrite)
+
+
+def temporary_beside(path: str | os.PathLike[str]) -> str:
+    """Return a name for a temporary file in the folder of the target; a symbolic link is followed."""
+    return os.path.join(os.path.dirname(os.path.realpath(path)), f".optstate-{os.urandom(8).hex()}.tmp")
 
 
 def _replacing(

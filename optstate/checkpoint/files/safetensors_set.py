@@ -18,7 +18,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from optstate.checkpoint.errors import CheckpointError
-from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, reported, write_all
+from optstate.checkpoint.files.atomic_write import ending_in_order, replacing, reported, temporary_beside, write_all
 from optstate.checkpoint.files.file_kinds import MAX_HEADER, read_whole
 from optstate.checkpoint.files.safetensors_writer import (
     NewEntry,
@@ -151,17 +151,16 @@ def _several(
     shards = _free_names(path, len(groups))
     spare = room - header_size({}, entries) + 8  # for the metadata: in the first file only
     rooms = [header_size({}, group) + (spare if i == 0 else 0) for i, group in enumerate(groups)]
+    targets = [_beside(path, shard) for shard in shards]
+    temporaries = [temporary_beside(target) for target in targets]
     old, made = set[str](), dict[str, os.stat_result]()
     try:
         with ExitStack() as stack:
             files = []
-            for shard, group, size in zip(shards, groups, rooms, strict=True):
+            for shard, target, temporary, group, size in zip(shards, targets, temporaries, groups, rooms, strict=True):
+                writing = create_safetensors(target, group, room=size, permissions=permissions, temporary=temporary)
                 with _advised(len(groups)):
-                    files.append(
-                        stack.enter_context(
-                            create_safetensors(_beside(path, shard), group, room=size, permissions=permissions)
-                        )
-                    )
+                    files.append(stack.enter_context(writing))
                 made[shard] = os.fstat(files[-1].descriptor)
             yield SafetensorsSet(files, groups)
         old = _named_by(index_path(path)) or set()
@@ -170,6 +169,9 @@ def _several(
             _remove(os.fspath(path))
     finally:
         # Whether the new index is in place or not, even after an interrupt: what no index names now is not needed.
+        for temporary in temporaries:  # of a file whose writer the interrupt kept from ending
+            with suppress(OSError):
+                os.unlink(temporary)
         _remove_shards(path, old | {shard for shard, own in made.items() if _is(_beside(path, shard), own)})
 
 

@@ -114,6 +114,7 @@ def create_safetensors(
     room: int,
     overwrite: bool = False,
     permissions: int | None = None,
+    temporary: str | None = None,
 ) -> Iterator[SafetensorsFile]:
     """Write a safetensors file whose tensors come in any order, and whose metadata are known only at the end.
 
@@ -127,6 +128,7 @@ def create_safetensors(
             be; rounded up to a multiple of eight. What is left of it is filled with spaces.
         overwrite: replace an existing file.
         permissions: of a new file; those of the process if None.
+        temporary: the name of the file while it is incomplete, as for `replacing`.
 
     Raises:
         CheckpointError: the target exists (refused), is no regular file, or cannot be written; the disk is full.
@@ -139,7 +141,7 @@ def create_safetensors(
         raise ValueError(f"room for a header of {room} bytes, above the format's limit of {MAX_HEADER}")
     if (least := len(_header({}, ordered))) > room:
         raise ValueError(f"room for a header of {room} bytes, without metadata it has {least} already")
-    with replacing(path, overwrite, permissions) as descriptor:
+    with replacing(path, overwrite, permissions, temporary) as descriptor:
         file = SafetensorsFile(path, descriptor, ordered, room)
         with reported(path):
             reserve_room(descriptor, file.size)

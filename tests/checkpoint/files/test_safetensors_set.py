@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +208,7 @@ class TestReplacing:
         for limit in 80, None:
             (tmp_path / "opt-00009-of-00009.safetensors").write_bytes(b"old")
             (tmp_path / INDEX).write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(names)}}))
-            write_set(tmp_path / NAME, FOUR, limit, overwrite=True)
+            write_set(tmp_path / NAME, {"a": 9, "b": 9}, limit, overwrite=True)
             assert all((tmp_path / name).read_bytes() == b"precious" for name in others)
             assert outside.read_bytes() == b"precious"
             assert not (tmp_path / "opt-00009-of-00009.safetensors").exists()
@@ -246,7 +249,7 @@ class TestRefusals:
     ) -> None:
         make(tmp_path / there)
         with pytest.raises(CheckpointError, match=f"{there}: is (a folder|not a regular file) and cannot") as caught:
-            write_set(tmp_path / NAME, FOUR, limit, overwrite=True)
+            write_set(tmp_path / NAME, {"a": 9, "b": 9}, limit, overwrite=True)
         assert caught.value.refused
         assert files(tmp_path) == [there]
 
@@ -372,6 +375,8 @@ for _ in sys.stdin:
         try:
             print(os.getpid(), flush=True)
             write_for_ever()
+        except KeyboardInterrupt:
+            pass  # handled: a writer that the interrupt met between the lines of a `with` is closed now
         finally:
             os._exit(7)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -425,6 +430,45 @@ def test_a_stopped_writer_leaves_one_complete_set(how: signal.Signals, tmp_path:
         assert left  # else no kill came in the middle of a write, and this shows nothing
     write_set(tmp_path / NAME, {f"{i}/m": 9 for i in range(3)}, 9, number % 200 + 1, overwrite=True)
     assert whole(tmp_path) == number % 200 + 1
+
+
+def interrupt_at(line: int, action: Callable[[], None]) -> bool:
+    """Run the action, with a Ctrl-C at one line of `contextlib`: counted over the run. Whether it got so far."""
+    seen = 0
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != contextlib.__file__:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return seen >= line
+
+
+@pytest.mark.parametrize("limit", [9, 100])
+def test_an_interrupt_between_the_lines_of_with_statements_leaves_no_temporary_file(limit: int, tmp_path: Path) -> None:
+    """At every line of `contextlib`: there no writer of ours is asked."""
+    gc.disable()  # what only a collection would remove is left
+    try:
+        for line in count(1):
+            if not interrupt_at(line, lambda: write_set(tmp_path / NAME, {"a": 9, "b": 9}, limit, overwrite=True)):
+                break
+            assert [name for name in os.listdir(tmp_path) if name.startswith(".optstate")] == [], line
+    finally:
+        gc.enable()
+    assert line > 50
 
 
 # --------------------------------------------------------------------------------------------- optimizers and sets
