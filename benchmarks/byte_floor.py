@@ -46,7 +46,7 @@ def passes_of(plan: ParamPlan, group: Mapping[str, Any]) -> Passes:
     """Return how often a step must read what."""
     grad, param, average = 1, 1, 1
     for transform in plan.chain.transforms:
-        stores = [plan.slots[name].store for name in transform.slots(plan.spec)]
+        stores = [plan.slots[name].store for name in transform.slots(plan.spec, {})]
         needs_sums = any(is_summed_over_all(store, plan.spec.shape) for store in stores)
         if isinstance(transform, scale_by_confidence):
             average += needs_sums

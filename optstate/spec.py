@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from optstate.store_layouts import ACCUMULATOR, PARAMETER, Layouts
 
 __all__ = [
+    "ANY_MATRIX",
     "ROLES",
     "FieldSpec",
     "ParamSpec",
@@ -98,6 +100,8 @@ class ParamSpec:
         head_size: rows of one attention head; None unless the role is "query_key".
         region: the part of the parameter on this device; None if all of it is here.
         given: the name as the caller gave it; "" if the same as `name`.
+        dims: of another tensor that statistics are kept of (see `like`), the parameter's dimension that each dimension
+            runs along, None for one that runs along none; None for the parameter itself.
     """
 
     name: str
@@ -107,6 +111,7 @@ class ParamSpec:
     head_size: int | None = None
     region: Region | None = None
     given: str = field(default="", compare=False)
+    dims: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.role:
@@ -121,6 +126,53 @@ class ParamSpec:
         other = object.__new__(ParamSpec)
         other.__dict__.update(self.__dict__, name=name, given=given)
         return other
+
+    def like(self, shape: Sequence[int], dims: Sequence[int | None]) -> ParamSpec:
+        """Return the specification of another tensor that is made of this one, to keep statistics of.
+
+        The other tensor is split over devices along the dimensions that it shares with this one, and whole on every
+        device otherwise. A statistic of the product of an `[m, n]` matrix with `[n, r]` has `like((m, r), (0, None))`.
+
+        Args:
+            shape: global shape of the other tensor.
+            dims: for each of its dimensions the dimension of this tensor that it runs along, counted from 0; None for
+                a dimension of its own.
+
+        Raises:
+            ValueError: if the numbers of dimensions differ, or a shared dimension has another size or occurs twice.
+        """
+        shape, dims = tuple(shape), tuple(dims)
+        shared = [d for d in dims if d is not None]
+        fits = len(shape) == len(dims) and len(set(shared)) == len(shared)
+        if not fits or any(d is not None and self.shape[d] != size for size, d in zip(shape, dims, strict=True)):
+            raise ValueError(f"a tensor of shape {shape} cannot run along {dims} of one of shape {self.shape}")
+        region = None
+        if self.region is not None and any(self.region.parts[d] > 1 for d in shared):
+            whole = Region(shape, (0,) * len(shape), shape, (1,) * len(shape))
+            offset, local, parts = (
+                tuple(own if d is None else theirs[d] for own, d in zip(default, dims, strict=True))
+                for default, theirs in (
+                    (whole.offset, self.region.offset),
+                    (whole.shape, self.region.shape),
+                    (whole.parts, self.region.parts),
+                )
+            )
+            region = Region(shape, offset, local, parts)
+        along = dims if self.dims is None else tuple(None if d is None else self.dims[d] for d in dims)
+        return replace(self, shape=shape, role="", head_size=None, region=region, dims=along)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return the part on this device of a tensor of the global shape: a view."""
+        return whole if self.region is None else whole[self.region.index]
+
+    def along(self, dims: Sequence[int]) -> tuple[int | None, ...]:
+        """Return the parameter's dimensions that these dimensions of this tensor run along, None for each of its own.
+
+        Dimensions may be counted from the end.
+        """
+        if self.dims is None:
+            return tuple(d % self.ndim for d in dims)
+        return tuple(self.dims[d] for d in dims)
 
     @cached_property
     def numel(self) -> int:
@@ -208,13 +260,6 @@ class FieldSpec:
             return (*spec.shape[:-1], spec.shape[-1] // self.per), dims
         return self.shape, (0,) if spec.splits_at(self.per) else ()
 
-    def largest_part(self, spec: ParamSpec) -> int:
-        """Return the number of elements on the device that holds most of the field, which is the first device."""
-        shape, dims = self.layout(spec)
-        if spec.region is not None and dims:
-            shape = tuple(-(-size // spec.region.parts[dim]) for size, dim in zip(shape, dims, strict=True))
-        return math.prod(shape)
-
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor over all shards."""
@@ -228,6 +273,10 @@ class FieldSpec:
             name: cls(layout.shape, own.get(layout.dtype) or getattr(torch, layout.dtype), layout.dims, layout.per)
             for name, layout in layouts.items()
         }
+
+
+ANY_MATRIX = ParamSpec(name="any matrix", shape=(4096, 4096), dtype=torch.float32)
+"""What transforms are asked about before there is a parameter: which statistics they keep, and in which stores."""
 
 
 def is_matrix(spec: ParamSpec) -> bool:

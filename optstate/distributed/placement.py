@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from optstate.distributed.agreement import collective
-from optstate.spec import FieldSpec, ParamSpec, Region
+from optstate.spec import ParamSpec, Region
 
 __all__ = ["Placement", "copy_part", "gather_whole", "here", "index_here", "is_distributed", "placement_of"]
 
@@ -98,23 +98,23 @@ class Placement:
             sizes[dim] = -(-self.shape[dim] // self.region.parts[dim])
         return math.prod(sizes)
 
-    def zeros(self, field: FieldSpec, spec: ParamSpec) -> Tensor:
-        """Return a field of the parameter's state, of zeros: a DTensor of the field's shape in memory."""
+    def zeros(self, shape: Sequence[int], dims: Sequence[int | None], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the parameter's state, of zeros: a DTensor that lies as `along` says."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        layout, dims = field.layout(spec)
         placements = self.along(dims)
         with unset_fake_temporarily():
-            shape, _ = compute_local_shape_and_global_offset(layout, self.mesh, placements)
-        local = torch.zeros(shape, dtype=field.dtype, device=self.device)
-        size, stride = torch.Size(layout), torch.empty(layout, device="meta").stride()
+            part, _ = compute_local_shape_and_global_offset(tuple(shape), self.mesh, placements)
+        local = torch.zeros(part, dtype=dtype, device=self.device)
+        size, stride = torch.Size(shape), torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=size, stride=stride)
 
-    def along(self, dims: Sequence[int]) -> tuple[Any, ...]:
+    def along(self, dims: Sequence[int | None]) -> tuple[Any, ...]:
         """Return the placements of a tensor whose dimensions run along these dimensions of the parameter.
 
-        The tensor is split where the parameter is split along one of `dims`, and replicated elsewhere.
+        The tensor is split where the parameter is split along one of `dims`, and replicated elsewhere. None stands for
+        a dimension that runs along none.
         """
         from torch.distributed.tensor import Replicate, Shard
 
@@ -128,6 +128,28 @@ class Placement:
             else:
                 found.append(Shard(dims.index(dim % len(self.shape))))
         return tuple(found)
+
+    def gather(self, local: Tensor, spec: ParamSpec) -> Tensor:
+        """Return all of a tensor that runs along the parameter's dimensions; every device must call this together.
+
+        Args:
+            local: this device's part.
+            spec: of the tensor; the parameter's own, or made with `like`.
+
+        Raises:
+            LostProcessError: if another process does not take part.
+        """
+        from torch.distributed.tensor import DTensor
+
+        if spec.region is None:
+            return local
+        placements = self.along(spec.along(range(spec.ndim)))
+        size, stride = torch.Size(spec.shape), torch.empty(spec.shape, device="meta").stride()
+        with collective():
+            part = DTensor.from_local(
+                local.contiguous(), self.mesh, placements, run_check=False, shape=size, stride=stride
+            )
+            return here(part.full_tensor())
 
     def gradient(self, grad: Any) -> Tensor:
         """Return this device's part of a gradient, with partial sums added up.

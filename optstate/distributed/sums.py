@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate.distributed.agreement import collective
 from optstate.distributed.placement import Placement
-from optstate.stores import Largest, Partial, Requests
+from optstate.stores import Largest, Partial, Requests, Whole
 
 __all__ = ["add_up", "lock_step", "run_together"]
 
@@ -56,8 +56,9 @@ class Pending(NamedTuple):
 def run_together(steps: Sequence[tuple[Placement, Requests[Any]]], before: Callable[[], None] = lambda: None) -> None:
     """Drive the steps of several parameters, each split among devices.
 
-    Each round takes one all-reduce for all parameters that share their devices, or two where largest values are asked
-    for. Every device must call this with the same parameters in the same order.
+    Each round takes one all-reduce for all parameters that share their devices, two where largest values are asked
+    for, and one gather for each tensor that is asked for as a whole. Every device must call this with the same
+    parameters in the same order.
 
     Args:
         steps: the placement and the step of each parameter.
@@ -81,9 +82,11 @@ def add_up(pending: Sequence[Pending]) -> list[Any]:
 
     def note(placement: Placement, item: Any) -> Callable[[], Any]:
         """Put every local value into its all-reduce, and return a function that reads the totals afterwards."""
-        if isinstance(item, tuple) and not isinstance(item, Partial | Largest):
+        if isinstance(item, tuple) and not isinstance(item, Partial | Largest | Whole):
             readers = [note(placement, each) for each in item]
             return lambda: tuple(read() for read in readers)
+        if isinstance(item, Whole):
+            return lambda: placement.gather(item.local, item.spec)
         local, dim = (item, None) if isinstance(item, Tensor) else (item.local, item.dim)
         groups = placement.groups((dim,) if isinstance(dim, int) else dim)
         if not groups:

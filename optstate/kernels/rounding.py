@@ -42,6 +42,15 @@ class Noise:
         """Return this noise for elements that begin at flat index `start` of the part on this device."""
         return replace(self, start=start)
 
+    def normal(self, count: int, device: torch.device) -> Tensor:
+        """Return standard normal numbers for `count` elements from `start` on: fp32 `[count]`.
+
+        Box and Muller's transform of two 16-bit numbers: |x| is at most 4.9.
+        """
+        radius, angle = (replace(self, name=f"{self.name}/{part}").bits16(count, device).float() for part in "ra")
+        radius = radius.add_(32768.5).div_(65536.0).log_().mul_(-2.0).sqrt_()
+        return radius.mul_(angle.mul_(math.pi / 32768.0).cos_())
+
     def bits16(self, count: int, device: torch.device) -> Tensor:
         """Return the random bits of `count` elements from `start` on: int16 `[count]`, uniform over all values."""
         key = noise_key(self.name, self.step, self.seed)

@@ -109,7 +109,7 @@ def per_rank(model: Model, plan: Plan | Optimizer, setting: Setting, world_size:
         shard=shard,
         weights=sum(_weight_bytes(param, world_size if "weights" in split else 1) for param in model.parameters),
         gradients=at_once if setting.fused_backward else sum(grads),
-        state=sum(map(_state_bytes, in_parts)),
+        state=sum(param.largest_part_nbytes for param in in_parts),
         notes=(*_notes(shard, world_size), *_kept_otherwise(plan, in_parts)),
         **whole,
     )
@@ -143,11 +143,6 @@ def _planned_in_parts(plan: Plan, world_size: int) -> Iterator[ParamPlan]:
         if key not in alike:
             alike[key] = param.for_region(region_of_first(param.spec.shape, world_size))
         yield alike[key]
-
-
-def _state_bytes(param: ParamPlan) -> int:
-    """Return the bytes of all fields that rank 0 keeps for a parameter."""
-    return sum(field.largest_part(param.spec) * field.dtype.itemsize for field in param.fields.values())
 
 
 def _kept_otherwise(plan: Plan, in_parts: Iterable[ParamPlan]) -> Iterator[str]:

@@ -12,8 +12,9 @@ from optstate import kernels
 from optstate.kernels import Noise, Piece
 from optstate.optimizer.plan import ParamPlan, SlotPlan
 from optstate.optimizer.whole_steps import WholeStep
+from optstate.spec import ParamSpec
 from optstate.stores import Guard, MovedStatistic, Requests, Statistic, together
-from optstate.updates import Chain, Context, Update
+from optstate.updates import Chain, Context, Update, run_transform
 
 __all__ = ["context", "run_chain"]
 
@@ -60,6 +61,9 @@ def run_chain(
         fields = {}
         for field, key in slot.keys.items():
             fields[field] = state[key]
+        if slot.of is not None:
+            statistics[name] = _statistic_of_another(slot, slot.of, fields, ctx)
+            continue
         noise = Noise(f"{ctx.spec.name}/{name}", ctx.step, region=ctx.spec.region)
         statistics[name] = Statistic(slot.store, fields, ctx.spec, ctx.guard, ctx.param.shape, noise)
     is_sliced = plan.first_sliced is not None and plan.is_sliced(ctx.param.device)
@@ -69,8 +73,11 @@ def run_chain(
         update = yield from _with_param_squares(chain, update, statistics, ctx)
     else:
         for transform in chain.transforms:
-            result = transform(update, statistics, ctx)
-            update = result if isinstance(result, Update) else (yield from result)
+            if is_split:
+                update = yield from run_transform(transform, update, statistics, ctx)
+            else:
+                result = transform(update, statistics, ctx)
+                update = result if isinstance(result, Update) else (yield from result)
     if is_sliced:
         yield from _run_slices(plan, update, statistics, ctx)
     else:
@@ -82,9 +89,15 @@ def run_chain(
             statistic.commit()
 
 
+def _statistic_of_another(slot: SlotPlan, of: ParamSpec, fields: Mapping[str, Tensor], ctx: Context) -> Statistic:
+    """Return a statistic of another tensor than the parameter."""
+    noise = Noise(f"{ctx.spec.name}/{slot.name}", ctx.step, region=of.region)
+    return Statistic(slot.store, fields, of.renamed(ctx.spec.name, ctx.spec.given), ctx.guard, of.local_shape, noise)
+
+
 def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic], ctx: Context) -> Requests[None]:
     """Run the sliced part of the chain. Leaves in `statistics` only those that are still to be committed."""
-    names = plan.in_slices.slots(plan.spec)
+    names = plan.in_slices.slots(plan.spec, {})
     independent = {name: statistics.pop(name) for name in names if plan.slots[name].store.elementwise}
     moved = {name: statistics[name] for name in names if name in statistics}
     param, grad, is_gradient = ctx.param.detach(), ctx.grad, update.is_gradient(ctx)

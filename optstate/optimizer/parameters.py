@@ -74,7 +74,7 @@ class Leaf:
             return 0
         sums = [slot for slot in plan.slots.values() if slot.store.exact_sums]
         dense = plan.chain.temporaries(spec) or len(sums) < len(plan.slots)  # what is no sum is held until the end
-        vectors = sum(field.largest_part(spec) for slot in sums for field in slot.fields.values())
+        vectors = sum(plan.layouts[key].largest_part(spec) for slot in sums for key in slot.keys.values())
         return vectors + (-(-spec.numel // math.prod(spec.region.parts)) if dense else 0)
 
 

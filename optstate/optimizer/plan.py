@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from optstate.stores import Store
 from optstate.updates import Chain, Hyper, Route, as_route, clip_by_value
 from optstate.weights import Plain, Weights, as_weights
 
-__all__ = ["TRANSFORMS", "ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
+__all__ = ["TRANSFORMS", "FieldLayout", "ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
 
 TRANSFORMS = "transforms"
 """What the plan calls a step that is made by the transforms of the chain, one after the other."""
@@ -26,14 +26,37 @@ SMALL_SCRATCH = 1_000_000
 """Bytes of temporaries not worth a note."""
 
 
+class FieldLayout(NamedTuple):
+    """How a tensor of a parameter's state lies in memory.
+
+    shape: over all devices. dims: the parameter's dimension that each of its dimensions runs along, along which both
+    are split; None for a dimension of its own. dtype: of the tensor.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    def largest_part(self, spec: ParamSpec) -> int:
+        """Return the number of elements on the device that holds most of the tensor, which is the first device."""
+        if spec.region is None or not self.dims:
+            return math.prod(self.shape)
+        parts = (1 if dim is None else spec.region.parts[dim] for dim in self.dims)
+        return math.prod(-(-size // count) for size, count in zip(self.shape, parts, strict=True))
+
+
 @dataclass(frozen=True)
 class SlotPlan:
-    """One statistic of one parameter: the store in use, its tensors, and why it is not the store asked for."""
+    """One statistic of one parameter: the store in use, its tensors, and why it is not the store asked for.
+
+    of: the tensor that the statistic is of, where that is another one than the parameter.
+    """
 
     name: str
     store: Store
     fields: dict[str, FieldSpec]
     note: str = ""
+    of: ParamSpec | None = None
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -68,6 +91,25 @@ class ParamPlan:
         of_slots = {key: slot.fields[field] for slot in self.slots.values() for field, key in slot.keys.items()}
         return of_slots | {self.weight_keys[field]: spec for field, spec in self.weights.fields(self.spec).items()}
 
+    @cached_property
+    def layouts(self) -> dict[str, FieldLayout]:
+        """How every tensor in `optimizer.state[param]` lies in memory, by key."""
+        found = {}
+        for slot in self.slots.values():
+            of = slot.of or self.spec
+            for field, key in slot.keys.items():
+                shape, dims = slot.fields[field].layout(of)
+                found[key] = FieldLayout(shape, of.along(dims), slot.fields[field].dtype)
+        for field, kept in self.weights.fields(self.spec).items():
+            shape, dims = kept.layout(self.spec)
+            found[self.weight_keys[field]] = FieldLayout(shape, dims, kept.dtype)
+        return found
+
+    @property
+    def largest_part_nbytes(self) -> int:
+        """Bytes of state on the device that holds most of the parameter."""
+        return sum(layout.largest_part(self.spec) * layout.dtype.itemsize for layout in self.layouts.values())
+
     @property
     def stores(self) -> dict[str, str]:
         """The store of every slot in words, and how the weight is written if that keeps something."""
@@ -101,7 +143,7 @@ class ParamPlan:
     @cached_property
     def largest_square_root(self) -> float:
         """The largest element whose square the statistics can hold; infinite if none is of squares."""
-        squared = [self.slots[name].store for name, slot in self.chain.slots(self.spec).items() if slot.of_squares]
+        squared = [self.slots[name].store for name, slot in self.chain.slots(self.spec, {}).items() if slot.of_squares]
         coded = any(store.alignment > 1 for store in squared)  # scales are fp32, whatever the parameter is
         return math.sqrt(torch.finfo(torch.float32 if coded else self.spec.accumulator).max) if squared else math.inf
 
@@ -122,14 +164,14 @@ class ParamPlan:
         """
         first = 0
         for i, transform in enumerate(self.chain.transforms):
-            stores = [self.slots[name].store for name in transform.slots(self.spec)]
+            stores = [self.slots[name].store for name in transform.slots(self.spec, {})]
             if transform.elementwise and all(store.elementwise for store in stores):
                 continue
             ready = transform.elementwise and transform.prepares
             ready = ready and all(store.elementwise or store.exact_sums for store in stores)
             first = i if ready else i + 1
         rest = self.chain.transforms[first:]
-        if any(t.slots(self.spec) or t.temporaries(self.spec, head=i + first == 0) for i, t in enumerate(rest)):
+        if any(t.slots(self.spec, {}) or t.temporaries(self.spec, head=i + first == 0) for i, t in enumerate(rest)):
             return first
         return None
 
@@ -160,7 +202,7 @@ class ParamPlan:
         """Whether a step with the group's hyper-parameters uses random bits, which are a function of the name."""
         if not self.slots and not self.weights.is_random:
             return False
-        slots = self.chain.declared_slots(group)
+        slots = self.chain.slots(self.spec, group)
         of_slots = (slot.store.is_random(slots[name].smallest_weight) for name, slot in self.slots.items())
         return self.weights.is_random or any(of_slots)
 
@@ -260,11 +302,12 @@ def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, traina
     if not can_be_stepped(spec.dtype):
         return ParamPlan(spec, chain, rule, {}, Plain(), trainable=False)
     slots = {}
-    for name, slot in chain.slots(spec).items():
-        store, note = slot.store.resolve(spec, slot.signed)
-        if spec.region is not None and not store.takes_parts:
+    for name, slot in chain.slots(spec, {}).items():
+        of = slot.spec or spec
+        store, note = slot.store.resolve(of, slot.signed)
+        if of.region is not None and not store.takes_parts:
             raise ValueError(f"{store} cannot keep {spec.name!r}, of which each device has only a part")
-        slots[name] = SlotPlan(name, store, store.fields(spec, slot.signed), note)
+        slots[name] = SlotPlan(name, store, store.fields(of, slot.signed), note, slot.spec)
     return ParamPlan(spec, chain, rule, slots, as_weights(weights, spec), trainable)
 
 

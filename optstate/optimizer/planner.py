@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optstate.optimizer.plan import ParamPlan, plan_parameter
-from optstate.spec import ParamSpec
+from optstate.spec import ANY_MATRIX, ParamSpec
 from optstate.updates import Chain, Route, as_route
 from optstate.weights import Weights
 
@@ -64,7 +64,7 @@ class Planner:
         """Return the state of a whole parameter before its first step: key and tensor of every field."""
         tensors = self._state_of.get(id(plan.slots))  # which all plans of a kind share
         if tensors is None:
-            tensors = tuple((key, field.layout(plan.spec)[0], field.dtype) for key, field in plan.fields.items())
+            tensors = tuple((key, layout.shape, layout.dtype) for key, layout in plan.layouts.items())
             self._state_of[id(plan.slots)] = tensors
         return [(key, torch.zeros(shape, dtype=dtype, device=device)) for key, shape, dtype in tensors]
 
@@ -73,5 +73,5 @@ def _is_ours(chain: Chain) -> bool:
     """Return whether all transforms and stores of a chain are this library's."""
     parts: list[object] = []
     for transform in chain.transforms:
-        parts += [transform, *(slot.store for slot in transform.declared_slots({}).values())]
+        parts += [transform, *(slot.store for slot in transform.slots(ANY_MATRIX, {}).values())]
     return all(type(part).__module__.startswith("optstate.") for part in parts)

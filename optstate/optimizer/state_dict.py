@@ -305,7 +305,7 @@ def _check_state(param: ParamPlan, saved: Mapping[str, Any]) -> None:
         value = saved[key]
         if not isinstance(value, Tensor):
             raise ValueError(f"{name!r}: {key} was saved as a {type(value).__name__}, not as a tensor")
-        if tuple(value.shape) not in (field.shape, field.layout(param.spec)[0]) or value.dtype != field.dtype:
+        if tuple(value.shape) not in (field.shape, param.layouts[key].shape) or value.dtype != field.dtype:
             there, here = f"{value.dtype} {tuple(value.shape)}", f"{field.dtype} {field.shape}"
             raise ValueError(f"{name!r}: {key} was saved as {there}, here it is {here}")
 

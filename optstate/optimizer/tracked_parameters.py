@@ -158,8 +158,8 @@ class TrackedParameters:
         if leaf.placement is None:
             entry.update(self._planner.zeros(leaf.plan, param.device))
         else:
-            for key, field_spec in leaf.plan.fields.items():
-                entry[key] = leaf.placement.zeros(field_spec, leaf.plan.spec)
+            for key, layout in leaf.plan.layouts.items():
+                entry[key] = leaf.placement.zeros(layout.shape, layout.dims, layout.dtype)
         state[param] = entry
         return entry
 

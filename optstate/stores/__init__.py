@@ -20,7 +20,7 @@ from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
 from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError
 from optstate.stores.moved_statistic import MovedStatistic
-from optstate.stores.requests import Largest, Partial, Requests, own_totals, run_alone, together
+from optstate.stores.requests import Largest, Partial, Requests, Whole, own_totals, run_alone, together
 from optstate.stores.slot import MEANINGS, Slot
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Slot",
     "Statistic",
     "Store",
+    "Whole",
     "own_totals",
     "run_alone",
     "together",

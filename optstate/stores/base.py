@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from optstate.kernels import Codebook, Noise, Product, Scalar
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.store_layouts import Shape
 from optstate.stores.guard import Guard
-from optstate.stores.requests import Requests, run_alone
+from optstate.stores.requests import Requests, about, run_alone
 from optstate.text import short
 
 __all__ = ["NO_NOISE", "Fields", "Shape", "Statistic", "Store", "multiplied", "square_of", "subtract"]
+
+T = TypeVar("T")
 
 NO_NOISE = Noise("", 0)
 
@@ -249,7 +251,8 @@ class Statistic:
     def ema(self, value: Product, weight: Scalar) -> Requests[None]:
         """Move towards `value` by `weight` of the distance; drive with `yield from`."""
         self._note(weight)
-        return self.store.ema(self, value, weight if self.guard.finite is None else self.guard.masked(weight))
+        weight = weight if self.guard.finite is None else self.guard.masked(weight)
+        return self._about(self.store.ema(self, value, weight))
 
     def ema_of_square(
         self, value: Product, weight: Scalar, eps: float = 0.0, minus: Tensor | None = None
@@ -257,11 +260,11 @@ class Statistic:
         """Move towards `(value - minus)**2 + eps` by `weight` of the distance; drive with `yield from`."""
         self._note(weight)
         weight = weight if self.guard.finite is None else self.guard.masked(weight)
-        return self.store.ema_of_square(self, value, weight, eps, minus)
+        return self._about(self.store.ema_of_square(self, value, weight, eps, minus))
 
     def add_square(self, value: Product) -> Requests[None]:
         """Add `value**2`; drive with `yield from`."""
-        return self.store.add_square(self, value)
+        return self._about(self.store.add_square(self, value))
 
     def inverse_root(self, floor: float = 0.0) -> tuple[Tensor, ...]:
         """`max(statistic, floor**2) ** -0.5` as factors whose product it is."""
@@ -304,7 +307,14 @@ class Statistic:
     def commit_part(self) -> Requests[None]:
         """Write what was held back. A step whose gradient turned out not to be finite leaves everything as it was."""
         held = self._held
-        self._write(self._held_fields if held is None else (yield from self.store.encode_part(self, held)))
+        if held is None:
+            self._write(self._held_fields)
+        else:
+            self._write((yield from self._about(self.store.encode_part(self, held))))
+
+    def _about(self, requests: Requests[T]) -> Requests[T]:
+        """Return a computation on the statistic as one about the parameter, where these are two tensors."""
+        return requests if self.spec.dims is None else about(requests, self.spec)
 
     def _write(self, held: Fields) -> None:
         """Write what the stored tensors become."""
@@ -332,6 +342,8 @@ class Statistic:
 
     @property
     def _moves_in_place(self) -> bool:
+        if self._held is not None:
+            return False
         stored = self.fields.get("")
         if stored is None or stored.dtype != self.spec.accumulator:
             return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from optstate.spec import ParamSpec
 from optstate.stores.base import Store
 
 __all__ = ["MEANINGS", "Slot"]
+
+TURNED, TURNED_SQUARE = "turned", "turned_square"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Slot:
         of: what is averaged or summed, a key of `MEANINGS`; "" for anything else.
         beta: set for an average that began at zero and gives the past this weight at every step: after t steps the
             average is `1 - beta**t` times the average proper, whether or not its transform corrects for the factor.
+        spec: of the tensor that the statistic is of, where that is another one than the parameter: `spec.like(...)`.
     """
 
     store: Store
@@ -28,11 +32,20 @@ class Slot:
     smallest_weight: float = 1.0
     of: str = ""
     beta: float | None = None
+    spec: ParamSpec | None = None
 
     @property
     def of_squares(self) -> bool:
         """Whether the statistic is of squares, so that a gradient must be refused whose squares overflow."""
-        return self.of in ("square", "square_sum")
+        return self.of in ("square", "square_sum", TURNED_SQUARE)
+
+    def turned(self, space: ParamSpec) -> Slot:
+        """Return the declaration of the same statistic of another tensor, `space`, made of the gradient.
+
+        No other chain may take the statistic for one of the gradient itself.
+        """
+        of = TURNED_SQUARE if self.of_squares else TURNED
+        return replace(self, of=of, beta=None, spec=space if self.spec is None else self.spec)
 
 
 MEANINGS = {
@@ -42,5 +55,7 @@ MEANINGS = {
     "square": "average of squared gradients",
     "square_sum": "sum of squared gradients",
     "distance": "average of squared distances of updates from their average",
+    TURNED: "of another tensor made of the gradient: a projection, or the gradient in another basis",
+    TURNED_SQUARE: "squares of another tensor made of the gradient",
 }
 """The meanings of statistics; state can go from one recipe to another that keeps a statistic of the same meaning."""

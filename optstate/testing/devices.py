@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from optstate.distributed.sums import lock_step
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.optimizer import Optimizer
-from optstate.optimizer.plan import ParamPlan, plan_parameter
+from optstate.optimizer.plan import FieldLayout, ParamPlan, plan_parameter
 from optstate.optimizer.whole_steps import find_whole_step
-from optstate.spec import FieldSpec, ParamSpec, Region
-from optstate.stores import Guard, Largest, Partial
+from optstate.spec import ParamSpec, Region
+from optstate.stores import Guard, Largest, Partial, Whole
 
 __all__ = ["CutParameter", "gradient_of", "noise"]
 
@@ -51,15 +51,21 @@ class DevicePart:
         self.region = spec.region
         self.whole_step = find_whole_step(self.plan, torch.device("cpu")).step
         self.state: dict[str, Any] = {}
-        for key, field in self.plan.fields.items():
-            self.state[key] = torch.zeros(field.layout(spec)[0], dtype=field.dtype)[self.of_field(field)].clone()
+        for key, layout in self.plan.layouts.items():
+            self.state[key] = torch.zeros(layout.shape, dtype=layout.dtype)[self.index(layout)].clone()
 
-    def of_field(self, field: FieldSpec) -> tuple[slice, ...]:
-        """Return what cuts this device's part out of a whole field."""
-        shape, dims = field.layout(self.plan.spec)
-        if not dims:
-            return (slice(None),) * len(shape)
-        return tuple(_cut(n, self.region.parts[d], self.place[d]) for n, d in zip(shape, dims, strict=True))
+    def index(self, layout: FieldLayout) -> tuple[slice, ...]:
+        """Return what cuts this device's part out of a whole tensor of the state."""
+        if not layout.dims:
+            return (slice(None),) * len(layout.shape)
+        return tuple(
+            slice(None) if d is None else _cut(n, self.region.parts[d], self.place[d])
+            for n, d in zip(layout.shape, layout.dims, strict=True)
+        )
+
+    def is_cut(self, layout: FieldLayout) -> bool:
+        """Return whether devices have different parts of a tensor of the state."""
+        return any(d is not None and self.region.parts[d] > 1 for d in layout.dims)
 
     def step(self, param: Tensor, grad: Tensor, group: dict[str, Any], step: int) -> Iterator[Any]:
         """Run one step; yields every request with the device that makes it."""
@@ -142,8 +148,10 @@ class CutParameter:
         self, part: DevicePart, request: Any, pending: list[tuple[DevicePart, Any]], path: tuple[int, ...]
     ) -> Any:
         """Add a device's request up over the devices that differ from it in the dimensions asked."""
-        if isinstance(request, tuple) and not isinstance(request, Partial | Largest):
+        if isinstance(request, tuple) and not isinstance(request, Partial | Largest | Whole):
             return tuple(self._total(part, item, pending, (*path, i)) for i, item in enumerate(request))
+        if isinstance(request, Whole):
+            return self._gathered(request, pending, path)
         ndim = len(self.shape)
         dim = None if isinstance(request, Tensor) else request.dim
         dims = range(ndim) if dim is None else [d % ndim for d in ([dim] if isinstance(dim, int) else dim)]
@@ -158,6 +166,16 @@ class CutParameter:
         stacked = torch.stack(values)
         return stacked.amax(0) if isinstance(request, Largest) else stacked.sum(0)
 
+    def _gathered(self, request: Whole, pending: list[tuple[DevicePart, Any]], path: tuple[int, ...]) -> Tensor:
+        """Put a tensor together of which every device has a part."""
+        whole = torch.full(request.spec.shape, math.nan, dtype=request.local.dtype)
+        for _, theirs in pending:
+            for i in path:
+                theirs = theirs[i]
+            region = theirs.spec.region
+            whole[() if region is None else region.index] = theirs.local
+        return whole
+
     def joined(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the parameter and its state, put together.
 
@@ -167,12 +185,11 @@ class CutParameter:
         param, seen = torch.full(self.shape, math.nan, dtype=self.whole.dtype), dict[str, Tensor]()
         for part, mine in zip(self.devices, self.params, strict=True):
             param[part.region.index] = mine
-            for key, field in part.plan.fields.items():
-                shape, dims = field.layout(part.plan.spec)
-                whole = seen.setdefault(key, torch.zeros(shape, dtype=field.dtype))
-                if not dims and part is not self.devices[0] and not torch.equal(whole, part.state[key]):
+            for key, layout in part.plan.layouts.items():
+                whole = seen.setdefault(key, torch.zeros(layout.shape, dtype=layout.dtype))
+                if not part.is_cut(layout) and part is not self.devices[0] and not torch.equal(whole, part.state[key]):
                     raise RuntimeError(f"{key} is kept by every device, and differs between them")
-                whole[part.of_field(field)] = part.state[key]
+                whole[part.index(layout)] = part.state[key]
         return param, seen
 
     def whole_state(self) -> dict[str, Tensor]:

@@ -177,9 +177,9 @@ def declared_sizes(rule: Maker) -> None:
             with at(param.shape, dtype):
                 kept = state_tensors(param, optimizer)
                 expect(kept.keys() == plan.fields.keys(), f"{sorted(kept)} kept, {sorted(plan.fields)} declared")
-                for key, field in plan.fields.items():
+                for key, layout in plan.layouts.items():
                     declared, allocated = (
-                        (field.layout(plan.spec)[0], field.dtype),
+                        (layout.shape, layout.dtype),
                         (tuple(kept[key].shape), kept[key].dtype),
                     )
                     expect(allocated == declared, f"{key} is {allocated}, declared {declared}")
@@ -238,8 +238,8 @@ def parts_are_whole(rule: Maker) -> None:
             try:
                 both.train(STEPS)
             except Exception as error:
-                fields = both.plan.fields.values()
-                if any(field.per > 1 and not field.layout(both.plan.spec)[1] for field in fields):
+                fields, layouts = both.plan.fields, both.plan.layouts
+                if any(field.per > 1 and not layouts[key].dims for key, field in fields.items()):
                     raise BrokenLawError(f"{one_line(error)}: {CUT_BLOCKS}") from error
                 raise
             param, state = both.joined()

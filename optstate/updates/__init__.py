@@ -1,7 +1,8 @@
 """Transforms: the steps of a recipe, from a gradient to the update that is subtracted from a parameter."""
 
-from optstate.updates.base import Context, State, Transform, Update
-from optstate.updates.chain import Chain, Route, as_route, chain, route
+from optstate.updates.around import Around
+from optstate.updates.base import Context, State, Transform, Update, run_transform
+from optstate.updates.chain import Chain, Route, as_route, chain, route, transform_words
 from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.confidence import scale_by_confidence
 from optstate.updates.hyper import Hyper, Rule, hyper
@@ -21,6 +22,7 @@ from optstate.updates.scale import (
 from optstate.updates.schedules import Schedule, constant, power_decay
 
 __all__ = [
+    "Around",
     "Chain",
     "Context",
     "Hyper",
@@ -41,6 +43,7 @@ __all__ = [
     "momentum",
     "power_decay",
     "route",
+    "run_transform",
     "scale_by_adam",
     "scale_by_confidence",
     "scale_by_learning_rate",
@@ -49,4 +52,5 @@ __all__ = [
     "scale_by_rss",
     "scale_by_schedule",
     "sign_momentum",
+    "transform_words",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import GeneratorType
 from typing import Any, ClassVar, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.kernels import Piece, Product, Scalar, WeightCodec
-from optstate.spec import ParamSpec
+from optstate.spec import ANY_MATRIX, ParamSpec
 from optstate.stores import Guard, Requests, Slot, Statistic, Store
 from optstate.updates.hyper import Hyper, Rule
 
@@ -62,6 +62,14 @@ class Update(Product):
         """Return the update restricted to one piece of the parameter."""
         of = Product.piece(self, piece)
         return Update(of.dense, of.factors, of.scale, of.bound, of.finite, self.decay)
+
+    def values(self, ctx: Context) -> Tensor:
+        """Return the update, its decay included, as one fp32 tensor that is not to be written.
+
+        Every element is a finite number, also where the gradient is not and the host does not know it yet.
+        """
+        whole = self.whole(ctx)
+        return kernels.values(whole if ctx.guard.finite is None else replace(whole, finite=ctx.guard.finite))
 
     def whole(self, ctx: Context) -> Update:
         """Return the update with its decay term added into the dense part, for transforms that are not linear.
@@ -195,16 +203,13 @@ class Transform:
         """The defaults that the transform adds to every param group."""
         return collect_defaults(self.hypers)
 
-    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
-        """Return the statistics kept for this parameter, by slot name."""
-        return self.declared_slots({})
-
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        """Return all statistics that a parameter may have, by slot name.
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        """Return the statistics kept for a parameter, by slot name.
 
         Args:
-            group: hyper-parameters, which decide a slot's `beta` and `smallest_weight`; a missing one counts with its
-                default.
+            spec: the parameter's specification.
+            group: hyper-parameters, which decide a slot's `beta` and `smallest_weight`, and nothing that has a size; a
+                missing one counts with its default.
         """
         return {}
 
@@ -215,7 +220,7 @@ class Transform:
             TypeError: if a store is none.
             ValueError: if a store cannot hold its statistic.
         """
-        for name, slot in self.declared_slots(group).items():
+        for name, slot in self.slots(ANY_MATRIX, group).items():
             if not isinstance(slot.store, Store):
                 raise TypeError(f"the store of {name!r} is {slot.store!r}: give one of optstate.stores, such as Full()")
             slot.store.check(slot.signed, slot.smallest_weight)
@@ -285,11 +290,42 @@ def collect_defaults(hypers: tuple[Hyper, ...]) -> dict[str, Any]:
 
 
 def run_transform(transform: Transform, update: Update, state: State, ctx: Context) -> Requests[Update]:
-    """Call a transform, whether or not its `__call__` is a generator; drive with `yield from`."""
+    """Call a transform, whether or not its `__call__` is a generator; drive with `yield from`.
+
+    Raises:
+        TypeError: if the transform declares `elementwise = False`, this device has a part of the parameter, and the
+            transform changes the update and asks for nothing of the other parts.
+    """
     result = transform(update, state, ctx)
+    if ctx.spec.region is not None and not (transform.elementwise or transform.reads_param):
+        return (yield from _require_sums(transform, result, update, ctx.spec))
     if isinstance(result, GeneratorType):
         result = yield from result
     return cast(Update, result)
+
+
+def _require_sums(
+    transform: Transform, result: Update | Requests[Update], update: Update, spec: ParamSpec
+) -> Requests[Update]:
+    """Finish a transform of a parameter of which this device has a part; refuse one that asks for nothing."""
+    asked = False
+    if not isinstance(result, Update):
+        reply = None
+        while True:
+            try:
+                request = result.send(reply)
+            except StopIteration as stop:
+                result = cast(Update, stop.value)
+                break
+            asked = True
+            reply = yield request
+    if not asked and result is not update:
+        raise TypeError(
+            f"{type(transform).__name__} is not elementwise, and asks for nothing of the other parts of {spec.name!r}, "
+            f"of which this device has {spec.local_shape} of {spec.shape}: it would compute from this part alone. Have "
+            "it ask: total = yield local, or whole = yield stores.Whole(local, ctx.spec)"
+        )
+    return result
 
 
 def _times(a: Scalar, b: Scalar) -> Scalar:

@@ -9,14 +9,14 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any, cast
 
-from optstate.spec import ParamSpec
+from optstate.spec import ANY_MATRIX, ParamSpec
 from optstate.stores import Requests, Slot
 from optstate.updates.base import Context, State, Transform, Update, run_transform
 from optstate.updates.clip import clip_by_value
 from optstate.updates.hyper import Hyper
 from optstate.updates.scale import add_decayed_weights
 
-__all__ = ["Chain", "Route", "chain", "route"]
+__all__ = ["Chain", "Route", "as_chain", "as_route", "chain", "route", "transform_words"]
 
 Selector = str | Callable[[ParamSpec], bool]
 """A rule that selects parameters: a glob matched against the name, or a predicate on the `ParamSpec`."""
@@ -38,7 +38,7 @@ class Chain(Transform):
         if len(applied) > 1:
             raise ValueError("the chain multiplies by the learning rate twice: keep one scale_by_learning_rate()")
         _ = self.hyper  # raises where two transforms disagree on a default
-        self.declared_slots({})
+        self.slots(ANY_MATRIX, {})
 
     @cached_property
     def elementwise(self) -> bool:  # type: ignore[override]
@@ -47,7 +47,7 @@ class Chain(Transform):
     @cached_property
     def knows_no_shape(self) -> bool:
         """Whether each element, or block of elements, is stepped alone, so that a parameter may be cut or flattened."""
-        return self.elementwise and all(slot.store.elementwise for slot in self.declared_slots({}).values())
+        return self.elementwise and all(slot.store.elementwise for slot in self.slots(ANY_MATRIX, {}).values())
 
     @cached_property
     def reads_param(self) -> bool:  # type: ignore[override]
@@ -61,8 +61,8 @@ class Chain(Transform):
     def hypers(self) -> tuple[Hyper, ...]:
         return tuple(h for t in self.transforms for h in t.hypers)
 
-    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
-        return _merge([t.slots(spec) for t in self.transforms])
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return _merge([t.slots(spec, group) for t in self.transforms])
 
     def guards(self, spec: ParamSpec) -> bool:
         first = next((t for t in self.transforms if not isinstance(t, clip_by_value)), None)
@@ -90,26 +90,25 @@ class Chain(Transform):
             update = yield from run_transform(transform, update, state, ctx)
         return update
 
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return _merge([t.declared_slots(group) for t in self.transforms])
-
     def check_slots(self, group: Mapping[str, Any]) -> None:
         for transform in self.transforms:
             transform.check_slots(group)
 
     def __str__(self) -> str:
-        return " > ".join(map(_words, self.transforms)) or "gradient"
+        return " > ".join(map(transform_words, self.transforms)) or "gradient"
 
 
-def _words(transform: Transform) -> str:
-    """Return a transform's name with what decides its rule: switches that are on, and functions.
+def transform_words(transform: Transform) -> str:
+    """Return a transform's name with what decides its rule: switches, functions, numbers, choices and inner chains.
 
-    Numbers are left out, as they are in the param groups, and stores, as they are told slot by slot.
+    Hyper-parameters are left out, as they are in the param groups, and stores, as they are told slot by slot.
     """
-    values = [(f.name, getattr(transform, f.name)) for f in fields(cast(Any, transform))]
+    values = [(f.name, getattr(transform, f.name)) for f in fields(cast(Any, transform)) if f.name != "slot"]
     switches = [name for name, value in values if value is True]
     functions = [value.__name__ for _, value in values if isinstance(value, FunctionType)]
-    decisive = ", ".join([*switches, *functions])
+    numbers = [f"{name}={value}" for name, value in values if type(value) in (int, float, str)]
+    inner = [f"{name}=[{value}]" for name, value in values if isinstance(value, Chain)]
+    decisive = ", ".join([*switches, *functions, *numbers, *inner])
     return f"{type(transform).__name__}({decisive})" if decisive else type(transform).__name__
 
 

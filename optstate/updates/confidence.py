@@ -39,15 +39,11 @@ class scale_by_confidence(Transform):
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS, "eps": Rule("eps", low=1e-38)}
 
-    def slots(self, spec: ParamSpec) -> dict[str, Slot]:
-        declared = super().slots(spec)
-        return declared if spec.ndim >= 2 else {"exp_avg": declared["exp_avg"]}
-
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
-        return {
-            "exp_avg": average(self.first, True, "update", self.betas[0], group),
-            "exp_avg_res": average(self.residual, False, "distance", self.betas[1], group),
-        }
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        slots = {"exp_avg": average(self.first, True, "update", self.betas[0], group)}
+        if spec.ndim >= 2:
+            slots["exp_avg_res"] = average(self.residual, False, "distance", self.betas[1], group)
+        return slots
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         average, residual = self.first.resolve(spec, True)[0], self.residual.resolve(spec, signed=False)[0]

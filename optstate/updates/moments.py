@@ -76,7 +76,7 @@ class scale_by_rms(Transform):
                 "such as 1e-30, or a floor"
             )
 
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         smallest, beta = self.decay.smallest_weight(group), self.decay.beta_from_zero(group)
         return {self.slot: Slot(self.store, signed=False, smallest_weight=smallest, of="square", beta=beta)}
 
@@ -110,12 +110,15 @@ class scale_by_adam(Transform):
         betas: group key `betas`.
         eps: outside the root and after the bias correction, as in torch; group key `eps`. Positive, as an element that
             never had a gradient would be zero divided by zero.
+        eps_hat: add `eps` before the bias correction, `m / c1 * sqrt(c2) / (sqrt(v) + eps)`, as Kingma and Ba's last
+            remark of section 2 and Hugging Face's and GaLore's AdamW do.
     """
 
     first: Store = Full()
     second: Store = Full()
     betas: tuple[float | Hyper, float | Hyper] = (0.9, 0.999)
     eps: float | Hyper = 1e-8
+    eps_hat: bool = False
 
     absorbs_decay: ClassVar[bool] = True
     prepares: ClassVar[bool] = True
@@ -124,7 +127,7 @@ class scale_by_adam(Transform):
         "eps": Rule("eps", low=1e-38),  # zero by zero, where an element never had a gradient
     }
 
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {
             "exp_avg": average(self.first, True, "gradient", self.betas[0], group),
             "exp_avg_sq": average(self.second, False, "square", self.betas[1], group),
@@ -145,9 +148,13 @@ class scale_by_adam(Transform):
         first, second = state["exp_avg"], state["exp_avg_sq"]
         yield from second.ema_of_square(update, 1 - beta2)  # first: it may refuse the gradient
         yield from first.ema(update, 1 - beta1)
-        correction = math.sqrt(1 - beta2**ctx.step)
-        inverse_root = second.compact().sqrt().div_(correction).add_(ctx.read(self.eps)).reciprocal_()
-        return Update(first.read(), (inverse_root,), scale=1 / (1 - beta1**ctx.step), finite=update.finite)
+        correction, scale = math.sqrt(1 - beta2**ctx.step), 1 / (1 - beta1**ctx.step)
+        root = second.compact().sqrt()
+        if self.eps_hat:
+            scale *= correction
+        else:
+            root = root.div_(correction)
+        return Update(first.read(), (root.add_(ctx.read(self.eps)).reciprocal_(),), scale=scale, finite=update.finite)
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ class momentum(Transform):
             object.__setattr__(self, "slot", "momentum_buffer" if self.heavy_ball else "exp_avg")
         super().__post_init__()
 
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         slot = average(self.store, True, "update", self.beta, group)
         return {self.slot: replace(slot, of="update_sum", beta=None) if self.heavy_ball else slot}
 
@@ -226,7 +233,7 @@ class sign_momentum(Transform):
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"betas": BETAS}
 
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         return {"exp_avg": average(self.store, True, "gradient", self.betas[1], group)}
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
@@ -261,7 +268,7 @@ class scale_by_rss(Transform):
     absorbs_decay: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"eps": Rule("eps", low=1e-38)}
 
-    def declared_slots(self, group: Mapping[str, Any]) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         # A sum of t squares grows by a share of about 1 / t, which becomes arbitrarily small.
         return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0, of="square_sum")}
 

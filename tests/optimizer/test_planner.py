@@ -106,8 +106,8 @@ def test_a_frozen_parameter_of_a_known_kind_gets_state_when_it_trains() -> None:
 class ByName(type(updates.sign_momentum(stores.Full()))):  # type: ignore[misc]
     """A transform of somebody else's, which keeps something for one parameter alone."""
 
-    def slots(self, spec: Any) -> dict[str, Any]:
-        return self.declared_slots({}) if spec.name.endswith("3.weight") else {}
+    def slots(self, spec: Any, group: Any) -> dict[str, Any]:
+        return super().slots(spec, group) if spec.name.endswith("3.weight") else {}
 
 
 def test_what_a_foreign_transform_keeps_may_depend_on_the_name() -> None:

@@ -312,8 +312,8 @@ def test_rows_on_several_devices_give_the_bits_of_the_whole(name: str, dtype: to
     cut.train(3)
     for part, param in zip(cut.devices, cut.params, strict=True):
         assert_same(param, cut.whole.detach()[part.region.index])
-        for key, field in part.plan.fields.items():
-            assert_same(part.state[key], cut.optimizer.state[cut.whole][key][part.of_field(field)])
+        for key, layout in part.plan.layouts.items():
+            assert_same(part.state[key], cut.optimizer.state[cut.whole][key][part.index(layout)])
 
 
 # --- gradients that are refused -------------------------------------------------------------------------------------

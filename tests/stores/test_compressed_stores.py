@@ -844,7 +844,7 @@ class TestEveryStoreInEverySlot:
             assert (run.params[case, shape] != run.before[case, shape]).float().mean() > 0.5
             declared = {}
             for name, slot in plan.slots.items():
-                signed = plan.chain.slots(plan.spec)[name].signed
+                signed = plan.chain.slots(plan.spec, {})[name].signed
                 fields = slot.store.fields(plan.spec, signed)
                 declared |= {f"{name}.{field}" if field else name: fields[field] for field in fields}
             tensors = {key: value for key, value in state.items() if key != "step"}

@@ -27,6 +27,7 @@ import optstate
 from optstate import updates
 from optstate.checkpoint import CheckpointError
 from optstate.recipes import AdamW4bit, AdamW8bit, Lion8bit, SGDM8bit
+from optstate.spec import ParamSpec
 from optstate.stores import Block4, Block8, Float8, Full, Requests, Slot, Store
 from optstate.updates import Chain, Context, State, Transform, Update
 from optstate.weights import Plain
@@ -48,7 +49,7 @@ class keep(Transform):
     store: Store = Full()
     signed: bool = True
 
-    def declared_slots(self, group: Any) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Any) -> dict[str, Slot]:
         return {"kept": Slot(self.store, signed=self.signed)}
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:

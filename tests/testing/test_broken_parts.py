@@ -145,7 +145,7 @@ class Averaging(Transform):
 
     store: Store = Sound()
 
-    def declared_slots(self, group: Any) -> dict[str, Slot]:
+    def slots(self, spec: ParamSpec, group: Any) -> dict[str, Slot]:
         return {"kept": Slot(self.store, smallest_weight=0.5)}
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:

@@ -10,10 +10,18 @@ __all__ = ["ChainWords", "TransformWords", "parse_chain"]
 
 @dataclass(frozen=True)
 class TransformWords:
-    """One transform: its name, and the words in brackets that decide its rule, which are switches and functions."""
+    """One transform: its name, and the words in brackets that decide its rule.
+
+    words: switches and functions by name, numbers and choices as `rank=4`, inner chains as `inner=[...]`.
+    """
 
     name: str
     words: tuple[str, ...] = ()
+
+    def inner(self, field: str = "inner") -> ChainWords:
+        """Return the chain that it runs inside; no transforms if there is none."""
+        start = f"{field}=["
+        return parse_chain(next((word[len(start) : -1] for word in self.words if word.startswith(start)), ""))
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,22 @@ def parse_chain(text: str) -> ChainWords:
     """Take apart what `str(chain)` gives: "add_decayed_weights > momentum(nesterov, heavy_ball)"."""
     if text in ("", "gradient"):
         return ChainWords()
-    return ChainWords(tuple(map(_parse_transform, text.split(" > "))))
+    return ChainWords(tuple(map(_parse_transform, _split(text, " > "))))
 
 
 def _parse_transform(text: str) -> TransformWords:
     name, bracket, rest = text.partition("(")
-    return TransformWords(name, tuple(rest.removesuffix(")").split(", ")) if bracket else ())
+    return TransformWords(name, tuple(_split(rest.removesuffix(")"), ", ")) if bracket else ())
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at a separator outside of all brackets."""
+    parts, depth, begin, i = [], 0, 0, 0
+    while i < len(text):
+        depth += (text[i] in "([") - (text[i] in ")]")
+        if depth == 0 and text.startswith(separator, i):
+            parts.append(text[begin:i])
+            i = begin = i + len(separator)
+        else:
+            i += 1
+    return [*parts, text[begin:]]

@@ -108,6 +108,7 @@ def _uneven_steps(document: Document) -> list[Issue]:
 
 
 def _slot_problems(param: Parameter, slot: SlotRecord, tensors: Mapping[str, Stored]) -> Iterator[str]:
+    param = param.measured_by(slot)
     expected = _expected(param, slot)
     if expected == {}:
         yield f"{slot.store} cannot be kept of {_sizes(param)}"

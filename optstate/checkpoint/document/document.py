@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optstate.checkpoint.document.chain_words import ChainWords, parse_chain
@@ -60,6 +60,9 @@ class SlotRecord:
     block: consecutive elements per scale, 0 where there are no blocks.
     of: what is averaged or summed (`optstate.stores.MEANINGS`), "" where that is unknown.
     beta: where it is `1 - beta**step` times an average, since that began at zero; else None.
+    shape: of the tensor that it is a statistic of, where that is another one than the parameter; else None.
+    within: the words of the transform around a chain that keeps it, such as "project(rank=4, ...)", which decides what
+    the numbers are of; "" elsewhere.
     """
 
     store: str
@@ -69,6 +72,8 @@ class SlotRecord:
     block: int = 0
     of: str = ""
     beta: float | None = None
+    shape: tuple[int, ...] | None = None
+    within: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,10 @@ class Parameter:
     def has_state(self) -> bool:
         """Whether anything is kept for it."""
         return self.step is not None or bool(self.slots)
+
+    def measured_by(self, slot: SlotRecord) -> Parameter:
+        """Return the tensor that a statistic is of, as if it were the parameter; the parameter itself in most cases."""
+        return self if slot.shape is None else replace(self, shape=slot.shape)
 
     @property
     def keys(self) -> list[str]:

@@ -77,9 +77,10 @@ def _parameter_tree(param: Parameter) -> dict[str, Any]:
 
 def _slot_tree(slot: SlotRecord) -> dict[str, Any]:
     tree = {"store": slot.store, "signed": slot.signed, "fields": slot.fields}
-    optional = {"codebook": slot.codebook, "block": slot.block, "of": slot.of}
+    optional = {"codebook": slot.codebook, "block": slot.block, "of": slot.of, "within": slot.within}
     tree |= {key: value for key, value in optional.items() if value}
-    return tree if slot.beta is None else tree | {"beta": slot.beta}
+    known = {"beta": slot.beta, "shape": None if slot.shape is None else list(slot.shape)}
+    return tree | {key: value for key, value in known.items() if value is not None}
 
 
 def _encoded(value: Any, place: str, depth: int = 0) -> Any:
@@ -241,10 +242,9 @@ def _parameter_of(node: _Node) -> Parameter:
         step.count()
     elif slots and node.at("chain", str).value:
         raise step.wrong("must be a whole number where there is state")
-    shape = node.optional("shape", None)
     return Parameter(
         name=name.value,
-        shape=None if shape.value is None else shape.counts(),
+        shape=_shape_of(node.optional("shape", None)),
         dtype=node.at("dtype", str).value,
         group=node.at("group", int).count(),
         step=step.value,
@@ -273,7 +273,13 @@ def _slot_of(node: _Node, parameter: str, slot: str) -> SlotRecord:
         block=node.optional("block", 0, int).count(),
         of=node.optional("of", "", str).value,
         beta=_beta_of(node.optional("beta", None)),
+        shape=_shape_of(node.optional("shape", None)),
+        within=node.optional("within", "", str).value,
     )
+
+
+def _shape_of(node: _Node) -> tuple[int, ...] | None:
+    return None if node.value is None else node.counts()
 
 
 def _beta_of(node: _Node) -> float | None:

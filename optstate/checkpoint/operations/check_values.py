@@ -132,7 +132,7 @@ def _number_problems(stored: Stored, found: Statistics, unsigned: bool) -> Itera
 def _different_means(param: Parameter, slot: SlotRecord, tensors: Mapping[str, Stored]) -> str:
     """Where the mean over rows and the mean over columns of one matrix differ, in words; "" if they agree."""
     row, col = (tensors.get(slot.fields.get(field, "")) for field in ("row", "col"))
-    batch = math.prod((param.shape or ())[:-2])
+    batch = math.prod((param.measured_by(slot).shape or ())[:-2])
     if row is None or col is None or not batch or row.elements % batch or col.elements % batch:
         return ""
     if not row.elements or not col.elements:

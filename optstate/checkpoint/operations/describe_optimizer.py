@@ -24,6 +24,7 @@ from optstate.checkpoint.document.document import (
 from optstate.optimizer import state_dict
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, Plan
+from optstate.updates import Around, transform_words
 
 __all__ = ["add_tied_names", "describe_optimizer", "describe_slots", "list_names", "name_dtype", "restore_tensors"]
 
@@ -91,7 +92,13 @@ def _parameter(
 
 def describe_slots(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict[str, SlotRecord]:
     """Describe what the plan keeps for a parameter of a group with these hyper-parameters."""
-    declared, slots = plan.chain.declared_slots(hyper), {}
+    declared, slots = plan.chain.slots(plan.spec, hyper), {}
+    around = {
+        key: transform_words(transform)
+        for transform in plan.chain.transforms
+        if isinstance(transform, Around)
+        for key in transform.slots(plan.spec, hyper)
+    }
     for key, slot in plan.slots.items():
         book = slot.store.codebook
         slots[key] = SlotRecord(
@@ -102,6 +109,8 @@ def describe_slots(name: str, plan: ParamPlan, hyper: Mapping[str, Any]) -> dict
             block=slot.store.scale_block,
             of=declared[key].of,
             beta=declared[key].beta,
+            shape=None if slot.of is None else slot.of.shape,
+            within=around.get(key, ""),
         )
     if plan.weight_keys:
         fields = {field: tensor_key(name, WEIGHT, field) for field in plan.weight_keys}

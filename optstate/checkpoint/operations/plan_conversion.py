@@ -196,7 +196,8 @@ def _in_store(checkpoint: Checkpoint, param: Parameter, slot: str, store: Store 
         return copy_statistic(param, slot, stored)
     group = checkpoint.document.groups[param.group]
     try:
-        return recode_statistic(param, slot, stored, store, make_spec(param, group.role, group.head_size))
+        measured = param.measured_by(param.slots[slot])
+        return recode_statistic(param, slot, stored, store, make_spec(measured, group.role, group.head_size))
     except ValueError as error:
         raise ValueError(f"{slot} of {param.name!r} cannot go into {store}: {error}") from None
 
@@ -324,10 +325,16 @@ def _entries(record: SlotRecord, specs: Mapping[str, FieldSpec]) -> dict[str, Ne
 
 def _same_meaning(param: Parameter, name: str, record: SlotRecord, by_name: bool) -> str | None:
     """Find the slot of the source that holds what `record` describes: of the same name if several do."""
-    same = [slot for slot, was in param.slots.items() if was.of == record.of and slot != WEIGHT and was.of]
-    if by_name and (not record.of or (name in param.slots and not param.slots[name].of)):
-        same = [name] if name in param.slots else same
+    found = {slot: was for slot, was in param.slots.items() if slot != WEIGHT and _is_of_same_tensor(was, record)}
+    same = [slot for slot, was in found.items() if was.of == record.of and was.of]
+    if by_name and (not record.of or (name in found and not found[name].of)):
+        same = [name] if name in found else same
     return name if name in same else same[0] if same else None
+
+
+def _is_of_same_tensor(was: SlotRecord, record: SlotRecord) -> bool:
+    """Return whether two statistics are of the same tensor, made of the gradient by the same rule."""
+    return (was.shape, was.within) == (record.shape, record.within)
 
 
 def _correction(param: Parameter, record: SlotRecord) -> float:

@@ -58,8 +58,10 @@ class Values:
             OSError: if the file cannot be read.
         """
         reader = self._reader(param, name)
-        assert param.shape is not None  # `_reader` asked
-        return reader(self.fields(param.slots[name]), param.shape)
+        slot = param.slots[name]
+        shape = param.measured_by(slot).shape
+        assert shape is not None  # `_reader` asked
+        return reader(self.fields(slot), shape)
 
     def check(self, param: Parameter, name: str) -> None:
         """Raise UnreadableStatisticError if `read` would, without reading anything."""
@@ -68,6 +70,7 @@ class Values:
     def _reader(self, param: Parameter, name: str) -> Reader:
         """Find what makes a statistic's numbers of its stored tensors."""
         slot, what = param.slots[name], f"{name} of {param.name!r}"
+        param = param.measured_by(slot)
         kind, stored = store_name(slot.store), self.checkpoint.fields_of(slot)
         if param.shape is None:
             raise UnreadableStatisticError(f"{what}: the shape of the parameter is not known")
