@@ -5,7 +5,15 @@ from optstate.updates.base import Context, State, Transform, Update, run_transfo
 from optstate.updates.chain import Chain, Route, as_route, chain, route, transform_words
 from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.confidence import scale_by_confidence
+from optstate.updates.eigenbasis import eigenbasis
 from optstate.updates.hyper import Hyper, Rule, hyper
+from optstate.updates.low_rank import (
+    Projected,
+    project,
+    project_anew,
+    scale_by_projected,
+    scale_by_residual_norm,
+)
 from optstate.updates.moments import (
     momentum,
     scale_by_adam,
@@ -13,8 +21,10 @@ from optstate.updates.moments import (
     scale_by_rss,
     sign_momentum,
 )
+from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
 from optstate.updates.scale import (
     add_decayed_weights,
+    decay_weights_after,
     scale_by_learning_rate,
     scale_by_param_rms,
     scale_by_schedule,
@@ -26,6 +36,7 @@ __all__ = [
     "Chain",
     "Context",
     "Hyper",
+    "Projected",
     "Route",
     "Rule",
     "Schedule",
@@ -39,15 +50,24 @@ __all__ = [
     "clip_by_rms",
     "clip_by_value",
     "constant",
+    "decay_weights_after",
+    "eigenbasis",
     "hyper",
     "momentum",
+    "normalize_columns",
+    "normalize_rows",
+    "orthogonalize",
     "power_decay",
+    "project",
+    "project_anew",
     "route",
     "run_transform",
     "scale_by_adam",
     "scale_by_confidence",
     "scale_by_learning_rate",
     "scale_by_param_rms",
+    "scale_by_projected",
+    "scale_by_residual_norm",
     "scale_by_rms",
     "scale_by_rss",
     "scale_by_schedule",

@@ -14,7 +14,7 @@ from optstate.stores.requests import about
 from optstate.updates.base import Context, State, Transform, Update, run_transform
 from optstate.updates.chain import as_chain
 
-__all__ = ["Around"]
+__all__ = ["Around", "run_on"]
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,24 @@ class Around(Transform):
             ctx: of the parameter.
             step: the count of updates that the inner chain sees; 0 for the parameter's own.
         """
-        space = self.space(ctx.spec)
-        inside = replace(
-            ctx,
-            spec=space,
-            param=value,
-            grad=value,
-            grad_scale=1.0,
-            step=step or ctx.step,
-            codec=None,
-            start=0,
-            is_whole=space.region is None,
-            param_squares=None,
-        )
-        update = Update(value, finite=ctx.guard.finite)
-        return (yield from about(run_transform(self.inner, update, state, inside), space))
+        return (yield from run_on(self.inner, value, self.space(ctx.spec), state, ctx, step))
+
+
+def run_on(
+    chain: Transform, value: Tensor, space: ParamSpec, state: State, ctx: Context, step: int = 0
+) -> Requests[Update]:
+    """Run a chain on another tensor than the gradient; arguments as for `Around.inside`. Drive with `yield from`."""
+    inside = replace(
+        ctx,
+        spec=space,
+        param=value,
+        grad=value,
+        grad_scale=1.0,
+        step=step or ctx.step,
+        codec=None,
+        start=0,
+        is_whole=space.region is None,
+        param_squares=None,
+    )
+    update = Update(value, finite=ctx.guard.finite)
+    return (yield from about(run_transform(chain, update, state, inside), space))

@@ -1,67 +1,404 @@
-"""Transforms around a chain that works on a projection of the gradient: GaLore, APOLLO and LDAdam."""
+"""Transforms around a chain that works on a projection of the gradient: GaLore, APOLLO, Fira and LDAdam."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from optstate import kernels
+from optstate.kernels import Noise, Scalar
 from optstate.spec import ParamSpec
 from optstate.stores import Full, Partial, Requests, Slot, Store, Whole
-from optstate.updates.around import Around
-from optstate.updates.base import Context, State, Update
+from optstate.updates.around import Around, run_on
+from optstate.updates.base import Context, State, Transform, Update
+from optstate.updates.chain import as_chain
+from optstate.updates.hyper import Hyper, Rule
 
-__all__ = ["Projected", "project", "project_anew", "scale_by_projected"]
+__all__ = ["Projected", "project", "project_anew", "scale_by_projected", "scale_by_residual_norm"]
+
+Projection = Literal["svd", "randomized", "random", "power"]
+PROJECTIONS = ("svd", "randomized", "random", "power")
+
+OVERSAMPLED = 4
+"""Vectors more than the rank that a random sketch takes (Halko, Martinsson and Tropp 2011, section 4.2)."""
+
+RESIDUAL = "residual_"
+
+SMALL_NORM = 1e-8
+"""Added to norms that are divided by, as the official codes do."""
 
 
 @dataclass(frozen=True)
 class Projected(Around):
     """The base of transforms whose inner chain sees the gradient projected on `rank` vectors of its shorter side.
 
-    Only for matrices: a recipe routes other parameters elsewhere. A rank above the shorter side counts as that side.
+    Of an `[m, n]` matrix with m >= n the vectors are `[rank, n]` and multiply from the right, else `[m, rank]` from the
+    left. A rank above the shorter side counts as that side. Only for matrices: route other parameters elsewhere.
+
+    Args:
+        inner: the chain that sees the projected gradient.
+        rank: number of vectors.
+
+    Raises:
+        ValueError: for a rank that is not a positive whole number, and where a parameter is planned that is no matrix.
     """
 
     rank: int = 128
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "rank")
+
     def is_right(self, spec: ParamSpec) -> bool:
-        """Return whether the vectors are rows, multiplied from the right: columns are the shorter side."""
+        """Return whether the vectors multiply from the right, as columns are the shorter side."""
         return spec.shape[0] >= spec.shape[1]
 
-    def rank_of(self, spec: ParamSpec) -> int:
-        """Return the number of vectors for a parameter."""
+    def basis_spec(self, spec: ParamSpec, count: int = 0) -> ParamSpec:
+        """Return the specification of `count` vectors along the shorter side; of `rank` vectors for 0.
+
+        Raises:
+            ValueError: if the parameter is no matrix.
+        """
         if spec.ndim != 2:
             raise ValueError(
-                f"{type(self).__name__} projects matrices, and {spec.name!r} has shape {spec.shape}: route it elsewhere"
+                f"{type(self).__name__} projects matrices, and {spec.name!r} has {spec.ndim} dimensions: give it "
+                "another chain, with optstate.route"
             )
-        return min(self.rank, *spec.shape)
+        m, n = spec.shape
+        count = count or min(self.rank, m, n)
+        return spec.like((count, n), (None, 1)) if self.is_right(spec) else spec.like((m, count), (0, None))
 
     def space(self, spec: ParamSpec) -> ParamSpec:
+        rank = min(self.basis_spec(spec).shape)
         m, n = spec.shape
-        rank = self.rank_of(spec)
         return spec.like((m, rank), (0, None)) if self.is_right(spec) else spec.like((rank, n), (None, 1))
-
-    def basis(self, spec: ParamSpec) -> ParamSpec:
-        """Return the specification of the vectors: `[rank, n]`, or `[m, rank]` on the left."""
-        m, n = spec.shape
-        rank = self.rank_of(spec)
-        return spec.like((rank, n), (None, 1)) if self.is_right(spec) else spec.like((m, rank), (0, None))
 
     def down(self, value: Tensor, basis: Tensor, spec: ParamSpec) -> Requests[Tensor]:
         """Project a value of the parameter's shape on a basis, parts of both; drive with `yield from`."""
-        if self.is_right(spec):
-            return (yield Partial(value @ basis.T, -1))
-        return (yield Partial(basis.T @ value, -2))
+        request = Partial(value @ basis.T, -1) if self.is_right(spec) else Partial(basis.T @ value, -2)
+        return cast(Tensor, (yield request))
 
     def up(self, low: Tensor, basis: Tensor, spec: ParamSpec) -> Tensor:
         """Return a projected value in the parameter's shape again."""
         return low @ basis if self.is_right(spec) else basis @ low
 
-    def singular_vectors(self, value: Tensor, spec: ParamSpec) -> Requests[Tensor]:
-        """Return this device's part of the leading singular vectors; drive with `yield from`. Synchronises."""
-        u, _, vh = torch.linalg.svd((yield Whole(value, spec)), full_matrices=False)
-        rank = self.rank_of(spec)
-        return self.basis(spec).part(vh[:rank] if self.is_right(spec) else u[:, :rank])
+
+@dataclass(frozen=True)
+class project(Projected):
+    """Run a chain on the gradient's projection, and project its update back: `scale * up(inner(down(g)))`.
+
+    The vectors are made anew from the gradient at steps 1, 1 + gap, 1 + 2 gap ...; statistics of the inner chain stay
+    as they are then, in the new basis. Source: GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2).
+
+    Args:
+        inner: the chain that sees the projected gradient.
+        rank: number of vectors.
+        gap: steps between two bases.
+        scale: multiplies the update (alpha).
+        projection: "svd": the leading singular vectors; gathers a parameter that is split. "randomized": the same from
+            a random sketch and two power iterations, with sums only (GaLore 2, arXiv 2504.20437). "power": one power
+            iteration from the last basis. "random": normal numbers over sqrt(rank), which nobody has to keep. The
+            first three wait for an accelerator at the steps that make a basis, and at no other.
+        store: of the vectors, slot `projector`.
+        residual: a chain for what the projection leaves out, whose update is added; None to drop it. Its slots are
+            called `residual_<slot>`.
+    """
+
+    gap: int = 200
+    scale: float = 0.25
+    projection: Projection = "svd"
+    store: Store = Full()
+    residual: Transform | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.residual is not None:
+            object.__setattr__(self, "residual", as_chain(self.residual))
+        require_counts(self, "gap")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"projection={self.projection!r}: give one of {', '.join(PROJECTIONS)}")
+
+    def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        return {} if self.projection == "random" else {"projector": Slot(self.store, spec=self.basis_spec(spec))}
+
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        slots = super().slots(spec, group)
+        if self.residual is not None:
+            rest = spec.like(spec.shape, range(spec.ndim))
+            slots |= {RESIDUAL + name: slot.turned(rest) for name, slot in self.residual.slots(rest, group).items()}
+        return slots
+
+    def basis(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
+        """Return this device's part of the vectors of the step, made anew where it is time."""
+        since = (ctx.step - 1) % self.gap
+        if self.projection == "random":
+            return random_vectors(self, ctx, min(self.space(ctx.spec).shape), ctx.step - since)
+        kept = state["projector"]
+        if since == 0:
+            kept.hold((yield from self._made_anew(value, state, ctx)))
+        return kept.read()
+
+    def _made_anew(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
+        if self.projection == "svd":
+            return (yield from singular_vectors(self, value, ctx.spec))
+        if self.projection == "power" and ctx.step > 1:
+            return (yield from iterated(self, value, state["projector"].read(), ctx.spec, 1))
+        rank = min(self.space(ctx.spec).shape)
+        count = min(rank + OVERSAMPLED, *ctx.spec.shape)
+        start = random_vectors(self, ctx, count, ctx.step)
+        return (yield from iterated(self, value, start, ctx.spec, 3, rank))
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        value = update.values(ctx)
+        basis = yield from self.basis(value, state, ctx)
+        low = yield from self.down(value, basis, ctx.spec)
+        step = yield from self.inside(low, state, ctx)
+        whole = self.up(kernels.multiply_out(step), basis, ctx.spec)
+        if self.residual is not None:
+            rest = value - self.up(low, basis, ctx.spec)
+            own = {name.removeprefix(RESIDUAL): s for name, s in state.items() if name.startswith(RESIDUAL)}
+            added = yield from run_on(self.residual, rest, ctx.spec.like(ctx.spec.shape, range(2)), own, ctx)
+            whole = whole.add_(kernels.multiply_out(added))
+        return Update(whole, scale=self.scale, finite=update.finite)
+
+
+@dataclass(frozen=True)
+class scale_by_projected(project):
+    """Multiply the gradient by how a chain scales its projection: `g * |inner(down(g))| / |down(g)|`.
+
+    The norms are those of every row (column, where columns are the longer side), or of the whole matrix. The result
+    grows from step to step by at most the factor `growth`. Source: APOLLO and APOLLO-Mini (Zhu et al. 2024, arXiv
+    2412.05270, algorithm 1); the bias correction multiplies the bounded result, as in the official code.
+
+    Args:
+        inner: the chain that sees the projected gradient.
+        rank: number of vectors.
+        gap: steps between two bases.
+        scale: multiplies the update; the official code multiplies by the root of its `scale`.
+        projection: as for `project`; random by default.
+        store: of the vectors, where any are kept.
+        kind: "channel" for rows or columns, "tensor" for the whole matrix.
+        growth: the bound of the growth of the update's norm, which is kept in slot `norm`; 0 for no bound.
+    """
+
+    scale: float = 1.0
+    projection: Projection = "random"
+    kind: Literal["channel", "tensor"] = "channel"
+    growth: float = 1.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in ("channel", "tensor"):
+            raise ValueError(f"kind={self.kind!r}: give 'channel' or 'tensor'")
+
+    def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        return {**super().own_slots(spec), **norm_slot(spec, self.growth)}
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        value = update.values(ctx)
+        basis = yield from self.basis(value, state, ctx)
+        low = yield from self.down(value, basis, ctx.spec)
+        step = yield from self.inside(low, state, ctx)
+        scaled = kernels.multiply_out(replace(step, scale=1.0))
+        ratio = yield from self._ratio(scaled, low, ctx)
+        result = Update(value, (ratio,), finite=update.finite)
+        limit = yield from growth_limit(result, state, ctx, self.growth)
+        return result.rescaled(limit).rescaled(step.scale).rescaled(self.scale)
+
+    def _ratio(self, scaled: Tensor, low: Tensor, ctx: Context) -> Requests[Tensor]:
+        """Return how much longer the inner chain made every row or column, or the whole matrix."""
+        along = -1 if self.is_right(ctx.spec) else -2
+        squares = [value.square().sum(along, keepdim=True) for value in (scaled, low)]
+        if self.kind == "tensor":
+            other = -2 if self.is_right(ctx.spec) else -1
+            partial = tuple(Partial(square.sum(other, keepdim=True), other) for square in squares)
+            squares = list((yield partial))
+        now, before = (square.sqrt() for square in squares)
+        return now / (before + SMALL_NORM)
+
+
+@dataclass(frozen=True)
+class scale_by_residual_norm(project):
+    """Add to a projected update what the projection leaves out, scaled row by row as the chain scales the projection.
+
+    `scale * (up(u) + limit * k * (g - up(down(g))))` with `u = inner(down(g))` and `k = |u| / |down(g)|` for every row
+    (column, where columns are the longer side); the added part grows by at most the factor `growth` per step. Source:
+    Fira (Chen et al. 2024, arXiv 2410.01623, algorithm 1). The official code differs from the paper: it subtracts only
+    `scale` times the projection, and does not scale the added part.
+
+    Args:
+        inner: the chain that sees the projected gradient.
+        rank: number of vectors.
+        gap: steps between two bases.
+        scale: multiplies the update (alpha).
+        projection: as for `project`.
+        store: of the vectors.
+        growth: the bound of the growth of the added part's norm, kept in slot `norm`; 0 for no bound.
+    """
+
+    growth: float = 1.01
+
+    def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        return {**super().own_slots(spec), **norm_slot(spec, self.growth)}
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        value = update.values(ctx)
+        basis = yield from self.basis(value, state, ctx)
+        low = yield from self.down(value, basis, ctx.spec)
+        step = kernels.multiply_out((yield from self.inside(low, state, ctx)))
+        along = -1 if self.is_right(ctx.spec) else -2
+        ratio = step.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + SMALL_NORM)
+        rest = Update(value - self.up(low, basis, ctx.spec), (ratio,), finite=update.finite)
+        limit = yield from growth_limit(rest, state, ctx, self.growth)
+        whole = kernels.multiply_out(rest.rescaled(limit)).add_(self.up(step, basis, ctx.spec))
+        return Update(whole, scale=self.scale, finite=update.finite)
+
+
+@dataclass(frozen=True)
+class project_anew(Projected):
+    """Run a chain with two moments on a projection whose basis moves at every step, and feed back what it drops.
+
+    The basis is one power iteration of `rho` times the first moment plus `1 - rho` times the gradient; both moments are
+    carried into the new basis, and what the projection of gradient and moment dropped is added to the next gradient.
+    Source: LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1), whose official code takes the side of a square
+    matrix from the left.
+
+    Args:
+        inner: the chain: one `scale_by_adam`, whose `betas` are those of the group.
+        rank: number of vectors.
+        rho: weight of the first moment in the basis; group key `rho`.
+        store: of the vectors, slot `projector`.
+        error: of what was dropped, slot `error`: one number per element of the parameter.
+    """
+
+    rho: float | Hyper = 0.908
+    store: Store = Full()
+    error: Store = Full()
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"rho": Rule("rho", high=1.0)}
+
+    def is_right(self, spec: ParamSpec) -> bool:
+        return spec.shape[0] > spec.shape[1]
+
+    def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
+        return {"projector": Slot(self.store, spec=self.basis_spec(spec)), "error": Slot(self.error)}
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        value = update.values(ctx) + state["error"].read()
+        done, spec = ctx.step - 1, ctx.spec
+        beta1, beta2 = ctx.group["betas"]
+        old, first, second = state["projector"].read(), state["exp_avg"], state["exp_avg_sq"]
+        moment = first.read().clone()
+        if done:
+            rho = ctx.read(self.rho)
+            mixed = (self.up(moment, old, spec) * (rho / (1 - beta1**done))).add_(value, alpha=1 - rho)
+            basis = yield from iterated(self, mixed, old, spec, 1)
+        else:
+            basis = yield from singular_vectors(self, value, spec)
+        low = yield from self.down(value, basis, spec)
+        right = self.is_right(spec)
+        turn = yield (Partial(old @ basis.T, -1) if right else Partial(basis.T @ old, -2))
+        moved = moment @ turn if right else turn @ moment
+        dropped = self.up(moment, old, spec).sub_(self.up(moved, basis, spec)).mul_(beta1 / (1 - beta1))
+        state["error"].hold(dropped.add_(value).sub_(self.up(low, basis, spec)))
+        if done:
+            k1, k2, square = 1 - beta1**done, 1 - beta2**done, turn.square()
+            spread = second.read() / k2 - (moment / k1).square()
+            spread = spread @ square if right else square @ spread
+            second.hold((spread + (moved / k1).square()).mul_(k2).abs_(), weight=1 - beta2)
+            first.hold(moved, weight=1 - beta1)
+        state["projector"].hold(basis)
+        step = yield from self.inside(low, state, ctx)
+        return Update(self.up(kernels.multiply_out(step), basis, spec), finite=update.finite)
+
+
+# --- bases --------------------------------------------------------------------------------------------------------
+
+
+def singular_vectors(of: Projected, value: Tensor, spec: ParamSpec) -> Requests[Tensor]:
+    """Return this device's part of the leading singular vectors. Gathers the value, and waits for an accelerator."""
+    u, _, vh = torch.linalg.svd((yield Whole(value, spec)), full_matrices=False)
+    basis = of.basis_spec(spec)
+    rank = min(basis.shape)
+    return basis.part(vh[:rank] if of.is_right(spec) else u[:, :rank])
+
+
+def random_vectors(of: Projected, ctx: Context, count: int, step: int) -> Tensor:
+    """Return this device's part of `count` vectors of normal numbers over sqrt(count), which are those of a step."""
+    spec = of.basis_spec(ctx.spec, count)
+    noise = Noise(f"{ctx.spec.name}/projector", step, region=spec.region)
+    return noise.normal(spec.local_numel, ctx.param.device).view(spec.local_shape).div_(count**0.5)
+
+
+def iterated(
+    of: Projected, value: Tensor, start: Tensor, spec: ParamSpec, times: int, rank: int = 0
+) -> Requests[Tensor]:
+    """Return this device's part of a basis after some power iterations, `start (g^T g)^times`, made orthonormal.
+
+    rank: how many of the leading vectors are returned; 0 for as many as there are. Waits for an accelerator.
+    """
+    right, basis = of.is_right(spec), start
+    for i in range(times):
+        low = yield from of.down(value, basis, spec)
+        back = yield (Partial(low.T @ value, -2) if right else Partial(value @ low.T, -1))
+        rows = (back if right else back.T).double()
+        gram = cast(Tensor, (yield Partial(rows @ rows.T, -1 if right else -2)))
+        rows = (leading(gram, rank) if rank and i + 1 == times else in_order(gram)) @ rows
+        basis = (rows if right else rows.T).to(value.dtype)
+    return basis
+
+
+def in_order(gram: Tensor) -> Tensor:
+    """Return the matrix that makes vectors with this Gram matrix orthonormal, one after the other, as QR does.
+
+    A vector that adds next to nothing to those before becomes zero, and no arbitrary one.
+    """
+    size = gram.diagonal().amax().clamp(min=1e-300)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    lower = torch.linalg.cholesky_ex(gram + identity * (size * 1e-14))[0]
+    made: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    is_lost = lower.diagonal().square() <= size * 1e-12
+    return made.masked_fill_(is_lost.unsqueeze(-1), 0.0).nan_to_num_(0.0)
+
+
+def leading(gram: Tensor, rank: int) -> Tensor:
+    """Return the matrix that turns vectors with this Gram matrix into their leading singular vectors."""
+    values, turn = torch.linalg.eigh(gram)
+    values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
+    is_lost = values <= values[:1].clamp(min=1e-300) * 1e-12
+    made: Tensor = turn * torch.where(is_lost, 0.0, values.clamp(min=1e-300).rsqrt())
+    return made.T
+
+
+# --- bounds on growth ---------------------------------------------------------------------------------------------
+
+
+def norm_slot(spec: ParamSpec, growth: float) -> dict[str, Slot]:
+    """Return the slot of the norm of the last update; none where its growth is not bounded."""
+    return {"norm": Slot(Full(), signed=False, spec=spec.like((), ()))} if growth else {}
+
+
+def growth_limit(update: Update, state: State, ctx: Context, growth: float) -> Requests[Scalar]:
+    """Return the factor by which an update grows by at most `growth` over the last; keep the norm that results.
+
+    Source: Fira (arXiv 2410.01623), section 4.3, in the form of the official APOLLO code.
+    """
+    if not growth:
+        return 1.0
+    total = yield kernels.sum_of_squares(update)
+    now, last = total.sqrt(), state["norm"].read()
+    limit = torch.ones_like(now) if ctx.step == 1 else (now / (last + SMALL_NORM)).clamp_(min=growth).div_(growth)
+    state["norm"].hold(now / limit)
+    return limit.reciprocal_()
+
+
+def require_counts(of: Any, *names: str) -> None:
+    """Raise ValueError unless these fields are whole numbers of 1 at least."""
+    for name in names:
+        value = getattr(of, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number, 1 at least")

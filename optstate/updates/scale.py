@@ -11,7 +11,13 @@ from optstate.stores import Requests
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.hyper import Hyper, Rule
 
-__all__ = ["add_decayed_weights", "scale_by_learning_rate", "scale_by_param_rms", "scale_by_schedule"]
+__all__ = [
+    "add_decayed_weights",
+    "decay_weights_after",
+    "scale_by_learning_rate",
+    "scale_by_param_rms",
+    "scale_by_schedule",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,30 @@ class add_decayed_weights(Transform):
     def __call__(self, update: Update, state: State, ctx: Context) -> Update:
         rate = ctx.read(self.rate)
         return replace(update, decay=update.decay + rate) if rate else update
+
+
+@dataclass(frozen=True)
+class decay_weights_after(Transform):
+    """Multiply the parameter by `1 - lr * rate` after the step, and not before it, as Hugging Face's AdamW does.
+
+    `add_decayed_weights` decays the parameter before the step, as `torch.optim.AdamW` does; the two differ by the decay
+    of the step itself. Only the learning rate scales the decay: put the transform at the end of a chain.
+
+    Args:
+        rate: group key `weight_decay`.
+        begin: the first step that decays.
+    """
+
+    rate: float | Hyper = 0.0
+    begin: int = 1
+
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"rate": Rule("weight_decay")}
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Update:
+        rate = ctx.read(self.rate)
+        if not rate or ctx.step < self.begin:
+            return update
+        return replace(update.rescaled(1 - ctx.group["lr"] * rate), decay=update.decay + rate)
 
 
 @dataclass(frozen=True)

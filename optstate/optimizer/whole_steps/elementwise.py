@@ -87,6 +87,8 @@ class CompiledElementwise:
         while transforms and isinstance(transforms[0], add_decayed_weights):
             before.append(transforms.pop(0))
         rule = transforms.pop(0) if transforms and isinstance(transforms[0], RULES) else None
+        if isinstance(rule, scale_by_adam) and rule.eps_hat:
+            return None
         if rule is not None and before and not (isinstance(rule, momentum) and rule.decoupled):
             return None
         tail = Tail.of([*before, *transforms])

@@ -37,9 +37,9 @@ class FusedByTorch:
         if not exact or any(slot.store != Full() for slot in plan.slots.values()):
             return None
         match plan.chain.transforms:
-            case (scale_by_adam() as adam,):
+            case (scale_by_adam(eps_hat=False) as adam,):
                 return FusedByTorch(plan, adam, None)
-            case (scale_by_adam() as adam, add_decayed_weights() as decay):
+            case (scale_by_adam(eps_hat=False) as adam, add_decayed_weights() as decay):
                 return FusedByTorch(plan, adam, decay)
         return None
 
