@@ -46,6 +46,10 @@ class Around(Transform):
                 f"them behind {type(self).__name__}(...), not into it, where {self.inner} stands"
             )
 
+    @property
+    def period(self) -> int:
+        return self.inner.period
+
     def space(self, spec: ParamSpec) -> ParamSpec:
         """Return the specification of the tensor that the inner chain works on, made with `spec.like`."""
         raise NotImplementedError

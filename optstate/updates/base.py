@@ -189,6 +189,11 @@ class Transform:
         self.check_slots({})
 
     @property
+    def period(self) -> int:
+        """Steps after which the same work begins again, the dearest at the first of them: 1 where all are alike."""
+        return 1
+
+    @property
     def hypers(self) -> tuple[Hyper, ...]:
         """Every hyper-parameter that the transform reads."""
         found: list[Hyper] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -56,6 +57,10 @@ class Chain(Transform):
     @cached_property
     def applies_lr(self) -> bool:  # type: ignore[override]
         return any(t.applies_lr for t in self.transforms)
+
+    @property
+    def period(self) -> int:
+        return math.lcm(*(t.period for t in self.transforms))
 
     @property
     def hypers(self) -> tuple[Hyper, ...]:

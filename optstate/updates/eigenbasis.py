@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -56,6 +57,10 @@ class eigenbasis(Around):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(self, "every", "largest")
+
+    @property
+    def period(self) -> int:
+        return math.lcm(self.every, self.inner.period)
 
     def space(self, spec: ParamSpec) -> ParamSpec:
         if spec.ndim != 2:

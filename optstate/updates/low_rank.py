@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
@@ -121,6 +122,10 @@ class project(Projected):
         require_counts(self, "gap")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection={self.projection!r}: give one of {', '.join(PROJECTIONS)}")
+
+    @property
+    def period(self) -> int:
+        return math.lcm(self.gap, self.inner.period)
 
     def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
         return {} if self.projection == "random" else {"projector": Slot(self.store, spec=self.basis_spec(spec))}

@@ -198,8 +198,8 @@ class _Step:
     def warm_up(self) -> None:
         """Make what is there from the first step on, as models do in their first pass. State is there already."""
         self._loss()
-        for state in self.optimizer.state.values():
-            state["step"] += 1
+        for param, state in self.optimizer.state.items():  # the step that is traced is the dearest one
+            state["step"] = self.optimizer.runner.leaf(param).plan.chain.period
 
     def run(self) -> None:
         """Run one step."""
