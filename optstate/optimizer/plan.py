@@ -17,7 +17,7 @@ from optstate.stores import Store
 from optstate.updates import Chain, Hyper, Route, as_route, clip_by_value
 from optstate.weights import Plain, Weights, as_weights
 
-__all__ = ["TRANSFORMS", "FieldLayout", "ParamPlan", "Plan", "SlotPlan", "plan_parameter"]
+__all__ = ["TRANSFORMS", "ParamPlan", "Plan", "SlotPlan", "StateLayout", "plan_parameter"]
 
 TRANSFORMS = "transforms"
 """What the plan calls a step that is made by the transforms of the chain, one after the other."""
@@ -26,7 +26,7 @@ SMALL_SCRATCH = 1_000_000
 """Bytes of temporaries not worth a note."""
 
 
-class FieldLayout(NamedTuple):
+class StateLayout(NamedTuple):
     """How a tensor of a parameter's state lies in memory.
 
     shape: over all devices. dims: the parameter's dimension that each of its dimensions runs along, along which both
@@ -92,17 +92,17 @@ class ParamPlan:
         return of_slots | {self.weight_keys[field]: spec for field, spec in self.weights.fields(self.spec).items()}
 
     @cached_property
-    def layouts(self) -> dict[str, FieldLayout]:
+    def layouts(self) -> dict[str, StateLayout]:
         """How every tensor in `optimizer.state[param]` lies in memory, by key."""
         found = {}
         for slot in self.slots.values():
             of = slot.of or self.spec
             for field, key in slot.keys.items():
                 shape, dims = slot.fields[field].layout(of)
-                found[key] = FieldLayout(shape, of.along(dims), slot.fields[field].dtype)
+                found[key] = StateLayout(shape, of.along(dims), slot.fields[field].dtype)
         for field, kept in self.weights.fields(self.spec).items():
             shape, dims = kept.layout(self.spec)
-            found[self.weight_keys[field]] = FieldLayout(shape, dims, kept.dtype)
+            found[self.weight_keys[field]] = StateLayout(shape, dims, kept.dtype)
         return found
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from optstate.distributed.sums import lock_step
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.optimizer import Optimizer
-from optstate.optimizer.plan import FieldLayout, ParamPlan, plan_parameter
+from optstate.optimizer.plan import ParamPlan, StateLayout, plan_parameter
 from optstate.optimizer.whole_steps import find_whole_step
 from optstate.spec import ParamSpec, Region
 from optstate.stores import Guard, Largest, Partial, Whole
@@ -54,7 +54,7 @@ class DevicePart:
         for key, layout in self.plan.layouts.items():
             self.state[key] = torch.zeros(layout.shape, dtype=layout.dtype)[self.index(layout)].clone()
 
-    def index(self, layout: FieldLayout) -> tuple[slice, ...]:
+    def index(self, layout: StateLayout) -> tuple[slice, ...]:
         """Return what cuts this device's part out of a whole tensor of the state."""
         if not layout.dims:
             return (slice(None),) * len(layout.shape)
@@ -63,7 +63,7 @@ class DevicePart:
             for n, d in zip(layout.shape, layout.dims, strict=True)
         )
 
-    def is_cut(self, layout: FieldLayout) -> bool:
+    def is_cut(self, layout: StateLayout) -> bool:
         """Return whether devices have different parts of a tensor of the state."""
         return any(d is not None and self.region.parts[d] > 1 for d in layout.dims)
 

@@ -8,7 +8,6 @@ from optstate.updates.confidence import scale_by_confidence
 from optstate.updates.eigenbasis import eigenbasis
 from optstate.updates.hyper import Hyper, Rule, hyper
 from optstate.updates.low_rank import (
-    Projected,
     project,
     project_anew,
     scale_by_projected,
@@ -22,6 +21,7 @@ from optstate.updates.moments import (
     sign_momentum,
 )
 from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
+from optstate.updates.projected import Projected
 from optstate.updates.scale import (
     add_decayed_weights,
     decay_weights_after,

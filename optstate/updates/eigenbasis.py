@@ -16,7 +16,7 @@ from optstate.stores import Full, Requests, Slot, Store, Whole
 from optstate.updates.around import Around
 from optstate.updates.base import Context, State, Update
 from optstate.updates.hyper import Hyper, Rule
-from optstate.updates.low_rank import require_counts
+from optstate.updates.projected import require_counts
 
 __all__ = ["eigenbasis"]
 

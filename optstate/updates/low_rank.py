@@ -5,23 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from optstate import kernels
-from optstate.kernels import Noise, Scalar
+from optstate.kernels import Scalar
 from optstate.spec import ParamSpec
-from optstate.stores import Full, Partial, Requests, Slot, Store, Whole
-from optstate.updates.around import Around, run_on
+from optstate.stores import Full, Partial, Requests, Slot, Store
+from optstate.updates.around import run_on
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.chain import as_chain
 from optstate.updates.hyper import Hyper, Rule
+from optstate.updates.projected import (
+    Projected,
+    iterate_basis,
+    make_random_vectors,
+    require_counts,
+    take_singular_vectors,
+)
 
-__all__ = ["Projected", "project", "project_anew", "scale_by_projected", "scale_by_residual_norm"]
+__all__ = ["project", "project_anew", "scale_by_projected", "scale_by_residual_norm"]
 
-Projection = Literal["svd", "randomized", "random", "power"]
+ProjectionKind = Literal["svd", "randomized", "random", "power"]
 PROJECTIONS = ("svd", "randomized", "random", "power")
 
 OVERSAMPLED = 4
@@ -31,61 +38,6 @@ RESIDUAL = "residual_"
 
 SMALL_NORM = 1e-8
 """Added to norms that are divided by, as the official codes do."""
-
-
-@dataclass(frozen=True)
-class Projected(Around):
-    """The base of transforms whose inner chain sees the gradient projected on `rank` vectors of its shorter side.
-
-    Of an `[m, n]` matrix with m >= n the vectors are `[rank, n]` and multiply from the right, else `[m, rank]` from the
-    left. A rank above the shorter side counts as that side. Only for matrices: route other parameters elsewhere.
-
-    Args:
-        inner: the chain that sees the projected gradient.
-        rank: number of vectors.
-
-    Raises:
-        ValueError: for a rank that is not a positive whole number, and where a parameter is planned that is no matrix.
-    """
-
-    rank: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, "rank")
-
-    def is_right(self, spec: ParamSpec) -> bool:
-        """Return whether the vectors multiply from the right, as columns are the shorter side."""
-        return spec.shape[0] >= spec.shape[1]
-
-    def basis_spec(self, spec: ParamSpec, count: int = 0) -> ParamSpec:
-        """Return the specification of `count` vectors along the shorter side; of `rank` vectors for 0.
-
-        Raises:
-            ValueError: if the parameter is no matrix.
-        """
-        if spec.ndim != 2:
-            raise ValueError(
-                f"{type(self).__name__} projects matrices, and {spec.name!r} has {spec.ndim} dimensions: give it "
-                "another chain, with optstate.route"
-            )
-        m, n = spec.shape
-        count = count or min(self.rank, m, n)
-        return spec.like((count, n), (None, 1)) if self.is_right(spec) else spec.like((m, count), (0, None))
-
-    def space(self, spec: ParamSpec) -> ParamSpec:
-        rank = min(self.basis_spec(spec).shape)
-        m, n = spec.shape
-        return spec.like((m, rank), (0, None)) if self.is_right(spec) else spec.like((rank, n), (None, 1))
-
-    def down(self, value: Tensor, basis: Tensor, spec: ParamSpec) -> Requests[Tensor]:
-        """Project a value of the parameter's shape on a basis, parts of both; drive with `yield from`."""
-        request = Partial(value @ basis.T, -1) if self.is_right(spec) else Partial(basis.T @ value, -2)
-        return cast(Tensor, (yield request))
-
-    def up(self, low: Tensor, basis: Tensor, spec: ParamSpec) -> Tensor:
-        """Return a projected value in the parameter's shape again."""
-        return low @ basis if self.is_right(spec) else basis @ low
 
 
 @dataclass(frozen=True)
@@ -111,7 +63,7 @@ class project(Projected):
 
     gap: int = 200
     scale: float = 0.25
-    projection: Projection = "svd"
+    projection: ProjectionKind = "svd"
     store: Store = Full()
     residual: Transform | None = None
 
@@ -141,7 +93,7 @@ class project(Projected):
         """Return this device's part of the vectors of the step, made anew where it is time."""
         since = (ctx.step - 1) % self.gap
         if self.projection == "random":
-            return random_vectors(self, ctx, min(self.space(ctx.spec).shape), ctx.step - since)
+            return make_random_vectors(self, ctx, min(self.space(ctx.spec).shape), ctx.step - since)
         kept = state["projector"]
         if since == 0:
             kept.hold((yield from self._made_anew(value, state, ctx)))
@@ -149,13 +101,13 @@ class project(Projected):
 
     def _made_anew(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
         if self.projection == "svd":
-            return (yield from singular_vectors(self, value, ctx.spec))
+            return (yield from take_singular_vectors(self, value, ctx.spec))
         if self.projection == "power" and ctx.step > 1:
-            return (yield from iterated(self, value, state["projector"].read(), ctx.spec, 1))
+            return (yield from iterate_basis(self, value, state["projector"].read(), ctx.spec, 1))
         rank = min(self.space(ctx.spec).shape)
         count = min(rank + OVERSAMPLED, *ctx.spec.shape)
-        start = random_vectors(self, ctx, count, ctx.step)
-        return (yield from iterated(self, value, start, ctx.spec, 3, rank))
+        start = make_random_vectors(self, ctx, count, ctx.step)
+        return (yield from iterate_basis(self, value, start, ctx.spec, 3, rank))
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         value = update.values(ctx)
@@ -191,7 +143,7 @@ class scale_by_projected(project):
     """
 
     scale: float = 1.0
-    projection: Projection = "random"
+    projection: ProjectionKind = "random"
     kind: Literal["channel", "tensor"] = "channel"
     growth: float = 1.01
 
@@ -301,9 +253,9 @@ class project_anew(Projected):
         if done:
             rho = ctx.read(self.rho)
             mixed = (self.up(moment, old, spec) * (rho / (1 - beta1**done))).add_(value, alpha=1 - rho)
-            basis = yield from iterated(self, mixed, old, spec, 1)
+            basis = yield from iterate_basis(self, mixed, old, spec, 1)
         else:
-            basis = yield from singular_vectors(self, value, spec)
+            basis = yield from take_singular_vectors(self, value, spec)
         low = yield from self.down(value, basis, spec)
         right = self.is_right(spec)
         turn = yield (Partial(old @ basis.T, -1) if right else Partial(basis.T @ old, -2))
@@ -319,64 +271,6 @@ class project_anew(Projected):
         state["projector"].hold(basis)
         step = yield from self.inside(low, state, ctx)
         return Update(self.up(kernels.multiply_out(step), basis, spec), finite=update.finite)
-
-
-# --- bases --------------------------------------------------------------------------------------------------------
-
-
-def singular_vectors(of: Projected, value: Tensor, spec: ParamSpec) -> Requests[Tensor]:
-    """Return this device's part of the leading singular vectors. Gathers the value, and waits for an accelerator."""
-    u, _, vh = torch.linalg.svd((yield Whole(value, spec)), full_matrices=False)
-    basis = of.basis_spec(spec)
-    rank = min(basis.shape)
-    return basis.part(vh[:rank] if of.is_right(spec) else u[:, :rank])
-
-
-def random_vectors(of: Projected, ctx: Context, count: int, step: int) -> Tensor:
-    """Return this device's part of `count` vectors of normal numbers over sqrt(count), which are those of a step."""
-    spec = of.basis_spec(ctx.spec, count)
-    noise = Noise(f"{ctx.spec.name}/projector", step, region=spec.region)
-    return noise.normal(spec.local_numel, ctx.param.device).view(spec.local_shape).div_(count**0.5)
-
-
-def iterated(
-    of: Projected, value: Tensor, start: Tensor, spec: ParamSpec, times: int, rank: int = 0
-) -> Requests[Tensor]:
-    """Return this device's part of a basis after some power iterations, `start (g^T g)^times`, made orthonormal.
-
-    rank: how many of the leading vectors are returned; 0 for as many as there are. Waits for an accelerator.
-    """
-    right, basis = of.is_right(spec), start
-    for i in range(times):
-        low = yield from of.down(value, basis, spec)
-        back = yield (Partial(low.T @ value, -2) if right else Partial(value @ low.T, -1))
-        rows = (back if right else back.T).double()
-        gram = cast(Tensor, (yield Partial(rows @ rows.T, -1 if right else -2)))
-        rows = (leading(gram, rank) if rank and i + 1 == times else in_order(gram)) @ rows
-        basis = (rows if right else rows.T).to(value.dtype)
-    return basis
-
-
-def in_order(gram: Tensor) -> Tensor:
-    """Return the matrix that makes vectors with this Gram matrix orthonormal, one after the other, as QR does.
-
-    A vector that adds next to nothing to those before becomes zero, and no arbitrary one.
-    """
-    size = gram.diagonal().amax().clamp(min=1e-300)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky_ex(gram + identity * (size * 1e-14))[0]
-    made: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    is_lost = lower.diagonal().square() <= size * 1e-12
-    return made.masked_fill_(is_lost.unsqueeze(-1), 0.0).nan_to_num_(0.0)
-
-
-def leading(gram: Tensor, rank: int) -> Tensor:
-    """Return the matrix that turns vectors with this Gram matrix into their leading singular vectors."""
-    values, turn = torch.linalg.eigh(gram)
-    values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
-    is_lost = values <= values[:1].clamp(min=1e-300) * 1e-12
-    made: Tensor = turn * torch.where(is_lost, 0.0, values.clamp(min=1e-300).rsqrt())
-    return made.T
 
 
 # --- bounds on growth ---------------------------------------------------------------------------------------------
@@ -399,11 +293,3 @@ def growth_limit(update: Update, state: State, ctx: Context, growth: float) -> R
     limit = torch.ones_like(now) if ctx.step == 1 else (now / (last + SMALL_NORM)).clamp_(min=growth).div_(growth)
     state["norm"].hold(now / limit)
     return limit.reciprocal_()
-
-
-def require_counts(of: Any, *names: str) -> None:
-    """Raise ValueError unless these fields are whole numbers of 1 at least."""
-    for name in names:
-        value = getattr(of, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: give a whole number, 1 at least")

@@ -13,7 +13,8 @@ from optstate import kernels
 from optstate.spec import ParamSpec
 from optstate.stores import Partial, Requests, Whole
 from optstate.updates.base import Context, State, Transform, Update
-from optstate.updates.low_rank import SMALL_NORM, require_counts
+from optstate.updates.low_rank import SMALL_NORM
+from optstate.updates.projected import require_counts
 
 __all__ = ["normalize_columns", "normalize_rows", "orthogonalize"]
 
