@@ -126,7 +126,8 @@ def turn_to_leading(gram: Tensor, rank: int) -> Tensor:
     values, turn = torch.linalg.eigh(gram)
     values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
     is_lost = values <= values[:1].clamp(min=1e-300) * 1e-12
-    made: Tensor = turn * torch.where(is_lost, 0.0, values.clamp(min=1e-300).rsqrt())
+    largest = turn.gather(0, turn.abs().argmax(0, keepdim=True))  # its sign is arbitrary: positive from here on
+    made: Tensor = turn * largest.sign() * torch.where(is_lost, 0.0, values.clamp(min=1e-300).rsqrt())
     return made.T
 
 

@@ -52,7 +52,15 @@ SHARDED = [
     ("equals_unsharded", "adalomo", True, 8, True, (2, 1)),
     ("equals_unsharded", "adalomo", False, 8, True, (1, 2)),
 ]
-TENSOR_PARALLEL = [("tensor_parallel", recipe, i % 2 == 0, 1) for i, recipe in enumerate(ranks.RECIPES)]
+DEPEND_ON_LAST_DIGITS = ("in the eigenbasis", "orthogonal")
+"""Eigenvectors of small values are arbitrary, and sums in bf16 round elsewhere: compared where gradients have the same
+bits, which several processes' sums do not give."""
+
+TENSOR_PARALLEL = [
+    ("tensor_parallel", recipe, i % 2 == 0, 1)
+    for i, recipe in enumerate(ranks.RECIPES)
+    if recipe not in DEPEND_ON_LAST_DIGITS
+]
 SUMMED = ("adalomo", "adamfactor", "adamw8bit", "came", "lomo", "sm3")
 """A recipe for each kind of what devices must agree on: sums, codes of blocks, maxima, and nothing."""
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import optstate
 from adalomo import Adafactor, AdaLomo, Lomo
-from optstate import recipes
+from optstate import recipes, stores, updates
 from optstate.distributed.placement import here
 
 STEPS = 3
@@ -29,6 +29,16 @@ SAVED_ROWS = 7
 
 EPS = 1e-5
 """For Adam: elements whose gradient is rounding alone would otherwise step by as much as all others."""
+
+
+def of_matrices(transform: updates.Transform, lr: float = 1e-3) -> Callable[..., optstate.Optimizer]:
+    """A transform for matrices, and Adam for what has fewer dimensions."""
+    adam = updates.scale_by_adam(eps=EPS)
+    recipe = optstate.route([(optstate.is_matrix, optstate.chain(transform))], default=optstate.chain(adam))
+    return lambda params: optstate.Optimizer(params, recipe, lr=lr)
+
+
+ADAM = updates.scale_by_adam(eps=EPS)
 
 RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
     "adafactor": lambda params: Adafactor(params, lr=1e-3, beta1=0.9),
@@ -45,6 +55,14 @@ RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
     "sgd": lambda params: recipes.SGD(params, lr=1e-3, momentum=0.9),
     "sgdm8bit": lambda params: recipes.SGDM8bit(params, lr=1e-3),
     "sm3": lambda params: recipes.SM3(params, lr=1e-2, momentum=0.9),
+    "projected": of_matrices(updates.project(ADAM, rank=4, gap=2)),
+    "projected at random": of_matrices(updates.scale_by_projected(ADAM, rank=4, gap=2)),
+    "projected, iterated, factored": of_matrices(
+        updates.project(updates.scale_by_rms(stores.Factored()), rank=4, gap=2, projection="randomized")
+    ),
+    "projected anew": of_matrices(updates.project_anew(ADAM, rank=4)),
+    "in the eigenbasis": of_matrices(updates.eigenbasis(ADAM, every=2, largest=64)),
+    "orthogonal": of_matrices(updates.chain(updates.momentum(), updates.orthogonalize())),
 }
 
 
