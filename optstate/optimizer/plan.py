@@ -132,8 +132,14 @@ class ParamPlan:
 
     @cached_property
     def guards(self) -> bool:
-        """Whether the chain itself notices a gradient that is not finite."""
-        return self.chain.guards(self.spec)
+        """Whether the chain itself notices a gradient that is not finite, before anything is written.
+
+        The sums of its squares show it, where the first transform keeps them.
+        """
+        first = next((t for t in self.chain.transforms if not isinstance(t, clip_by_value)), None)
+        slots = {} if first is None else first.slots(self.spec, {})
+        squared = (self.slots[name].store for name, slot in slots.items() if slot.of_squares and slot.spec is None)
+        return any(store.exact_sums for store in squared)
 
     @cached_property
     def knows_no_shape(self) -> bool:

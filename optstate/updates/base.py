@@ -230,10 +230,6 @@ class Transform:
                 raise TypeError(f"the store of {name!r} is {slot.store!r}: give one of optstate.stores, such as Full()")
             slot.store.check(slot.signed, slot.smallest_weight)
 
-    def guards(self, spec: ParamSpec) -> bool:
-        """Return whether the transform itself notices a gradient that is not finite, before anything is written."""
-        return False
-
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         """Return how many fp32 tensors of the parameter's size are needed where the chain cannot run slice by slice.
 

@@ -69,10 +69,6 @@ class Chain(Transform):
     def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         return _merge([t.slots(spec, group) for t in self.transforms])
 
-    def guards(self, spec: ParamSpec) -> bool:
-        first = next((t for t in self.transforms if not isinstance(t, clip_by_value)), None)
-        return first is not None and first.guards(spec)
-
     def temporaries(self, spec: ParamSpec, head: bool = True, until: int | None = None) -> int:
         """Return how many fp32 tensors of the parameter's size the chain needs at once.
 

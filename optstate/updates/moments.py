@@ -80,10 +80,6 @@ class scale_by_rms(Transform):
         smallest, beta = self.decay.smallest_weight(group), self.decay.beta_from_zero(group)
         return {self.slot: Slot(self.store, signed=False, smallest_weight=smallest, of="square", beta=beta)}
 
-    def guards(self, spec: ParamSpec) -> bool:
-        store, _ = self.store.resolve(spec, signed=False)
-        return store.exact_sums
-
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         store, _ = self.store.resolve(spec, signed=False)
         if store.exact_sums:
@@ -135,9 +131,6 @@ class scale_by_adam(Transform):
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2 + self.first.resolve(spec, True)[0].reads_anew + self.second.resolve(spec, False)[0].reads_anew
-
-    def guards(self, spec: ParamSpec) -> bool:
-        return self.second.resolve(spec, signed=False)[0].exact_sums
 
     def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
         yield from state["exp_avg_sq"].ema_of_square(update.whole(ctx), 1 - ctx.read(self.betas[1]))
@@ -271,9 +264,6 @@ class scale_by_rss(Transform):
     def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         # A sum of t squares grows by a share of about 1 / t, which becomes arbitrarily small.
         return {self.slot: Slot(self.store, signed=False, smallest_weight=0.0, of="square_sum")}
-
-    def guards(self, spec: ParamSpec) -> bool:
-        return self.store.resolve(spec, signed=False)[0].exact_sums
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         store = self.store.resolve(spec, signed=False)[0]

@@ -68,7 +68,7 @@ class Halves:
 
     def _request(self, i: int, grad: Tensor) -> Any:
         plan, guard = self.plans[i], Guard(self.plan.spec.name, grad)
-        if not plan.chain.guards(plan.spec):
+        if not plan.guards:
             guard.check(kernels.all_finite(grad))
         group = self.opt.param_groups[0]
         return run_chain(plan, self.states[i], Context(plan.spec, self.locals[i], grad, group, self.step, guard))
