@@ -3,7 +3,7 @@
 Registers per thread, bytes of spilled registers and of shared memory come from NVIDIA's assembler, by `cuobjdump`,
 which Triton brings along. Spills would mean traffic to memory that no count of bytes knows of: there must be none.
 
-    python -m benchmarks.aot [--arch 80 90 100] [--only NAME] [--json FILE]
+    python -m benchmarks.aot [--arch 80 90 100] [--only NAME] [--turns] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -316,42 +317,42 @@ def read_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def format_table(rows: list[Compiled]) -> str:
-    names: dict[str, list[Compiled]] = {}
+    names: dict[str, dict[int, Compiled]] = {}
     for row in rows:
-        names.setdefault(row.label, []).append(row)
-    lines = [
-        f"{'kernel':48}{'warps':>6}  "
-        + "  ".join(f"sm_{r.arch}: regs spill shared" for r in next(iter(names.values())))
-    ]
+        names.setdefault(row.label, {})[row.arch] = row
+    architectures = sorted({row.arch for row in rows})
+    lines = [f"{'kernel':48}{'warps':>6}  " + "  ".join(f"sm_{arch}: regs spill shared" for arch in architectures)]
     for name, each in names.items():
-        columns = "  ".join(f"{'':4}{r.registers:9}{r.spills:6}{r.shared:7}" for r in each)
-        lines.append(f"{name:48}{each[0].warps:6}  {columns}")
+        columns = [
+            f"{'':4}{r.registers:9}{r.spills:6}{r.shared:7}" if (r := each.get(arch)) else " " * 26
+            for arch in architectures
+        ]
+        lines.append(f"{name:48}{next(iter(each.values())).warps:6}  {'  '.join(columns)}".rstrip())
     return "\n".join(lines)
 
 
-def first_variants() -> list[Variant]:
-    """Return one variant of each kernel."""
-    found: dict[str, Variant] = {}
-    for variant in all_variants():
-        found.setdefault(variant.kernel, variant)
-    return list(found.values())
+def take_turns(variants: list[Variant], architectures: Sequence[int]) -> Iterator[tuple[Variant, int]]:
+    """Yield every variant with one architecture, by turns, and with more where a kernel lacks one of them."""
+    turns: dict[str, list[Variant]] = {}
+    for variant in variants:
+        turns.setdefault(variant.kernel, []).append(variant)
+    for each in turns.values():
+        for i in range(max(len(each), len(architectures))):
+            yield each[i % len(each)], architectures[i % len(architectures)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="a part of the names")
-    parser.add_argument("--first", action="store_true", help="only the first variant of each kernel")
+    parser.add_argument("--turns", action="store_true", help="every variant for one of them, every kernel for all")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        os.environ.setdefault("TRITON_CACHE_DIR", cache)
-        rows = [
-            compile_variant(variant, arch)
-            for variant in (first_variants() if options.first else all_variants())
-            if options.only in f"{variant.kernel} {variant.name}"
-            for arch in options.arch
-        ]
+        os.environ["TRITON_CACHE_DIR"] = cache  # nothing is taken from an earlier run
+        chosen = [variant for variant in all_variants() if options.only in f"{variant.kernel} {variant.name}"]
+        pairs = take_turns(chosen, options.arch) if options.turns else product(chosen, options.arch)
+        rows = [compile_variant(variant, arch) for variant, arch in pairs]
     import triton
 
     print(f"triton {triton.__version__}, no fused multiplications and additions; spills and shared memory in bytes\n")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch
 from optstate.kernels import native, triton_steps
 from optstate.kernels.backend import check_backend, choose_backend
 from optstate.kernels.triton_steps import availability
+from tests.support.forks import run_script
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -64,12 +64,12 @@ def test_tiles_hold_as_much_as_those_of_the_compiled_steps() -> None:
     assert triton_steps.TILE == native.TILE
 
 
-def test_triton_is_not_imported_before_a_step_needs_it() -> None:
-    program = (
+def test_triton_is_not_imported_before_a_step_needs_it(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
         "import sys, torch, optstate; from optstate import recipes;"
         "recipes.get('adalomo')([('w', torch.nn.Parameter(torch.ones(4, 4)))], lr=1e-3).plan();"
         "from optstate.kernels.backend import choose_backend; choose_backend('auto', torch.device('cuda'));"
         "print('optstate.kernels.triton_steps.tiles' in sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+    assert run_script(program).stdout.strip() == "False"

@@ -13,27 +13,21 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+MODULES = ["tests/kernels/triton/test_kernels.py", "tests/kernels/triton/test_steps.py"]
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(interprets(), reason="this is the process with the interpreter")
-@pytest.mark.parametrize("module", ["test_kernels", "test_steps"])
-def test_kernels_under_the_interpreter(module: str) -> None:
+def test_kernels_under_the_interpreter() -> None:
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            f"tests/kernels/triton/{module}.py",
-        ],
+        [sys.executable, "-m", "pytest", "-v", "-n", "0", "-p", "no:cacheprovider", *MODULES],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    for module in MODULES:
+        assert module in run.stdout
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout
