@@ -7,8 +7,6 @@ fails is run alone with `python -m tests.support.fuzz_cases document 17 18`, and
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from random import Random
 from typing import Any
 
@@ -20,6 +18,7 @@ from optstate.checkpoint.document.contradictions import inconsistencies
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.safetensors_check import structural_issues
 from optstate.checkpoint.operations.summarize import summarize
+from tests.support.forks import run_script
 from tests.support.fuzz_cases import KINDS, SPARE
 from tests.support.fuzzing import damaged_json, safetensors_of
 from tests.support.paths import ROOT
@@ -32,9 +31,7 @@ SECONDS = 2.0
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.support.fuzz_cases"], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    process = run_script(ROOT / "tests" / "support" / "fuzz_cases.py", timeout=900)
     assert process.returncode == 0, process.stderr[-3000:]
     found = json.loads(process.stdout)
     assert isinstance(found, dict)

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import optstate
 from optstate.recipes import AdamW
 from tests.checkpoint.files.test_safetensors_file import HOSTILE, INDICES
+from tests.support.forks import run_command
 from tests.support.fuzzing import rezipped, safetensors_of
 from tests.support.models import loss_of, mlp
 from tests.support.paths import DATA
@@ -91,13 +92,17 @@ def test_indices(name: str, of_folder: bool) -> None:
 def test_through_the_installed_command() -> None:
     """In a process of its own, as a person runs it: no traceback, nothing of a warning."""
     code = "from optstate_cli import app; app(prog_name='optstate')"
+    evil = DATA / "hostile_torch" / "evil_print.pt"
+    alone = subprocess.run([sys.executable, "-c", code, "inspect", evil], capture_output=True, text=True)
+    forked = run_command("inspect", evil)
+    assert (alone.returncode, alone.stdout, alone.stderr) == (forked.returncode, forked.stdout, forked.stderr)
     for command, path, expected in (
         ("inspect", DATA / "hostile_torch" / "evil_print.pt", 4),
         ("check", DATA / "hostile_torch" / "truncated.pt", 3),
         ("inspect", DATA / "hostile" / "header_len_2e63.safetensors", 3),
         ("check", DATA / "hostile" / "scalar.safetensors", 0),
     ):
-        process = subprocess.run([sys.executable, "-c", code, command, path], capture_output=True, text=True)
+        process = run_command(command, path)
         assert process.returncode == expected, process.stderr
         assert process.stderr.count("\n") == (expected != 0)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import optstate
 from adalomo import AdaLomo
+from tests.support.forks import run_script
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def test_importing_optstate_costs_little_beyond_torch() -> None:
         "import time; t = time.perf_counter(); import torch; a = time.perf_counter(); import optstate\n"
         "print((time.perf_counter() - a) / (a - t))"
     )
-    assert min(float(run_python(code)) for _ in range(3)) < 0.4
+    assert any(float(run_python(code)) < 0.4 for _ in range(3))
 
 
 def test_imports_go_one_way() -> None:
@@ -100,14 +101,14 @@ def test_third_parties_add_recipes_by_entry_point(tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[optstate.recipes]\nmine = theirs:Mine\n")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    script = tmp_path / "script.py"
+    script.write_text(
         "import optstate, torch\n"
         "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)\n"
         "optstate.recipes.get('mine')([p], lr=0.5).step()\n"
         "print('mine' in optstate.recipes.names(), p.tolist())"
     )
-    assert run_python(code).strip() == "True [0.5, 0.5]"
+    assert run_script(script).stdout.strip() == "True [0.5, 0.5]"
 
 
 class TestCommandLine:

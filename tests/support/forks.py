@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from select import select
@@ -54,18 +55,25 @@ class Starter:
         All that the function started is killed when it is through, or after `timeout` seconds, which is an error.
         log: the file that gets what is printed.
         """
+        with self.running(function, *arguments, log=log) as codes:
+            ended, _, _ = select([self.process.stdout], [], [], timeout)
+        assert ended, f"the processes took more than {timeout} seconds"
+        return codes[0]
+
+    @contextmanager
+    def running(self, function: str, *arguments: Any, log: Path) -> Iterator[list[int]]:
+        """Have a function run beside the block, at whose end all that it started is killed and its exit code is added
+        to the list. This starter runs nothing else meanwhile."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([function, arguments, str(log)]).encode() + b"\n")
-        leader = int(self.process.stdout.readline())
+        leader, codes = int(self.process.stdout.readline()), list[int]()
         try:
-            ended, _, _ = select([self.process.stdout], [], [], timeout)
+            yield codes
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(leader, SIGKILL)
-            code = int(self.process.stdout.readline())
-        assert ended, f"the processes took more than {timeout} seconds"
-        return code
+            codes.append(int(self.process.stdout.readline()))
 
 
 @cache

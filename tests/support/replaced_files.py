@@ -6,9 +6,9 @@ As a program it prints the counts: `python -m tests.support.replaced_files 300`.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.tensor_bytes import load_tensor
 from optstate.checkpoint.open_checkpoint import open_checkpoint
 from optstate.recipes import AdamW
-from tests.support.paths import ROOT
+from tests.support.forks import starter
 
 __all__ = ["ACTIONS", "SETS", "fresh", "held", "saving", "seen"]
 
@@ -57,14 +57,13 @@ def save_for_ever(path: str, limit: int) -> None:
 @contextmanager
 def saving(path: Path, limit: int) -> Iterator[None]:
     """Another process that saves without end."""
-    arguments = [sys.executable, "-m", "tests.support.replaced_files", "save", str(path), str(limit)]
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        try:
-            yield
-        finally:
-            process.kill()
+    log = path.parent / "log"
+    with starter().running("tests.support.replaced_files:save_for_ever", str(path), limit, log=log):
+        deadline = time.monotonic() + 60
+        while not log.exists() or log.read_text() != "ready\n":
+            assert time.monotonic() < deadline, log.exists() and log.read_text()
+            time.sleep(0.01)
+        yield
 
 
 def held(path: Path) -> set[int]:
@@ -135,8 +134,6 @@ def seen(times: int, path: Path, action: str) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "save":
-        save_for_ever(sys.argv[2], int(sys.argv[3]))
     for kind, most in SETS.items():
         with tempfile.TemporaryDirectory() as place, saving(Path(place) / "opt.safetensors", most):
             for each in ACTIONS:

@@ -6,13 +6,12 @@ One that fails is found again by its words in what `python -m tests.support.pick
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.forks import run_script
 from tests.support.fuzz_cases import SPARE
 from tests.support.paths import ROOT
 from tests.support.pickle_attack import BITING
@@ -24,8 +23,7 @@ SECONDS = 2.0
 
 
 def run(*arguments: str) -> Any:
-    command = [sys.executable, "-m", "tests.support.pickle_attack", *arguments]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    process = run_script(ROOT / "tests" / "support" / "pickle_attack.py", *arguments)
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads(process.stdout.splitlines()[-1])
 

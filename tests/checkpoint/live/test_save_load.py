@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +20,7 @@ from optstate import stores, updates, weights
 from optstate.checkpoint.document.document import KEY, Document, DocumentError, Group, Parameter, TensorValue
 from optstate.checkpoint.document.document_json import from_json, to_json
 from optstate.recipes import CAME, SGD, SM3, AdamFactor, AdamMini, AdamW, AdamW4bit, AdamW8bit, Lion8bit
+from tests.support.forks import run_script
 from tests.support.models import EveryShape, assert_same, loss_of, mlp, state_of, weights_of
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -580,9 +579,8 @@ print(optimizer.state_nbytes())
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures by Linux's peak counter")
 def test_two_hundred_megabytes_pass_through_little_memory(tmp_path: Path) -> None:
     """The largest tensor has 10.5 MB; on the CPU not even that is copied."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path / "a")], capture_output=True, text=True, check=True
-    )
+    (tmp_path / "script.py").write_text(MEMORY)
+    done = run_script(tmp_path / "script.py", tmp_path / "a")
     saving, loading, state = map(int, done.stdout.split())
     assert state > 200e6
     assert saving < 640 * 4096 * 4
