@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 
 import optstate
 from optstate.recipes import AdamW
-from tests.checkpoint.files.test_safetensors_file import HOSTILE, INDICES
 from tests.support.forks import run_command
 from tests.support.fuzzing import rezipped, safetensors_of
 from tests.support.models import loss_of, mlp
 from tests.support.paths import DATA
+from tests.support.safetensors_cases import HOSTILE, INDICES
 
 pytestmark = pytest.mark.slow
 

@@ -14,141 +14,37 @@ import socket
 import subprocess
 import sys
 import time
-import tracemalloc
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from optstate.checkpoint.errors import CheckpointError
 from optstate.checkpoint.files.dtypes import BITS
 from optstate.checkpoint.files.file_kinds import identify_file
-from optstate.checkpoint.files.safetensors_check import CONTROLS, structural_issues
-from optstate.checkpoint.files.safetensors_header import Header, read_header, tensor_place
+from optstate.checkpoint.files.safetensors_check import structural_issues
+from optstate.checkpoint.files.safetensors_header import read_header
 from optstate.checkpoint.files.safetensors_index import read_index
-from optstate.checkpoint.files.strict_json import MAX_VALUE
-from optstate.text import escaped, has_controls
 from tests.support.paths import DATA
+from tests.support.safetensors_cases import (
+    FIELDS,
+    HOSTILE,
+    LFS,
+    assert_like_the_library,
+    file_of,
+    findings,
+    refusal,
+    the_library_opens,
+    torch_zip,
+)
 
-FIELDS = '"dtype":"F32","shape":[2],"data_offsets":[0,8]'
-
-
-def file_of(folder: Path, header: str | bytes, body: bytes = b"", length: int | None = None) -> Path:
-    """A file with this header, a body, and the header's length or another number in its place."""
-    blob = header.encode() if isinstance(header, str) else header
-    path = folder / "made.safetensors"
-    path.write_bytes((len(blob) if length is None else length).to_bytes(8, "little") + blob + body)
-    return path
-
-
-def refusal(path: str | os.PathLike[str], read: Any = read_header) -> str:
-    """The message of the CheckpointError that reading raises: one printable line that begins with the path."""
-    with pytest.raises(CheckpointError) as caught:
-        read(path)
-    message = str(caught.value)
-    assert message.isprintable()
-    assert message.startswith(escaped(os.fspath(path))[:50])
-    assert not caught.value.refused
-    return message
-
-
-def assert_like_the_library(header: Header) -> None:
-    content = Path(header.path).read_bytes()
-    theirs = dict(safetensors.deserialize(content))
-    assert {entry.name for entry in header.tensors} == set(theirs)
-    assert len(header.tensors) == len(theirs)
-    for entry in header.tensors:
-        info = theirs[entry.name]
-        assert (entry.dtype, list(entry.shape)) == (info["dtype"], info["shape"])
-        assert content[entry.start : entry.stop] == bytes(info["data"])
-        assert entry.nbytes == len(info["data"])
-    with safe_open(header.path, "pt") as opened:
-        assert header.metadata == (opened.metadata() or {})
-        positions = {name: i for i, name in enumerate(opened.offset_keys())}
-        for entry in header.tensors:
-            assert list(entry.shape) == opened.get_slice(entry.name).get_shape()
-            assert entry.dtype == opened.get_slice(entry.name).get_dtype()
-    filled = [entry.name for entry in header.tensors if entry.nbytes]
-    assert filled == sorted(filled, key=lambda name: positions[name])
-    assert header.file_size == len(content)
-    assert header.data_start == 8 + int.from_bytes(content[:8], "little")
-
-
-def findings(path: Path) -> list[str]:
-    """The errors among the issues, or the one reason why there is nothing to go through."""
-    try:
-        issues = structural_issues(path)
-    except CheckpointError as error:
-        return [str(error)]
-    return [f"{issue.where}: {issue.what}" for issue in issues if issue.severity == "error"]
-
-
-def the_library_opens(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError):
-        return False
-    return True
-
-
-# What is expected of every file in tests/data/hostile: a part of the message, or None if it is valid though odd.
-HOSTILE: dict[str, str | None] = {
-    "F4": None,
-    "F6": None,
-    "F8_E8M0": None,
-    "NaN_literal": "the header is not valid JSON: NaN is not JSON",
-    "bool_bad_value": None,  # the bytes of the data are not looked at
-    "dup_inner_metadata_key": "metadata 'a': occurs twice in the header",
-    "dup_metadata": "__metadata__ occurs twice in the header",
-    "empty_file": "an empty file, not a safetensors file; the write or the download was cut short",
-    "extra_field": None,
-    "float_shape": "tensor 'a': shape [2.0] is not a list of counts",
-    "gguf": "a GGUF file, not a safetensors file",
-    "header_array": "the header is not valid JSON: '{' expected at character 0, found '['",
-    "header_leading_space": None,
-    "header_len_0": "the header's length is 0",
-    "header_len_2e63": "the header's length is 9223372036854775808 bytes, above the format's limit of 100000000",
-    "header_len_over_100MB": "the header's length is 100000001 bytes, above the format's limit of 100000000",
-    "header_not_json": "the header is not valid JSON: a string in double quotes expected at character 1",
-    "header_not_utf8": "the header is not UTF-8: invalid start byte at byte 8",
-    "header_trailing_nul": "the header is not valid JSON: '\\x00' after its end, at character 2",
-    "lowercase_dtype": "tensor 'a': unknown dtype 'f32'",
-    "metadata_not_str": "metadata 'step': its value is not a string",
-    "metadata_null": None,
-    "metadata_only": None,
-    "missing_field": "tensor 'a': its entry has no data_offsets",
-    "name_empty": None,
-    "name_surrogate": "half of a surrogate pair",
-    "neg_shape": "tensor 'a': shape [-2] is not a list of counts",
-    "no_tensors": None,
-    "offsets_3": "tensor 'a': data_offsets [0, 8, 9] are not a beginning and an end",
-    "offsets_float": "tensor 'a': data_offsets [0.0, 8.0] are not a beginning and an end",
-    "offsets_hole": "tensor 'b': 8 bytes between tensor 'a' and this tensor belong to none",
-    "offsets_not_start0": "tensor 'a': 8 bytes between the header and this tensor belong to none",
-    "offsets_reversed": "tensor 'a': data_offsets [8, 0] are not a beginning and an end",
-    "pickle_raw": "a pickle, not a safetensors file",
-    "rank_100": None,
-    "scalar": None,
-    "seven_bytes": "7 bytes are too short for the header's length",
-    "size_mismatch": "tensor 'a': shape [3] of F32 takes 12 bytes, its data_offsets span 8",
-    "subbyte_odd": "tensor 'a': shape [3] of F4 does not fill whole bytes",
-    "trailing_bytes": "data: 5 bytes after the last tensor belong to none",
-    "truncated_body": "data: truncated: 3 of 8 bytes are missing at the end of the file",
-    "unaligned_header": None,
-    "unaligned_tensor": None,
-    "unknown_dtype": "tensor 'a': unknown dtype 'F99'",
-    "zero_tensor": None,
-}
 # The library keeps the last of two equal keys; which one was meant, nobody can tell.
 STRICTER = {"dup_inner_metadata_key"}
+
+
 WARNINGS = {
     "F4": ["not padded"],
     "extra_field": ["fields the format does not know: 'strides'"],
@@ -320,12 +216,6 @@ def test_deep_nesting(before: str, bracket: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ files of another kind
 
 
-def torch_zip() -> bytes:
-    file = io.BytesIO()
-    torch.save({"state": {}, "param_groups": []}, file)
-    return file.getvalue()
-
-
 def plain_zip() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -339,7 +229,6 @@ def torch_before_zip() -> bytes:
     return file.getvalue()
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 OTHER_KINDS: dict[str, tuple[bytes, str]] = {
     "torch zip": (torch_zip(), "a file written by torch.save"),
     # What DCP's HuggingFaceStorageWriter leaves if the state holds plain numbers: zips, then a safetensors file.
@@ -437,6 +326,7 @@ def test_what_may_not_be_read(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------- odd names
 
+
 ODD_NAMES = {
     "escape": ("\x1b[31mred\r\n", "control characters"),
     "right to left": ("a\u202eb", "control characters"),
@@ -508,361 +398,6 @@ def test_a_million_errors_take_little(tmp_path: Path) -> None:
     assert time.process_time() - began < 5
     assert len(issues) == 1001
     assert "more than 1000 findings" in issues[-1].what
-
-
-# ------------------------------------------------------------------------------------------------- sharded indices
-
-INDICES = {
-    "absolute": "tensor 'a': weight_map leads to '/etc/passwd', an absolute path",
-    "backslash": "tensor 'a': weight_map leads to '..\\..\\x.safetensors', outside the folder",
-    "missing_shard": "shard 'model-00001-of-00002.safetensors': no such file",
-    "no_weight_map": "it has no weight_map",
-    "not_json": "the index is not valid JSON",
-    "self": "shard 'model.safetensors.index.json': is the index itself",
-    "tensor_in_two_shards": "tensor 'a': occurs twice in weight_map",
-    "tensor_not_in_shard": "tensor 'a': is not in 's.safetensors', where the index puts it",
-    "value_int": "tensor 'a': weight_map does not give a file name",
-    "wrong_total": "metadata.total_size is -5, which is no number of bytes",
-}
-INDEX = "model.safetensors.index.json"
-
-
-def test_every_hostile_index_has_an_expectation() -> None:
-    assert {path.name for path in (DATA / "hostile_index").iterdir()} == set(INDICES)
-
-
-@pytest.mark.parametrize("name", INDICES)
-def test_a_hostile_index(name: str) -> None:
-    folder = DATA / "hostile_index" / name
-    for path in folder, folder / INDEX:
-        assert INDICES[name] in refusal(path, read_index)
-    assert any(INDICES[name] in finding for finding in findings(folder))
-
-
-def sharded(folder: Path, weight_map: object, **more: object) -> Path:
-    folder.mkdir(exist_ok=True, parents=True)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map, **more}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("shard", "reason"),
-    [
-        ("../s.safetensors", "outside the folder of the index"),
-        ("a/../../s.safetensors", "outside the folder of the index"),
-        ("https://example.org/s.safetensors", "a URL"),
-        ("file:///etc/passwd", "a URL"),
-        ("C:\\s.safetensors", "an absolute path"),
-        ("C:s.safetensors", "an absolute path"),
-        ("\\\\host\\share\\s.safetensors", "an absolute path"),
-        ("a\\b.safetensors", "which has a backslash"),
-        ("", "which is no file name"),
-        ("a\0b", "which is no file name"),
-        (".", "out of the folder"),
-        (["s.safetensors"], "does not give a file name"),
-        (None, "does not give a file name"),
-    ],
-)
-def test_a_shard_that_may_not_be_opened(shard: object, reason: str, tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "s.safetensors")
-    assert reason in refusal(sharded(tmp_path / "set", {"a": shard}), read_index)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ('{"weight_map": ["s.safetensors"]}', "weight_map is not an object"),
-        ('{"weight_map": {}, "weight_map": {}}', "'weight_map' occurs twice"),
-        ('{"weight_map": {}, "metadata": 3}', "metadata is not an object"),
-        ('{"weight_map": {}, "metadata": {"total_size": "5"}}', "total_size is '5'"),
-        ('{"weight_map": {}, "metadata": {"total_size": true}}', "total_size is True"),
-        ("[1]", "the index is not valid JSON"),
-        ('{"weight_map": {"a": ' + "[" * 5000, "the index is not valid JSON"),
-        ("", "the index is not valid JSON"),
-        (b"\xff", "the index is not UTF-8"),
-    ],
-)
-def test_an_index_that_says_nonsense(content: str | bytes, reason: str, tmp_path: Path) -> None:
-    (tmp_path / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert reason in refusal(tmp_path, read_index)
-
-
-def test_a_shard_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
-    folder = sharded(tmp_path / "set", {"a": "s.safetensors"})
-    (folder / "s.safetensors").symlink_to("../outside.safetensors")
-    assert "shard 's.safetensors': a symbolic link out of the folder" in refusal(folder, read_index)
-    save_file({"a": torch.ones(2)}, folder / "inside.safetensors")
-    (folder / "s.safetensors").unlink()
-    (folder / "s.safetensors").symlink_to("inside.safetensors")
-    assert list(read_index(folder).shards) == ["s.safetensors"]
-
-
-def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
-    blobs.mkdir(parents=True)
-    save_file({"a": torch.ones(2)}, blobs / "1f")
-    sharded(snapshot, {"a": "s.safetensors"})
-    (snapshot / INDEX).rename(blobs / "2e")
-    (snapshot / INDEX).symlink_to("../../blobs/2e")
-    (snapshot / "s.safetensors").symlink_to("../../blobs/1f")
-    assert [entry.name for entry in read_index(snapshot).shards["s.safetensors"].tensors] == ["a"]
-    save_file({"a": torch.ones(2)}, tmp_path / "elsewhere")
-    (snapshot / "s.safetensors").unlink()
-    (snapshot / "s.safetensors").symlink_to(tmp_path / "elsewhere")
-    assert "a symbolic link out of the folder" in refusal(snapshot, read_index)
-
-
-def test_a_good_set(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "one.safetensors")
-    (tmp_path / "below").mkdir()
-    save_file({"c": torch.ones(4)}, tmp_path / "below" / "two.safetensors")
-    weight_map = {"a": "one.safetensors", "b": "one.safetensors", "c": "below/two.safetensors"}
-    sharded(tmp_path, weight_map, metadata={"total_size": 36, "nested": {"x": [1]}})
-    index = read_index(tmp_path)
-    assert index == read_index(tmp_path / INDEX)
-    assert (index.weight_map, index.metadata) == (weight_map, {"total_size": 36, "nested": {"x": [1]}})
-    for header in index.shards.values():
-        assert_like_the_library(header)
-    assert structural_issues(tmp_path) == structural_issues(tmp_path / INDEX) == []
-
-    sharded(tmp_path, {"a": "one.safetensors"}, metadata={"total_size": 5})
-    read_index(tmp_path)
-    assert [(issue.severity, issue.what) for issue in structural_issues(tmp_path)] == [
-        ("warning", "holds tensor 'b', which the index does not name"),
-        ("warning", "metadata.total_size is 5, the shards hold 20 bytes"),
-    ]
-
-
-def test_a_defect_of_a_shard_names_the_shard(tmp_path: Path) -> None:
-    (tmp_path / "s.safetensors").write_bytes(save({"a": torch.ones(2)})[:-1])
-    sharded(tmp_path, {"a": "s.safetensors", "b": "t.safetensors"})
-    (tmp_path / "t.safetensors").write_bytes(LFS)
-    assert "shard 's.safetensors', data: truncated" in refusal(tmp_path, read_index)
-    errors = [(issue.where, issue.what) for issue in structural_issues(tmp_path)]
-    assert errors[0] == ("shard 's.safetensors', data", "truncated: 1 of 8 bytes are missing at the end of the file")
-    assert errors[1][0] == "shard 't.safetensors'"
-    assert "a git-LFS pointer" in errors[1][1]
-    assert "git lfs pull" in errors[1][1]
-
-
-def test_a_folder_without_one_index(tmp_path: Path) -> None:
-    assert "a folder with no *.safetensors.index.json" in refusal(tmp_path, read_index)
-    for name in "ab":
-        (tmp_path / f"{name}.safetensors.index.json").touch()
-    assert "a folder with 2 *.safetensors.index.json: a.safetensors.index.json, b" in refusal(tmp_path, read_index)
-
-
-# ------------------------------------------------------------------------------------------------ memory and time
-
-
-def peak(path: Path, read: Any = read_header) -> int:
-    """Bytes allocated at most while reading, whatever comes of it."""
-    tracemalloc.start()
-    try:
-        read(path)
-    except CheckpointError:
-        pass
-    finally:
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    return most
-
-
-@pytest.mark.parametrize("length", [99_999_999, 1 << 40, (1 << 64) - 1])
-def test_a_claimed_header_is_not_allocated(length: int, tmp_path: Path) -> None:
-    assert peak(file_of(tmp_path, "{}", length=length)) < 100_000
-
-
-def test_claimed_tensors_are_not_allocated(tmp_path: Path) -> None:
-    count = 1 << 50
-    header = f'{{"a":{{"dtype":"F32","shape":[{count}],"data_offsets":[0,{4 * count}]}}}}'
-    path = file_of(tmp_path, header)
-    assert "truncated" in refusal(path)
-    assert peak(path) < 100_000
-
-
-def test_the_data_are_not_read(tmp_path: Path) -> None:
-    count = 1 << 34  # a hole in the file takes no space on the disk
-    path = file_of(tmp_path, f'{{"a":{{"dtype":"U8","shape":[{count}],"data_offsets":[0,{count}]}}}}')
-    os.truncate(path, path.stat().st_size + count)
-    assert peak(path) < 100_000
-    assert read_header(path).tensors[0].nbytes == count
-
-
-MANY_OF = ("[]", "{}", '{"":0}', "[0]", '""', "0")
-PLACES = ("field", "shape", "entry", "names", "metadata", "entries")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("what", "where", "read"),
-    [
-        (what, where, (read_header, structural_issues)[(i + j) % 2])
-        for i, what in enumerate(MANY_OF)
-        for j, where in enumerate(PLACES)
-    ],
-)
-def test_memory_is_a_small_multiple_of_the_header(what: str, where: str, read: Any, tmp_path: Path) -> None:
-    """Both readers by turns, with every value and in every place."""
-    size = 1 << 20
-    many = ",".join([what] * (size // (len(what) + 1)))
-    header = {
-        "field": f'{{"a":{{{FIELDS},"x":[{many}]}}}}',
-        "shape": f'{{"a":{{"dtype":"F32","shape":[{many}],"data_offsets":[0,8]}}}}',
-        "entry": f'{{"a":[{many}]}}',
-        "names": "{" + ",".join(f'"{i}":{what}' for i in range(size // (len(what) + 9))) + "}",
-        "metadata": '{"__metadata__":{' + ",".join(f'"{i}":{what}' for i in range(size // (len(what) + 9))) + "}}",
-        "entries": f'{{"a":{{{FIELDS},"x":[{many[: MAX_VALUE // 2].rpartition(",")[0]}]}}}}',
-    }[where]
-    path = file_of(tmp_path, header, bytes(8))
-    assert peak(path, read) < 12 * len(header) + 40 * MAX_VALUE  # json.loads takes 25 to 50 times the text
-
-
-def test_a_large_honest_header_is_read_quickly(tmp_path: Path) -> None:
-    entries = {
-        f"model.layers.{i}.weight/exp_avg_sq.absmax": {
-            "dtype": "F32",
-            "shape": [1, 1],
-            "data_offsets": [4 * i, 4 * i + 4],
-        }
-        for i in range(30_000)
-    }
-    path = file_of(tmp_path, json.dumps(entries), bytes(4 * len(entries)))
-    began = time.process_time()
-    header = read_header(path)
-    assert time.process_time() - began < 5
-    assert len(header.tensors) == 30_000
-    assert peak(path) < 12 * path.stat().st_size
-
-
-# -------------------------------------------------------------------------------------------------------- fuzzing
-
-# Reasons for which a file is refused that the library takes: it keeps the last of two equal keys, ignores fields it
-# does not know however large their numbers, and lets more elements than can be counted pass if one length is 0.
-ONLY_HERE = ("occurs twice", "more elements than can be counted", "is not a list of counts", "is out of range")
-FUZZ = settings(
-    max_examples=200,
-    deadline=None,  # of the clock; the processor's time is looked at below
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-def assert_agrees_or_refuses(path: Path) -> None:
-    """Nothing but a header or a CheckpointError comes out, and the library has the same opinion."""
-    began = time.process_time()
-    found = findings(path)
-    identify_file(path)
-    assert time.process_time() - began < 1
-    try:
-        header = read_header(path)
-    except CheckpointError as error:
-        reason = str(error)
-    else:
-        assert_like_the_library(header)
-        assert found == [f"{tensor_place(e.name)}: {CONTROLS}" for e in header.tensors if has_controls(e.name)]
-        return
-    assert reason.isprintable()
-    assert found
-    # The reason is the first that was found; what the library passes over may come later, as a second entry of a name.
-    assert not the_library_opens(path) or any(known in what for what in found for known in ONLY_HERE), reason
-
-
-NUMBERS = st.one_of(st.integers(-2, 16), st.sampled_from([1 << 31, 1 << 62, 1 << 63, (1 << 64) - 1, 1 << 64, 10**30]))
-JUNK = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
-    max_leaves=6,
-)
-NAMES = st.one_of(st.sampled_from(["a", "b", "__metadata__", "", "\x1b[31m", "\u00e4", "a\u0308"]), st.text(max_size=4))
-
-
-@st.composite
-def headers(draw: st.DrawFn) -> tuple[str, int]:
-    """A header that is right, or nearly, and the size of the data it describes."""
-    at = 0
-    parts = []
-    for name in draw(st.lists(NAMES, max_size=4, unique=draw(st.booleans()))):
-        dtype = draw(st.sampled_from([*BITS, "F32", "F32", "F99"]))
-        shape = draw(st.lists(st.integers(0, 4), max_size=3))
-        count = 1
-        for n in shape:
-            count *= n
-        nbytes = count * BITS.get(dtype, 8) // 8
-        fields: dict[str, Any] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
-        at += nbytes
-        match draw(st.integers(0, 11)):
-            case 0:
-                fields[draw(st.sampled_from([*fields, "extra"]))] = draw(JUNK)
-            case 1:
-                del fields[draw(st.sampled_from([*fields]))]
-            case 2:
-                fields["data_offsets"] = draw(st.lists(NUMBERS, max_size=3))
-            case 3:
-                fields["shape"] = draw(st.lists(NUMBERS, max_size=3))
-        value = draw(JUNK) if draw(st.integers(0, 19)) == 0 else fields
-        if name == "__metadata__" and draw(st.booleans()):
-            value = draw(st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=3))
-        parts.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=draw(st.booleans()))}")
-    return draw(st.sampled_from(["", "", "", " ", "\n"])) + "{" + ",".join(parts) + "}" + draw(
-        st.sampled_from(["", "    ", "\0", "x"])
-    ) * draw(st.booleans()), at
-
-
-@FUZZ
-@given(made=headers(), more=st.sampled_from([0, 0, 0, 0, -1, 1]))
-def test_random_headers(made: tuple[str, int], more: int, tmp_path: Path) -> None:
-    header, nbytes = made
-    assert_agrees_or_refuses(file_of(tmp_path, header.encode("utf-8", "surrogatepass"), bytes(max(nbytes + more, 0))))
-
-
-REAL = [
-    save({"w/exp_avg": torch.ones(4, 3), "w/codes": torch.zeros(5, dtype=torch.uint8), "s": torch.tensor(1.0)}),
-    save({"a": torch.zeros(0, 2), "b": torch.zeros(3, dtype=torch.bfloat16)}, {"optstate": '{"x": "\\u00e4"}'}),
-    torch_zip(),
-    LFS,
-]
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    """A real file with a few bytes changed, cut, repeated or inserted, mostly in its header."""
-    content = bytearray(draw(st.sampled_from(REAL)))
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, min(len(content), 300)))
-        match draw(st.integers(0, 4)):
-            case 0:
-                content[at : at + 1] = bytes([draw(st.integers(0, 255))])
-            case 1:
-                content[at : at + 1] = draw(st.sampled_from(list('{}[],:"0123456789-.eEnul\\ '))).encode()
-            case 2:
-                del content[at : at + draw(st.integers(1, 20))]
-            case 3:
-                content[at:at] = content[at : at + draw(st.integers(1, 40))]
-            case 4:
-                content[at:at] = draw(st.binary(max_size=6))
-    if len(content) > 8 and draw(st.booleans()):  # keep the header's length right
-        end = content.find(b"}}") + 2
-        content[:8] = max(end - 8, 0).to_bytes(8, "little")
-    return bytes(content)
-
-
-@FUZZ
-@given(content=mutated())
-def test_mutated_real_files(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "mutated.safetensors"
-    path.write_bytes(content)
-    assert_agrees_or_refuses(path)
-
-
-@FUZZ
-@given(content=st.binary(max_size=200))
-def test_random_bytes(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "random"
-    path.write_bytes(content)
-    assert_agrees_or_refuses(path)
-    (tmp_path / INDEX).write_bytes(content)
-    refusal(tmp_path, read_index)
 
 
 # ------------------------------------------------------------------------------------------------------- the error
