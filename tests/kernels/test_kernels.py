@@ -441,6 +441,7 @@ MATRIX = (3072, 2048)  # 6 million elements: 12 MB in bf16, and 25 MB as fp32 nu
 ROW, COLUMN = torch.ones(MATRIX[0], 1), torch.ones(1, MATRIX[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factors", [(), (ROW, COLUMN)], ids=["no factors", "row and column"])
 @pytest.mark.parametrize("kernel", ["apply", "sums", "sum_of_squares"])
 def test_scratch_does_not_grow_with_the_parameter(kernel, factors):
@@ -453,12 +454,14 @@ def test_scratch_does_not_grow_with_the_parameter(kernel, factors):
         assert peak_extra_bytes(lambda: getattr(kernels, kernel)(product)) <= LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 6 << 20), (6 << 20,), (6 << 16, 16)], ids=["one row", "vector", "tall"])
 def test_apply_needs_little_scratch_whatever_the_shape(shape):
     param, dense = torch.ones(shape, dtype=BF16), torch.ones(shape, dtype=BF16)
     assert peak_extra_bytes(lambda: kernels.apply_update(param, Product(dense, scale=torch.tensor(1e-3)))) <= LIMIT
 
 
+@pytest.mark.slow
 def test_averages_need_little_scratch():
     target, dense = torch.zeros(6 << 20), torch.ones(6 << 20, dtype=BF16)
     assert peak_extra_bytes(lambda: kernels.ema_of_square(target, Product(dense), 0.1)) <= LIMIT

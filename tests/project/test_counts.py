@@ -117,6 +117,7 @@ def test_adamw_of_torch() -> None:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_costs_what_its_parameters_cost_together() -> None:
     shapes = {"a": (300, 20), "b": (300, 20), "c": (7,), "d": (20, 300)}
     for recipe in ("adalomo", "adamw8bit", "came"):

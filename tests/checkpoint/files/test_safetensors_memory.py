@@ -83,6 +83,7 @@ def test_memory_is_a_small_multiple_of_the_header(what: str, where: str, read: A
     assert peak(path, read) < 12 * len(header) + 40 * MAX_VALUE  # json.loads takes 25 to 50 times the text
 
 
+@pytest.mark.slow
 def test_a_large_honest_header_is_read_quickly(tmp_path: Path) -> None:
     entries = {
         f"model.layers.{i}.weight/exp_avg_sq.absmax": {

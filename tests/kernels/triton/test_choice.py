@@ -64,6 +64,7 @@ def test_tiles_hold_as_much_as_those_of_the_compiled_steps() -> None:
     assert triton_steps.TILE == native.TILE
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_before_a_step_needs_it(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
