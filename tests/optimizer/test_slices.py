@@ -342,7 +342,7 @@ def announced_and_measured(build: Build, shape: Shape, dtype: torch.dtype, layou
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    zip(GROWS, cycle([FP32, BF16])),
+    list(zip(GROWS, cycle([FP32, BF16]), strict=False)),
     ids=str,
 )
 def test_the_plan_announces_what_a_step_needs(name: str, dtype: torch.dtype) -> None:
