@@ -288,7 +288,7 @@ class Statistic:
             self.guard.begin_writing()
             kernels.ema(self.fields[""], self._flagged(value), weight)
         else:
-            self._held = torch.lerp(self.read(), kernels.values(value), weight)
+            self._held = kernels.moved(self.read(), value, weight)
 
     def hold_ema_of_square(self, value: Product, weight: Scalar, eps: float) -> None:
         """Elementwise moving average towards `value**2 + eps`."""
@@ -296,8 +296,7 @@ class Statistic:
             self.guard.begin_writing()
             kernels.ema_of_square(self.fields[""], self._flagged(value), weight, eps)
             return
-        square = kernels.values(value).square()
-        self._held = torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight)
+        self._held = kernels.moved_to_square(self.read(), value, weight, eps)
 
     def commit(self) -> None:
         """Write what was held back, of a slice or of a parameter that is whole here."""

@@ -1,0 +1,108 @@
+"""Codes with one scale per block of consecutive elements: how the compiled loops read and write them."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import native
+from optstate.kernels.addresses import Functions, functions_for, is_plain
+from optstate.kernels.backend import compiled_functions
+from optstate.kernels.codebook import Codebook
+from optstate.kernels.decades import find_decades
+from optstate.kernels.native import MomentKind, MomentOperand
+from optstate.kernels.primitives import FP32_ON_CPU
+
+__all__ = ["BlockCodes", "decode_blocks", "encode_blocks"]
+
+HALVES = (MomentKind.SIGNED4, MomentKind.LINEAR4)
+FLOATS = (MomentKind.SIGNED_E4M3, MomentKind.UNSIGNED_E4M3)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCodes:
+    """A format of codes as the compiled loops know it.
+
+    Attributes:
+        kind: of the format.
+        values: what the codes stand for; of 4-bit codes, both numbers of every byte, `[256, 2]`.
+        places: the bounds between 4-bit codes; of 8-bit codes, where the decades of the map begin, `[4, 8]`, then its
+            255 bounds between -infinity and infinity.
+    """
+
+    kind: MomentKind
+    values: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(book: Codebook, kind: MomentKind) -> BlockCodes:
+        """Make the tables of a codebook."""
+        if kind in HALVES:
+            byte = torch.arange(256, device="cpu")
+            pairs = book.values[torch.stack([byte >> 4, byte & 15], dim=1)].contiguous()
+            return BlockCodes(kind, pairs, torch.cat([book.bounds, book.bounds.new_zeros(1)]))
+        decades = None if kind in FLOATS else find_decades(book)
+        if decades is None:
+            return BlockCodes(kind, book.values.contiguous(), book.values)
+        ends = book.bounds.new_tensor([-torch.inf]), book.bounds.new_tensor([torch.inf])
+        return BlockCodes(kind, book.values.contiguous(), torch.cat([decades.view(-1), ends[0], book.bounds, ends[1]]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor of codes."""
+        return torch.float8_e4m3fn if self.kind in FLOATS else torch.uint8
+
+    def count_codes(self, elements: int) -> int:
+        """Return how many entries the tensor of codes has."""
+        return -(-elements // 2) if self.kind in HALVES else elements
+
+    def operand(self, codes: Tensor, absmax: Tensor, block: int) -> MomentOperand:
+        """Return tensors of this format as C code reads and writes them."""
+        return MomentOperand(
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            self.values.data_ptr(),
+            self.places.data_ptr(),
+            block=block,
+            kind=self.kind,
+        )
+
+
+def encode_blocks(value: Tensor, form: BlockCodes, block: int) -> tuple[Tensor, Tensor] | None:
+    """Return the codes and the largest magnitude of every block, both flat; None where C code cannot read `value`.
+
+    Args:
+        value: flat fp32, kept.
+        form: the format.
+        block: elements per scale; the last block may be short.
+    """
+    functions, count = functions_for(value) if value.dtype == torch.float32 else None, value.numel()
+    if functions is None or not count:
+        return None
+    codes = torch.empty(form.count_codes(count), dtype=form.dtype, device="cpu")
+    absmax = torch.empty(-(-count // block), **FP32_ON_CPU)
+    _share(functions, "encode_blocks", form.operand(codes, absmax, block), value, block)
+    return codes, absmax
+
+
+def decode_blocks(codes: Tensor, absmax: Tensor, form: BlockCodes, block: int, count: int) -> Tensor | None:
+    """Return the values of `count` elements, flat and new; None where C code cannot read the tensors."""
+    functions = compiled_functions()
+    fits = codes.dtype == form.dtype and absmax.dtype == torch.float32 and codes.numel() == form.count_codes(count)
+    if functions is None or not count or not fits or absmax.numel() != -(-count // block):
+        return None
+    for tensor in (codes, absmax):
+        if not (is_plain(tensor) and tensor.is_contiguous()):
+            return None
+    value = torch.empty(count, **FP32_ON_CPU)
+    _share(functions, "decode_blocks", form.operand(codes, absmax, block), value, block)
+    return value
+
+
+def _share(functions: Functions, name: str, operand: MomentOperand, value: Tensor, block: int) -> None:
+    """Call a function on ranges of whole blocks."""
+    count, step = value.numel(), max(block, native.TILE // block * block)
+    native.share(functions[name], (ctypes.byref(operand), value.data_ptr()), count, step, count)
