@@ -30,7 +30,7 @@ class BlockCodes:
         kind: of the format.
         values: what the codes stand for; of 4-bit codes, both numbers of every byte, `[256, 2]`.
         places: the bounds between 4-bit codes; of 8-bit codes, where the decades of the map begin, `[4, 8]`, then its
-            255 bounds between -infinity and infinity.
+            255 bounds between NaN, than which nothing is less, and infinity.
     """
 
     kind: MomentKind
@@ -47,7 +47,7 @@ class BlockCodes:
         decades = None if kind in FLOATS else find_decades(book)
         if decades is None:
             return BlockCodes(kind, book.values.contiguous(), book.values)
-        ends = book.bounds.new_tensor([-torch.inf]), book.bounds.new_tensor([torch.inf])
+        ends = book.bounds.new_tensor([torch.nan]), book.bounds.new_tensor([torch.inf])
         return BlockCodes(kind, book.values.contiguous(), torch.cat([decades.view(-1), ends[0], book.bounds, ends[1]]))
 
     @property

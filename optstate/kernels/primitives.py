@@ -16,7 +16,6 @@ from torch.autograd.graph import increment_version
 
 from optstate.kernels import eager, native
 from optstate.kernels.addresses import as_number, box_of, functions_for, is_plain, product_operand
-from optstate.kernels.backend import compiled_functions
 from optstate.kernels.native import WeightOperand, WriteKind
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.rounding import Noise, noise_key, round_bf16
@@ -177,7 +176,7 @@ def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float =
 
 
 def moved(current: Tensor, product: Product, weight: Scalar) -> Tensor:
-    """Return a new tensor, fp32 (fp64 for fp64 operands): `current` moved by `weight` of the way to the value."""
+    """Return a new tensor: `current`, fp32 or fp64, moved by `weight` of the way to the value."""
     new = torch.empty_like(current, memory_format=torch.contiguous_format)
     if current.dtype == torch.float32 and _move(current, new, product, weight, None):
         return new
@@ -185,7 +184,7 @@ def moved(current: Tensor, product: Product, weight: Scalar) -> Tensor:
 
 
 def moved_to_square(current: Tensor, product: Product, weight: Scalar, eps: float) -> Tensor:
-    """Return a new tensor, fp32 (fp64 for fp64 operands): `current` moved by `weight` of the way to `value**2 + eps`."""
+    """Return a new tensor: `current`, fp32 or fp64, moved by `weight` of the way to `value**2 + eps`."""
     new = torch.empty_like(current, memory_format=torch.contiguous_format)
     if current.dtype == torch.float32 and _move(current, new, product, weight, eps):
         return new
@@ -308,6 +307,6 @@ def _operand_of(param: Tensor, way: CompiledCodec, start: int) -> Weight | None:
 
 
 def _note_written(tensor: Tensor) -> None:
-    """Move the version of a tensor, as operators of PyTorch do, so that a graph that needs the old values is refused."""
+    """Move the version of a tensor, as operators of PyTorch do: a graph that needs the old values is refused then."""
     if not tensor.is_inference():
         increment_version(tensor)

@@ -79,9 +79,7 @@ def _compiled_bits16(key: int, noise: Noise, count: int) -> Tensor | None:
         return None
     start = noise.start + (0 if region is None or region.start is None else region.start)
     where = None if box is None else ctypes.byref(box)
-    native.share(
-        functions["fill_random_bits"], (key, where, start, bits.data_ptr()), count, native.TILE, count
-    )
+    native.share(functions["fill_random_bits"], (key, where, start, bits.data_ptr()), count, native.TILE, count)
     return bits
 
 

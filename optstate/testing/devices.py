@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optstate.distributed.sums import lock_step
+from optstate.kernels.backend import run_on
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, StateLayout, plan_parameter
@@ -73,7 +74,8 @@ class DevicePart:
         if not self.plan.guards:
             guard.check(torch.isfinite(grad).all())
         ctx = context(self.plan, self.state, param, grad, group, step, guard)
-        requests: Any = run_chain(self.plan, self.state, ctx, self.whole_step)
+        backend = "eager" if self.whole_step is None else "auto"  # as the parameter in one piece
+        requests: Any = run_on(backend, run_chain(self.plan, self.state, ctx, self.whole_step))
         reply = None
         while True:
             try:

@@ -281,7 +281,7 @@ EXPORT void NAMED(add_weight, FOR_CPU)(const Weight *w, float *to, float scale, 
 }
 
 /* --- codes: blocks of any size, with the codes that the tables of eager PyTorch give ---------------------------------
- * `decades` of an 8-bit map is followed by its bounds: [257], between -infinity and infinity, entry i + 1 is the
+ * `decades` of an 8-bit map is followed by its bounds: [257], between NaN and infinity, entry i + 1 is the
  * largest number that has code i. */
 
 INLINE float largest_magnitude(const float *restrict x, int64_t count, uint32_t so_far) {
