@@ -5,6 +5,7 @@ sums it up or writes it into a parameter. Kernels know nothing of recipes, store
 """
 
 from optstate.kernels.blocks import BlockCodes, decode_blocks, encode_blocks
+from optstate.kernels.changes import measure_adam
 from optstate.kernels.chunking import Piece, chunk_elements, chunks, cut_into_pieces, slice_elements
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
 from optstate.kernels.primitives import (
@@ -56,6 +57,7 @@ __all__ = [
     "inverse_root",
     "known_finite",
     "linear_map",
+    "measure_adam",
     "moved",
     "moved_to_square",
     "multiply_out",

@@ -362,3 +362,62 @@ EXPORT void NAMED(decode_blocks, FOR_CPU)(const Moment *m, float *to, int64_t be
         decode_block(m, at, end - at < m->block ? end - at : m->block, to + at);
     }
 }
+
+/* --- what a conversion changes: Adam's moments, and the steps that follow from them ---------------------------------- */
+
+typedef struct {
+    const float *first, *second;         /* the averages as they were */
+    const float *new_first, *new_second; /* as they are now, or NULL where one is kept */
+    float first_bias, second_bias, eps;  /* what the averages are of those proper; what is added to the root */
+} Change;
+/* Sums of squares: of numbers, of their error, of the update, of its error, of the new update; then counts, a ratio. */
+enum { VALUE, ERROR, UPDATE, UPDATE_ERROR, NEW_UPDATE, ZEROS, GROWTH, FIGURES };
+
+TILED void add_figures(double *figures, int64_t count, const float *restrict old, const float *restrict new,
+                       const float *restrict before, const float *restrict after) {
+    float room[TILE];
+    int32_t kept = 0, were = 0;
+    EACH(j, count) room[j] = new[j] - old[j];
+    figures[ERROR] += squares_of(room, count);
+    EACH(j, count) room[j] = after[j] - before[j];
+    figures[UPDATE_ERROR] += squares_of(room, count);
+    figures[VALUE] += squares_of(old, count);
+    figures[UPDATE] += squares_of(before, count);
+    figures[NEW_UPDATE] += squares_of(after, count);
+    EACH(j, count) were += old[j] != 0;
+    EACH(j, count) kept += new[j] != 0;
+    figures[ZEROS] += were - kept;
+}
+
+/* Adds to figures of the first moment, of the second one, and of the update with both changes, [3][FIGURES]. */
+EXPORT void NAMED(measure_change, FOR_CPU)(const Change *c, double *figures, int64_t begin, int64_t end) {
+    float before[TILE], after[TILE], m[TILE], root[TILE], new_m[TILE], new_root[TILE];
+    double *of_second = figures + FIGURES, *of_both = figures + 2 * FIGURES;
+    EACH_TILE(at, count, begin, end) {
+        const float *restrict first = c->first + at, *restrict second = c->second + at;
+        EACH(j, count) {
+            m[j] = first[j] / c->first_bias;
+            root[j] = sqrtf(second[j] / c->second_bias) + c->eps;
+            before[j] = m[j] / root[j];
+        }
+        if (c->new_first) {
+            EACH(j, count) new_m[j] = c->new_first[at + j] / c->first_bias;
+            EACH(j, count) after[j] = new_m[j] / root[j];
+            add_figures(figures, count, first, c->new_first + at, before, after);
+        }
+        if (c->new_second) {
+            const float *restrict new = c->new_second + at;
+            float most = (float)of_second[GROWTH];
+            EACH(j, count) new_root[j] = sqrtf(new[j] / c->second_bias) + c->eps;
+            EACH(j, count) after[j] = m[j] / new_root[j];
+            EACH(j, count) {
+                float ratio = second[j] / (new[j] > 0x1p-126f ? new[j] : 0x1p-126f);
+                most = ratio > most ? ratio : most;
+            }
+            of_second[GROWTH] = most;
+            add_figures(of_second, count, second, new, before, after);
+        }
+        if (c->new_first && c->new_second) EACH(j, count) after[j] = new_m[j] / new_root[j];
+        add_figures(of_both, count, before, after, before, after);
+    }
+}

@@ -18,6 +18,7 @@ __all__ = [
     "FactoredStep",
     "GradientOperand",
     "MaximaStep",
+    "MomentChange",
     "MomentKind",
     "MomentOperand",
     "ProductOperand",
@@ -204,3 +205,12 @@ class SquareSums(ctypes.Structure):
     """Where the sums of squares of rows and columns go."""
 
     _fields_ = [*_counts("matrices", "rows", "cols", "parts"), *_pointers("row", "col", "minus")]
+
+
+class MomentChange(ctypes.Structure):
+    """Adam's moments before and after a conversion."""
+
+    _fields_ = [
+        *_pointers("first", "second", "new_first", "new_second"),
+        *_numbers("first_bias", "second_bias", "eps"),
+    ]

@@ -318,6 +318,38 @@ def test_blocks_of_any_length_are_read_back(count: int, half: int, kind: Any) ->
     assert torch.equal(store.read(mine, (count,)), on_eager(lambda: store.read(mine, (count,))))
 
 
+# --- conversions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [(True, True), (True, False), (False, True)], ids=str)
+def test_what_a_conversion_changes_is_the_closed_formula(changes: tuple[bool, bool]) -> None:
+    """Sums of 3,001 squares of fp32 numbers: relative 1e-5, an error of numbers that are nearly equal included."""
+    first, second = numbers((3001,), 0), numbers((3001,), 1).square() + 1e-3
+    new = (first * (numbers((3001,), 2) > -1), second * (1 + 0.3 * numbers((3001,), 3).abs()))
+    given = [tensor if is_new else None for tensor, is_new in zip(new, changes, strict=True)]
+    measured = kernels.measure_adam(first, second, *given, (0.5, 0.25), 1e-3)
+    assert measured is not None
+    m, v = first.double() / 0.5, second.double() / 0.25
+    new_m = new[0].double() / 0.5 if changes[0] else m
+    new_v = new[1].double() / 0.25 if changes[1] else v
+
+    def update(m: Tensor, v: Tensor) -> Tensor:
+        return m / (v.sqrt() + 1e-3)
+
+    def figures(old: Tensor, now: Tensor, after: Tensor) -> list[float]:
+        before = update(m, v)
+        sums = [old, now - old, before, after - before, after]
+        return [*(float(each.double().square().sum()) for each in sums), float(((old != 0) & (now == 0)).sum())]
+
+    if changes[0]:
+        assert measured[0][:6] == pytest.approx(figures(first.double(), new[0].double(), update(new_m, v)), rel=1e-5)
+    if changes[1]:
+        assert measured[1][:6] == pytest.approx(figures(second.double(), new[1].double(), update(m, new_v)), rel=1e-5)
+        assert measured[1][6] == pytest.approx(float((second / new[1]).max()), rel=1e-6)
+    both = figures(update(m, v), update(new_m, new_v), update(new_m, new_v))
+    assert measured[2][:6] == pytest.approx(both, rel=1e-5)
+
+
 # --- what is left to eager PyTorch -----------------------------------------------------------------------------------
 
 

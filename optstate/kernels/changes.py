@@ -1,0 +1,52 @@
+"""What a conversion changes in Adam's moments, and in the steps that follow from them, in one pass."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from optstate.kernels import native
+from optstate.kernels.addresses import functions_for
+
+__all__ = ["measure_adam"]
+
+FIGURES = 7
+
+
+def measure_adam(
+    first: Tensor,
+    second: Tensor,
+    new_first: Tensor | None,
+    new_second: Tensor | None,
+    biases: tuple[float, float],
+    eps: float,
+) -> list[list[float]] | None:
+    """Measure a change of one or both of Adam's moments; None where C code cannot, or where squares overflow.
+
+    Args:
+        first: the average of gradients as it was, flat fp32.
+        second: the average of their squares.
+        new_first: the average of gradients as it is now; None where it is kept.
+        new_second: that of their squares.
+        biases: what the averages are of those proper.
+        eps: what is added to the root of the second one.
+
+    Returns:
+        Of the first moment, of the second one, and of the update with both changes: the sums of squares of the numbers,
+        of their error, of the update, of its error and of the new update; how many numbers became zero; and the most
+        that the second moment shrank, as a factor.
+    """
+    given = [tensor for tensor in (first, second, new_first, new_second) if tensor is not None]
+    functions, count = functions_for(*given), first.numel()
+    if functions is None or any(t.dtype != torch.float32 or t.numel() != count for t in given):
+        return None
+    addresses = [None if t is None else t.data_ptr() for t in (first, second, new_first, new_second)]
+    change, figures = native.MomentChange(*addresses, *biases, eps), (ctypes.c_double * (3 * FIGURES))()
+    functions["measure_change"](ctypes.byref(change), figures, 0, count)
+    found = list(figures)
+    if not all(map(math.isfinite, found)):
+        return None
+    return [found[start : start + FIGURES] for start in range(0, len(found), FIGURES)]
