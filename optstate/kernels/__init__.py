@@ -4,6 +4,7 @@ A kernel reads a `Product` (a gradient times its factors, not yet multiplied out
 sums it up or writes it into a parameter. Kernels know nothing of recipes, stores or optimizers.
 """
 
+from optstate.kernels.backend import compiled_functions
 from optstate.kernels.blocks import BlockCodes, decode_blocks, encode_blocks
 from optstate.kernels.changes import measure_adam
 from optstate.kernels.chunking import Piece, chunk_elements, chunks, cut_into_pieces, slice_elements
@@ -46,6 +47,7 @@ __all__ = [
     "apply_update",
     "chunk_elements",
     "chunks",
+    "compiled_functions",
     "cut_into_pieces",
     "decode_blocks",
     "device_type",

@@ -17,20 +17,13 @@ FIGURES = 7
 
 
 def measure_adam(
-    first: Tensor,
-    second: Tensor,
-    new_first: Tensor | None,
-    new_second: Tensor | None,
-    biases: tuple[float, float],
-    eps: float,
+    old: tuple[Tensor, Tensor], new: tuple[Tensor | None, Tensor | None], biases: tuple[float, float], eps: float
 ) -> list[list[float]] | None:
     """Measure a change of one or both of Adam's moments; None where C code cannot, or where squares overflow.
 
     Args:
-        first: the average of gradients as it was, flat fp32.
-        second: the average of their squares.
-        new_first: the average of gradients as it is now; None where it is kept.
-        new_second: that of their squares.
+        old: the averages of gradients and of their squares as they were, flat fp32.
+        new: as they are now; None where one is kept.
         biases: what the averages are of those proper.
         eps: what is added to the root of the second one.
 
@@ -39,11 +32,11 @@ def measure_adam(
         of their error, of the update, of its error and of the new update; how many numbers became zero; and the most
         that the second moment shrank, as a factor.
     """
-    given = [tensor for tensor in (first, second, new_first, new_second) if tensor is not None]
-    functions, count = functions_for(*given), first.numel()
+    given = [tensor for tensor in (*old, *new) if tensor is not None]
+    functions, count = functions_for(*given), old[0].numel()
     if functions is None or any(t.dtype != torch.float32 or t.numel() != count for t in given):
         return None
-    addresses = [None if t is None else t.data_ptr() for t in (first, second, new_first, new_second)]
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in (*old, *new)]
     change, figures = native.MomentChange(*addresses, *biases, eps), (ctypes.c_double * (3 * FIGURES))()
     functions["measure_change"](ctypes.byref(change), figures, 0, count)
     found = list(figures)

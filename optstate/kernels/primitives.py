@@ -43,6 +43,9 @@ __all__ = [
 YES, NO = torch.tensor(True, device="cpu"), torch.tensor(False, device="cpu")
 """Answers, which nobody writes to: making a tensor costs more than reading a small gradient."""
 
+CHEAP = 4
+"""How many times as many elements a loop of a few operations needs as a whole step does, to be worth a thread."""
+
 FP32_ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
@@ -154,7 +157,9 @@ def multiply_out(product: Product) -> Tensor:
     if functions is None or operand is None:
         return eager.multiply_out(product)
     value, count = torch.empty(dense.shape, **FP32_ON_CPU), dense.numel()
-    native.share(functions["multiply_out"], (ctypes.byref(operand), value.data_ptr()), count, native.TILE, count)
+    native.share(
+        functions["multiply_out"], (ctypes.byref(operand), value.data_ptr()), count, native.TILE, count // CHEAP
+    )
     return value
 
 
@@ -202,7 +207,9 @@ def _move(current: Tensor, new: Tensor, product: Product, weight: Scalar, eps: f
         return False
     count, squared = dense.numel(), eps is not None
     addresses = ctypes.byref(operand), current.data_ptr(), new.data_ptr(), native.NUMBERS[new.dtype]
-    native.share(functions["move_towards"], (*addresses, squared, share, eps or 0.0), count, native.TILE, count)
+    native.share(
+        functions["move_towards"], (*addresses, squared, share, eps or 0.0), count, native.TILE, count // CHEAP
+    )
     _note_written(new)
     return True
 
@@ -214,7 +221,7 @@ def inverse_root(x: Tensor, correction: float, eps: float) -> Tensor:
         return x.sqrt().div_(correction).add_(eps).reciprocal_()
     new, count = torch.empty(x.shape, **FP32_ON_CPU), x.numel()
     addresses = x.data_ptr(), new.data_ptr(), correction, eps
-    native.share(functions["invert_roots"], addresses, count, native.TILE, count)
+    native.share(functions["invert_roots"], addresses, count, native.TILE, count // CHEAP)
     return new
 
 
@@ -251,7 +258,7 @@ def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec 
         eager.add_weight(target, param, scale, codec, start)
         return
     addresses, count = (ctypes.byref(weight[0]), target.data_ptr(), number), param.numel()
-    native.share(functions["add_weight"], addresses, count, native.TILE, count)
+    native.share(functions["add_weight"], addresses, count, native.TILE, count // CHEAP)
     _note_written(target)
 
 

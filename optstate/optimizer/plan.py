@@ -204,8 +204,9 @@ class ParamPlan:
         return self.first_sliced is not None and self.spec.local_numel > self.slice_elements(device)
 
     def slice_elements(self, device: torch.device) -> int:
-        """How many elements a slice has: half as many if a statistic is in codes, whose making needs more buffers."""
-        return kernels.slice_elements(device) // (2 if self.alignment > 1 else 1)
+        """How many elements a slice has: half as many where eager PyTorch makes codes, which takes more buffers."""
+        is_compiled = device.type == "cpu" and not kernels.rehearsing() and kernels.compiled_functions() is not None
+        return kernels.slice_elements(device) // (1 if self.alignment == 1 or is_compiled else 2)
 
     def rounds_by_name(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with the group's hyper-parameters uses random bits, which are a function of the name."""

@@ -78,6 +78,10 @@ class _Moment:
         """Return the value of a piece, flat."""
         return piece.of(self.value).reshape(-1)
 
+    def new_value_of(self, piece: Piece) -> Tensor | None:
+        """Return what the value of a piece becomes, flat; None if it is kept."""
+        return None if self.pair is None else self.pair.new(piece)
+
     def old(self, piece: Piece) -> Tensor:
         """Return the average proper of a piece, flat; the value itself where nothing corrects it."""
         return _unbiased(self.value_of(piece), self.bias)
@@ -197,9 +201,9 @@ class _Comparison:
         first, second = self.first, self.second
         if first is None or second is None or any(pair not in (first.pair, second.pair) for pair in self.pairs):
             return None
-        old = [moment.value_of(piece) for moment in (first, second)]
-        new = [None if moment.pair is None else moment.pair.new(piece) for moment in (first, second)]
-        measured = kernels.measure_adam(*old, *new, (first.bias, second.bias), self.eps)
+        old = first.value_of(piece), second.value_of(piece)
+        new = first.new_value_of(piece), second.new_value_of(piece)
+        measured = kernels.measure_adam(old, new, (first.bias, second.bias), self.eps)
         if measured is None:
             return None
         of_first, of_second, of_both = (Figures.of(piece.stop - piece.start, numbers) for numbers in measured)
