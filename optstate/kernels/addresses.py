@@ -16,15 +16,15 @@ from optstate.kernels.native import BoxOperand, ProductOperand
 from optstate.kernels.product import Product, Scalar
 from optstate.spec import Region
 
-__all__ = ["Functions", "as_number", "box_of", "functions_for", "is_plain", "product_operand"]
+__all__ = ["Functions", "box_of", "functions_reading", "has_address", "number_of", "product_operand"]
 
 Functions = Mapping[str, Callable[..., Any]]
 
-Layout = tuple[tuple[int, ...], tuple[int, ...]]
+ShapeAndStrides = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides."""
 
 
-def is_plain(tensor: Tensor) -> bool:
+def has_address(tensor: Tensor) -> bool:
     """Return whether C code may be given the address of a tensor: a real one on the CPU, which no graph records."""
     kind = type(tensor)
     if (kind is not Tensor and kind is not nn.Parameter) or tensor.device.type != "cpu" or tensor.is_neg():
@@ -32,28 +32,28 @@ def is_plain(tensor: Tensor) -> bool:
     return not (tensor.requires_grad and torch.is_grad_enabled())
 
 
-def functions_for(*tensors: Tensor) -> Functions | None:
+def functions_reading(*tensors: Tensor) -> Functions | None:
     """Return the compiled functions if they are to be used, and can read and write these tensors without gaps."""
     functions = compiled_functions()
     if functions is None:
         return None
     for tensor in tensors:
-        if not (is_plain(tensor) and tensor.is_contiguous() and tensor.dtype in native.NUMBERS):
+        if not (has_address(tensor) and tensor.is_contiguous() and tensor.dtype in native.NUMBERS):
             return None
     return functions
 
 
-def as_number(value: Scalar) -> float | None:
+def number_of(value: Scalar) -> float | None:
     """Return a number that the host has, as a float; None if only a device knows it, or a graph records it."""
     if isinstance(value, Tensor):
-        return float(value) if is_plain(value) and value.numel() == 1 else None
+        return float(value) if has_address(value) and value.numel() == 1 else None
     return float(value)
 
 
 def product_operand(product: Product) -> ProductOperand | None:
     """Return a product as C code reads it; None if C code cannot."""
     dense, factors = product.dense, product.factors
-    count, scale = dense.numel(), product.scale if type(product.scale) is float else as_number(product.scale)
+    count, scale = dense.numel(), product.scale if type(product.scale) is float else number_of(product.scale)
     if product.finite is not None or scale is None or not count or len(factors) > native.MOST_FACTORS:
         return None
     operand = ProductOperand(
@@ -67,7 +67,7 @@ def product_operand(product: Product) -> ProductOperand | None:
     )
     if factors:
         for factor in factors:
-            if factor.dtype != torch.float32 or not is_plain(factor):
+            if factor.dtype != torch.float32 or not has_address(factor):
                 return None
         found = _joined(tuple(dense.shape), tuple((tuple(f.shape), f.stride()) for f in factors))
         if found is None:
@@ -79,7 +79,7 @@ def product_operand(product: Product) -> ProductOperand | None:
 
 
 @lru_cache(maxsize=1 << 12)
-def _joined(shape: Sequence[int], factors: Sequence[Layout]) -> tuple[int, int, list[int]] | None:
+def _joined(shape: Sequence[int], factors: Sequence[ShapeAndStrides]) -> tuple[int, int, list[int]] | None:
     """Join the dimensions along which all factors run alike; None if more than three are left.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate.kernels import native
-from optstate.kernels.addresses import Functions, functions_for, is_plain
+from optstate.kernels.addresses import Functions, functions_reading, has_address
 from optstate.kernels.backend import compiled_functions
 from optstate.kernels.codebook import Codebook
 from optstate.kernels.decades import find_decades
@@ -79,7 +79,7 @@ def encode_blocks(value: Tensor, form: BlockCodes, block: int) -> tuple[Tensor, 
         form: the format.
         block: elements per scale; the last block may be short.
     """
-    functions, count = functions_for(value) if value.dtype == torch.float32 else None, value.numel()
+    functions, count = functions_reading(value) if value.dtype == torch.float32 else None, value.numel()
     if functions is None or not count:
         return None
     codes = torch.empty(form.count_codes(count), dtype=form.dtype, device="cpu")
@@ -95,7 +95,7 @@ def decode_blocks(codes: Tensor, absmax: Tensor, form: BlockCodes, block: int, c
     if functions is None or not count or not fits or absmax.numel() != -(-count // block):
         return None
     for tensor in (codes, absmax):
-        if not (is_plain(tensor) and tensor.is_contiguous()):
+        if not (has_address(tensor) and tensor.is_contiguous()):
             return None
     value = torch.empty(count, **FP32_ON_CPU)
     _share(functions, "decode_blocks", form.operand(codes, absmax, block), value, block)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate.kernels import native
-from optstate.kernels.addresses import functions_for
+from optstate.kernels.addresses import functions_reading
 
 __all__ = ["measure_adam"]
 
@@ -33,7 +33,7 @@ def measure_adam(
         that the second moment shrank, as a factor.
     """
     given = [tensor for tensor in (*old, *new) if tensor is not None]
-    functions, count = functions_for(*given), old[0].numel()
+    functions, count = functions_reading(*given), old[0].numel()
     if functions is None or any(t.dtype != torch.float32 or t.numel() != count for t in given):
         return None
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in (*old, *new)]

@@ -30,7 +30,6 @@ __all__ = [
     "sums",
     "sums_of_difference",
     "sums_of_rows",
-    "values",
     "weight_sum_of_squares",
 ]
 
@@ -161,11 +160,6 @@ def multiply_out(product: Product) -> Tensor:
         if not _is_one(scale):
             out.mul_(scale)
     return result
-
-
-def values(product: Product) -> Tensor:
-    """Return what `multiply_out` returns, or `dense` itself, not to be written, where the two are equal."""
-    return product.dense if is_as_it_is(product) else multiply_out(product)
 
 
 def is_as_it_is(product: Product) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from optstate.kernels import eager, native
-from optstate.kernels.addresses import as_number, box_of, functions_for, is_plain, product_operand
+from optstate.kernels.addresses import box_of, functions_reading, has_address, number_of, product_operand
 from optstate.kernels.native import WeightOperand, WriteKind
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.rounding import Noise, noise_key, round_bf16
@@ -54,7 +54,7 @@ def all_finite(grad: Tensor, largest: float = math.inf) -> Tensor:
 
     The tensor is read once. In eager PyTorch elements so large that their sum overflows count as infinite, too.
     """
-    functions = functions_for(grad)
+    functions = functions_reading(grad)
     if functions is None:
         return eager.all_finite_by_sums(grad, largest)
     within, address = functions["within"], grad.data_ptr()
@@ -88,7 +88,7 @@ def sums_of_difference(product: Product, other: Tensor) -> tuple[Tensor, Tensor]
 
 def _sums(product: Product, minus: Tensor | None) -> tuple[Tensor, Tensor] | None:
     dense = product.dense
-    functions = functions_for(dense) if minus is None else functions_for(dense, minus)
+    functions = functions_reading(dense) if minus is None else functions_reading(dense, minus)
     fits = minus is None or (minus.shape == dense.shape and minus.dtype == torch.float32)
     operand = product_operand(product) if functions is not None and fits and dense.ndim >= 2 else None
     if functions is None or operand is None:
@@ -110,7 +110,7 @@ def _sums(product: Product, minus: Tensor | None) -> tuple[Tensor, Tensor] | Non
 def sums_of_rows(product: Product) -> Tensor:
     """Return the sum of the squared value at each index of the first dimension; see `eager.sums_of_rows`."""
     dense = product.dense
-    functions = functions_for(dense)
+    functions = functions_reading(dense)
     operand = product_operand(product) if functions is not None and dense.ndim else None
     if functions is None or operand is None:
         return eager.sums_of_rows(product)
@@ -122,7 +122,7 @@ def sums_of_rows(product: Product) -> Tensor:
 
 def sum_of_squares(product: Product) -> Tensor:
     """Return the sum of the squared value over all elements: 0-d; see `eager.sum_of_squares`."""
-    functions = functions_for(product.dense)
+    functions = functions_reading(product.dense)
     operand = None if functions is None else product_operand(product)
     if functions is None or operand is None:
         return eager.sum_of_squares(product)
@@ -131,7 +131,7 @@ def sum_of_squares(product: Product) -> Tensor:
 
 def weight_sum_of_squares(param: Tensor, codec: WeightCodec | None) -> Tensor:
     """Return the 0-d sum of squares of a parameter's value; see `eager.weight_sum_of_squares`."""
-    functions, count = functions_for(param), param.numel()
+    functions, count = functions_reading(param), param.numel()
     weight = _weight_operand(param, codec, 0) if functions is not None and count else None
     if functions is None or weight is None:
         return eager.weight_sum_of_squares(param, codec)
@@ -152,7 +152,7 @@ def _total(measure: Any, operand: ctypes.Structure, count: int) -> Tensor:
 def multiply_out(product: Product) -> Tensor:
     """Multiply a product out into a new contiguous tensor; see `eager.multiply_out`."""
     dense = product.dense
-    functions = functions_for(dense)
+    functions = functions_reading(dense)
     operand = None if functions is None else product_operand(product)
     if functions is None or operand is None:
         return eager.multiply_out(product)
@@ -185,7 +185,7 @@ def moved(current: Tensor, product: Product, weight: Scalar) -> Tensor:
     new = torch.empty_like(current, memory_format=torch.contiguous_format)
     if current.dtype == torch.float32 and _move(current, new, product, weight, None):
         return new
-    return torch.lerp(current, eager.values(product), weight)
+    return torch.lerp(current, values(product), weight)
 
 
 def moved_to_square(current: Tensor, product: Product, weight: Scalar, eps: float) -> Tensor:
@@ -193,15 +193,15 @@ def moved_to_square(current: Tensor, product: Product, weight: Scalar, eps: floa
     new = torch.empty_like(current, memory_format=torch.contiguous_format)
     if current.dtype == torch.float32 and _move(current, new, product, weight, eps):
         return new
-    square = eager.values(product).square()
+    square = values(product).square()
     return torch.lerp(current, square if eps == 0 else square.add_(eps), weight)
 
 
 def _move(current: Tensor, new: Tensor, product: Product, weight: Scalar, eps: float | None) -> bool:
     """Write `current`, moved towards the value, or with `eps` towards its square, to `new`; False if C code cannot."""
     dense = product.dense
-    functions = functions_for(dense, current, new)
-    share = None if functions is None or dense.shape != current.shape else as_number(weight)
+    functions = functions_reading(dense, current, new)
+    share = None if functions is None or dense.shape != current.shape else number_of(weight)
     operand = None if share is None else product_operand(product)
     if functions is None or share is None or operand is None:
         return False
@@ -216,7 +216,7 @@ def _move(current: Tensor, new: Tensor, product: Product, weight: Scalar, eps: f
 
 def inverse_root(x: Tensor, correction: float, eps: float) -> Tensor:
     """Return `1 / (sqrt(x) / correction + eps)`, a new tensor, for fp32 or fp64 `x`."""
-    functions = functions_for(x) if x.dtype == torch.float32 else None
+    functions = functions_reading(x) if x.dtype == torch.float32 else None
     if functions is None:
         return x.sqrt().div_(correction).add_(eps).reciprocal_()
     new, count = torch.empty(x.shape, **FP32_ON_CPU), x.numel()
@@ -233,9 +233,9 @@ def apply_update(
 ) -> None:
     """Write a step into a parameter, in place: `param <- param * (1 - decay) - value`; see `eager.apply_update`."""
     dense = product.dense
-    functions = functions_for(param, dense)
+    functions = functions_reading(param, dense)
     operand = product_operand(product) if functions is not None and dense.shape == param.shape else None
-    keep = as_number(1 - decay) if operand is not None else None
+    keep = number_of(1 - decay) if operand is not None else None
     weight = None if keep is None else _weight_operand(param, codec, start)
     if functions is None or operand is None or weight is None:
         eager.apply_update(param, product, decay, codec, start)
@@ -250,8 +250,8 @@ def apply_update(
 
 def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec | None, start: int) -> None:
     """Add a multiple of a parameter's value to a tensor, in place; see `eager.add_weight`."""
-    functions = functions_for(target, param)
-    number = as_number(scale) if functions is not None and target.dtype == torch.float32 else None
+    functions = functions_reading(target, param)
+    number = number_of(scale) if functions is not None and target.dtype == torch.float32 else None
     fits = number is not None and target.shape == param.shape
     weight = _weight_operand(param, codec, start) if fits and param.numel() else None
     if functions is None or weight is None:
@@ -269,7 +269,7 @@ def rounded_bf16(value: Tensor, noise: Noise) -> Tensor:
         value: fp32 and contiguous; may be overwritten.
         noise: the random bits.
     """
-    functions = functions_for(value) if value.dtype == torch.float32 else None
+    functions = functions_reading(value) if value.dtype == torch.float32 else None
     new = torch.empty(value.shape, dtype=torch.bfloat16, device=value.device) if functions is not None else value
     weight = None if functions is None else _operand_of(new, CompiledCodec(WriteKind.STOCHASTIC, noise=noise), 0)
     if functions is None or weight is None:
@@ -279,11 +279,11 @@ def rounded_bf16(value: Tensor, noise: Noise) -> Tensor:
     return new
 
 
-Weight = tuple[WeightOperand, Any]
+WeightInBox = tuple[WeightOperand, Any]
 """A parameter as C code reads and writes it, and the address of the box that it is in the whole one, or None."""
 
 
-def _weight_operand(param: Tensor, codec: WeightCodec | None, start: int) -> Weight | None:
+def _weight_operand(param: Tensor, codec: WeightCodec | None, start: int) -> WeightInBox | None:
     """Return a parameter as C code reads and writes it; None if C code does not know the codec's way."""
     if codec is None:
         return WeightOperand(param.data_ptr(), type=native.NUMBERS[param.dtype], how=WriteKind.PLAIN), None
@@ -291,14 +291,14 @@ def _weight_operand(param: Tensor, codec: WeightCodec | None, start: int) -> Wei
     return None if way is None else _operand_of(param, way, start)
 
 
-def _operand_of(param: Tensor, way: CompiledCodec, start: int) -> Weight | None:
+def _operand_of(param: Tensor, way: CompiledCodec, start: int) -> WeightInBox | None:
     """Return a parameter as C code writes it in a known way; None where C code cannot reach what is kept beside it."""
     operand = WeightOperand(param.data_ptr(), type=native.NUMBERS[param.dtype], how=way.how)
     extra, noise, box = way.extra, way.noise, None
     if param.dtype == torch.float32:
         return None
     if extra is not None:
-        if not (is_plain(extra) and extra.is_contiguous() and start + param.numel() <= extra.numel()):
+        if not (has_address(extra) and extra.is_contiguous() and start + param.numel() <= extra.numel()):
             return None
         operand.extra = extra.data_ptr() + start * extra.element_size()
     if noise is not None:

@@ -124,9 +124,12 @@ def test_averages_move_as_in_eager_pytorch(product: Product, dtype: torch.dtype,
         torch.testing.assert_close(mine, theirs, rtol=place, atol=1e-6)
         current = numbers(shape, 6)
         if eps is None:
-            new, want = kernels.moved(current, product, weight), torch.lerp(current, eager.values(product), weight)
+            new, want = (
+                kernels.moved(current, product, weight),
+                torch.lerp(current, eager.multiply_out(product), weight),
+            )
         else:
-            square = eager.values(product).square() + eps
+            square = eager.multiply_out(product).square() + eps
             new, want = kernels.moved_to_square(current, product, weight, eps), torch.lerp(current, square, weight)
         torch.testing.assert_close(new, want, rtol=2.0**-20, atol=1e-6)
         assert torch.equal(current, numbers(shape, 6))
