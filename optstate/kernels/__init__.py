@@ -5,7 +5,7 @@ sums it up or writes it into a parameter. Kernels know nothing of recipes, store
 """
 
 from optstate.kernels.backend import compiled_functions
-from optstate.kernels.blocks import BlockCodes, decode_blocks, encode_blocks
+from optstate.kernels.blocks import BlockCodes, decode_blocks, encode_blocks, write_blocks
 from optstate.kernels.changes import measure_adam
 from optstate.kernels.chunking import Piece, chunk_elements, chunks, cut_into_pieces, slice_elements
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
@@ -77,4 +77,5 @@ __all__ = [
     "values",
     "weight_sum_of_squares",
     "worth_running",
+    "write_blocks",
 ]

@@ -16,7 +16,7 @@ from optstate.kernels.native import BoxOperand, ProductOperand
 from optstate.kernels.product import Product, Scalar
 from optstate.spec import Region
 
-__all__ = ["Functions", "box_of", "functions_reading", "has_address", "number_of", "product_operand"]
+__all__ = ["Functions", "box_of", "functions_reading", "has_address", "number_at_hand", "product_operand"]
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -43,7 +43,7 @@ def functions_reading(*tensors: Tensor) -> Functions | None:
     return functions
 
 
-def number_of(value: Scalar) -> float | None:
+def number_at_hand(value: Scalar) -> float | None:
     """Return a number that the host has, as a float; None if only a device knows it, or a graph records it."""
     if isinstance(value, Tensor):
         return float(value) if has_address(value) and value.numel() == 1 else None
@@ -53,7 +53,7 @@ def number_of(value: Scalar) -> float | None:
 def product_operand(product: Product) -> ProductOperand | None:
     """Return a product as C code reads it; None if C code cannot."""
     dense, factors = product.dense, product.factors
-    count, scale = dense.numel(), product.scale if type(product.scale) is float else number_of(product.scale)
+    count, scale = dense.numel(), product.scale if type(product.scale) is float else number_at_hand(product.scale)
     if product.finite is not None or scale is None or not count or len(factors) > native.MOST_FACTORS:
         return None
     operand = ProductOperand(

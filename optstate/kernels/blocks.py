@@ -14,9 +14,9 @@ from optstate.kernels.backend import compiled_functions
 from optstate.kernels.codebook import Codebook
 from optstate.kernels.decades import find_decades
 from optstate.kernels.native import MomentKind, MomentOperand
-from optstate.kernels.primitives import FP32_ON_CPU
+from optstate.kernels.primitives import FP32_ON_CPU, note_written
 
-__all__ = ["BlockCodes", "decode_blocks", "encode_blocks"]
+__all__ = ["BlockCodes", "decode_blocks", "encode_blocks", "write_blocks"]
 
 HALVES = (MomentKind.SIGNED4, MomentKind.LINEAR4)
 FLOATS = (MomentKind.SIGNED_E4M3, MomentKind.UNSIGNED_E4M3)
@@ -79,27 +79,49 @@ def encode_blocks(value: Tensor, form: BlockCodes, block: int) -> tuple[Tensor, 
         form: the format.
         block: elements per scale; the last block may be short.
     """
-    functions, count = functions_reading(value) if value.dtype == torch.float32 else None, value.numel()
-    if functions is None or not count:
+    if compiled_functions() is None or not has_address(value):
         return None
-    codes = torch.empty(form.count_codes(count), dtype=form.dtype, device="cpu")
-    absmax = torch.empty(-(-count // block), **FP32_ON_CPU)
+    codes = torch.empty(form.count_codes(value.numel()), dtype=form.dtype, device="cpu")
+    absmax = torch.empty(-(-value.numel() // block), **FP32_ON_CPU)
+    return (codes, absmax) if write_blocks(value, codes, absmax, form, block) else None
+
+
+def write_blocks(value: Tensor, codes: Tensor, absmax: Tensor, form: BlockCodes, block: int) -> bool:
+    """Write the codes and the largest magnitude of every block; return False where C code cannot, with nothing written.
+
+    Args:
+        value: fp32, contiguous, kept.
+        codes: written, contiguous.
+        absmax: written, contiguous.
+        form: the format.
+        block: elements per scale; the last block may be short.
+    """
+    functions = functions_reading(value) if value.dtype == torch.float32 and value.numel() else None
+    if functions is None or not _fits(codes, absmax, form, block, value.numel()):
+        return False
     _share(functions, "encode_blocks", form.operand(codes, absmax, block), value, block)
-    return codes, absmax
+    note_written(codes)
+    note_written(absmax)
+    return True
 
 
 def decode_blocks(codes: Tensor, absmax: Tensor, form: BlockCodes, block: int, count: int) -> Tensor | None:
     """Return the values of `count` elements, flat and new; None where C code cannot read the tensors."""
     functions = compiled_functions()
-    fits = codes.dtype == form.dtype and absmax.dtype == torch.float32 and codes.numel() == form.count_codes(count)
-    if functions is None or not count or not fits or absmax.numel() != -(-count // block):
+    if functions is None or not count or not _fits(codes, absmax, form, block, count):
         return None
-    for tensor in (codes, absmax):
-        if not (has_address(tensor) and tensor.is_contiguous()):
-            return None
     value = torch.empty(count, **FP32_ON_CPU)
     _share(functions, "decode_blocks", form.operand(codes, absmax, block), value, block)
     return value
+
+
+def _fits(codes: Tensor, absmax: Tensor, form: BlockCodes, block: int, count: int) -> bool:
+    """Whether tensors are those of a number of elements, as C code reads them."""
+    if codes.dtype != form.dtype or absmax.dtype != torch.float32:
+        return False
+    if codes.numel() != form.count_codes(count) or absmax.numel() != -(-count // block):
+        return False
+    return all(has_address(tensor) and tensor.is_contiguous() for tensor in (codes, absmax))
 
 
 def _share(functions: Functions, name: str, operand: MomentOperand, value: Tensor, block: int) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from optstate.kernels import eager, native
-from optstate.kernels.addresses import box_of, functions_reading, has_address, number_of, product_operand
+from optstate.kernels.addresses import box_of, functions_reading, has_address, number_at_hand, product_operand
 from optstate.kernels.native import WeightOperand, WriteKind
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.rounding import Noise, noise_key, round_bf16
 from optstate.kernels.weight_codec import CompiledCodec, WeightCodec
 
 __all__ = [
+    "FP32_ON_CPU",
     "add_weight",
     "all_finite",
     "apply_update",
@@ -31,6 +32,7 @@ __all__ = [
     "moved",
     "moved_to_square",
     "multiply_out",
+    "note_written",
     "rounded_bf16",
     "sum_of_squares",
     "sums",
@@ -201,7 +203,7 @@ def _move(current: Tensor, new: Tensor, product: Product, weight: Scalar, eps: f
     """Write `current`, moved towards the value, or with `eps` towards its square, to `new`; False if C code cannot."""
     dense = product.dense
     functions = functions_reading(dense, current, new)
-    share = None if functions is None or dense.shape != current.shape else number_of(weight)
+    share = None if functions is None or dense.shape != current.shape else number_at_hand(weight)
     operand = None if share is None else product_operand(product)
     if functions is None or share is None or operand is None:
         return False
@@ -210,7 +212,7 @@ def _move(current: Tensor, new: Tensor, product: Product, weight: Scalar, eps: f
     native.share(
         functions["move_towards"], (*addresses, squared, share, eps or 0.0), count, native.TILE, count // CHEAP
     )
-    _note_written(new)
+    note_written(new)
     return True
 
 
@@ -235,7 +237,7 @@ def apply_update(
     dense = product.dense
     functions = functions_reading(param, dense)
     operand = product_operand(product) if functions is not None and dense.shape == param.shape else None
-    keep = number_of(1 - decay) if operand is not None else None
+    keep = number_at_hand(1 - decay) if operand is not None else None
     weight = None if keep is None else _weight_operand(param, codec, start)
     if functions is None or operand is None or weight is None:
         eager.apply_update(param, product, decay, codec, start)
@@ -243,15 +245,15 @@ def apply_update(
     count = param.numel()
     addresses = ctypes.byref(operand), ctypes.byref(weight[0]), weight[1], keep
     native.share(functions["apply_product"], addresses, count, native.TILE, count)
-    _note_written(param)
+    note_written(param)
     if codec is not None and codec.compiled is not None and codec.compiled.extra is not None:
-        _note_written(codec.compiled.extra)
+        note_written(codec.compiled.extra)
 
 
 def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec | None, start: int) -> None:
     """Add a multiple of a parameter's value to a tensor, in place; see `eager.add_weight`."""
     functions = functions_reading(target, param)
-    number = number_of(scale) if functions is not None and target.dtype == torch.float32 else None
+    number = number_at_hand(scale) if functions is not None and target.dtype == torch.float32 else None
     fits = number is not None and target.shape == param.shape
     weight = _weight_operand(param, codec, start) if fits and param.numel() else None
     if functions is None or weight is None:
@@ -259,7 +261,7 @@ def add_weight(target: Tensor, param: Tensor, scale: Scalar, codec: WeightCodec 
         return
     addresses, count = (ctypes.byref(weight[0]), target.data_ptr(), number), param.numel()
     native.share(functions["add_weight"], addresses, count, native.TILE, count // CHEAP)
-    _note_written(target)
+    note_written(target)
 
 
 def rounded_bf16(value: Tensor, noise: Noise) -> Tensor:
@@ -313,7 +315,7 @@ def _operand_of(param: Tensor, way: CompiledCodec, start: int) -> WeightInBox | 
     return operand, None if box is None else ctypes.byref(box)
 
 
-def _note_written(tensor: Tensor) -> None:
+def note_written(tensor: Tensor) -> None:
     """Move the version of a tensor, as operators of PyTorch do: a graph that needs the old values is refused then."""
     if not tensor.is_inference():
         increment_version(tensor)

@@ -149,6 +149,13 @@ class Store:
         """
         raise NotImplementedError
 
+    def encode_into(self, fields: Fields, value: Tensor) -> bool:
+        """Make the fields stand for `value` without a copy in between; return False, with nothing written, if not.
+
+        Only for stores whose encoding needs neither random bits nor other devices.
+        """
+        return False
+
     def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
         """Encode the part of the parameter on this device into the parts of the fields here; see `encode`.
 
@@ -301,6 +308,10 @@ class Statistic:
     def commit(self) -> None:
         """Write what was held back, of a slice or of a parameter that is whole here."""
         held = self._held
+        if held is not None and self.guard.finite is None:
+            self.guard.begin_writing()
+            if self.store.encode_into(self.fields, held):
+                return
         self._write(self._held_fields if held is None else run_alone(self.store.encode_part(self, held)))
 
     def commit_part(self) -> Requests[None]:

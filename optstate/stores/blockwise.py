@@ -98,6 +98,10 @@ class Blockwise(Store):
         codes, maxima = zip(*parts, strict=True)
         return {"codes": joined(codes), "absmax": joined(maxima)}
 
+    def encode_into(self, fields: Fields, value: Tensor) -> bool:
+        codes, absmax = fields["codes"].view(-1), fields["absmax"].view(-1)
+        return self.form is not None and kernels.write_blocks(value, codes, absmax, self.form, self.block)
+
     def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
         """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""
         step = max(kernels.slice_elements(device) // 2 // self.block, 1) * self.block
