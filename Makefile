@@ -24,6 +24,7 @@ check: .venv/ready-test ## format, lint, types, import layers
 
 bench: .venv/ready-bench ## speed and memory beside the peers, with goals
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.json
+	$(BIN)/python benchmarks/composed.py --json benchmarks/results/composed.json
 	$(BIN)/python benchmarks/host.py --json benchmarks/results/host.json
 	$(BIN)/python benchmarks/low_bit.py --json benchmarks/results/low_bit.json
 	$(BIN)/python benchmarks/checkpoint.py --json benchmarks/results/checkpoint.json

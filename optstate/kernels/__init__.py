@@ -4,14 +4,22 @@ A kernel reads a `Product` (a gradient times its factors, not yet multiplied out
 sums it up or writes it into a parameter. Kernels know nothing of recipes, stores or optimizers.
 """
 
+from optstate.kernels.backend import compiled_functions
+from optstate.kernels.blocks import BlockCodes, decode_blocks, encode_blocks, write_blocks
+from optstate.kernels.changes import measure_adam
 from optstate.kernels.chunking import Piece, chunk_elements, chunks, cut_into_pieces, slice_elements
 from optstate.kernels.codebook import Codebook, dynamic_map, linear_map
-from optstate.kernels.eager import (
+from optstate.kernels.primitives import (
     add_weight,
+    all_finite,
     apply_update,
     ema,
     ema_of_square,
+    inverse_root,
+    moved,
+    moved_to_square,
     multiply_out,
+    rounded_bf16,
     sum_of_squares,
     sums,
     sums_of_difference,
@@ -19,15 +27,16 @@ from optstate.kernels.eager import (
     values,
     weight_sum_of_squares,
 )
-from optstate.kernels.primitives import all_finite
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
 from optstate.kernels.rounding import Noise, known_finite, noise_key, round_bf16, round_fp16
-from optstate.kernels.weight_codec import WeightCodec
+from optstate.kernels.weight_codec import CompiledCodec, WeightCodec
 
 __all__ = [
+    "BlockCodes",
     "Codebook",
+    "CompiledCodec",
     "Noise",
     "Piece",
     "Product",
@@ -38,20 +47,28 @@ __all__ = [
     "apply_update",
     "chunk_elements",
     "chunks",
+    "compiled_functions",
     "cut_into_pieces",
+    "decode_blocks",
     "device_type",
     "dynamic_map",
     "ema",
     "ema_of_square",
+    "encode_blocks",
     "global_index",
+    "inverse_root",
     "known_finite",
     "linear_map",
+    "measure_adam",
+    "moved",
+    "moved_to_square",
     "multiply_out",
     "noise_key",
     "rehearsal",
     "rehearsing",
     "round_bf16",
     "round_fp16",
+    "rounded_bf16",
     "slice_elements",
     "sum_of_squares",
     "sums",
@@ -60,4 +77,5 @@ __all__ = [
     "values",
     "weight_sum_of_squares",
     "worth_running",
+    "write_blocks",
 ]

@@ -8,13 +8,19 @@ triton: steps in Triton, on CUDA devices.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Generator, Mapping
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 
 from optstate.kernels import native
 from optstate.kernels.triton_steps import why_no_triton
 
-__all__ = ["BACKENDS", "check_backend", "choose_backend"]
+__all__ = ["BACKENDS", "check_backend", "choose_backend", "compiled_functions", "run_on"]
+
+T = TypeVar("T")
 
 BACKENDS = ("auto", "eager", "native", "triton")
 
@@ -22,6 +28,10 @@ VARIABLE = "OPTSTATE_BACKEND"
 """The environment variable that decides where an optimizer leaves the choice open; read when this is imported."""
 
 CHOSEN_OUTSIDE = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+
+
+_CHOSEN: ContextVar[str] = ContextVar("_CHOSEN", default="auto")
+"""The backend of the loops of the step at hand."""
 
 
 def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
@@ -57,6 +67,32 @@ def check_backend(backend: str) -> None:
     missing = {"native": native.why_missing(), "triton": why_no_triton(torch.device("cuda"))}.get(backend, "")
     if missing:
         raise ValueError(f'backend="{backend}" cannot be used: {missing}; "auto" takes what there is')
+
+
+def compiled_functions() -> Mapping[str, Callable[..., Any]] | None:
+    """Return the compiled functions if the loops of the step at hand are theirs on a CPU; None if they are eager."""
+    return _functions_of(_CHOSEN.get())
+
+
+@cache
+def _functions_of(backend: str) -> Mapping[str, Callable[..., Any]] | None:
+    """Return the compiled functions if a backend uses them; found once, as every call counts in a small step."""
+    chosen, _ = choose_backend(backend, torch.device("cpu"))
+    return native.opened()[0] if chosen == "native" else None
+
+
+def run_on(backend: str, requests: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Run a computation that asks for sums, with the loops of a backend; what runs in between is not concerned."""
+    reply = None
+    while True:
+        token = _CHOSEN.set(backend)
+        try:
+            request = requests.send(reply)
+        except StopIteration as stop:
+            return cast(T, stop.value)
+        finally:
+            _CHOSEN.reset(token)
+        reply = yield request
 
 
 def _why_not(backend: str, device: torch.device) -> str:

@@ -24,12 +24,12 @@ __all__ = [
     "apply_update",
     "ema",
     "ema_of_square",
+    "is_as_it_is",
     "multiply_out",
     "sum_of_squares",
     "sums",
     "sums_of_difference",
     "sums_of_rows",
-    "values",
     "weight_sum_of_squares",
 ]
 
@@ -162,11 +162,11 @@ def multiply_out(product: Product) -> Tensor:
     return result
 
 
-def values(product: Product) -> Tensor:
-    """Return what `multiply_out` returns, or `dense` itself, not to be written, where the two are equal."""
+def is_as_it_is(product: Product) -> bool:
+    """Return whether a product is its dense tensor, in the dtype of arithmetic."""
     dense = product.dense
     as_is = not product.factors and product.bound is None and product.finite is None and _is_one(product.scale)
-    return dense if as_is and dense.dtype == accumulator_dtype(dense.dtype) else multiply_out(product)
+    return as_is and dense.dtype == accumulator_dtype(dense.dtype)
 
 
 def ema(target: Tensor, product: Product, weight: Scalar) -> None:

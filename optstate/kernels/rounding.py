@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -10,6 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from optstate.kernels import native
+from optstate.kernels.addresses import box_of
+from optstate.kernels.backend import compiled_functions
 from optstate.kernels.regions import global_index
 from optstate.spec import Region, is_fake
 
@@ -54,12 +58,29 @@ class Noise:
     def bits16(self, count: int, device: torch.device) -> Tensor:
         """Return the random bits of `count` elements from `start` on: int16 `[count]`, uniform over all values."""
         key = noise_key(self.name, self.step, self.seed)
+        found = _compiled_bits16(key, self, count) if device.type == "cpu" else None
+        if found is not None:
+            return found
         if self.region is None:
             return random_bits16(key, self.start, count, device)
         if self.region.start is not None:
             return random_bits16(key, self.region.start + self.start, count, device)
         index = global_index(self.region, self.start, count, device)
         return _scattered_bits16(key, index, math.prod(self.region.whole))
+
+
+def _compiled_bits16(key: int, noise: Noise, count: int) -> Tensor | None:
+    """Return the random bits as compiled loops make them; None where these are not used."""
+    functions, region = compiled_functions(), noise.region
+    bits = None if functions is None else torch.empty(count, dtype=torch.int16, device="cpu")
+    box = None if region is None or region.start is not None else box_of(region)
+    scattered = region is not None and region.start is None
+    if functions is None or bits is None or type(bits) is not Tensor or (scattered and box is None):
+        return None
+    start = noise.start + (0 if region is None or region.start is None else region.start)
+    where = None if box is None else ctypes.byref(box)
+    native.share(functions["fill_random_bits"], (key, where, start, bits.data_ptr()), count, native.TILE, count)
+    return bits
 
 
 def noise_key(name: str, step: int, seed: int = 0) -> int:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-__all__ = ["WeightCodec"]
+from optstate.kernels.native import WriteKind
+from optstate.kernels.rounding import Noise
+
+__all__ = ["CompiledCodec", "WeightCodec"]
+
+
+@dataclass(frozen=True)
+class CompiledCodec:
+    """What a codec does, in words that the compiled loops know.
+
+    Attributes:
+        how: the way of writing.
+        extra: what is kept beside the parameter, of the whole local parameter, flat.
+        noise: the random bits, from the first element of the local parameter on.
+    """
+
+    how: WriteKind
+    extra: Tensor | None = None
+    noise: Noise | None = None
 
 
 class WeightCodec:
@@ -18,6 +37,11 @@ class WeightCodec:
 
     adds_bits: ClassVar[bool] = False
     """Whether the value has more bits than the parameter holds, kept elsewhere by the codec."""
+
+    @property
+    def compiled(self) -> CompiledCodec | None:
+        """What the codec does, for the compiled loops; None if they do not know its way."""
+        return None
 
     def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
         """Write the fp32 value of the chunk `param` into `out`, a tensor of its shape, and return `out`."""

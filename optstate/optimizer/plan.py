@@ -17,10 +17,13 @@ from optstate.stores import Store
 from optstate.updates import Chain, Hyper, Route, as_route, clip_by_value
 from optstate.weights import Plain, Weights, as_weights
 
-__all__ = ["TRANSFORMS", "ParamPlan", "Plan", "SlotPlan", "StateLayout", "plan_parameter"]
+__all__ = ["PRIMITIVES", "TRANSFORMS", "ParamPlan", "Plan", "SlotPlan", "StateLayout", "plan_parameter"]
 
 TRANSFORMS = "transforms"
 """What the plan calls a step that is made by the transforms of the chain, one after the other."""
+
+PRIMITIVES = "native primitives"
+"""The same where the loops of the transforms are compiled ones."""
 
 SMALL_SCRATCH = 1_000_000
 """Bytes of temporaries not worth a note."""
@@ -201,8 +204,9 @@ class ParamPlan:
         return self.first_sliced is not None and self.spec.local_numel > self.slice_elements(device)
 
     def slice_elements(self, device: torch.device) -> int:
-        """How many elements a slice has: half as many if a statistic is in codes, whose making needs more buffers."""
-        return kernels.slice_elements(device) // (2 if self.alignment > 1 else 1)
+        """How many elements a slice has: half as many where eager PyTorch makes codes, which takes more buffers."""
+        is_compiled = device.type == "cpu" and not kernels.rehearsing() and kernels.compiled_functions() is not None
+        return kernels.slice_elements(device) // (1 if self.alignment == 1 or is_compiled else 2)
 
     def rounds_by_name(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with the group's hyper-parameters uses random bits, which are a function of the name."""
@@ -284,18 +288,23 @@ class Plan:
                     str(param.weights),
                     step.partition(" (")[0],
                     "; ".join(
-                        param.notes if step and not step.startswith(TRANSFORMS) else (*param.notes, *param.scratch_note)
+                        param.notes if step and not _is_of_transforms(step) else (*param.notes, *param.scratch_note)
                     ),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         legend = [f"chain {i}: {text}" for i, text in enumerate(chains, 1)]
-        whys = Counter(step for step in self.steps if step.startswith(TRANSFORMS))
+        whys = Counter(step for step in self.steps if _is_of_transforms(step))
         legend += [f"{step}: {count} of {len(self)} parameters" for step, count in whys.items()]
         share = f", {self.nbytes / self.elements:.4f} per element" if self.elements else ""
         total = f"{len(self)} parameters, {self.elements} elements, {_bytes(self.nbytes)} of state{share}"
         return "\n".join([*legend, *table, total])
+
+
+def _is_of_transforms(step: str) -> bool:
+    """Whether the words of a step say that the transforms make it."""
+    return step.startswith((TRANSFORMS, PRIMITIVES))
 
 
 def plan_parameter(spec: ParamSpec, route: Route, weights: Weights | str, trainable: bool) -> ParamPlan:

@@ -16,6 +16,7 @@ from optstate.distributed.agreement import Agreement, LostProcessError, describe
 from optstate.distributed.placement import here
 from optstate.distributed.sums import run_together
 from optstate.kernels import Scalar
+from optstate.kernels.backend import run_on
 from optstate.optimizer import alike
 from optstate.optimizer.broken_step import Consistency, InconsistentStateError
 from optstate.optimizer.chain_step import context, run_chain
@@ -294,7 +295,8 @@ class StepRunner:
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
         ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale)
-        return run_chain(plan, state, ctx, found), whole_state, ctx
+        requests = run_chain(plan, state, ctx, found)
+        return requests if leaf.backend == "auto" else run_on(leaf.backend, requests), whole_state, ctx
 
     def _before_write(self, name: str, param: Tensor, part: Tensor, state: Mapping[str, Any]) -> None:
         """Mark a parameter as being written, and tell autograd, which must refuse graphs that need the old values.

@@ -149,6 +149,13 @@ class Store:
         """
         raise NotImplementedError
 
+    def encode_into(self, fields: Fields, value: Tensor) -> bool:
+        """Make the fields stand for `value` without a copy in between; return False, with nothing written, if not.
+
+        Only for stores whose encoding needs neither random bits nor other devices.
+        """
+        return False
+
     def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
         """Encode the part of the parameter on this device into the parts of the fields here; see `encode`.
 
@@ -288,7 +295,7 @@ class Statistic:
             self.guard.begin_writing()
             kernels.ema(self.fields[""], self._flagged(value), weight)
         else:
-            self._held = torch.lerp(self.read(), kernels.values(value), weight)
+            self._held = kernels.moved(self.read(), value, weight)
 
     def hold_ema_of_square(self, value: Product, weight: Scalar, eps: float) -> None:
         """Elementwise moving average towards `value**2 + eps`."""
@@ -296,12 +303,15 @@ class Statistic:
             self.guard.begin_writing()
             kernels.ema_of_square(self.fields[""], self._flagged(value), weight, eps)
             return
-        square = kernels.values(value).square()
-        self._held = torch.lerp(self.read(), square if eps == 0 else square.add_(eps), weight)
+        self._held = kernels.moved_to_square(self.read(), value, weight, eps)
 
     def commit(self) -> None:
         """Write what was held back, of a slice or of a parameter that is whole here."""
         held = self._held
+        if held is not None and self.guard.finite is None:
+            self.guard.begin_writing()
+            if self.store.encode_into(self.fields, held):
+                return
         self._write(self._held_fields if held is None else run_alone(self.store.encode_part(self, held)))
 
     def commit_part(self) -> Requests[None]:

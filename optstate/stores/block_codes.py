@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from optstate import kernels, store_layouts
-from optstate.kernels import Codebook, Noise, Piece, dynamic_map, linear_map
+from optstate.kernels import BlockCodes, Codebook, Noise, Piece, dynamic_map, linear_map
+from optstate.kernels.native import MomentKind
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.store_layouts import Layouts
 from optstate.stores.axes import axis_maxima, broadcast_axes, whole_axis_maxima
@@ -31,6 +32,14 @@ LINEAR_4 = Codebook(linear_map(4), name="linear4")
 EVERY_E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 E4M3 = Codebook((EVERY_E4M3 / LARGEST_E4M3).tolist())
 """Only read: PyTorch writes 8-bit floats itself, and reads them five times as slowly as this table."""
+
+
+@cache
+def compiled_form(kind: MomentKind) -> BlockCodes:
+    """Return a format as the compiled loops know it, made at the first use."""
+    books = {MomentKind.SIGNED8: SIGNED_8, MomentKind.UNSIGNED8: UNSIGNED_8}
+    books |= {MomentKind.SIGNED4: SIGNED_4, MomentKind.LINEAR4: LINEAR_4}
+    return BlockCodes.of(books.get(kind, E4M3), kind)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,12 @@ class Block8(Blockwise):
     @property
     def codebook(self) -> Codebook:
         return SIGNED_8 if self.signed else UNSIGNED_8
+
+    @property
+    def form(self) -> BlockCodes | None:
+        if type(self) is not Block8:  # a subclass may write other codes
+            return None
+        return compiled_form(MomentKind.SIGNED8 if self.signed else MomentKind.UNSIGNED8)
 
     def decode(self, codes: Tensor, count: int) -> Tensor:
         return self.codebook.decode(codes)
@@ -111,6 +126,12 @@ class Block4(Blockwise):
     @property
     def codebook(self) -> Codebook:
         return SIGNED_4 if self.signed else LINEAR_4
+
+    @property
+    def form(self) -> BlockCodes | None:
+        if type(self) is not Block4:  # a subclass may write other codes
+            return None
+        return compiled_form(MomentKind.SIGNED4 if self.signed else MomentKind.LINEAR4)
 
     def _layouts(self, shape: tuple[int, ...]) -> Layouts:
         return store_layouts.packed_blocks(shape, self.block)
@@ -188,6 +209,12 @@ class Float8(Blockwise):
 
     def _layouts(self, shape: tuple[int, ...]) -> Layouts:
         return store_layouts.blocks(shape, self.block, codes="float8_e4m3fn")
+
+    @property
+    def form(self) -> BlockCodes | None:
+        if type(self) is not Float8:  # a subclass may write other codes
+            return None
+        return compiled_form(MomentKind.SIGNED_E4M3 if self.signed else MomentKind.UNSIGNED_E4M3)
 
     def decode(self, codes: Tensor, count: int) -> Tensor:
         return E4M3.decode(codes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optstate import kernels, store_layouts
-from optstate.kernels import Codebook, Noise, global_index
+from optstate.kernels import BlockCodes, Codebook, Noise, global_index
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.store_layouts import FEWEST_CODED, Layouts
 from optstate.stores.base import Fields, Shape, Statistic, Store
@@ -52,6 +52,11 @@ class Blockwise(Store):
     def scale_block(self) -> int:
         return self.block
 
+    @property
+    def form(self) -> BlockCodes | None:
+        """The format of the codes, for the compiled loops; None if they do not know it."""
+        return None
+
     def as_recorded(self, signed: bool, block: int) -> Store:
         return replace(self, signed=signed, block=block or self.block)
 
@@ -70,6 +75,9 @@ class Blockwise(Store):
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
         count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"].view(-1)
+        compiled = None if self.form is None else kernels.decode_blocks(codes, absmax, self.form, self.block, count)
+        if compiled is not None:
+            return compiled.view(shape)
         ranges = self._ranges(count, absmax.device)
         if len(ranges) == 1:
             return self._read(codes, absmax, count).view(shape)
@@ -83,9 +91,16 @@ class Blockwise(Store):
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         flat = value.to(torch.float32).reshape(-1)
+        compiled = None if self.form is None else kernels.encode_blocks(flat, self.form, self.block)
+        if compiled is not None:
+            return {"codes": compiled[0], "absmax": compiled[1]}
         parts = [self._encode(flat[first:last]) for first, last in self._ranges(flat.numel(), flat.device)]
         codes, maxima = zip(*parts, strict=True)
         return {"codes": joined(codes), "absmax": joined(maxima)}
+
+    def encode_into(self, fields: Fields, value: Tensor) -> bool:
+        codes, absmax = fields["codes"].view(-1), fields["absmax"].view(-1)
+        return self.form is not None and kernels.write_blocks(value, codes, absmax, self.form, self.block)
 
     def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
         """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""

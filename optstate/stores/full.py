@@ -80,6 +80,5 @@ class Full(Store):
 
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         if self.is_random(weight):
-            value = value.float().contiguous()
-            value = kernels.round_bf16(value, noise.bits16(value.numel(), value.device).view(value.shape))
+            value = kernels.rounded_bf16(value.float().contiguous(), noise)
         return {"": value}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optstate.distributed.sums import lock_step
+from optstate.kernels.backend import run_on
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, StateLayout, plan_parameter
@@ -50,6 +51,7 @@ class DevicePart:
         assert spec.region is not None
         self.region = spec.region
         self.whole_step = find_whole_step(self.plan, torch.device("cpu")).step
+        self.backend = "auto"
         self.state: dict[str, Any] = {}
         for key, layout in self.plan.layouts.items():
             self.state[key] = torch.zeros(layout.shape, dtype=layout.dtype)[self.index(layout)].clone()
@@ -73,7 +75,7 @@ class DevicePart:
         if not self.plan.guards:
             guard.check(torch.isfinite(grad).all())
         ctx = context(self.plan, self.state, param, grad, group, step, guard)
-        requests: Any = run_chain(self.plan, self.state, ctx, self.whole_step)
+        requests: Any = run_on(self.backend, run_chain(self.plan, self.state, ctx, self.whole_step))
         reply = None
         while True:
             try:
@@ -108,6 +110,7 @@ class CutParameter:
         self.devices = [self._part(place) for place in product(*map(range, parts))]
         if any(part.whole_step is None for part in self.devices):  # the same arithmetic on both sides
             self.optimizer.use_backend("eager")
+            self.use_backend("eager")
         self.params = [self.whole.detach()[part.region.index].clone() for part in self.devices]
         self.rounds: list[int] = []
 
@@ -123,20 +126,26 @@ class CutParameter:
         """The plan of the first device."""
         return self.devices[0].plan
 
+    def use_backend(self, backend: str) -> None:
+        """Have the loops of the devices made by a backend."""
+        for part in self.devices:
+            part.backend = backend
+
     def train(self, steps: int) -> None:
         """Make steps on all devices, and on the whole parameter."""
         for step in range(1, steps + 1):
             grad = gradient_of(self.shape, step).to(self.whole.dtype)
-            group = self.optimizer.param_groups[0]
-            self.rounds.append(0)
-            with torch.no_grad():
-                runs = [
-                    part.step(param, grad[part.region.index].clone(), group, step)
-                    for part, param in zip(self.devices, self.params, strict=True)
-                ]
-                lock_step(runs, self._reply)  # type: ignore[arg-type]
+            self.step_parts([grad[part.region.index].clone() for part in self.devices], step)
             self.whole.grad = grad.clone()
             self.optimizer.step()
+
+    def step_parts(self, grads: Sequence[Tensor], step: int) -> None:
+        """Make one step on all devices, each with its part of the gradient."""
+        group = self.optimizer.param_groups[0]
+        self.rounds.append(0)
+        with torch.no_grad():
+            everything = zip(self.devices, self.params, grads, strict=True)
+            lock_step([part.step(param, grad, group, step) for part, param, grad in everything], self._reply)  # type: ignore[arg-type]
 
     def _reply(self, pending: list[tuple[DevicePart, Any]]) -> list[Any]:
         self.rounds[-1] += 1

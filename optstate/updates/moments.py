@@ -142,12 +142,10 @@ class scale_by_adam(Transform):
         yield from second.ema_of_square(update, 1 - beta2)  # first: it may refuse the gradient
         yield from first.ema(update, 1 - beta1)
         correction, scale = math.sqrt(1 - beta2**ctx.step), 1 / (1 - beta1**ctx.step)
-        root = second.compact().sqrt()
         if self.eps_hat:
-            scale *= correction
-        else:
-            root = root.div_(correction)
-        return Update(first.read(), (root.add_(ctx.read(self.eps)).reciprocal_(),), scale=scale, finite=update.finite)
+            scale, correction = scale * correction, 1.0
+        inverse_root = kernels.inverse_root(second.compact(), correction, ctx.read(self.eps))
+        return Update(first.read(), (inverse_root,), scale=scale, finite=update.finite)
 
 
 @dataclass(frozen=True)

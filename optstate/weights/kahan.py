@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from optstate import store_layouts
-from optstate.kernels import WeightCodec
+from optstate.kernels import CompiledCodec, WeightCodec
+from optstate.kernels.native import WriteKind
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
 from optstate.weights.plain import Plain
@@ -47,6 +49,10 @@ class _Compensated(WeightCodec):
     compensation: Tensor
 
     adds_bits = True
+
+    @cached_property
+    def compiled(self) -> CompiledCodec:
+        return CompiledCodec(WriteKind.KAHAN, self.compensation)
 
     def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
         return out.copy_(param).add_(self._of(param, start))

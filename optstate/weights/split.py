@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from optstate import store_layouts
-from optstate.kernels import WeightCodec, known_finite
+from optstate.kernels import CompiledCodec, WeightCodec, known_finite
+from optstate.kernels.native import WriteKind
 from optstate.spec import FieldSpec, ParamSpec
 from optstate.weights.base import Weights
 from optstate.weights.plain import Plain
@@ -76,6 +78,10 @@ class _Halves(WeightCodec):
     dropped: int
 
     adds_bits = True
+
+    @cached_property
+    def compiled(self) -> CompiledCodec:
+        return CompiledCodec(WriteKind.SPLIT8 if self.dropped else WriteKind.SPLIT16, self.correction)
 
     def read(self, param: Tensor, start: int, out: Tensor) -> Tensor:
         word, correction = out.view(torch.int32), self._of(param, start)

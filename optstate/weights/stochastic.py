@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optstate.kernels import Noise, WeightCodec, round_bf16, round_fp16
+from optstate.kernels import CompiledCodec, Noise, WeightCodec, round_bf16, round_fp16
+from optstate.kernels.native import WriteKind
 from optstate.spec import ParamSpec
 from optstate.weights.base import Weights
 from optstate.weights.plain import Plain
@@ -49,6 +51,10 @@ class _Stochastic(WeightCodec):
     """The codec of `StochasticRounding`."""
 
     noise: Noise
+
+    @cached_property
+    def compiled(self) -> CompiledCodec:
+        return CompiledCodec(WriteKind.STOCHASTIC, noise=self.noise)
 
     def write(self, param: Tensor, value: Tensor, start: int) -> None:
         bits = self.noise.at(start).bits16(value.numel(), value.device).view(value.shape)

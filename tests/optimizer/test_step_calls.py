@@ -82,8 +82,9 @@ def test_a_hook_reaches_every_kernel_in_seven_frames_and_the_weight_in_120_calls
     before = param.detach().clone()
     calls = Calls().of(loss.backward)
     assert not torch.equal(param, before)
-    assert calls.deepest <= 7  # hook, arrival, runner, chain, whole step, kernel; or, in eager, transform and store
-    assert 60 < calls.after_hook < 120
+    # hook, arrival, runner, chain, whole step, kernel; or, in eager, the choice of a backend, transform and store
+    assert calls.deepest <= 7 + (backend == "eager")
+    assert 60 < calls.after_hook < (140 if backend == "eager" else 120)
     optimizer.step()
 
 

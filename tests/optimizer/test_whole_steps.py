@@ -475,7 +475,9 @@ def test_a_subclass_of_a_transform_is_run_and_not_its_base() -> None:
         optimizer.step()
         results.append(param.detach())
         steps = optimizer.plan().steps
-        assert steps == (("transforms (a part of this chain is not the library's own)",) if lr == 0.01 else steps)
+        assert steps == (
+            ("native primitives (a part of this chain is not the library's own)",) if lr == 0.01 else steps
+        )
     assert torch.allclose(*results, rtol=1e-6)
 
 

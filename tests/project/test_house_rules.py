@@ -54,8 +54,14 @@ LOOK_PRIVATE = {
 NOBODYS_MEMBERS = {"array._tensor": "an attribute that files/tensor_bytes.py gives an array to keep its memory alive"}
 """Attributes that only share their name with a member of a class of ours."""
 
+LOOPS = (
+    *("add_weight", "apply_update", "ema", "ema_of_square", "multiply_out", "sum_of_squares", "sums"),
+    *("sums_of_difference", "sums_of_rows", "weight_sum_of_squares"),
+)
+
 SAME_NAMES: dict[str, str] = {
     "words_of_ours": "every format has one, which its Format names",
+    **dict.fromkeys(LOOPS, "a loop in eager PyTorch, and the choice between that and the compiled one"),
 }
 """Public names with more than one home, each with the reason."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -49,6 +49,13 @@ class Figures:
     new_update: float = 0.0
     zeros: int = 0
     inflation: float = 1.0
+
+    @staticmethod
+    def of(elements: int, numbers: Sequence[float]) -> Figures:
+        """Make the figures of what `kernels.measure_adam` found of a number of elements."""
+        value, error, update, update_error, new_update, zeros, growth = numbers
+        inflation = max(1.0, math.sqrt(growth))
+        return Figures(elements, value, error, update, update_error, new_update, max(0, int(zeros)), inflation)
 
     def add(self, other: Figures) -> None:
         """Take in the figures of another part."""

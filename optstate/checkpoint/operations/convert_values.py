@@ -74,9 +74,17 @@ class _Moment:
     bias: float
     pair: _Pair | None
 
+    def value_of(self, piece: Piece) -> Tensor:
+        """Return the value of a piece, flat."""
+        return piece.of(self.value).reshape(-1)
+
+    def new_value_of(self, piece: Piece) -> Tensor | None:
+        """Return what the value of a piece becomes, flat; None if it is kept."""
+        return None if self.pair is None else self.pair.new(piece)
+
     def old(self, piece: Piece) -> Tensor:
         """Return the average proper of a piece, flat; the value itself where nothing corrects it."""
-        return _unbiased(piece.of(self.value).reshape(-1), self.bias)
+        return _unbiased(self.value_of(piece), self.bias)
 
 
 class Recoder:
@@ -186,6 +194,23 @@ class _Comparison:
 
     def of(self, piece: Piece) -> tuple[list[Figures], Figures]:
         """Figures of every pair, and of the update with all changes at once."""
+        return self._at_once(piece) or self._one_by_one(piece)
+
+    def _at_once(self, piece: Piece) -> tuple[list[Figures], Figures] | None:
+        """Measure Adam's moments in one pass; None where another statistic changes, too, or C code cannot."""
+        first, second = self.first, self.second
+        if first is None or second is None or any(pair not in (first.pair, second.pair) for pair in self.pairs):
+            return None
+        old = first.value_of(piece), second.value_of(piece)
+        new = first.new_value_of(piece), second.new_value_of(piece)
+        measured = kernels.measure_adam(old, new, (first.bias, second.bias), self.eps)
+        if measured is None:
+            return None
+        of_first, of_second, of_both = (Figures.of(piece.stop - piece.start, numbers) for numbers in measured)
+        return [of_first if pair is first.pair else of_second for pair in self.pairs], of_both
+
+    def _one_by_one(self, piece: Piece) -> tuple[list[Figures], Figures]:
+        """Measure any statistics, operation by operation."""
         v = self.second.old(piece) if self.second else None
         m = self.first.old(piece) if self.first else None if v is None else v.sqrt()  # a gradient as large as v says
         root = find_divisor(v, self.eps)

@@ -41,6 +41,42 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "apply_average": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "step_maxima": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "finish_maxima": (None, (ctypes.c_void_p,)),
+    "multiply_out": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "move_towards": (
+        None,
+        (
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
+            *(ctypes.c_float, ctypes.c_float, ctypes.c_int64, ctypes.c_int64),
+        ),
+    ),
+    "invert_roots": (
+        None,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float, ctypes.c_int64, ctypes.c_int64),
+    ),
+    "sum_squares": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "join_columns": (None, (ctypes.c_void_p,)),
+    "sum_rows": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "measure_product": (
+        None,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+    ),
+    "measure_weight": (
+        None,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+    ),
+    "fill_random_bits": (
+        None,
+        (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+    ),
+    "apply_product": (
+        None,
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int64),
+    ),
+    "store_weight": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "add_weight": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int64)),
+    "encode_blocks": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "decode_blocks": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "measure_change": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
 }
 """Result and arguments of every function; each has a name for each kind of processor."""
 

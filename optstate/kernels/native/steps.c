@@ -16,7 +16,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 #define TILE 1024  /* elements; four fp32 buffers of a tile fill half of a first-level cache of 32 KiB */
 #define LANES 16
 
@@ -933,3 +933,5 @@ EXPORT void NAMED(finish_maxima, FOR_CPU)(const MaximaStep *s) {
         EACH(j, s->cols) s->col[j] = more[j] > s->col[j] ? more[j] : s->col[j];
     }
 }
+
+#include "primitives.c"

@@ -1,4 +1,4 @@
-"""The structures that the C code reads, field by field as in steps.c: both change together, with `ABI_VERSION`."""
+"""The structures that the C code reads, field by field as there: both change together, with `ABI_VERSION`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import torch
 
 __all__ = [
     "ABI_VERSION",
+    "MOST_DIMENSIONS",
+    "MOST_FACTORS",
     "NUMBERS",
+    "BoxOperand",
     "Elementwise",
     "FactoredStep",
     "GradientOperand",
     "MaximaStep",
+    "MomentChange",
     "MomentKind",
     "MomentOperand",
+    "ProductOperand",
+    "SquareSums",
     "StepRule",
     "WeightOperand",
     "WriteKind",
 ]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the C code calls the dtypes of parameters and gradients that it knows."""
@@ -160,4 +166,51 @@ class MaximaStep(ctypes.Structure):
         *_counts("rows", "cols", "parts"),
         *_pointers("row", "col", "col_parts"),
         *_numbers("eps", "step", "keep", "first_weight"),
+    ]
+
+
+MOST_FACTORS, MOST_DIMENSIONS = 4, 8
+"""How many factors of a product and how many dimensions of a box there is room for."""
+
+
+class ProductOperand(ctypes.Structure):
+    """A product that is not multiplied out: a tensor, clamped first, times factors and a scale.
+
+    The dimensions along which all factors run alike are joined, so that three are left: `strides` has three numbers for
+    every factor, `rows` and `cols` are the sizes of the last two.
+    """
+
+    _fields_ = [
+        ("dense", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p * MOST_FACTORS),
+        ("strides", ctypes.c_int64 * (3 * MOST_FACTORS)),
+        *_counts("rows", "cols"),
+        *_choices("type", "factors"),
+        *_numbers("bound", "scale"),
+    ]
+
+
+class BoxOperand(ctypes.Structure):
+    """The part of a tensor that is here, where that is no run of consecutive elements."""
+
+    _fields_ = [
+        *_counts("dims"),
+        ("shape", ctypes.c_int64 * MOST_DIMENSIONS),
+        ("offset", ctypes.c_int64 * MOST_DIMENSIONS),
+        ("whole", ctypes.c_int64 * MOST_DIMENSIONS),
+    ]
+
+
+class SquareSums(ctypes.Structure):
+    """Where the sums of squares of rows and columns go."""
+
+    _fields_ = [*_counts("matrices", "rows", "cols", "parts"), *_pointers("row", "col", "minus")]
+
+
+class MomentChange(ctypes.Structure):
+    """Adam's moments before and after a conversion."""
+
+    _fields_ = [
+        *_pointers("first", "second", "new_first", "new_second"),
+        *_numbers("first_bias", "second_bias", "eps"),
     ]

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["WORTH_SHARING", "share"]
+__all__ = ["WORTH_SHARING", "parts_of", "share"]
+
+MOST_PARTS = 16
+"""Ranges of rows whose sums are made apart, so that threads can share a matrix; the same for any number of threads."""
+
+MOST_COLUMN_SUMS = 1 << 18
+"""Numbers that the column sums of all parts may take: 1 MB."""
+
+SMALLEST_PART = 1 << 14
+"""Elements that are worth a part of their own."""
 
 WORTH_SHARING = 1 << 18
 """Elements from which on a second thread saves more than it costs to wake."""
@@ -42,6 +51,11 @@ def share(call: Callable[..., Any], addresses: tuple[Any, ...], count: int, step
         wait(others)  # also where Ctrl-C comes first: the others still write to the parameter
     for other in others:
         other.result()
+
+
+def parts_of(rows: int, cols: int) -> int:
+    """Return into how many ranges of rows a matrix is cut."""
+    return max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, rows * cols // SMALLEST_PART, rows))
 
 
 @cache

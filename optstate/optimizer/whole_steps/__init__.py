@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from optstate.kernels.backend import choose_backend
-from optstate.optimizer.plan import TRANSFORMS, ParamPlan
+from optstate.kernels.native import NUMBERS
+from optstate.optimizer.plan import PRIMITIVES, TRANSFORMS, ParamPlan
 from optstate.optimizer.whole_steps.base import WholeStep
 from optstate.optimizer.whole_steps.confidence import CompiledConfidence
 from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
@@ -33,17 +34,18 @@ IN_TRITON = (TritonFactored, TritonElementwise)
 
 @dataclass(frozen=True)
 class Found:
-    """What makes the step of a parameter: a whole step, or the transforms, and why."""
+    """What makes the step of a parameter: a whole step, or the transforms, and why; whether their loops are C's."""
 
     step: WholeStep | None
     why: str = ""
+    is_compiled: bool = False
 
     @property
     def words(self) -> str:
         """What the plan says of it."""
         if self.step is not None:
             return self.step.words
-        return f"{TRANSFORMS} ({self.why})" if self.why else ""
+        return f"{PRIMITIVES if self.is_compiled else TRANSFORMS} ({self.why})" if self.why else ""
 
 
 def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto") -> Found:
@@ -56,19 +58,27 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
     """
     if not can_be_stepped(plan.spec.dtype):
         return Found(None)
+    chosen, why_not = choose_backend(backend, device)
+    is_compiled = chosen == "native" and plan.spec.dtype in NUMBERS
     if not _is_known(plan):
-        return Found(None, "a part of this chain is not the library's own")
+        return Found(None, "a part of this chain is not the library's own", is_compiled)
     by_torch = FusedByTorch.of(plan)
     if by_torch is not None:
         return Found(by_torch)
-    chosen, why = choose_backend(backend, device)
     if chosen == "eager":
-        return Found(None, why)
+        return Found(None, why_not)
     for kind in IN_TRITON if chosen == "triton" else COMPILED:
         step: WholeStep | None = kind.of(plan)
         if step is not None:
             return Found(step)
-    return Found(None, "no whole step is written for this chain")
+    return Found(None, _why_none(plan), is_compiled)
+
+
+def _why_none(plan: ParamPlan) -> str:
+    """Say why no whole step was found for a chain of the library's own parts."""
+    if plan.spec.region is not None:
+        return "no whole step is written for this chain on a part of a parameter"
+    return "no whole step is written for this chain"
 
 
 def _is_known(plan: ParamPlan) -> bool:

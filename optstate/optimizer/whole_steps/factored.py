@@ -20,16 +20,7 @@ from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, add_decayed_weights, clip_by_value, momentum, scale_by_rms
 
-__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "move_statistic", "parts_of"]
-
-MOST_PARTS = 16
-"""Ranges of rows whose sums are made apart, so that threads can share a matrix; the same for any number of threads."""
-
-MOST_COLUMN_SUMS = 1 << 18
-"""Numbers that the column sums of all parts may take: 1 MB."""
-
-SMALLEST_PART = 1 << 14
-"""Elements that are worth a part of their own."""
+__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "move_statistic"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,7 @@ class CompiledFactored:
     def _run_full(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
         """Run the two passes of a vector, or of a tensor whose second moment is kept in full."""
         count = ctx.param.numel()
-        step.matrices, step.rows, step.cols, step.parts = 1, count, 1, parts_of(count, 1)
+        step.matrices, step.rows, step.cols, step.parts = 1, count, 1, native.parts_of(count, 1)
         step.row = moments[0].data_ptr()
         squares = torch.empty(2 * step.parts, dtype=torch.float64, device="cpu")
         step.squares = squares.data_ptr()
@@ -166,7 +157,7 @@ class FactoredRoom:
     def __init__(self, step: native.FactoredStep, moments: Sequence[Tensor], shape: Sequence[int]) -> None:
         *batch, rows, cols = shape
         matrices = math.prod(batch)
-        self.parts = parts = parts_of(rows, cols) if matrices == 1 else matrices
+        self.parts = parts = native.parts_of(rows, cols) if matrices == 1 else matrices
         count = matrices * (rows + cols) + (parts * cols if matrices == 1 else 0)
         self._numbers = torch.empty(count, dtype=torch.float32, device="cpu")
         self._squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
@@ -175,11 +166,6 @@ class FactoredRoom:
         step.row_factor, step.squares = self._numbers.data_ptr(), self._squares.data_ptr()
         step.col_factor = step.row_factor + self._numbers.element_size() * matrices * rows
         step.col_parts = step.col_factor + self._numbers.element_size() * matrices * cols
-
-
-def parts_of(rows: int, cols: int) -> int:
-    """Return into how many ranges of rows a matrix is cut."""
-    return max(1, min(MOST_PARTS, MOST_COLUMN_SUMS // cols, rows * cols // SMALLEST_PART, rows))
 
 
 def move_statistic(address: Any, ctx: Context) -> None:

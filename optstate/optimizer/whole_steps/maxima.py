@@ -11,7 +11,6 @@ import torch
 
 from optstate.kernels import native
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps.factored import parts_of
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import AxisMax
@@ -85,7 +84,7 @@ class CompiledMaxima:
         if end is None or grad is None or weight is None or ctx.guard.deferred or not are_as_planned(slot, moments):
             return False
         rows, cols = ctx.param.shape
-        parts = parts_of(rows, cols)
+        parts = native.parts_of(rows, cols)
         room = torch.empty(parts * cols, dtype=torch.float32, device="cpu")
         step = native.MaximaStep(weight=weight, grad=grad, rows=rows, cols=cols, parts=parts)
         step.row, step.col, step.col_parts = row.data_ptr(), col.data_ptr(), room.data_ptr()

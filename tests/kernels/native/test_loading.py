@@ -7,6 +7,7 @@ import runpy
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,15 @@ def lion() -> optstate.Optimizer:
 
 
 @pytest.fixture
-def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where nothing was compiled."""
-    monkeypatch.setattr(loading, "find_library", lambda: None)
-    monkeypatch.setattr(loading, "opened", loading.opened.__wrapped__)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "find_library", lambda: None)
+        patch.setattr(loading, "opened", loading.opened.__wrapped__)
+        backend._functions_of.cache_clear()
+        assert kernels.compiled_functions() is None
+        yield
+    backend._functions_of.cache_clear()
 
 
 @pytest.mark.usefixtures("no_library")
