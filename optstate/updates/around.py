@@ -14,7 +14,7 @@ from optstate.stores.requests import about
 from optstate.updates.base import Context, State, Transform, Update, run_transform
 from optstate.updates.chain import as_chain
 
-__all__ = ["Around", "run_on"]
+__all__ = ["Around", "run_inside"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Around(Transform):
             ctx: of the parameter.
             step: the count of updates that the inner chain sees; 0 for the parameter's own.
         """
-        return (yield from run_on(self.inner, value, self.space(ctx.spec), state, ctx, step))
+        return (yield from run_inside(self.inner, value, self.space(ctx.spec), state, ctx, step))
 
 
-def run_on(
+def run_inside(
     chain: Transform, value: Tensor, space: ParamSpec, state: State, ctx: Context, step: int = 0
 ) -> Requests[Update]:
     """Run a chain on another tensor than the gradient; arguments as for `Around.inside`. Drive with `yield from`."""

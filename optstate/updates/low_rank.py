@@ -14,7 +14,7 @@ from optstate import kernels
 from optstate.kernels import Scalar
 from optstate.spec import ParamSpec
 from optstate.stores import Full, Partial, Requests, Slot, Store
-from optstate.updates.around import run_on
+from optstate.updates.around import run_inside
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.chain import as_chain
 from optstate.updates.hyper import Hyper, Rule
@@ -118,7 +118,7 @@ class project(Projected):
         if self.residual is not None:
             rest = value - self.up(low, basis, ctx.spec)
             own = {name.removeprefix(RESIDUAL): s for name, s in state.items() if name.startswith(RESIDUAL)}
-            added = yield from run_on(self.residual, rest, ctx.spec.like(ctx.spec.shape, range(2)), own, ctx)
+            added = yield from run_inside(self.residual, rest, ctx.spec.like(ctx.spec.shape, range(2)), own, ctx)
             whole = whole.add_(kernels.multiply_out(added))
         return Update(whole, scale=self.scale, finite=update.finite)
 
