@@ -17,7 +17,7 @@ from optstate.kernels.backend import compiled_functions
 from optstate.kernels.regions import global_index
 from optstate.spec import Region, is_fake
 
-__all__ = ["Noise", "known_finite", "noise_key", "random_bits16", "round_bf16", "round_fp16"]
+__all__ = ["Noise", "known_finite", "name_key", "noise_key", "random_bits16", "round_bf16", "round_fp16"]
 
 MASK32 = 0xFFFFFFFF
 
@@ -85,11 +85,12 @@ def _compiled_bits16(key: int, noise: Noise, count: int) -> Tensor | None:
 
 def noise_key(name: str, step: int, seed: int = 0) -> int:
     """Return the unsigned 32-bit number that stands for seed, name and step in the hash."""
-    return _mix(_key_of_name(name, seed) ^ (step & MASK32))
+    return _mix(name_key(name, seed) ^ (step & MASK32))
 
 
 @lru_cache(maxsize=1 << 14)
-def _key_of_name(name: str, seed: int) -> int:
+def name_key(name: str, seed: int = 0) -> int:
+    """Return what stands for seed and name in `noise_key`, whatever the step."""
     return _mix(_mix(zlib.crc32(name.encode())) ^ (seed & MASK32))
 
 

@@ -52,6 +52,16 @@ class Consistency:
         """Mark that a parameter or its state is about to be written."""
         self._unfinished[name] = True
 
+    def begin_writing_all(self, names: Iterable[str]) -> None:
+        """Mark that parameters or their state are about to be written."""
+        self._unfinished.update(dict.fromkeys(names, True))
+
+    def finish_all(self, names: Sequence[str]) -> None:
+        """Mark that parameters and their state are updated."""
+        self.updated.update(names)
+        for name in names:
+            self._unfinished.pop(name, None)
+
     def finish(self, name: str) -> None:
         """Mark that a parameter and its state are updated."""
         self.updated.add(name)

@@ -18,7 +18,9 @@ def fuse_backward(optimizer: Optimizer, clip_grad_norm: float | None = None) -> 
     """From now on `loss.backward()` updates the parameters; `optimizer.step()` closes the step.
 
     Each parameter is updated by the same one-parameter step that `step()` uses, as soon as its gradient is
-    complete, and the gradient is freed at once: about one gradient is alive at a time instead of all of them.
+    complete, and the gradient is freed at once: about one gradient is alive at a time instead of all of them. On a CPU
+    small parameters, of at most 65,536 elements, wait for one another: their gradients, 524,288 elements at most, are
+    used and freed together, at the latest at the end of the backward pass. `plan()` says how many parameters wait.
 
     The loop stays what it was: backward, `optimizer.step()`, scheduler. The hyper-parameters used are those in
     `param_groups` while backward runs. `zero_grad()` is harmless.

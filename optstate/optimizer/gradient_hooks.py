@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from optstate.integrations import engines, trainers
 from optstate.optimizer import stale_weights
@@ -18,8 +18,11 @@ from optstate.optimizer.broken_step import STEP
 from optstate.optimizer.gradient_group import GradientGroup
 from optstate.optimizer.norm_clip import NormClip, has_reentrant_checkpoint
 from optstate.optimizer.parameter_hooks import ParameterHooks
-from optstate.optimizer.parameters import Leaf, batches
+from optstate.optimizer.parameters import HELD_ELEMENTS, Leaf, batches
+from optstate.optimizer.pass_ends import watch_pass_around, weakly
+from optstate.optimizer.small_steps import Member
 from optstate.optimizer.step_runner import StepRunner
+from optstate.optimizer.waiting_gradients import WaitingGradients, drop
 
 __all__ = ["GradientHooks"]
 
@@ -40,7 +43,8 @@ class GradientHooks:
     def __init__(
         self, runner: StepRunner, clip_grad_norm: float | None, make_handle: Callable[[Any, GradientHooks], Any]
     ) -> None:
-        self._runner = weakref.ref(runner)
+        self.reference = weakref.ref(runner)
+        """To the runner of the optimizer whose parameters are hooked."""
         self._make_handle = make_handle
         self._handle: weakref.ref[Any] | None = None
         self._clip = NormClip(clip_grad_norm)
@@ -50,11 +54,12 @@ class GradientHooks:
         self._hidden: list[Tensor] = []  # those whose new values the pass at hand must not see
         self._engine_checked = False
         self._group = GradientGroup()
+        self._waiting = WaitingGradients()
 
     @property
     def runner(self) -> StepRunner:
         """What makes the steps of the optimizer whose parameters are hooked."""
-        runner = self._runner()
+        runner = self.reference()
         if runner is None:
             raise ReferenceError("the optimizer of these hooks was deleted")
         return runner
@@ -81,7 +86,7 @@ class GradientHooks:
     @property
     def active(self) -> bool:
         """Whether backward passes update parameters."""
-        runner = self._runner()
+        runner = self.reference()
         return runner is not None and runner.hooks is self
 
     # --- hooks ------------------------------------------------------------------------------------------------------
@@ -104,6 +109,8 @@ class GradientHooks:
 
     def remove(self) -> None:
         """Detach: backward passes leave gradients again and `step()` updates. State stays."""
+        if self._waiting.members:  # those of a pass that goes on
+            self._update_waiting()
         self._hooks.release(list(self._hooks.hooked))
         if self.active:
             self.runner.hooks = None
@@ -115,6 +122,7 @@ class GradientHooks:
         self._updated.clear()
         self._hooks.kept.clear()
         self._group.params.clear()
+        self._waiting.clear()
         self._clip.reset()
         self._mode = _Mode.UPDATE
 
@@ -122,6 +130,11 @@ class GradientHooks:
         """Look for engines and trainers once more at the next update: one may have taken over meanwhile."""
         self._engine_checked = False
         self._clip.look_again()
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether a backward pass has used gradients since the last `step()`."""
+        return bool(self._updated or self._waiting.members)
 
     def _require_active(self, action: str) -> None:
         if not self.active:
@@ -147,6 +160,10 @@ class GradientHooks:
             if leaf.is_split:
                 for complete in self._group.add(leaf, param):
                     self._update_group(complete)
+                return
+            small = leaf.small  # asked here first, as every call counts in a small step
+            if small[1] if small is not None and small[0] is leaf.plan else leaf.is_small(param):
+                self._wait(leaf, param)
                 return
             try:
                 runner.update(leaf, param, self._clip.scale)
@@ -177,7 +194,11 @@ class GradientHooks:
         if leaf is None or runner.hooks is not self:
             return None
         name, waiting = leaf.plan.spec.name, self._group.params
-        if name in consistency.updated or (waiting and any(param is other for other in waiting)):
+        if (
+            name in consistency.updated
+            or name in self._waiting.names
+            or (waiting and any(param is other for other in waiting))
+        ):
             consistency.broke_off(name, "its gradient arrived twice in one step")
             raise RuntimeError(
                 f"the gradient of {name!r} arrived a second time before step(): call optimizer.step() "
@@ -193,6 +214,31 @@ class GradientHooks:
         if torch._C._current_graph_task_id() >= 0:
             stale_weights.hide_weight(param, leaf.plan.spec.name)
             self._hidden.append(param)
+
+    def _wait(self, leaf: Leaf, param: Tensor) -> None:
+        """Keep the gradient of a small parameter until it is used together with others.
+
+        The parameter is hidden from now on, as if it were updated: when that happens depends on the others.
+        """
+        assert param.grad is not None
+        member = Member(leaf, param, param.grad)
+        param.grad = None
+        if self._waiting.elements + leaf.plan.spec.numel > HELD_ELEMENTS:
+            self._update_waiting(goes_on=True)
+        self._waiting.add(member, torch._C._current_graph_task_id())
+        stale_weights.hide_weight(param, leaf.plan.spec.name)
+        self._hidden.append(param)
+
+    def _update_waiting(self, goes_on: bool = False) -> None:
+        """Update the parameters whose gradients wait. goes_on: whether the pass goes on, which must not see them."""
+        members = self._waiting.take()
+        for member in members:
+            stale_weights.show_weight(member.param)
+        self.runner.update_small(members, self._clip.scale)
+        for leaf, param, _ in members:
+            self._updated.append(param)
+            if goes_on:
+                stale_weights.hide_weight(param, leaf.plan.spec.name)
 
     def _update_group(self, params: list[Tensor]) -> None:
         self.runner.require_agreement(params)
@@ -211,7 +257,13 @@ class GradientHooks:
     # --- the beginning and the end of a pass ------------------------------------------------------------------------
 
     def begin_pass(self, runner: StepRunner, number: int) -> None:
-        """Before the first update of a pass: leave a mark that only the end of this backward pass takes away."""
+        """Before the first update of a pass: leave a mark that only the end of this backward pass takes away.
+
+        Gradients that wait are those of a pass around this one, as reentrant checkpoints make them: they are used now.
+        Those of a pass that fails are dropped when autograd lets go of what it was to call at the end.
+        """
+        if self._waiting.members:
+            self._update_waiting(goes_on=True)
         if not self._engine_checked:
             engines.refuse_live_objects(self._hooks.hooked)
             trainers.refuse_settings(self.optimizer, self.clip_grad_norm)
@@ -219,19 +271,24 @@ class GradientHooks:
         runner.require_ready()
         self._hooks.attach_unfrozen(runner)
         runner.consistency.begin(number)
-        torch.autograd.Variable._execution_engine.queue_callback(_weakly(GradientHooks._end_pass, self, number))
+        at_end = weakly(GradientHooks._end_pass, self, number)
+        self._waiting.watched[number] = weakref.ref(at_end, partial(drop, weakref.ref(self._waiting), number))
+        torch.autograd.Variable._execution_engine.queue_callback(at_end)
 
     def _end_pass(self, number: int) -> None:
         """Note that a backward pass ended well; called by autograd."""
-        if self._group.params:
-            try:
-                self._update_group(self._group.take())
-            except BaseException:
-                self.abandon()
-                raise
+        self._waiting.watched.pop(number, None)
         around = torch._C._current_autograd_node()
+        try:
+            if self._waiting.members:
+                self._update_waiting(goes_on=around is not None)
+            if self._group.params:
+                self._update_group(self._group.take())
+        except BaseException:
+            self.abandon()
+            raise
         if around is not None:
-            _watch_pass_around(self, around)
+            watch_pass_around(self, around)
         else:
             self._show_weights()
         self.runner.consistency.end(number)
@@ -253,7 +310,7 @@ class GradientHooks:
         """Measure the norm of all gradients of `loss`; see `FusedBackward.grad_norm`."""
         self._require_active("grad_norm")
         runner = self.runner
-        if self._mode is _Mode.ACCUMULATE or self._updated or any(p.grad is not None for p in runner.params()):
+        if self._mode is _Mode.ACCUMULATE or self._has_begun or any(p.grad is not None for p in runner.params()):
             raise RuntimeError(
                 "grad_norm() comes first in a step, but gradients were already used or are being accumulated: call "
                 "step() before it; under accumulate() run every micro-batch, step() then clips their sum"
@@ -276,7 +333,7 @@ class GradientHooks:
     def accumulate(self) -> Iterator[None]:
         """Keep gradients and add them up instead of updating; see `FusedBackward.accumulate`."""
         self._require_active("accumulate")
-        if self._updated:
+        if self._has_begun:
             raise RuntimeError("accumulate() after a backward that updated: accumulate first, update last")
         runner = self.runner
         runner.follow()
@@ -299,6 +356,8 @@ class GradientHooks:
             RuntimeError: if hooks were lost, or no gradient arrived since the last step.
         """
         runner = self.runner
+        if self._waiting.members:
+            self._update_waiting()
         held = [param for param in runner.params() if param.grad is not None]
         lost = self._hooks.lost(held)
         if lost:
@@ -309,9 +368,9 @@ class GradientHooks:
             )
         if not held and not self._updated:
             raise RuntimeError(
-                "step() without a gradient: no backward() ran since the last step, or the model's parameters were "
-                "replaced (load_state_dict(assign=True), deepcopy, fully_shard) and the optimizer has the old ones; "
-                "build the optimizer and fuse after such changes"
+                "step() without a gradient: no backward() ran to its end since the last step, or the model's "
+                "parameters were replaced (load_state_dict(assign=True), deepcopy, fully_shard) and the optimizer has "
+                "the old ones; build the optimizer and fuse after such changes"
             )
         if held:
             self._step_held(runner, held)
@@ -324,44 +383,8 @@ class GradientHooks:
             runner.require_agreement(held)
             runner.consistency.begin(STEP)
             self._clip.measure(runner, held)
-            for batch in batches((param, runner.leaf(param)) for param in held):
-                self._update(batch)
+            for batch in batches((runner.leaf(param), param) for param in held):
+                self._update([param for _, param in batch])
         except BaseException:
             self.abandon()
             raise
-
-
-def _watch_pass_around(hooks: GradientHooks, node: Any) -> None:
-    """Mark the pass inside which this one ran, as those of reentrant checkpoints do: that one can still fail.
-
-    node: what the other pass is computing, whose inputs it visits next.
-    """
-    following = [before for before, _ in node.next_functions if before is not None]
-    mark = object()
-    handles: list[RemovableHandle] = []
-
-    def on_visit(alive: GradientHooks, _: Any) -> None:
-        for handle in handles:
-            handle.remove()
-        runner = alive.runner
-        if mark in runner.consistency.running:
-            number = torch._C._current_graph_task_id()
-            if number not in runner.consistency.running:
-                alive.begin_pass(runner, number)
-            runner.consistency.end(mark)
-
-    if following:
-        hooks.runner.consistency.running.add(mark)
-        handles += [before.register_prehook(_weakly(on_visit, hooks)) for before in following]
-
-
-def _weakly(function: Callable[..., None], hooks: GradientHooks, *args: Any) -> Callable[..., None]:
-    """Return `function(hooks, *args, ...)` as long as these are alive. The call returns None, as autograd demands."""
-    reference = weakref.ref(hooks)
-
-    def call(*more: Any) -> None:
-        alive = reference()
-        if alive is not None and alive._runner() is not None:
-            function(alive, *args, *more)
-
-    return call

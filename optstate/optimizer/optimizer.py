@@ -17,6 +17,7 @@ from optstate.optimizer import loading, param_groups
 from optstate.optimizer import state_dict as resume
 from optstate.optimizer.broken_step import STEP, InconsistentStateError
 from optstate.optimizer.loading import Copy
+from optstate.optimizer.parameters import HELD_ELEMENTS
 from optstate.optimizer.plan import Plan
 from optstate.optimizer.step_runner import StepRunner
 from optstate.optimizer.tracked_parameters import TrackedParameters
@@ -125,10 +126,13 @@ class Optimizer(torch.optim.Optimizer):
     def plan(self) -> Plan:
         """Return which chain, stores and bytes each parameter has, what was kept otherwise than asked, and why."""
         self.runner.follow()
-        leaves = [(self.runner.leaf(param), param.device) for param in self.runner.params()]
-        return Plan(
-            tuple(leaf.plan for leaf, _ in leaves), tuple(leaf.found_step(device).words for leaf, device in leaves)
-        )
+        leaves = [(self.runner.leaf(param), param) for param in self.runner.params()]
+        words = tuple(leaf.found_step(param.device).words for leaf, param in leaves)
+        small = [
+            leaf.plan.spec.numel for leaf, param in leaves if self.runner.hooks is not None and leaf.is_small(param)
+        ]
+        waiting, held = (len(small), min(sum(small), HELD_ELEMENTS)) if len(small) > 1 else (0, 0)
+        return Plan(tuple(leaf.plan for leaf, _ in leaves), words, waiting, held)
 
     def state_nbytes(self) -> int:
         """Return the bytes of all state tensors that exist now on this device."""

@@ -13,17 +13,26 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.distributed.placement import Placement, is_distributed
+from optstate.kernels.backend import choose_backend
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps import Found, find_whole_step
+from optstate.optimizer.whole_steps import Found, TableStep, find_whole_step
+from optstate.spec import is_fake
 
-__all__ = ["Leaf", "batches", "replacements"]
+__all__ = ["HELD_ELEMENTS", "SMALL_ELEMENTS", "Leaf", "batches", "replacements"]
+
+SMALL_ELEMENTS = 1 << 16
+"""The most elements of a parameter that is stepped together with others: a call costs little of a larger one."""
+
+HELD_ELEMENTS = 1 << 19
+"""The most elements of gradients that wait in a fused backward pass, so that small parameters are stepped together."""
 
 
 @dataclass
 class Leaf:
     """One parameter: its plan, the index of its group, and how it lies on several devices if it does.
 
-    backend: what may make its steps; see `optstate.kernels.backend`.
+    backend: what may make its steps; see `optstate.kernels.backend`. last_found: what `found_step` gave last, and for
+    which plan and kind of device. small: what `is_small` gave last, and for which plan.
     """
 
     plan: ParamPlan
@@ -31,6 +40,7 @@ class Leaf:
     placement: Placement | None = None
     backend: str = "auto"
     last_found: tuple[ParamPlan, str, Found] | None = None
+    small: tuple[ParamPlan, bool] | None = None
 
     def found_step(self, device: torch.device) -> Found:
         """Return the whole step of the parameter on this kind of device, or why there is none."""
@@ -40,7 +50,18 @@ class Leaf:
 
     def use_backend(self, backend: str) -> None:
         """Have the steps made by another backend from now on."""
-        self.backend, self.last_found = backend, None
+        self.backend, self.last_found, self.small = backend, None, None
+
+    def is_small(self, param: Tensor) -> bool:
+        """Return whether the parameter is one of those that are stepped together, each wholly on this device."""
+        if self.small is None or self.small[0] is not self.plan:
+            device = param.device
+            step = self.found_step(device).step
+            known = isinstance(step, TableStep) and step.kind is not None and self.placement is None
+            known = known and not is_fake(param)
+            small = known and 0 < self.plan.spec.numel <= SMALL_ELEMENTS
+            self.small = self.plan, small and choose_backend(self.backend, device)[0] == "native"
+        return self.small[1]
 
     @property
     def name(self) -> str:
@@ -78,22 +99,27 @@ class Leaf:
         return vectors + (-(-spec.numel // math.prod(spec.region.parts)) if dense else 0)
 
 
-def batches(params: Iterable[tuple[Tensor, Leaf]]) -> Iterator[list[Tensor]]:
-    """Yield parameters in order: whole ones one by one, split ones in batches that share their rounds of sums.
+def batches(params: Iterable[tuple[Leaf, Tensor]]) -> Iterator[list[tuple[Leaf, Tensor]]]:
+    """Yield parameters in order: large ones one by one, split ones in batches that share their rounds of sums.
 
-    A batch is as large as it can be without much memory.
+    A batch is as large as it can be without much memory. Small ones come in batches, too, which share calls.
     """
-    batch: list[Tensor] = []
-    held = 0
-    for param, leaf in params:
-        if batch and (not leaf.is_split or held + leaf.held > kernels.chunk_elements(param.device)):
+    batch: list[tuple[Leaf, Tensor]] = []
+    held, are_split = 0, False
+    for each in params:
+        leaf, param = each
+        is_split = leaf.is_split
+        is_alone = not is_split and not leaf.is_small(param)
+        size = leaf.held if is_split else leaf.plan.spec.numel
+        room = kernels.chunk_elements(param.device) if is_split else HELD_ELEMENTS
+        if batch and (is_alone or is_split is not are_split or held + size > room):
             yield batch
             batch, held = [], 0
-        if leaf.is_split:
-            batch.append(param)
-            held += leaf.held
-        else:
-            yield [param]
+        if is_alone:
+            yield [each]
+            continue
+        batch.append(each)
+        held, are_split = held + size, is_split
     if batch:
         yield batch
 

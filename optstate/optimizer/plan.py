@@ -251,10 +251,14 @@ class Plan:
     """The decisions for every parameter, in the optimizer's order. `print` it.
 
     steps: what makes the step of each parameter, in words; empty where no optimizer has chosen yet.
+    waiting: number of small parameters whose gradients wait for one another in a fused backward pass. held: the most
+    elements of gradients that wait.
     """
 
     params: tuple[ParamPlan, ...]
     steps: tuple[str, ...] = ()
+    waiting: int = 0
+    held: int = 0
 
     def __iter__(self) -> Iterator[ParamPlan]:
         return iter(self.params)
@@ -297,6 +301,11 @@ class Plan:
         legend = [f"chain {i}: {text}" for i, text in enumerate(chains, 1)]
         whys = Counter(step for step in self.steps if _is_of_transforms(step))
         legend += [f"{step}: {count} of {len(self)} parameters" for step, count in whys.items()]
+        if self.waiting:
+            legend.append(
+                f"fused backward: gradients of {self.waiting} small parameters wait for one another, until "
+                f"{self.held} elements are there or the backward pass ends"
+            )
         share = f", {self.nbytes / self.elements:.4f} per element" if self.elements else ""
         total = f"{len(self)} parameters, {self.elements} elements, {_bytes(self.nbytes)} of state{share}"
         return "\n".join([*legend, *table, total])

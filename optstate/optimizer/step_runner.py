@@ -22,6 +22,8 @@ from optstate.optimizer.broken_step import Consistency, InconsistentStateError
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.param_groups import UsedValues, checked_gradient
 from optstate.optimizer.parameters import Leaf, batches
+from optstate.optimizer.small_steps import Member, SmallSteps
+from optstate.optimizer.small_updates import update_alone, update_together
 from optstate.optimizer.tracked_parameters import Changes, TrackedParameters
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Context
@@ -77,6 +79,7 @@ class StepRunner:
         self._agreement = Agreement()
         self._values = UsedValues()
         self._is_alike = False
+        self._small = SmallSteps(optimizer)
 
     @property
     def optimizer(self) -> Any:
@@ -222,11 +225,35 @@ class StepRunner:
     @torch.no_grad()
     def update_all(self, params: Iterable[Tensor], grad_scale: Scalar) -> None:
         """Update parameters: one by one, or together where they are split among devices."""
-        for batch in batches((param, self.leaf(param)) for param in params):
+        numbers: dict[Any, Any] = {}
+        leaves = self.parameters.leaves
+        for batch in batches((leaves.get(param) or self.leaf(param), param) for param in params):
+            leaf, param = batch[0]
             if len(batch) == 1:
-                self.update(self.leaf(batch[0]), batch[0], grad_scale)
+                self.update(leaf, param, grad_scale)
+            elif leaf.is_split:
+                self.update_together([param for _, param in batch], grad_scale)
             else:
-                self.update_together(batch, grad_scale)
+                self.update_small(
+                    [Member(*each, each[1].grad) for each in batch if each[1].grad is not None], grad_scale, numbers
+                )
+
+    def update_small(
+        self, members: Sequence[Member], grad_scale: Scalar, numbers: dict[Any, Any] | None = None
+    ) -> None:
+        """Update small parameters from gradients that are all there, with the result of updating each alone.
+
+        numbers: what was made of the groups in this step already, while nobody could change them; more joins it.
+        """
+        with_others = len(members) > 1 and self.around is None and not kernels.rehearsing()
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self.update_small(members, grad_scale, numbers)
+        elif with_others:
+            update_together(self._small, self, members, grad_scale, {} if numbers is None else numbers)
+        else:
+            for member in members:
+                update_alone(self, member, grad_scale)
 
     def update(self, leaf: Leaf, param: Tensor, grad_scale: Scalar, watched: bool = True) -> None:
         """Update one parameter from its gradient: the only step there is, called by `step()` and by backward hooks.
@@ -243,7 +270,7 @@ class StepRunner:
                 run_alone(requests, asked)
             self._finish(param, state, ctx)
         except BaseException as error:
-            self._remember([param], error)
+            self.remember([param], error)
             raise
 
     def _update_otherwise(self, leaf: Leaf, param: Tensor, grad_scale: Scalar, watched: bool) -> None:
@@ -267,7 +294,7 @@ class StepRunner:
         try:
             run_together(steps, before=lambda: self.consistency.begin_asking(names))
         except BaseException as error:
-            self._remember(params, error)
+            self.remember(params, error)
             raise
 
     def requests(self, param: Tensor, grad_scale: Scalar = 1.0) -> Requests[None]:
@@ -324,7 +351,7 @@ class StepRunner:
 
     # --- a step that breaks off -------------------------------------------------------------------------------------
 
-    def _remember(self, params: list[Tensor], error: BaseException) -> None:
+    def remember(self, params: list[Tensor], error: BaseException) -> None:
         """Say what broke off a step, if the step may have changed something; the mark itself was set beforehand."""
         late = [param for param in params if self.name(param) not in self.consistency.updated]
         if isinstance(error, LostProcessError):

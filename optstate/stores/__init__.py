@@ -18,7 +18,7 @@ from optstate.stores.block_codes import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
-from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError
+from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError, refusal_of
 from optstate.stores.moved_statistic import MovedStatistic
 from optstate.stores.requests import Largest, Partial, Requests, Whole, own_totals, run_alone, together
 from optstate.stores.slot import MEANINGS, Slot
@@ -49,6 +49,7 @@ __all__ = [
     "Store",
     "Whole",
     "own_totals",
+    "refusal_of",
     "run_alone",
     "together",
 ]

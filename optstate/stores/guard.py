@@ -11,11 +11,19 @@ from optstate import kernels
 from optstate.kernels import Scalar
 from optstate.spec import accumulator_dtype, is_fake
 
-__all__ = ["DeferredFlags", "Guard", "NonFiniteGradientError"]
+__all__ = ["DeferredFlags", "Guard", "NonFiniteGradientError", "refusal_of"]
 
 
 class NonFiniteGradientError(RuntimeError):
     """Raised for a gradient with an infinite or NaN element; the parameter and its state are left as they were."""
+
+
+def refusal_of(name: str) -> NonFiniteGradientError:
+    """Return what is raised for the gradient of a parameter of this name, before anything is written."""
+    return NonFiniteGradientError(
+        f"the gradient of {name!r} is not finite or its squares overflow; weight and state are unchanged. "
+        "Skip the batch, lower the learning rate, or find the loss that overflows"
+    )
 
 
 class Guard:
@@ -51,10 +59,7 @@ class Guard:
         if self.deferred:
             self.finite = finite
         elif not is_fake(finite) and not finite:
-            raise NonFiniteGradientError(
-                f"the gradient of {self.name!r} is not finite or its squares overflow; weight and state are unchanged. "
-                "Skip the batch, lower the learning rate, or find the loss that overflows"
-            )
+            raise refusal_of(self.name)
 
     def begin_writing(self) -> None:
         """Say that the parameter or its state is about to be written. Whatever writes calls this before it does."""

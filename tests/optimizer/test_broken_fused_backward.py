@@ -228,6 +228,7 @@ class TestBrokenOutsideOfHooks:
         for action in ("step", "state_dict"):
             first, last = mlp(), nn.Linear(4, 1)
             optimizer = AdaLomo([*first.parameters(), *last.parameters()], fused_backward=True)
+            optimizer.use_backend("eager")  # which updates small parameters at once
             weights = weights_of(first)
             with pytest.raises(MemoryError):
                 last(FailsInBackward.apply(first(torch.ones(2, 8)))).sum().backward()

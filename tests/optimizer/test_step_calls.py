@@ -59,9 +59,11 @@ def _own_frames(frame: FrameType | None) -> int:
     return count
 
 
-def trained(recipe: Callable[..., optstate.Optimizer], fused: bool) -> tuple[torch.nn.Parameter, optstate.Optimizer]:
+def trained(
+    recipe: Callable[..., optstate.Optimizer], fused: bool, cols: int = 48
+) -> tuple[torch.nn.Parameter, optstate.Optimizer]:
     """A matrix and its optimizer after a few steps, so that nothing is done for the first time."""
-    param = torch.nn.Parameter(torch.randn(64, 48))
+    param = torch.nn.Parameter(torch.randn(64, cols))
     optimizer = recipe([("w", param)], lr=1e-3)
     if fused:
         optstate.fuse_backward(optimizer)
@@ -74,7 +76,7 @@ def trained(recipe: Callable[..., optstate.Optimizer], fused: bool) -> tuple[tor
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_a_hook_reaches_every_kernel_in_seven_frames_and_the_weight_in_120_calls(backend: str) -> None:
-    param, optimizer = trained(AdaLomo, fused=True)
+    param, optimizer = trained(AdaLomo, fused=True, cols=2048)  # no small one, which would wait for others
     optimizer.use_backend(backend)
     (param * param).sum().backward()  # the steps are found anew
     optimizer.step()

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optstate import kernels
+from optstate.kernels.native import loading
+from optstate.optimizer.small_steps import ROUND_ELEMENTS
 from optstate.recipes import registry
 from optstate.weights import Plain, StochasticRounding, Weights
+from tests.support.compiled import needs_compiled_steps
 from tests.support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -145,6 +148,36 @@ def test_a_whole_step_says_what_it_costs() -> None:
     count = ROWS * COLS
     found, _ = counts.count_recipe("adamw8bit", {"w": (ROWS, COLS)}, BF16, STOCHASTIC, "native")
     assert found == Cost(2, 2 * 2 * count + 2 * 2 * count + 2 * 2 * (count + 4 * count // 256))
+
+
+@needs_compiled_steps
+@pytest.mark.parametrize("recipe", ["adalomo", "adamw8bit", "lion", "came"])
+@pytest.mark.parametrize("count", [2, 50, 700])
+def test_small_parameters_share_calls(recipe: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls for every 524,288 elements: one looks at the gradients, one writes."""
+    params = [nn.Parameter(torch.ones(32, 40)) for _ in range(count)]
+    optimizer = registry.get(recipe)([(f"p{i}", param) for i, param in enumerate(params)], lr=1e-3)
+    calls: list[str] = []
+    functions, _ = loading.opened()
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return functions[name](*arguments)
+
+        return call
+
+    for step in range(2):
+        calls.clear()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        if not step:
+            monkeypatch.setattr(loading, "opened", lambda: ({name: counted(name) for name in functions}, ""))
+    rounds = -(-count // (ROUND_ELEMENTS // (32 * 40)))
+    looked, written = calls.count("begin_many"), calls.count("finish_many")
+    by_torch = recipe == "adamw8bit"  # whose parameters of 1,280 elements are PyTorch's fused AdamW
+    assert (looked, written, len(calls)) == (rounds, 0 if by_torch else rounds, rounds * (1 if by_torch else 2))
 
 
 HELD = [

@@ -77,6 +77,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "encode_blocks": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "decode_blocks": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
     "measure_change": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "begin_many": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    "finish_many": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
 }
 """Result and arguments of every function; each has a name for each kind of processor."""
 

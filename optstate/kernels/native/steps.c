@@ -13,10 +13,11 @@
  * structures.py, which must change together with this file; ABI_VERSION says so.
  */
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#define ABI_VERSION 3
+#define ABI_VERSION 4
 #define TILE 1024  /* elements; four fp32 buffers of a tile fill half of a first-level cache of 32 KiB */
 #define LANES 16
 
@@ -231,6 +232,7 @@ typedef struct {
     const void *grad;
     int32_t type;
     float bound, scale, penalty;
+    float largest; /* in a table of steps: larger elements are refused; negative if none is */
 } Gradient;
 
 /* The gradient itself where it is fp32 and nothing changes it, else a buffer with what it becomes. */
@@ -931,6 +933,148 @@ EXPORT void NAMED(finish_maxima, FOR_CPU)(const MaximaStep *s) {
     for (int64_t part = 1; part < s->parts; part++) {
         const float *restrict more = s->col_parts + part * s->cols;
         EACH(j, s->cols) s->col[j] = more[j] > s->col[j] ? more[j] : s->col[j];
+    }
+}
+
+/* --- many small parameters in one call ---------------------------------------------------------------------------------
+ * A table has a structure for each parameter, as the functions above take it. What differs from step to step is in
+ * columns beside it: the gradient, the count of updates, and a structure that holds the numbers of this step and serves
+ * all parameters with the same ones. `begin_many` only reads: it says which gradients are to be refused.
+ * `finish_many` writes, with what the first call left in `room`. A range is one of elements, counted over all
+ * parameters: it has the parameters whose first element lies in it. */
+
+enum { MANY_ELEMENTWISE, MANY_FACTORED, MANY_FULL, MANY_CONFIDENCE, MANY_MAXIMA, MANY_CHECKED };
+typedef struct {
+    int64_t count;
+    const int64_t *kinds, *elements;
+    const uint64_t *steps, *numbers; /* addresses; CONFIDENCE has two structures, one behind the other */
+    const uint64_t *grads;
+    const int64_t *grad_types;
+    const int64_t *updates; /* which step of each parameter this is: joins the keys of random bits, which are of names */
+    const int64_t *room_at; /* where each one's room begins: numbers of 8 bytes */
+    double *room;
+    int32_t *fine; /* whether the gradient may be used */
+} Many;
+
+INLINE void set_operands(const Many *m, int64_t i, Weight *weight, Gradient *grad, const Gradient *numbers) {
+    *grad = *numbers;
+    grad->grad = (const void *)(uintptr_t)m->grads[i];
+    grad->type = (int32_t)m->grad_types[i];
+    weight->key = mix(weight->key ^ (uint32_t)m->updates[i]);
+}
+INLINE void set_moment(const Many *m, int64_t i, Moment *moment, const Moment *numbers) {
+    moment->kind = numbers->kind;
+    moment->key = mix(moment->key ^ (uint32_t)m->updates[i]);
+}
+/* Copy what is from `field` to the end of a structure: its numbers. */
+#define COPY_NUMBERS(to, from, type, field)                                                                            \
+    memcpy((char *)(to) + offsetof(type, field), (const char *)(from) + offsetof(type, field),                         \
+           sizeof(type) - offsetof(type, field))
+
+INLINE Elementwise elementwise_at(const Many *m, int64_t i) {
+    Elementwise s = *(const Elementwise *)(uintptr_t)m->steps[i];
+    const Elementwise *numbers = (const Elementwise *)(uintptr_t)m->numbers[i];
+    set_operands(m, i, &s.weight, &s.grad, &numbers->grad);
+    set_moment(m, i, &s.first, &numbers->first);
+    set_moment(m, i, &s.second, &numbers->second);
+    COPY_NUMBERS(&s, numbers, Elementwise, rule);
+    return s;
+}
+/* room: behind it begins the room of the next one. */
+INLINE FactoredStep factored_at(const Many *m, int64_t i, int64_t which, double **room) {
+    FactoredStep s = ((const FactoredStep *)(uintptr_t)m->steps[i])[which];
+    const FactoredStep *numbers = (const FactoredStep *)(uintptr_t)m->numbers[i] + which;
+    int64_t one = s.matrices == 1, factors = s.matrices * (s.rows + s.cols) + (one ? s.parts * s.cols : 0);
+    set_operands(m, i, &s.weight, &s.grad, &numbers->grad);
+    set_moment(m, i, &s.first, &numbers->first);
+    COPY_NUMBERS(&s, numbers, FactoredStep, averaging);
+    s.squares = *room;
+    s.row_factor = (float *)(*room + 2 * s.parts);
+    s.col_factor = s.row_factor + s.matrices * s.rows;
+    s.col_parts = s.col_factor + s.matrices * s.cols;
+    *room += 2 * s.parts + (factors + 1) / 2;
+    return s;
+}
+INLINE FactoredStep full_at(const Many *m, int64_t i) {
+    FactoredStep s = *(const FactoredStep *)(uintptr_t)m->steps[i];
+    const FactoredStep *numbers = (const FactoredStep *)(uintptr_t)m->numbers[i];
+    set_operands(m, i, &s.weight, &s.grad, &numbers->grad);
+    set_moment(m, i, &s.first, &numbers->first);
+    COPY_NUMBERS(&s, numbers, FactoredStep, averaging);
+    s.squares = m->room + m->room_at[i];
+    return s;
+}
+INLINE MaximaStep maxima_at(const Many *m, int64_t i) {
+    MaximaStep s = *(const MaximaStep *)(uintptr_t)m->steps[i];
+    const MaximaStep *numbers = (const MaximaStep *)(uintptr_t)m->numbers[i];
+    set_operands(m, i, &s.weight, &s.grad, &numbers->grad);
+    set_moment(m, i, &s.first, &numbers->first);
+    COPY_NUMBERS(&s, numbers, MaximaStep, eps);
+    s.col_parts = (float *)(m->room + m->room_at[i]);
+    return s;
+}
+/* The largest magnitude that a gradient may have. */
+INLINE float largest_at(const Many *m, int64_t i) {
+    const char *numbers = (const char *)(uintptr_t)m->numbers[i];
+    switch (m->kinds[i]) {
+    case MANY_FACTORED: case MANY_FULL: case MANY_CONFIDENCE: return ((const FactoredStep *)numbers)->grad.largest;
+    case MANY_MAXIMA: return ((const MaximaStep *)numbers)->grad.largest;
+    default: return ((const Elementwise *)numbers)->grad.largest;
+    }
+}
+
+/* Look at the gradients: whether they may be used. The sums of those that are summed stay in the room. */
+EXPORT void NAMED(begin_many, FOR_CPU)(const Many *m, int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (int64_t i = 0; i < m->count && first < end; first += m->elements[i++]) {
+        if (first < begin) continue;
+        float largest = largest_at(m, i);
+        int32_t fine = 1;
+        if (largest >= 0) {
+            fine = NAMED(within, FOR_CPU)((const void *)(uintptr_t)m->grads[i], (int32_t)m->grad_types[i], largest, 0,
+                                          m->elements[i]);
+        }
+        if (fine && (m->kinds[i] == MANY_FACTORED || m->kinds[i] == MANY_CONFIDENCE)) {
+            double *room = m->room + m->room_at[i];
+            FactoredStep s = factored_at(m, i, 0, &room);
+            NAMED(sum_factored, FOR_CPU)(&s, 0, s.parts);
+            fine = NAMED(finish_sums, FOR_CPU)(&s) || largest >= 0;
+        }
+        m->fine[i] = fine;
+    }
+}
+
+/* Write the parameters and their state. */
+EXPORT void NAMED(finish_many, FOR_CPU)(const Many *m, int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (int64_t i = 0; i < m->count && first < end; first += m->elements[i++]) {
+        if (first < begin) continue;
+        double *room = m->room + m->room_at[i];
+        if (m->kinds[i] == MANY_ELEMENTWISE) {
+            Elementwise s = elementwise_at(m, i);
+            NAMED(step_elementwise, FOR_CPU)(&s, 0, m->elements[i]);
+        } else if (m->kinds[i] == MANY_FACTORED) {
+            FactoredStep s = factored_at(m, i, 0, &room);
+            NAMED(move_factored, FOR_CPU)(&s);
+            NAMED(measure_factored, FOR_CPU)(&s, 0, s.parts);
+            NAMED(apply_factored, FOR_CPU)(&s, 0, s.parts);
+        } else if (m->kinds[i] == MANY_FULL) {
+            FactoredStep s = full_at(m, i);
+            NAMED(move_full, FOR_CPU)(&s, 0, s.parts);
+            NAMED(apply_full, FOR_CPU)(&s, 0, s.parts);
+        } else if (m->kinds[i] == MANY_CONFIDENCE) {
+            FactoredStep s = factored_at(m, i, 0, &room), residual = factored_at(m, i, 1, &room);
+            NAMED(move_factored, FOR_CPU)(&s);
+            if (s.threshold < INFINITY) NAMED(measure_factored, FOR_CPU)(&s, 0, s.parts);
+            NAMED(average_updates, FOR_CPU)(&s, &residual, 0, s.parts);
+            NAMED(finish_sums, FOR_CPU)(&residual);
+            NAMED(move_factored, FOR_CPU)(&residual);
+            NAMED(apply_average, FOR_CPU)(&s, &residual, 0, s.parts);
+        } else if (m->kinds[i] == MANY_MAXIMA) {
+            MaximaStep s = maxima_at(m, i);
+            NAMED(step_maxima, FOR_CPU)(&s, 0, s.parts);
+            NAMED(finish_maxima, FOR_CPU)(&s);
+        }
     }
 }
 

@@ -17,18 +17,20 @@ __all__ = [
     "Elementwise",
     "FactoredStep",
     "GradientOperand",
+    "ManySteps",
     "MaximaStep",
     "MomentChange",
     "MomentKind",
     "MomentOperand",
     "ProductOperand",
     "SquareSums",
+    "StepKind",
     "StepRule",
     "WeightOperand",
     "WriteKind",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the C code calls the dtypes of parameters and gradients that it knows."""
@@ -74,6 +76,19 @@ class StepRule(IntEnum):
     ROOT_OF_SUM = 5
 
 
+class StepKind(IntEnum):
+    """What a table of steps has in the place of one parameter, and which functions make its step."""
+
+    ELEMENTWISE = 0
+    FACTORED = 1
+    FULL = 2
+    CONFIDENCE = 3
+    """Two structures, one behind the other: the second moment, and the distances from the average."""
+    MAXIMA = 4
+    CHECKED = 5
+    """The gradient is looked at, and something else makes the step."""
+
+
 def _pointers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_void_p) for name in names]
 
@@ -97,9 +112,12 @@ class WeightOperand(ctypes.Structure):
 
 
 class GradientOperand(ctypes.Structure):
-    """A gradient, clamped to `bound` first, then multiplied by `scale`; `penalty` times the weight is added to it."""
+    """A gradient, clamped to `bound` first, then multiplied by `scale`; `penalty` times the weight is added to it.
 
-    _fields_ = [*_pointers("grad"), *_choices("type"), *_numbers("bound", "scale", "penalty")]
+    largest: in a table of steps, the largest magnitude that is not refused; negative if nothing is compared.
+    """
+
+    _fields_ = [*_pointers("grad"), *_choices("type"), *_numbers("bound", "scale", "penalty", "largest")]
 
 
 class MomentOperand(ctypes.Structure):
@@ -213,4 +231,22 @@ class MomentChange(ctypes.Structure):
     _fields_ = [
         *_pointers("first", "second", "new_first", "new_second"),
         *_numbers("first_bias", "second_bias", "eps"),
+    ]
+
+
+class ManySteps(ctypes.Structure):
+    """A table of steps: columns with one entry for each parameter.
+
+    elements: of the parameter. steps: the address of a structure of the parameter. numbers: the address of a structure
+    with the numbers of this step, which parameters share. updates: which step of the parameter this is; the keys of
+    random bits in its structure are those of names alone. room_at: where the room of the parameter begins, in numbers
+    of 8 bytes. fine: filled by `begin_many`: whether the gradient may be used. alive: as in `Elementwise`.
+    """
+
+    alive: Any = None
+
+    _fields_ = [
+        *_counts("count"),
+        *_pointers("kinds", "elements", "steps", "numbers", "grads", "grad_types", "updates", "room_at"),
+        *_pointers("room", "fine"),
     ]

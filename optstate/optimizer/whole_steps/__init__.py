@@ -12,7 +12,7 @@ import torch
 from optstate.kernels.backend import choose_backend
 from optstate.kernels.native import NUMBERS
 from optstate.optimizer.plan import PRIMITIVES, TRANSFORMS, ParamPlan
-from optstate.optimizer.whole_steps.base import WholeStep
+from optstate.optimizer.whole_steps.base import TableStep, WholeStep
 from optstate.optimizer.whole_steps.confidence import CompiledConfidence
 from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
 from optstate.optimizer.whole_steps.factored import CompiledFactored
@@ -22,7 +22,7 @@ from optstate.optimizer.whole_steps.triton_elementwise import TritonElementwise
 from optstate.optimizer.whole_steps.triton_factored import TritonFactored
 from optstate.spec import can_be_stepped
 
-__all__ = ["COMPILED", "IN_TRITON", "Found", "FusedByTorch", "WholeStep", "find_whole_step"]
+__all__ = ["COMPILED", "IN_TRITON", "Found", "FusedByTorch", "TableStep", "WholeStep", "find_whole_step"]
 
 
 COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from optstate.kernels.native import StepKind
 from optstate.updates import Context
 
-__all__ = ["WholeStep", "is_plain"]
+__all__ = ["TableStep", "WholeStep", "is_plain"]
 
 
 class WholeStep(Protocol):
@@ -45,6 +46,32 @@ class WholeStep(Protocol):
             state: the parameter's state by key, parts on this device.
             ctx: of the step, with the parameter's part on this device.
         """
+        ...
+
+
+@runtime_checkable
+class TableStep(WholeStep, Protocol):
+    """A compiled step that many small parameters can make in one call, which takes a table of structures."""
+
+    @property
+    def kind(self) -> StepKind | None:
+        """What a table has in the place of the parameter; None if the step is made alone."""
+        ...
+
+    def fill(self, state: Mapping[str, Any], ctx: Context) -> Any:
+        """Return the structure of a step without room for sums, or None where this step needs the transforms."""
+        ...
+
+    def largest(self, ctx: Context) -> float:
+        """Return the largest magnitude of a gradient's element that a table lets pass; negative if it need not look."""
+        ...
+
+    def room(self, structure: Any) -> int:
+        """Return how many numbers of 8 bytes the sums of a step take."""
+        ...
+
+    def with_names(self, structure: Any, name: str) -> None:
+        """Put the keys of random bits into a structure: those of names alone, whatever the step."""
         ...
 
 

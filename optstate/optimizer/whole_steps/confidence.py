@@ -10,14 +10,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optstate.kernels import native
+from optstate.kernels.native import StepKind
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps.factored import FactoredRoom, keeps_fp32, move_statistic
+from optstate.optimizer.whole_steps.factored import FactoredRoom, keeps_fp32, move_statistic, room_of, set_matrices
 from optstate.optimizer.whole_steps.operands import WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, clip_by_rms, scale_by_confidence, scale_by_rms
 
 __all__ = ["CompiledConfidence"]
+
+
+_Pair = native.FactoredStep * 2
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,24 @@ class CompiledConfidence:
         average = self.plan.slots["exp_avg"].nbytes
         return 5 * spec.local_numel * spec.dtype.itemsize + 2 * self.plan.nbytes + average
 
-    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
-        """Step the parameter; see `WholeStep.run`."""
+    @property
+    def kind(self) -> StepKind:
+        """What a table of steps has in the place of the parameter."""
+        return StepKind.CONFIDENCE
+
+    def fill(self, state: Mapping[str, Any], ctx: Context) -> ctypes.Array[native.FactoredStep] | None:
+        """Return the structures of a step, of the second moment and of the distances; see `TableStep.fill`."""
         end = self.tail.read(ctx)
         grad, weight = gradient(ctx, None), self.weight.operand(state, ctx)
         first, second = self._moments(state, self.rms.slot), self._moments(state, "exp_avg_res")
         (average,) = self._moments(state, "exp_avg")
         if end is None or grad is None or weight is None or ctx.guard.deferred:
-            return False
+            return None
         slots = self.plan.slots
         if not are_as_planned(slots["exp_avg"], [average]) or not are_as_planned(slots[self.rms.slot], first):
-            return False
+            return None
         if not are_as_planned(slots["exp_avg_res"], second):
-            return False
+            return None
         threshold = None if self.clip is None else ctx.read(self.clip.threshold)
         beta1, beta3 = map(ctx.read, self.confidence.betas)
         step = native.FactoredStep(weight=weight, grad=grad, step=end.scale, decay=end.decay, least_rms=-1.0)
@@ -101,21 +110,36 @@ class CompiledConfidence:
         step.eps, step.first_weight = ctx.read(self.rms.eps) or 0.0, 1 - beta1
         step.first = native.MomentOperand(average.data_ptr(), kind=native.MomentKind.FULL32)
         residual = native.FactoredStep(averaging=1 - beta3, eps=ctx.read(self.confidence.eps))
-        self._run(step, residual, first, second, ctx)
+        for each, moments in ((step, first), (residual, second)):
+            set_matrices(each, moments, ctx.param.shape, native.parts_of(*ctx.param.shape[-2:]))
+        return _Pair(step, residual)
+
+    def largest(self, ctx: Context) -> float:
+        """Return the largest magnitude of a gradient's element that is not refused: the sums show what is infinite."""
+        return -1.0
+
+    def room(self, structure: ctypes.Array[native.FactoredStep]) -> int:
+        """Return how many numbers of 8 bytes the sums of a step take."""
+        return room_of(structure[0]) + room_of(structure[1])
+
+    def with_names(self, structure: ctypes.Array[native.FactoredStep], name: str) -> None:
+        """Put the keys of random bits into a structure; see `TableStep.with_names`."""
+        structure[0].weight.key = self.weight.name_key(name)
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        structures = self.fill(state, ctx)
+        if structures is None:
+            return False
+        self._run(structures[0], structures[1], ctx)
         return True
 
     def _moments(self, state: Mapping[str, Any], slot: str) -> list[Tensor]:
         return [state[key] for key in self.plan.slots[slot].keys.values()]
 
     @staticmethod
-    def _run(
-        step: native.FactoredStep,
-        residual: native.FactoredStep,
-        first: list[Tensor],
-        second: list[Tensor],
-        ctx: Context,
-    ) -> None:
-        rooms = FactoredRoom(step, first, ctx.param.shape), FactoredRoom(residual, second, ctx.param.shape)
+    def _run(step: native.FactoredStep, residual: native.FactoredStep, ctx: Context) -> None:
+        rooms = FactoredRoom(step), FactoredRoom(residual)
         address, other = ctypes.byref(step), ctypes.byref(residual)
         step.alive = residual.alive = ctx, rooms
         work = rooms[0].parts, 1, ctx.param.numel()  # both statistics are of one shape, and cut alike

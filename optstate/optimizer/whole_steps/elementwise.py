@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate.kernels import native
-from optstate.kernels.native import MomentKind, StepRule
+from optstate.kernels.native import MomentKind, StepKind, StepRule
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
@@ -145,17 +145,43 @@ class CompiledElementwise:
         spec = self.plan.spec
         return 4 * spec.local_numel * spec.dtype.itemsize + 2 * self.plan.nbytes
 
-    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
-        """Step the parameter; see `WholeStep.run`."""
+    @property
+    def kind(self) -> StepKind | None:
+        """What a table of steps has in the place of the parameter."""
+        return StepKind.ELEMENTWISE if self.moved is None else None
+
+    def fill(self, state: Mapping[str, Any], ctx: Context) -> native.Elementwise | None:
+        """Return the structure of a step, without a moment that is moved beforehand; see `TableStep.fill`."""
         coefficients = self.tail.read(ctx)
         grad = gradient(ctx, None if self.clip is None else ctx.read(self.clip.bound))
         weight = self.weight.operand(state, ctx)
         if coefficients is None or grad is None or weight is None or ctx.guard.deferred:
-            return False
+            return None
         step = native.Elementwise(weight=weight, grad=grad, step=coefficients.scale, keep=1.0 - coefficients.decay)
         if self.penalty is not None:
             step.grad.penalty = ctx.read(self.penalty.rate)
-        if not self._set_rule(step, state, ctx):
+        return step if self._set_rule(step, state, ctx) else None
+
+    def largest(self, ctx: Context) -> float:
+        """Return the largest magnitude of a gradient's element that is not refused; negative for none."""
+        return -1.0 if self.plan.guards else self.plan.largest_gradient(ctx.group)
+
+    def room(self, structure: native.Elementwise) -> int:
+        """Return how many numbers of 8 bytes the sums of a step take: there are none."""
+        return 0
+
+    def with_names(self, structure: native.Elementwise, name: str) -> None:
+        """Put the keys of random bits into a structure; see `TableStep.with_names`."""
+        structure.weight.key = self.weight.name_key(name)
+        if self.first is not None:
+            structure.first.key = self.first.name_key(name)
+        if self.second is not None:
+            structure.second.key = self.second.name_key(name)
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        step = self.fill(state, ctx)
+        if step is None:
             return False
         statistic = None if self.moved is None else self._move(step, state, ctx)
         ctx.guard.begin_writing()

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.kernels import native
+from optstate.kernels.native import StepKind
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, add_decayed_weights, clip_by_value, momentum, scale_by_rms
 
-__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "move_statistic"]
+__all__ = ["CompiledFactored", "FactoredRoom", "keeps_fp32", "move_statistic", "room_of", "set_matrices"]
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,57 @@ class CompiledFactored:
         reads_weight = self.tail.least_rms is not None
         return (5 + reads_weight) * spec.local_numel * spec.dtype.itemsize + 2 * self.plan.nbytes
 
-    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
-        """Step the parameter; see `WholeStep.run`."""
+    @property
+    def kind(self) -> StepKind:
+        """What a table of steps has in the place of the parameter."""
+        return StepKind.FACTORED if self.is_factored else StepKind.FULL
+
+    def fill(self, state: Mapping[str, Any], ctx: Context) -> native.FactoredStep | None:
+        """Return the structure of a step; see `TableStep.fill`."""
         before = self.tail.read(ctx, ends_chain=self.average is None)
         bound = None if self.clip is None else ctx.read(self.clip.bound)
         grad, weight = gradient(ctx, bound), self.weight.operand(state, ctx)
         slot = self.plan.slots[self.rms.slot]
         moments = [state[key] for key in slot.keys.values()]
         if before is None or grad is None or weight is None or ctx.guard.deferred or not are_as_planned(slot, moments):
-            return False
+            return None
         step = native.FactoredStep(weight=weight, grad=grad, step=before.scale, decay=before.decay)
-        if not self._set_numbers(step, state, ctx):
+        if self.is_factored:
+            set_matrices(step, moments, ctx.param.shape, native.parts_of(*ctx.param.shape[-2:]))
+        else:
+            count = ctx.param.numel()
+            step.matrices, step.rows, step.cols, step.parts = 1, count, 1, native.parts_of(count, 1)
+            step.row = moments[0].data_ptr()
+        return step if self._set_numbers(step, state, ctx) else None
+
+    def largest(self, ctx: Context) -> float:
+        """Return the largest magnitude of a gradient's element that is not refused; negative where sums show it."""
+        if not (self.is_factored or self.plan.guards):
+            return self.plan.largest_gradient(ctx.group)
+        bound = None if self.clip is None else ctx.read(self.clip.bound)
+        return -1.0 if bound is None else math.inf  # a clamp would hide what is infinite
+
+    def room(self, structure: native.FactoredStep) -> int:
+        """Return how many numbers of 8 bytes the sums of a step take."""
+        return room_of(structure) if self.is_factored else 2 * int(structure.parts)
+
+    def with_names(self, structure: native.FactoredStep, name: str) -> None:
+        """Put the keys of random bits into a structure; see `TableStep.with_names`."""
+        structure.weight.key = self.weight.name_key(name)
+        if self.first is not None:
+            structure.first.key = self.first.name_key(name)
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        step = self.fill(state, ctx)
+        if step is None:
             return False
-        if bound is not None and not ctx.guard.checked:  # a clamp would hide what is infinite
+        if step.grad.bound < math.inf and not ctx.guard.checked:  # a clamp would hide what is infinite
             ctx.guard.check(kernels.all_finite(ctx.grad))
         if not self.is_factored:
-            self._run_full(step, moments, ctx)
+            self._run_full(step, ctx)
             return True
-        room, address = FactoredRoom(step, moments, ctx.param.shape), ctypes.byref(step)
+        room, address = FactoredRoom(step), ctypes.byref(step)
         step.alive = ctx, room
         work = (address,), room.parts, 1, ctx.param.numel()
         native.share(native.function("sum_factored"), *work)
@@ -137,15 +171,12 @@ class CompiledFactored:
             step.decay *= step.after
         return True
 
-    def _run_full(self, step: native.FactoredStep, moments: list[Tensor], ctx: Context) -> None:
+    def _run_full(self, step: native.FactoredStep, ctx: Context) -> None:
         """Run the two passes of a vector, or of a tensor whose second moment is kept in full."""
-        count = ctx.param.numel()
-        step.matrices, step.rows, step.cols, step.parts = 1, count, 1, native.parts_of(count, 1)
-        step.row = moments[0].data_ptr()
         squares = torch.empty(2 * step.parts, dtype=torch.float64, device="cpu")
         step.squares = squares.data_ptr()
         step.alive = ctx, squares
-        work = (ctypes.byref(step),), step.parts, 1, count
+        work = (ctypes.byref(step),), step.parts, 1, ctx.param.numel()
         ctx.guard.begin_writing()
         native.share(native.function("move_full"), *work)
         native.share(native.function("apply_full"), *work)
@@ -154,18 +185,30 @@ class CompiledFactored:
 class FactoredRoom:
     """The room for sums and factors that a step needs while it runs, tied to the step; parts: how a matrix is cut."""
 
-    def __init__(self, step: native.FactoredStep, moments: Sequence[Tensor], shape: Sequence[int]) -> None:
-        *batch, rows, cols = shape
-        matrices = math.prod(batch)
-        self.parts = parts = native.parts_of(rows, cols) if matrices == 1 else matrices
+    def __init__(self, step: native.FactoredStep) -> None:
+        matrices, rows, cols, parts = step.matrices, step.rows, step.cols, step.parts
+        self.parts = parts
         count = matrices * (rows + cols) + (parts * cols if matrices == 1 else 0)
         self._numbers = torch.empty(count, dtype=torch.float32, device="cpu")
         self._squares = torch.empty(2 * parts, dtype=torch.float64, device="cpu")
-        step.matrices, step.rows, step.cols, step.parts = matrices, rows, cols, parts
-        step.row, step.col = (moment.data_ptr() for moment in moments)
         step.row_factor, step.squares = self._numbers.data_ptr(), self._squares.data_ptr()
         step.col_factor = step.row_factor + self._numbers.element_size() * matrices * rows
         step.col_parts = step.col_factor + self._numbers.element_size() * matrices * cols
+
+
+def set_matrices(step: native.FactoredStep, moments: Sequence[Tensor], shape: Sequence[int], parts: int) -> None:
+    """Tell a step how its parameter is cut, and where the means of rows and columns are. parts: of a single matrix."""
+    *batch, rows, cols = shape
+    matrices = math.prod(batch)
+    step.matrices, step.rows, step.cols = matrices, rows, cols
+    step.parts = parts if matrices == 1 else matrices
+    step.row, step.col = moments[0].data_ptr(), moments[1].data_ptr()
+
+
+def room_of(step: native.FactoredStep) -> int:
+    """Return how many numbers of 8 bytes the sums and factors of a step take in a table."""
+    one_matrix = step.parts * step.cols if step.matrices == 1 else 0
+    return int(2 * step.parts + (step.matrices * (step.rows + step.cols) + one_matrix + 1) // 2)
 
 
 def move_statistic(address: Any, ctx: Context) -> None:

@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optstate.kernels import native
+from optstate.kernels.native import StepKind
 from optstate.optimizer.plan import ParamPlan
+from optstate.optimizer.whole_steps.base import is_plain
 from optstate.stores import Full
 from optstate.updates import Context, add_decayed_weights, scale_by_adam
 from optstate.weights import Plain
@@ -58,11 +61,57 @@ class FusedByTorch:
         """Bytes read and written: the gradient twice, the parameter and its state once each way."""
         return 4 * self.plan.spec.local_numel * self.plan.spec.dtype.itemsize + 2 * self.plan.nbytes
 
+    @property
+    def kind(self) -> StepKind:
+        """What a table of steps has in the place of the parameter: a gradient that is looked at."""
+        return StepKind.CHECKED
+
+    def fill(self, state: Mapping[str, Any], ctx: Context) -> native.Elementwise | None:
+        """Return a structure without operands: the table only looks at the gradient; see `TableStep.fill`."""
+        if ctx.guard.deferred or isinstance(ctx.group["lr"], Tensor) or type(ctx.grad_scale) is not float:
+            return None
+        tensors = ctx.param, ctx.grad, state["exp_avg"], state["exp_avg_sq"]
+        shaped = all(each.shape == ctx.param.shape and each.dtype == ctx.param.dtype for each in tensors)
+        return native.Elementwise() if ctx.grad_scale == 1.0 and shaped and is_plain(*tensors) else None
+
+    def largest(self, ctx: Context) -> float:
+        """Return the largest magnitude of a gradient's element that is not refused; negative for none."""
+        return -1.0 if self.plan.guards else self.plan.largest_gradient(ctx.group)
+
+    def room(self, structure: native.Elementwise) -> int:
+        """Return how many numbers of 8 bytes the sums of a step take: there are none."""
+        return 0
+
+    def with_names(self, structure: native.Elementwise, name: str) -> None:
+        """Put the keys of random bits into a structure: there are none."""
+
+    def finish(self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], ctx: Context) -> None:
+        """Step parameters whose gradients were looked at, which have the group and the count of updates of `ctx`."""
+        beta1, beta2 = map(ctx.read, self.adam.betas)
+        torch._fused_adamw_(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [ctx.param.new_full((), ctx.step, dtype=torch.float32)] * len(params),
+            lr=float(ctx.group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=ctx.read(self.decay.rate) if self.decay is not None else 0.0,
+            eps=ctx.read(self.adam.eps),
+            amsgrad=False,
+            maximize=False,
+        )
+
     def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
         """Step the parameter; see `WholeStep.run`."""
         if ctx.param.device.type not in ("cpu", "cuda"):
             return False
-        if not (ctx.param.is_contiguous() and ctx.grad.is_contiguous() and ctx.grad.dtype == ctx.param.dtype):
+        if (
+            not (ctx.param.is_contiguous() and ctx.grad.is_contiguous() and ctx.grad.dtype == ctx.param.dtype)
+            or ctx.grad.is_neg()
+        ):
             return False
         lr, finite = ctx.group["lr"], ctx.guard.finite
         if isinstance(lr, Tensor) or isinstance(ctx.grad_scale, Tensor) or ctx.grad_scale != 1.0:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from optstate.kernels import native
+from optstate.kernels.native import StepKind
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, are_as_planned, gradient, takes
 from optstate.optimizer.whole_steps.tail import Tail
@@ -75,28 +76,55 @@ class CompiledMaxima:
         """Bytes read and written: the gradient twice, the parameter and its state once each way."""
         return 4 * self.plan.spec.local_numel * self.plan.spec.dtype.itemsize + 2 * self.plan.nbytes
 
-    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
-        """Step the parameter; see `WholeStep.run`."""
+    @property
+    def kind(self) -> StepKind:
+        """What a table of steps has in the place of the parameter."""
+        return StepKind.MAXIMA
+
+    def fill(self, state: Mapping[str, Any], ctx: Context) -> native.MaximaStep | None:
+        """Return the structure of a step; see `TableStep.fill`."""
         end = self.tail.read(ctx)
         grad, weight = gradient(ctx, None), self.weight.operand(state, ctx)
         slot = self.plan.slots[self.rss.slot]
         row, col = moments = [state[key] for key in slot.keys.values()]
         if end is None or grad is None or weight is None or ctx.guard.deferred or not are_as_planned(slot, moments):
-            return False
+            return None
         rows, cols = ctx.param.shape
         parts = native.parts_of(rows, cols)
-        room = torch.empty(parts * cols, dtype=torch.float32, device="cpu")
         step = native.MaximaStep(weight=weight, grad=grad, rows=rows, cols=cols, parts=parts)
-        step.row, step.col, step.col_parts = row.data_ptr(), col.data_ptr(), room.data_ptr()
+        step.row, step.col = row.data_ptr(), col.data_ptr()
         step.eps, step.step, step.keep = ctx.read(self.rss.eps), end.scale, 1.0 - end.decay
         if self.average is not None and self.first is not None:
             step.first_weight = 1 - ctx.read(self.average.beta)
             first = self.first.operand(state, ctx, step.first_weight)
             if first is None:
-                return False
+                return None
             step.first = first
+        return step
+
+    def largest(self, ctx: Context) -> float:
+        """Return the largest magnitude of a gradient's element that is not refused; negative for none."""
+        return -1.0 if self.plan.guards else self.plan.largest_gradient(ctx.group)
+
+    def room(self, structure: native.MaximaStep) -> int:
+        """Return how many numbers of 8 bytes the maxima of the parts take."""
+        return int(structure.parts * structure.cols + 1) // 2
+
+    def with_names(self, structure: native.MaximaStep, name: str) -> None:
+        """Put the keys of random bits into a structure; see `TableStep.with_names`."""
+        structure.weight.key = self.weight.name_key(name)
+        if self.first is not None:
+            structure.first.key = self.first.name_key(name)
+
+    def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
+        """Step the parameter; see `WholeStep.run`."""
+        step = self.fill(state, ctx)
+        if step is None:
+            return False
+        room = torch.empty(step.parts * step.cols, dtype=torch.float32, device="cpu")
+        step.col_parts = room.data_ptr()
         step.alive = ctx, room
         ctx.guard.begin_writing()
-        native.share(native.function("step_maxima"), (ctypes.byref(step),), parts, 1, ctx.param.numel())
+        native.share(native.function("step_maxima"), (ctypes.byref(step),), step.parts, 1, ctx.param.numel())
         native.function("finish_maxima")(ctypes.byref(step))
         return True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate.kernels import Codebook, native, noise_key
+from optstate.kernels import Codebook, name_key, native, noise_key
 from optstate.kernels.decades import find_decades
 from optstate.kernels.native import NUMBERS, MomentKind, WriteKind
 from optstate.optimizer.plan import ParamPlan, SlotPlan
@@ -103,6 +103,10 @@ class WrittenWeight:
         start = 0 if spec.region is None else _first_index(spec)
         return native.WeightOperand(param.data_ptr(), address, start, NUMBERS[param.dtype], self.how, key)
 
+    def name_key(self, name: str) -> int:
+        """Return what stands for the parameter's name in the random bits of its roundings."""
+        return name_key(name, self.seed) if self.how is WriteKind.STOCHASTIC else 0
+
 
 @dataclass(frozen=True)
 class KeptMoment:
@@ -172,6 +176,10 @@ class KeptMoment:
             block=self.block,
             kind=self.kind,
         )
+
+    def name_key(self, name: str) -> int:
+        """Return what stands for the parameter's and the slot's name in the random bits of roundings."""
+        return name_key(f"{name}/{self.slot.name}") if self.kind == MomentKind.FULL16 else 0
 
 
 _HALVES = (MomentKind.SIGNED4, MomentKind.LINEAR4)
