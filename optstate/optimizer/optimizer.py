@@ -140,11 +140,12 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             backend: "auto", the best that is installed; "native", steps compiled for the CPU; "triton", steps in
-                Triton for CUDA devices; "eager", the transforms one after the other. The environment variable
-                `OPTSTATE_BACKEND` is asked where this is "auto".
+                Triton for CUDA devices; "bitsandbytes", its kernels for moments in its 8-bit blocks; "eager", the
+                transforms one after the other. The environment variable `OPTSTATE_BACKEND` is asked where this is
+                "auto".
 
         Raises:
-            ValueError: for another word, or for a backend that cannot be used here.
+            ValueError: for another word, or for a backend that cannot be used here or for a parameter that trains.
         """
         check_backend(backend)
         self.runner.parameters.use_backend(backend)

@@ -19,6 +19,7 @@ from optstate.optimizer import param_groups
 from optstate.optimizer.parameters import Leaf, replacements
 from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.optimizer.planner import Planner
+from optstate.optimizer.whole_steps import require_backend
 from optstate.updates import Chain, Route
 from optstate.weights import Weights
 
@@ -63,7 +64,12 @@ class TrackedParameters:
         self._let_go = 0
 
     def use_backend(self, backend: str) -> None:
-        """Have the steps of all parameters made by one of `optstate.kernels.backend.BACKENDS`."""
+        """Have the steps of all parameters made by one of `optstate.kernels.backend.BACKENDS`.
+
+        Raises:
+            ValueError: if a backend other than "auto" cannot make them. Nothing is changed then.
+        """
+        require_backend([(leaf.plan, param) for param, leaf in self.leaves.items()], backend)
         self.backend = backend
         for leaf in self.leaves.values():
             leaf.use_backend(backend)
@@ -86,6 +92,7 @@ class TrackedParameters:
         first = self._next_number
         for part in param_groups.split_by_chain(group, self.route, made_of, defaults):
             found.append((part, self._plan_group(part, {}, first, made_of)))
+            require_backend(zip(found[-1][1], part["params"], strict=True), self.backend)
             first += len(part["params"])
         self.names.use(as_given, canonical)
         return found
