@@ -21,9 +21,10 @@ from optstate.kernels.eager import (
 )
 from optstate.kernels.primitives import all_finite
 from optstate.kernels.product import Product, Scalar
+from optstate.kernels.recording import Recording, recorded
 from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
-from optstate.kernels.rounding import Noise, known_finite, noise_key, round_bf16, round_fp16
+from optstate.kernels.rounding import Noise, known_finite, noise_key, round_bf16, round_fp16, word_key
 from optstate.kernels.weight_codec import WeightCodec
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Noise",
     "Piece",
     "Product",
+    "Recording",
     "Scalar",
     "WeightCodec",
     "add_weight",
@@ -48,6 +50,7 @@ __all__ = [
     "linear_map",
     "multiply_out",
     "noise_key",
+    "recorded",
     "rehearsal",
     "rehearsing",
     "round_bf16",
@@ -59,5 +62,6 @@ __all__ = [
     "sums_of_rows",
     "values",
     "weight_sum_of_squares",
+    "word_key",
     "worth_running",
 ]

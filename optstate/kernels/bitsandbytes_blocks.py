@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optstate.kernels.chunking import slice_elements
 
-__all__ = ["BLOCK", "BlockMoment", "BlockRule", "is_installed", "step_blocks", "why_no_bitsandbytes"]
+__all__ = ["BLOCK", "BlockMoment", "BlockRule", "step_blocks", "why_no_bitsandbytes"]
 
 BLOCK = 256
 """Elements per scale, which bitsandbytes' kernels have fixed."""
@@ -57,7 +57,7 @@ class BlockMoment:
         return BlockMoment(self.codes[start:stop], self.absmax[start // BLOCK : -(-stop // BLOCK)], self.values)
 
 
-def is_installed() -> bool:
+def _is_installed() -> bool:
     """Return whether the package bitsandbytes can be imported."""
     found = find_spec("bitsandbytes")
     return found is not None and found.origin is not None  # a mere folder of that name has none
@@ -68,7 +68,7 @@ def why_no_bitsandbytes(device: torch.device | None = None) -> str:
 
     device: where; None to ask for any device. The first answer for a kind of device makes the host wait for it.
     """
-    if not is_installed():
+    if not _is_installed():
         return "the package bitsandbytes is not installed: pip install 'optstate[bitsandbytes]'"
     why = _why_no_operator()
     if why or device is None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.kernels.recording import RECORDING
 from optstate.spec import is_fake
 
 __all__ = ["Codebook", "dynamic_map", "linear_map"]
@@ -134,8 +135,11 @@ class Codebook:
         return pairs.view(torch.float32)[:count]
 
     def _on(self, like: Tensor) -> _Tables:
-        """Return the tables on `like`'s device, built at the first use there; a fake tensor gets empty ones."""
-        if is_fake(like):
+        """Return the tables on `like`'s device, built at the first use there; a fake tensor gets empty ones.
+
+        A step that is recorded gets the real ones, which were built beforehand: they become part of the recording.
+        """
+        if is_fake(like) and (RECORDING.get() is None or like.device not in self._tables):
             return self._without_values(like)
         if like.device not in self._tables:
             self._tables[like.device] = self._build(like.device)

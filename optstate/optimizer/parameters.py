@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optstate import kernels
 from optstate.distributed.placement import Placement, is_distributed
+from optstate.optimizer.compiled_chain import ChainCompiler, CompiledChain
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps import Found, find_whole_step
 
@@ -23,24 +24,29 @@ __all__ = ["Leaf", "batches", "replacements"]
 class Leaf:
     """One parameter: its plan, the index of its group, and how it lies on several devices if it does.
 
-    backend: what may make its steps; see `optstate.kernels.backend`.
+    backend: what may make its steps; see `optstate.kernels.backend`. compiler: of steps that no whole step makes; None
+    where they are not to be compiled.
     """
 
     plan: ParamPlan
     group: int
     placement: Placement | None = None
     backend: str = "auto"
+    compiler: ChainCompiler | None = None
     last_found: tuple[ParamPlan, str, Found] | None = None
 
     def found_step(self, device: torch.device) -> Found:
         """Return the whole step of the parameter on this kind of device, or why there is none."""
         if self.last_found is None or self.last_found[0] is not self.plan or self.last_found[1] != device.type:
-            self.last_found = self.plan, device.type, find_whole_step(self.plan, device, self.backend)
+            found = find_whole_step(self.plan, device, self.backend)
+            if found.step is None and found.why and self.compiler is not None:
+                found = CompiledChain.of(self.plan, self.compiler, found.why)
+            self.last_found = self.plan, device.type, found
         return self.last_found[2]
 
-    def use_backend(self, backend: str) -> None:
-        """Have the steps made by another backend from now on."""
-        self.backend, self.last_found = backend, None
+    def use_backend(self, backend: str, compiler: ChainCompiler | None) -> None:
+        """Have the steps made by another backend from now on, or by what a compiler makes of the chain."""
+        self.backend, self.compiler, self.last_found = backend, compiler, None
 
     @property
     def name(self) -> str:

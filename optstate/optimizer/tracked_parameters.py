@@ -16,6 +16,7 @@ from optstate.distributed.agreement import listed
 from optstate.distributed.placement import copy_part, placement_of
 from optstate.integrations import engines
 from optstate.optimizer import param_groups
+from optstate.optimizer.compiled_chain import ChainCompiler
 from optstate.optimizer.parameters import Leaf, replacements
 from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.optimizer.planner import Planner
@@ -54,6 +55,7 @@ class TrackedParameters:
     def __init__(self, route: Route, weights: Weights | str, names: naming.CanonicalNames) -> None:
         self.route, self.weights, self.names = route, weights, names
         self.backend = "auto"
+        self.compiler: ChainCompiler | None = None
         self._planner = Planner(route, weights)
         self.leaves: dict[Tensor, Leaf] = {}
         self.chains: dict[int, Chain] = {}
@@ -72,7 +74,13 @@ class TrackedParameters:
         require_backend([(leaf.plan, param) for param, leaf in self.leaves.items()], backend)
         self.backend = backend
         for leaf in self.leaves.values():
-            leaf.use_backend(backend)
+            leaf.use_backend(backend, self.compiler)
+
+    def compile_with(self, compiler: ChainCompiler | None) -> None:
+        """Have the steps of chains that no whole step knows compiled, or run as they are (None)."""
+        self.compiler = compiler
+        for leaf in self.leaves.values():
+            leaf.use_backend(self.backend, compiler)
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
@@ -125,7 +133,7 @@ class TrackedParameters:
         have_state = set(map(id, state))
         with torch.inference_mode(False):
             for param, plan in zip(params, plans, strict=True):
-                leaf = self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend)
+                leaf = self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend, self.compiler)
                 if param.requires_grad and id(param) not in have_state:
                     self._allocate(param, leaf, state)
         if plans:
@@ -300,7 +308,7 @@ class TrackedParameters:
 
     def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan, state: ParamStates) -> None:
         """Let `param` take the place of `old`, with its state."""
-        self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param), self.backend)
+        self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param), self.backend, self.compiler)
         past = state.pop(old, None)
         if past is not None:
             entry = self.allocate(param, state)
