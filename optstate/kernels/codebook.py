@@ -139,8 +139,10 @@ class Codebook:
 
         A step that is recorded gets the real ones, which were built beforehand: they become part of the recording.
         """
-        if is_fake(like) and (RECORDING.get() is None or like.device not in self._tables):
+        if like.is_meta or (is_fake(like) and RECORDING.get() is None):
             return self._without_values(like)
+        if is_fake(like) and like.device not in self._tables:
+            raise LookupError(f"the tables of {self.name or 'a codebook'} were not made before a recording")
         if like.device not in self._tables:
             self._tables[like.device] = self._build(like.device)
         return self._tables[like.device]

@@ -30,8 +30,8 @@ from optstate.updates import Context
 
 __all__ = ["ChainCompiler", "CompiledChain", "require_compiler"]
 
-MOST_ELEMENTS = 1 << 33
-"""Elements of a parameter whose random bits are a hash of 32 bits of the index."""
+MOST_ELEMENTS = 1 << 32
+"""Elements of a parameter whose random bits are a hash of 31 bits of the index of a pair."""
 
 MOST_GRAPHS = 16
 """Graphs for one kind of parameter and one class of shapes; a chain that needs more is another one at every step."""
@@ -78,8 +78,13 @@ class _ShapeClass:
 
     function: ChainFunction
     stand_ins: tuple[Tensor, ...]
+    script: list[Any] = field(default_factory=list)
     compiled: list[_Compiled] = field(default_factory=list)
     known: dict[Settings, tuple[_Compiled, Tensor]] = field(default_factory=dict)
+
+    def numbers(self, settings: Settings) -> Numbers:
+        """Return the numbers of a step."""
+        return self.function.numbers(settings, self.stand_ins, self.script)
 
 
 class ChainCompiler:
@@ -108,7 +113,7 @@ class ChainCompiler:
         if found is None:
             if len(of_class.known) >= REMEMBERED:
                 of_class.known.clear()
-            numbers = of_class.function.numbers(settings, of_class.stand_ins)
+            numbers = of_class.numbers(settings)
             compiled = self._compiled(of_class, inputs, settings, numbers)
             values = [numbers.values[i] for i in compiled.recorded.lifted] or [0.0]
             found = of_class.known[settings] = compiled, torch.tensor(values, dtype=torch.float64)
@@ -139,8 +144,9 @@ class ChainCompiler:
             found = next((each for each in classes if each.compiled[0].recorded.fits(inputs)), None)
             if found is None:
                 found = _ShapeClass(function, tuple(tensor.to("meta") for tensor in inputs))
-                numbers = function.numbers(settings, found.stand_ins)
-                self._compiled(found, inputs, settings, numbers)
+                function.make_tables(inputs)
+                function.numbers(settings, found.stand_ins, [])  # what is made once is no part of a step
+                self._compiled(found, inputs, settings, found.numbers(settings))
                 classes.append(found)
             self._by_shape[shape] = found
         return found
@@ -162,7 +168,7 @@ class ChainCompiler:
             raise ValueError(f"its operations are others in each of {MOST_GRAPHS} steps")
         function = of_class.function
         for others in settings.others():
-            found = function.numbers(others, of_class.stand_ins)
+            found = of_class.numbers(others)
             if found.operations == numbers.operations:
                 changing |= differences(numbers.values, found.values)
         asked = list(function.asked)
@@ -252,35 +258,61 @@ class CompiledChain:
         function = ChainFunction(plan, tuple(plan.fields), guard.finite is not None)
         finite = torch.tensor(True) if guard.finite is None else guard.finite
         jobs, keys = [], torch.zeros(MOST_KEYS, dtype=torch.int32)
-        for word, param, grad, *fields in self._slices(ctx, tensors):
-            inputs = [param, grad, keys, torch.tensor(word, dtype=torch.int32), finite, *fields]
+        for piece in self._slices(ctx, tensors):
+            param, grad, *fields = piece.tensors
+            inputs = [param, grad, keys, torch.tensor(piece.first_word, dtype=torch.int32), finite, *fields]
             try:
                 compiled, numbers = self.compiler.find(function, inputs, settings)
             except ValueError as error:
                 raise ValueError(f"the step of {plan.spec.name!r} cannot be compiled: {error}") from error
             inputs[2] = compiled.keys(plan.spec.name, ctx.step)
-            jobs.append((compiled.call, [*inputs, numbers]))
+            jobs.append((piece, compiled.call, [*inputs, numbers]))
         guard.begin_writing()
-        for call, arguments in jobs:
+        for piece, call, arguments in jobs:
             call(*arguments)
+            piece.write_back()
         return True
 
-    def _slices(self, ctx: Context, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
-        """Yield the first word of random bits, the parameter, the gradient and the state: whole or slice by slice."""
+    def _slices(self, ctx: Context, tensors: Sequence[Tensor]) -> Iterator[_Slice]:
+        """Yield what is stepped by one call: the whole parameter; or, where elements go their own ways, slices of it.
+
+        Slices are as long as a multiple of two blocks, and the rest is copied into one as long: so one graph is enough.
+        """
         plan, param, grad = self.plan, ctx.param.detach(), ctx.grad.detach()
         if not plan.knows_no_shape:
-            yield 0, param, grad, *tensors
+            yield _Slice(0, [param, grad, *tensors])
             return
-        specs, align = list(plan.fields.values()), 2 * plan.alignment
-        size = max(plan.slice_elements(param.device) // align, 1) * align
-        param, grad = param.view(-1), grad.view(-1)
-        for start in range(0, param.numel(), size):
-            stop = min(start + size, param.numel())
-            fields = [
-                tensor.view(-1)[start // spec.per : -(-stop // spec.per)]
-                for tensor, spec in zip(tensors, specs, strict=True)
-            ]
-            yield start // 2, param[start:stop], grad[start:stop], *fields
+        flat = [(param.view(-1), 1), (grad.view(-1), 1)]
+        flat += [(tensor.view(-1), spec.per) for tensor, spec in zip(tensors, plan.fields.values(), strict=True)]
+        count, align = param.numel(), max(2 * plan.alignment, 16)
+        size, rest = max(plan.slice_elements(param.device) // align, 1) * align, count % align
+        for start in range(0, count - rest, size):
+            stop = min(start + size, count - rest)
+            yield _Slice(start // 2, [tensor[start // per : -(-stop // per)] for tensor, per in flat])
+        if rest:
+            parts = [tensor[(count - rest) // per :] for tensor, per in flat]
+            padded = [tensor.new_zeros(align // per) for tensor, per in flat]
+            for part, room in zip(parts, padded, strict=True):
+                room[: part.numel()] = part
+            yield _Slice((count - rest) // 2, padded, parts)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What one call steps: the parameter, the gradient and the state's tensors.
+
+    first_word: half the flat index of the first element. written_back: where copies belong, of tensors that are copies.
+    """
+
+    first_word: int
+    tensors: list[Tensor]
+    written_back: Sequence[Tensor] = ()
+
+    def write_back(self) -> None:
+        """Copy what was stepped to where it belongs, but the gradient."""
+        for i, part in enumerate(self.written_back):
+            if i != 1:
+                part.copy_(self.tensors[i][: part.numel()])
 
 
 def _are_plain(*tensors: Tensor) -> bool:

@@ -104,31 +104,78 @@ class ChainFunction:
 
         return run
 
-    def numbers(self, settings: Settings, inputs: Sequence[Tensor]) -> Numbers:
-        """Run on tensors without storage, of the device "meta"; return the numbers of the step with these settings."""
-        with torch.no_grad(), _Listener() as listener:
-            self.bind(settings)(*inputs)
+    def make_tables(self, inputs: Sequence[Tensor]) -> None:
+        """Read the statistics once, which makes the tables of their codes: a recording takes them as they are."""
+        state = dict(zip(self.keys, inputs[-len(self.keys) :] if self.keys else (), strict=True))
+        for slot in self.plan.slots.values():
+            fields = {field: state[key] for field, key in slot.keys.items()}
+            slot.store.factors(fields, inputs[0].shape)
+
+    def numbers(self, settings: Settings, inputs: Sequence[Tensor], script: list[Any]) -> Numbers:
+        """Return the numbers of the step with these settings.
+
+        Args:
+            settings: of the step.
+            inputs: as the function takes them, of the device "meta".
+            script: what the operations returned when this was asked with the same inputs before; written.
+
+        Raises:
+            ValueError: if the chain asks for values, with why as the end of a sentence.
+        """
+        try:
+            with torch.no_grad(), _Listener(script) as listener:
+                self.bind(settings)(*inputs)
+        except Exception as error:
+            raise ValueError(_asks_for_values(error)) from error
         return Numbers(tuple(listener.values), tuple(listener.operations))
 
 
-class _Listener(TorchDispatchMode):
-    """Notes every operation that has a number among its arguments."""
+class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation and its numbers; returns what it returned before, while operations are those of before.
 
-    def __init__(self) -> None:
-        super().__init__()
+    A result without storage is nothing but a shape, and takes longer to find than the rest of a step.
+    """
+
+    def __init__(self, script: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[float] = []
         self.operations: list[Any] = []
+        self._script = script
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rest = []
-        for leaf in tree_leaves((args, kwargs)):
+        if func is aten.detach.default:  # which PyTorch itself calls now and then
+            return func(*args, **kwargs)
+        rest: list[Any] = [func]
+        self._note(args, rest)
+        self._note(kwargs.values(), rest)
+        operation, place = tuple(rest), len(self.operations)
+        self.operations.append(operation)
+        if place < len(self._script) and self._script[place][0] == operation:
+            return _anew(self._script[place][1], func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._script[place:] = [(operation, result)]
+        return result
+
+    def _note(self, arguments: Iterable[Any], rest: list[Any]) -> None:
+        for leaf in arguments:
             if type(leaf) is float:
                 self.values.append(leaf)
+            elif isinstance(leaf, list | tuple):
+                self._note(leaf, rest)
             elif not isinstance(leaf, Tensor | torch.device):
                 rest.append(leaf)
-        self.operations.append((func, *rest))
-        return func(*args, **kwargs)
+
+
+def _anew(result: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return a result as one of an operation that is called again: what it writes, or a new tensor without storage."""
+    if isinstance(result, list | tuple):
+        return type(result)([_anew(each, func, args, kwargs) for each in result])
+    if not isinstance(result, Tensor):
+        return result
+    if func._schema.is_mutable:
+        return kwargs.get("out", args[0])
+    return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
 
 
 @dataclass
@@ -171,16 +218,19 @@ def record_chain(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     try:
-        with torch.no_grad(), _config.patch(use_duck_shape=False):
+        shapes: Any = _config
+        with torch.no_grad(), shapes.patch(use_duck_shape=False):
             graph = make_fx(function.bind(settings), tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:
-        words = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
-            f"one of its transforms asks for values while it runs ({type(error).__name__}: {words})"
-        ) from error
+        raise ValueError(_asks_for_values(error)) from error
     lifted = tuple(sorted(changing))
     _lift(graph, numbers, lifted)
     return RecordedChain(graph, lifted)
+
+
+def _asks_for_values(error: Exception) -> str:
+    words = (str(error).strip().splitlines() or [""])[0]
+    return f"one of its transforms asks for values while it runs ({type(error).__name__}: {words})"
 
 
 def _lift(module: fx.GraphModule, numbers: Numbers, lifted: Sequence[int]) -> None:
