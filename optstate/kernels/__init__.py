@@ -28,9 +28,10 @@ from optstate.kernels.primitives import (
     weight_sum_of_squares,
 )
 from optstate.kernels.product import Product, Scalar
+from optstate.kernels.recording import Recording, recorded
 from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
-from optstate.kernels.rounding import Noise, known_finite, name_key, noise_key, round_bf16, round_fp16
+from optstate.kernels.rounding import Noise, known_finite, name_key, noise_key, round_bf16, round_fp16, word_key
 from optstate.kernels.weight_codec import CompiledCodec, WeightCodec
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Noise",
     "Piece",
     "Product",
+    "Recording",
     "Scalar",
     "WeightCodec",
     "add_weight",
@@ -65,6 +67,7 @@ __all__ = [
     "multiply_out",
     "name_key",
     "noise_key",
+    "recorded",
     "rehearsal",
     "rehearsing",
     "round_bf16",
@@ -77,6 +80,7 @@ __all__ = [
     "sums_of_rows",
     "values",
     "weight_sum_of_squares",
+    "word_key",
     "worth_running",
     "write_blocks",
 ]

@@ -10,7 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from optstate.kernels.rehearsal import STAND_IN
+from optstate.kernels.rehearsal import RECORDED, STAND_IN
 
 __all__ = ["Piece", "chunk_elements", "chunks", "cut_into_pieces", "slice_elements"]
 
@@ -20,10 +20,15 @@ CPU_CHUNK = 1 << 19
 DEVICE_CHUNK = 1 << 22
 """Elements per chunk on an accelerator, where a launch costs more than a cache miss: 16 MB in fp32, 64 MB allowed."""
 
+WHOLE = 1 << 62
+"""More elements than a tensor has: a step that is recorded, to be compiled, is not cut."""
+
+CHUNKS = {"cpu": CPU_CHUNK, "meta": CPU_CHUNK, RECORDED: WHOLE}
+
 
 def chunk_elements(device: torch.device) -> int:
     """Return how many elements of a parameter a kernel holds in one fp32 buffer on `device`."""
-    return CPU_CHUNK if (STAND_IN.get() or device.type) in ("cpu", "meta") else DEVICE_CHUNK
+    return CHUNKS.get(STAND_IN.get() or device.type, DEVICE_CHUNK)
 
 
 def slice_elements(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate.kernels.recording import RECORDING
 from optstate.spec import is_fake
 
 __all__ = ["Codebook", "dynamic_map", "linear_map"]
@@ -134,9 +135,14 @@ class Codebook:
         return pairs.view(torch.float32)[:count]
 
     def _on(self, like: Tensor) -> _Tables:
-        """Return the tables on `like`'s device, built at the first use there; a fake tensor gets empty ones."""
-        if is_fake(like):
+        """Return the tables on `like`'s device, built at the first use there; a fake tensor gets empty ones.
+
+        A step that is recorded gets the real ones, which were built beforehand: they become part of the recording.
+        """
+        if like.is_meta or (is_fake(like) and RECORDING.get() is None):
             return self._without_values(like)
+        if is_fake(like) and like.device not in self._tables:
+            raise LookupError(f"the tables of {self.name or 'a codebook'} were not made before a recording")
         if like.device not in self._tables:
             self._tables[like.device] = self._build(like.device)
         return self._tables[like.device]

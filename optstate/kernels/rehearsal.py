@@ -10,12 +10,15 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["STAND_IN", "device_type", "rehearsal", "rehearsing", "worth_running"]
+__all__ = ["RECORDED", "STAND_IN", "device_type", "rehearsal", "rehearsing", "worth_running"]
 
 T = TypeVar("T")
 
 STAND_IN: ContextVar[str] = ContextVar("STAND_IN", default="")
 """The type of the device that fake tensors on the CPU stand for; empty outside of a rehearsal."""
+
+RECORDED = "recorded"
+"""What stands for a type of device while a step is recorded, to be compiled for any number of elements."""
 
 _LEAVES_OUT: ContextVar[bool] = ContextVar("_LEAVES_OUT", default=False)
 """Whether loops leave out rounds that need as much memory as those before them."""

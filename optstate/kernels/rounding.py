@@ -14,10 +14,11 @@ from torch import Tensor
 from optstate.kernels import native
 from optstate.kernels.addresses import box_of
 from optstate.kernels.backend import compiled_functions
+from optstate.kernels.recording import RECORDING
 from optstate.kernels.regions import global_index
 from optstate.spec import Region, is_fake
 
-__all__ = ["Noise", "known_finite", "name_key", "noise_key", "random_bits16", "round_bf16", "round_fp16"]
+__all__ = ["Noise", "known_finite", "name_key", "noise_key", "random_bits16", "round_bf16", "round_fp16", "word_key"]
 
 MASK32 = 0xFFFFFFFF
 
@@ -57,6 +58,9 @@ class Noise:
 
     def bits16(self, count: int, device: torch.device) -> Tensor:
         """Return the random bits of `count` elements from `start` on: int16 `[count]`, uniform over all values."""
+        recording = RECORDING.get()
+        if recording is not None:
+            return _recorded_bits16(recording.key(self.name, self.seed), recording.first_word, count)
         key = noise_key(self.name, self.step, self.seed)
         found = _compiled_bits16(key, self, count) if device.type == "cpu" else None
         if found is not None:
@@ -117,6 +121,17 @@ def _scattered_bits16(key: int, index: Tensor, end: int) -> Tensor:
     return hashed.view(torch.int16).view(-1, 2).gather(1, (index & 1).view(-1, 1)).view(-1)
 
 
+def _recorded_bits16(key: Tensor, first_word: Tensor, count: int) -> Tensor:
+    """Return what `random_bits16` gives below 2**33, of a key that is `word_key` and the index of the first word."""
+    words = torch.arange((count + 1) // 2, dtype=torch.int32, device=key.device).add_(first_word)
+    return _finalized(words.bitwise_xor_(key)).view(torch.int16)[:count]
+
+
+def word_key(key: int) -> int:
+    """Return the int32 number that is mixed into the lower 32 bits of an index, where its upper 32 bits are zero."""
+    return _signed(_mix(key))
+
+
 def known_finite(value: Tensor) -> bool:
     """Return whether all elements are finite, or False where the answer would make the host wait for a device."""
     return value.device.type == "cpu" and not is_fake(value) and bool(value.sum().isfinite())
@@ -172,7 +187,11 @@ def _hash_words(key: int, lo: int, hi: int, device: torch.device) -> Tensor:
 
 def _hashed(key: int, high: int, x: Tensor) -> Tensor:
     """Return the hashes of 64-bit indices: `high` holds their upper 32 bits, int32 `x`, overwritten, their lower."""
-    x = x.bitwise_xor_(_signed(_mix(key ^ high)))
+    return _finalized(x.bitwise_xor_(_signed(_mix(key ^ high))))
+
+
+def _finalized(x: Tensor) -> Tensor:
+    """Mix int32 numbers, which are overwritten."""
     shifted = torch.empty_like(x)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         # The shift carries the sign along: the mask makes it the unsigned one.

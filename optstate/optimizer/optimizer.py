@@ -16,6 +16,7 @@ from optstate.kernels.backend import check_backend
 from optstate.optimizer import loading, param_groups
 from optstate.optimizer import state_dict as resume
 from optstate.optimizer.broken_step import STEP, InconsistentStateError
+from optstate.optimizer.compiled_chain import ChainCompiler, require_compiler
 from optstate.optimizer.loading import Copy
 from optstate.optimizer.parameters import HELD_ELEMENTS
 from optstate.optimizer.plan import Plan
@@ -144,14 +145,29 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             backend: "auto", the best that is installed; "native", steps compiled for the CPU; "triton", steps in
-                Triton for CUDA devices; "eager", the transforms one after the other. The environment variable
-                `OPTSTATE_BACKEND` is asked where this is "auto".
+                Triton for CUDA devices; "bitsandbytes", its kernels for moments in its 8-bit blocks; "eager", the
+                transforms one after the other. The environment variable `OPTSTATE_BACKEND` is asked where this is
+                "auto".
 
         Raises:
-            ValueError: for another word, or for a backend that cannot be used here.
+            ValueError: for another word, or for a backend that cannot be used here or for a parameter that trains.
         """
         check_backend(backend)
         self.runner.parameters.use_backend(backend)
+
+    def compile(self) -> None:
+        """Compile the steps of chains that no whole step knows, by PyTorch's inductor; `plan()` names them.
+
+        Nothing is compiled here: each graph is when a step needs it first, with a line on stderr, which takes seconds.
+        One graph serves all parameters of a kind, whatever their shapes; PyTorch keeps what it compiled on disk.
+        Random bits are those of the transforms; numbers differ from theirs as sums are added in another order. What
+        such a graph needs as temporaries is up to inductor, and at most what the plan says of the transforms.
+
+        Raises:
+            RuntimeError: if there is no C++ compiler.
+        """
+        require_compiler()
+        self.runner.parameters.compile_with(ChainCompiler())
 
     def train(self) -> None:
         """Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.
@@ -307,6 +323,7 @@ class Optimizer(torch.optim.Optimizer):
         clip = runner.clip_grad_norm if runner.hooks is not None else runner.clip_of_original
         own: dict[str, Any] = {"_route": parameters.route, "_weights": parameters.weights, "_names": parameters.names}
         own["_backend"], own["_inconsistent"] = parameters.backend, runner.consistency.reason_of_copy
+        own["_compiles"] = parameters.compiler is not None
         return {**super().__getstate__(), **own, "_clip_of_original": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -315,6 +332,7 @@ class Optimizer(torch.optim.Optimizer):
         names = state.pop("_names", naming.CanonicalNames())
         parameters = TrackedParameters(state.pop("_route"), state.pop("_weights"), names)
         parameters.use_backend(state.pop("_backend", "auto"))
+        parameters.compile_with(ChainCompiler() if state.pop("_compiles", False) else None)
         self.runner = StepRunner(self, parameters, state.pop("_inconsistent"))
         self.runner.clip_of_original = state.pop("_clip_of_original", None)
         self._built = True

@@ -14,6 +14,7 @@ from torch import Tensor
 from optstate import kernels
 from optstate.distributed.placement import Placement, is_distributed
 from optstate.kernels.backend import choose_backend
+from optstate.optimizer.compiled_chain import ChainCompiler, CompiledChain
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps import Found, TableStep, find_whole_step
 from optstate.spec import is_fake
@@ -31,26 +32,31 @@ HELD_ELEMENTS = 1 << 19
 class Leaf:
     """One parameter: its plan, the index of its group, and how it lies on several devices if it does.
 
-    backend: what may make its steps; see `optstate.kernels.backend`. last_found: what `found_step` gave last, and for
-    which plan and kind of device. small: what `is_small` gave last, and for which plan.
+    backend: what may make its steps; see `optstate.kernels.backend`. compiler: of steps that no whole step makes; None
+    where they are not to be compiled. last_found: what `found_step` gave last, and for which plan and kind of device.
+    small: what `is_small` gave last, and for which plan.
     """
 
     plan: ParamPlan
     group: int
     placement: Placement | None = None
     backend: str = "auto"
+    compiler: ChainCompiler | None = None
     last_found: tuple[ParamPlan, str, Found] | None = None
     small: tuple[ParamPlan, bool] | None = None
 
     def found_step(self, device: torch.device) -> Found:
         """Return the whole step of the parameter on this kind of device, or why there is none."""
         if self.last_found is None or self.last_found[0] is not self.plan or self.last_found[1] != device.type:
-            self.last_found = self.plan, device.type, find_whole_step(self.plan, device, self.backend)
+            found = find_whole_step(self.plan, device, self.backend)
+            if found.step is None and found.why and self.compiler is not None:
+                found = CompiledChain.of(self.plan, self.compiler, found.why)
+            self.last_found = self.plan, device.type, found
         return self.last_found[2]
 
-    def use_backend(self, backend: str) -> None:
-        """Have the steps made by another backend from now on."""
-        self.backend, self.last_found, self.small = backend, None, None
+    def use_backend(self, backend: str, compiler: ChainCompiler | None) -> None:
+        """Have the steps made by another backend from now on, or by what a compiler makes of the chain."""
+        self.backend, self.compiler, self.last_found, self.small = backend, compiler, None, None
 
     def is_small(self, param: Tensor) -> bool:
         """Return whether the parameter is one of those that are stepped together, each wholly on this device."""

@@ -16,9 +16,11 @@ from optstate.distributed.agreement import listed
 from optstate.distributed.placement import copy_part, placement_of
 from optstate.integrations import engines
 from optstate.optimizer import param_groups
+from optstate.optimizer.compiled_chain import ChainCompiler
 from optstate.optimizer.parameters import Leaf, replacements
 from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.optimizer.planner import Planner
+from optstate.optimizer.whole_steps import require_backend
 from optstate.updates import Chain, Route
 from optstate.weights import Weights
 
@@ -53,6 +55,7 @@ class TrackedParameters:
     def __init__(self, route: Route, weights: Weights | str, names: naming.CanonicalNames) -> None:
         self.route, self.weights, self.names = route, weights, names
         self.backend = "auto"
+        self.compiler: ChainCompiler | None = None
         self._planner = Planner(route, weights)
         self.leaves: dict[Tensor, Leaf] = {}
         self.chains: dict[int, Chain] = {}
@@ -63,10 +66,21 @@ class TrackedParameters:
         self._let_go = 0
 
     def use_backend(self, backend: str) -> None:
-        """Have the steps of all parameters made by one of `optstate.kernels.backend.BACKENDS`."""
+        """Have the steps of all parameters made by one of `optstate.kernels.backend.BACKENDS`.
+
+        Raises:
+            ValueError: if a backend other than "auto" cannot make them. Nothing is changed then.
+        """
+        require_backend([(leaf.plan, param) for param, leaf in self.leaves.items()], backend)
         self.backend = backend
         for leaf in self.leaves.values():
-            leaf.use_backend(backend)
+            leaf.use_backend(backend, self.compiler)
+
+    def compile_with(self, compiler: ChainCompiler | None) -> None:
+        """Have the steps of chains that no whole step knows compiled, or run as they are (None)."""
+        self.compiler = compiler
+        for leaf in self.leaves.values():
+            leaf.use_backend(self.backend, compiler)
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
@@ -86,6 +100,7 @@ class TrackedParameters:
         first = self._next_number
         for part in param_groups.split_by_chain(group, self.route, made_of, defaults):
             found.append((part, self._plan_group(part, {}, first, made_of)))
+            require_backend(zip(found[-1][1], part["params"], strict=True), self.backend)
             first += len(part["params"])
         self.names.use(as_given, canonical)
         return found
@@ -118,7 +133,7 @@ class TrackedParameters:
         have_state = set(map(id, state))
         with torch.inference_mode(False):
             for param, plan in zip(params, plans, strict=True):
-                leaf = self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend)
+                leaf = self.leaves[param] = Leaf(plan, index, placement_of(param), self.backend, self.compiler)
                 if param.requires_grad and id(param) not in have_state:
                     self._allocate(param, leaf, state)
         if plans:
@@ -293,7 +308,7 @@ class TrackedParameters:
 
     def _replace(self, param: Tensor, old: Tensor, plan: ParamPlan, state: ParamStates) -> None:
         """Let `param` take the place of `old`, with its state."""
-        self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param), self.backend)
+        self.leaves[param] = Leaf(plan, self.leaves.pop(old).group, placement_of(param), self.backend, self.compiler)
         past = state.pop(old, None)
         if past is not None:
             entry = self.allocate(param, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -74,7 +75,7 @@ class Blockwise(Store):
         return FieldSpec.of(spec, self._layouts(spec.shape))
 
     def read(self, fields: Fields, shape: Shape) -> Tensor:
-        count, codes, absmax = torch.Size(shape).numel(), fields["codes"].view(-1), fields["absmax"].view(-1)
+        count, codes, absmax = math.prod(shape), fields["codes"].view(-1), fields["absmax"].view(-1)
         compiled = None if self.form is None else kernels.decode_blocks(codes, absmax, self.form, self.block, count)
         if compiled is not None:
             return compiled.view(shape)
@@ -105,7 +106,9 @@ class Blockwise(Store):
     def _ranges(self, count: int, device: torch.device) -> list[tuple[int, int]]:
         """Where to cut a statistic of `count` elements, so that making codes needs little memory besides it."""
         step = max(kernels.slice_elements(device) // 2 // self.block, 1) * self.block
-        return [(first, min(first + step, count)) for first in range(0, max(count, 1), step)]
+        if count <= step:  # without a loop, as a step that is recorded does not know how many elements there are
+            return [(0, count)]
+        return [(first, min(first + step, count)) for first in range(0, count, step)]
 
     def _read(self, codes: Tensor, absmax: Tensor, count: int) -> Tensor:
         """`count` elements, flat and new."""

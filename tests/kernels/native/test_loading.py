@@ -7,6 +7,7 @@ import runpy
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ import optstate
 from optstate import kernels
 from optstate.kernels import backend, native
 from optstate.kernels.native import loading, threads
+from optstate.kernels.triton_steps import availability
 from optstate.optimizer.whole_steps.base import is_plain
 from optstate.recipes import Lion
 from tests.support.compiled import needs_compiled_steps
@@ -37,17 +39,59 @@ def lion() -> optstate.Optimizer:
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where nothing was compiled."""
+    """As where nothing was compiled, and nothing has been said of it."""
     with monkeypatch.context() as patch:
         patch.setattr(loading, "find_library", lambda: None)
         patch.setattr(loading, "opened", loading.opened.__wrapped__)
+        patch.setattr(backend, "_WARNED", set())
         backend._functions_of.cache_clear()
         assert kernels.compiled_functions() is None
         yield
     backend._functions_of.cache_clear()
 
 
+SLOW = (
+    r"^optstate makes the steps of parameters on cpu with PyTorch's operations, several times as slowly as it could: "
+    r"the library of compiled steps cannot be used, as it was not compiled when optstate was installed, which needs "
+    r"a C compiler such as gcc; to get them install a C compiler, then optstate again "
+    r"\(pip install --force-reinstall --no-deps\). OPTSTATE_BACKEND=eager says that this is meant and is silent$"
+)
+
+
 @pytest.mark.usefixtures("no_library")
+def test_steps_that_are_slow_for_want_of_the_library_are_said_once() -> None:
+    """At the first optimizer, with the line that built it; not where parameters have no values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Lion([("m", nn.Parameter(torch.ones(2, device="meta")))])
+    with pytest.warns(UserWarning, match=SLOW) as caught:
+        lion()
+    assert caught[0].filename == __file__
+    assert "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lion()
+
+
+@pytest.mark.usefixtures("no_library")
+def test_who_chose_eager_is_not_told_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "CHOSEN_OUTSIDE", "eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = lion()
+    assert optimizer.plan().steps == ("transforms (eager was chosen)",)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_the_library_that_the_environment_asks_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "CHOSEN_OUTSIDE", "native")
+    words = r'^OPTSTATE_BACKEND=native cannot be used: it was not compiled .*gcc; "auto" takes what there is$'
+    with pytest.raises(ValueError, match=words):
+        lion()
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.filterwarnings("ignore:optstate makes the steps")
 def test_without_a_library_steps_are_eager_and_the_plan_says_why() -> None:
     optimizer = lion()
     optimizer.step()
@@ -110,6 +154,23 @@ def test_another_word_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backend, "CHOSEN_OUTSIDE", "fast")
     with pytest.raises(ValueError, match=r"OPTSTATE_BACKEND='fast' is no backend: give auto, eager, native"):
         lion().plan()
+
+
+@needs_compiled_steps
+def test_a_backend_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step falls to PyTorch's operations where something else was asked for by name."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(availability, "is_installed", lambda: True)
+    optimizer = lion()
+    words = r"cannot be used: no steps in Triton: Triton's kernels run on CUDA devices, not on cpu; \"auto\" takes what"
+    with pytest.raises(ValueError, match=f'^backend="triton" {words}'):
+        optimizer.use_backend("triton")
+    assert optimizer.plan().steps == ("compiled",)
+    monkeypatch.setattr(backend, "CHOSEN_OUTSIDE", "triton")
+    with pytest.raises(ValueError, match=f"^OPTSTATE_BACKEND=triton {words}"):
+        lion()
+    with pytest.raises(ValueError, match=r'^backend="native" cannot be used: no compiled steps for cuda; "auto" takes'):
+        backend.require_device("native", torch.device("cuda"))
 
 
 def test_another_word_is_refused() -> None:
