@@ -1,7 +1,14 @@
 """Transforms: the steps of a recipe, from a gradient to the update that is subtracted from a parameter."""
 
+from optstate.updates.adam_variants import (
+    fading_momentum,
+    scale_by_ademamix,
+    scale_by_momentum_square,
+    scale_by_moving_adam,
+)
 from optstate.updates.around import Around
 from optstate.updates.base import Context, State, Transform, Update, run_transform
+from optstate.updates.cautious import cautious
 from optstate.updates.chain import Chain, Route, as_route, chain, route, transform_words
 from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.confidence import scale_by_confidence
@@ -22,9 +29,11 @@ from optstate.updates.moments import (
 )
 from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
 from optstate.updates.projected import Projected
+from optstate.updates.reshaped import as_square
 from optstate.updates.scale import (
     add_decayed_weights,
     decay_weights_after,
+    scale_by_factor,
     scale_by_learning_rate,
     scale_by_param_rms,
     scale_by_schedule,
@@ -45,6 +54,8 @@ __all__ = [
     "Update",
     "add_decayed_weights",
     "as_route",
+    "as_square",
+    "cautious",
     "chain",
     "clip_by_norm",
     "clip_by_rms",
@@ -52,6 +63,7 @@ __all__ = [
     "constant",
     "decay_weights_after",
     "eigenbasis",
+    "fading_momentum",
     "hyper",
     "momentum",
     "normalize_columns",
@@ -63,8 +75,12 @@ __all__ = [
     "route",
     "run_transform",
     "scale_by_adam",
+    "scale_by_ademamix",
     "scale_by_confidence",
+    "scale_by_factor",
     "scale_by_learning_rate",
+    "scale_by_momentum_square",
+    "scale_by_moving_adam",
     "scale_by_param_rms",
     "scale_by_projected",
     "scale_by_residual_norm",

@@ -85,7 +85,13 @@ def iterate(matrix: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Normalized(Transform):
-    """The base of transforms that divide every row or column of a matrix by its norm."""
+    """The base of transforms that divide every row or column of a matrix by its norm.
+
+    Args:
+        rms: divide by the root mean square instead, which is longer by the root of the number of elements.
+    """
+
+    rms: bool = False
 
     elementwise: ClassVar[bool] = False
     absorbs_decay: ClassVar[bool] = True
@@ -97,19 +103,28 @@ class Normalized(Transform):
         update = update.whole(ctx)
         value = kernels.values(update)
         squares = yield Partial(value.square().sum(self.dim, keepdim=True), self.dim)
+        if self.rms:
+            return update.times((squares / ctx.spec.shape[self.dim]).sqrt_().clamp_(min=SMALL_NORM).reciprocal_())
         return update.times((squares.sqrt() + SMALL_NORM).reciprocal_())
 
 
 @dataclass(frozen=True)
 class normalize_rows(Normalized):
-    """Divide every row of the update, along the last dimension, by its norm."""
+    """Divide every row of the update, along the last dimension, by its norm.
+
+    SCALE (arXiv 2506.16659) calls rows columns, as it writes a layer's matrix as inputs by outputs.
+
+    Args:
+        rms: divide by the root mean square instead, which is longer by the root of the number of elements.
+    """
 
 
 @dataclass(frozen=True)
 class normalize_columns(Normalized):
     """Divide every column of the update, along the last dimension but one, by its norm.
 
-    Source: SCALE (arXiv 2506.16659).
+    Args:
+        rms: divide by the root mean square instead, which is longer by the root of the number of elements.
     """
 
     dim: ClassVar[int] = -2
