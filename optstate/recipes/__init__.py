@@ -15,6 +15,7 @@ from optstate.recipes.sgd import SGD
 from optstate.recipes.sm3 import SM3
 from optstate.recipes.smmf import SMMF
 from optstate.recipes.soap import SOAP
+from optstate.recipes.sumo import SUMO
 
 __all__ = [
     "CAME",
@@ -22,6 +23,7 @@ __all__ = [
     "SM3",
     "SMMF",
     "SOAP",
+    "SUMO",
     "AdEMAMix",
     "AdamFactor",
     "AdamMini",

@@ -29,6 +29,7 @@ from optstate.updates.moments import (
 )
 from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
 from optstate.updates.projected import Projected
+from optstate.updates.orthogonal_projection import orthogonalize_exactly, project_and_carry
 from optstate.updates.reshaped import as_square
 from optstate.updates.scale import (
     add_decayed_weights,
@@ -69,8 +70,10 @@ __all__ = [
     "normalize_columns",
     "normalize_rows",
     "orthogonalize",
+    "orthogonalize_exactly",
     "power_decay",
     "project",
+    "project_and_carry",
     "project_anew",
     "route",
     "run_transform",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import optstate
 from optstate import stores, testing, updates, weights
-from optstate.recipes import SOAP, Muon, Muon8bit, Scale
+from optstate.recipes import SOAP, SUMO, Muon, Muon8bit, Scale
 from optstate.testing.devices import CutParameter, gradient_of, noise
 
 STEPS = 8
@@ -21,6 +21,7 @@ RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
     "muon8bit": Muon8bit,
     "soap": lambda params: SOAP(params, precondition_frequency=2),
     "scale": Scale,
+    "sumo": lambda params: SUMO(params, rank=3, update_proj_gap=1),
 }
 
 
@@ -253,6 +254,71 @@ def test_scale_follows_the_official_rule() -> None:
     assert ours.state_nbytes() == 8 * (9 * 4 + 2 * 5)
 
 
+# --- SUMO -------------------------------------------------------------------------------------------------------------
+
+
+class Float64Sumo:
+    """SUMO of one matrix in float64, from the paper's algorithm 1."""
+
+    def __init__(self, rank: int, every: int, lr: float, mu: float, decay: float) -> None:
+        self.numbers, self.t = (rank, every, lr, mu, decay), 0
+
+    def step(self, w: Tensor, g: Tensor) -> Tensor:
+        rank, every, lr, mu, decay = self.numbers
+        if g.shape[0] < g.shape[1]:
+            return self.step(w.T, g.T).T
+        if self.t % every == 0:
+            q = torch.linalg.svd(g, full_matrices=False)[0][:, :rank]
+            self.m = q.T @ self.q @ self.m if self.t else torch.zeros(q.shape[1], g.shape[1]).double()
+            self.q = q
+        self.t, low = self.t + 1, self.q.T @ g
+        self.m = mu * self.m + low
+        u, s, vh = torch.linalg.svd(self.m, full_matrices=False)
+        o = u @ (s > 1e-6 * s.max()).double().diag() @ vh
+        return w * (1 - lr * decay) - lr * (g - self.q @ (low - o))
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 30), (9, 9)], ids=str)
+@pytest.mark.parametrize("rank", [3, 50])
+def test_sumo_follows_the_equations(shape: tuple[int, int], rank: int) -> None:
+    """fp64 on both sides: 1e-8, as the inverse roots of a Gram matrix lose half of the digits."""
+    param = nn.Parameter(noise(shape, 1).double())
+    optimizer = SUMO(
+        [("p", param)], lr=1e-2, momentum=0.9, weight_decay=0.1, rank=rank, update_proj_gap=3, projection="svd"
+    )
+    theirs, wanted = Float64Sumo(rank, 3, 1e-2, 0.9, 0.1), param.detach().clone()
+    for step in range(1, 9):
+        param.grad = gradient_of(shape, step).double()
+        wanted = theirs.step(wanted, param.grad)
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), wanted, rtol=0, atol=1e-8)
+    assert optimizer.state_nbytes() == 8 * min(rank, *shape) * sum(shape)
+
+
+@pytest.mark.parametrize("projection", ["randomized", "svd"])
+@pytest.mark.parametrize("parts", [(2, 1), (4, 1), (1, 3), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (12, 40)], ids=str)
+def test_sumo_in_parts_is_that_of_the_whole(shape: tuple[int, int], parts: tuple[int, ...], projection: Any) -> None:
+    """fp64: parts differ from the whole by the order of sums."""
+    recipe = lambda p: SUMO(p, lr=1e-2, rank=4, update_proj_gap=2, projection=projection)  # noqa: E731
+    cut = CutParameter(recipe, shape, parts, torch.float64)
+    cut.train(5)
+    torch.testing.assert_close(cut.joined()[0], cut.whole.detach(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one"])
+def test_sumo_takes_gradients_of_low_rank(kind: str) -> None:
+    param = nn.Parameter(noise((12, 8), 1))
+    optimizer = SUMO([("p", param)], lr=1e-2, rank=4, update_proj_gap=2)
+    direction = torch.outer(noise((12,), 2), noise((8,), 3)) * (kind != "zero")
+    for _ in range(5):
+        param.grad = direction.clone()
+        optimizer.step()
+    moved = param.detach() - noise((12, 8), 1)
+    wanted = -5e-2 * direction / direction.norm().clamp(min=1e-9)  # one singular vector of the value one
+    torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-5)
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +365,10 @@ def test_a_state_dict_resumes_exactly(name: str) -> None:
         (lambda p: SOAP(p, shampoo_beta=1.0), "shampoo_beta=1.0 is out of range"),
         (lambda p: SOAP(p, betas=(0.9, 1.0)), "out of range"),
         (lambda p: Scale(p, momentum=-0.1), "momentum=-0.1 is out of range"),
+        (lambda p: SUMO(p, rank=0), "rank=0: give a whole number"),
+        (lambda p: SUMO(p, update_proj_gap=-1), "gap=-1: give a whole number"),
+        (lambda p: SUMO(p, projection="random"), "keeps no vectors to carry"),
+        (lambda p: updates.project_and_carry(updates.scale_by_adam()), "'exp_avg_sq' cannot be carried"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_in_a_line(build: Callable[..., Any], words: str) -> None:
