@@ -11,6 +11,7 @@ from optstate.recipes.mlorc import MLorc, MLorcLion
 from optstate.recipes.muon import Muon, Muon8bit
 from optstate.recipes.registry import describe, get, names
 from optstate.recipes.scale import Scale
+from optstate.recipes.schedule_free import ScheduleFreeAdamW
 from optstate.recipes.sgd import SGD
 from optstate.recipes.sm3 import SM3
 from optstate.recipes.smmf import SMMF
@@ -39,6 +40,7 @@ __all__ = [
     "Muon8bit",
     "SGDM8bit",
     "Scale",
+    "ScheduleFreeAdamW",
     "describe",
     "get",
     "names",

@@ -5,6 +5,7 @@ from optstate.updates.adam_variants import (
     scale_by_ademamix,
     scale_by_momentum_square,
     scale_by_moving_adam,
+    scale_by_second_moment,
 )
 from optstate.updates.around import Around
 from optstate.updates.base import Context, State, Transform, Update, run_transform
@@ -39,6 +40,7 @@ from optstate.updates.scale import (
     scale_by_param_rms,
     scale_by_schedule,
 )
+from optstate.updates.schedule_free import schedule_free
 from optstate.updates.schedules import Schedule, constant, power_decay
 
 __all__ = [
@@ -90,6 +92,8 @@ __all__ = [
     "scale_by_rms",
     "scale_by_rss",
     "scale_by_schedule",
+    "scale_by_second_moment",
+    "schedule_free",
     "sign_momentum",
     "transform_words",
 ]

@@ -18,7 +18,13 @@ from optstate.updates.hyper import Hyper, Rule
 from optstate.updates.moments import BETAS, average
 from optstate.updates.schedules import Schedule, power_decay
 
-__all__ = ["fading_momentum", "scale_by_ademamix", "scale_by_momentum_square", "scale_by_moving_adam"]
+__all__ = [
+    "fading_momentum",
+    "scale_by_ademamix",
+    "scale_by_momentum_square",
+    "scale_by_moving_adam",
+    "scale_by_second_moment",
+]
 
 SMALLEST_EPS = 1e-38
 """An element that never had a gradient would be zero divided by zero."""
@@ -58,6 +64,43 @@ class scale_by_momentum_square(Transform):
         yield from state["exp_avg"].ema(update, 1 - beta1)
         inverse = square.sqrt_().add_(ctx.read(self.eps)).reciprocal_()
         return Update(state["exp_avg"].read(), (inverse,), finite=update.finite)
+
+
+@dataclass(frozen=True)
+class scale_by_second_moment(Transform):
+    """Replace the update by `u / (sqrt(v / c2) + eps)` with `c2 = 1 - beta2**t`: Adam without a first moment.
+
+    Args:
+        store: of `v`, slot `exp_avg_sq`, never negative.
+        beta: weight of the past; group key `betas`, second place.
+        eps: outside the root and after the bias correction; group key `eps`.
+    """
+
+    store: Store = Full()
+    beta: float | Hyper = 0.999
+    eps: float | Hyper = 1e-8
+
+    absorbs_decay: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
+    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"beta": BETAS[1], "eps": Rule("eps", low=SMALLEST_EPS)}
+
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return {"exp_avg_sq": average(self.store, False, "square", self.beta, group)}
+
+    def temporaries(self, spec: ParamSpec, head: bool) -> int:
+        return 2 + self.store.resolve(spec, False)[0].reads_anew
+
+    def guards(self, spec: ParamSpec) -> bool:
+        return self.store.resolve(spec, signed=False)[0].exact_sums
+
+    def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
+        yield from state["exp_avg_sq"].ema_of_square(update.whole(ctx), 1 - ctx.read(self.beta))
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
+        update, beta = update.whole(ctx), ctx.read(self.beta)
+        yield from state["exp_avg_sq"].ema_of_square(update, 1 - beta)
+        root = state["exp_avg_sq"].compact().sqrt().div_(math.sqrt(1 - beta**ctx.step))
+        return update.times(root.add_(ctx.read(self.eps)).reciprocal_())
 
 
 @dataclass(frozen=True)

@@ -95,5 +95,5 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
     squares, vectors = torch.linalg.eigh(rows @ rows.T)
     is_lost = squares <= squares[-1:].clamp(min=1e-300) * LEAST
     inverse_roots = torch.where(is_lost, 0.0, squares.clamp(min=1e-300).rsqrt())
-    made = (vectors * inverse_roots @ (vectors.T @ rows)).to(matrix.dtype)
+    made: Tensor = (vectors * inverse_roots @ (vectors.T @ rows)).to(matrix.dtype)
     return made.T if is_tall else made
