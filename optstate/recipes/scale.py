@@ -9,7 +9,7 @@ from optstate import updates
 from optstate.optimizer.fused_backward import fuse_backward
 from optstate.optimizer.optimizer import Optimizer
 from optstate.recipes.muon import own_learning_rate
-from optstate.spec import ParamSpec
+from optstate.spec import ParamSpec, is_vector
 from optstate.stores import Full, Store
 from optstate.weights import Weights
 
@@ -67,11 +67,6 @@ class Scale(Optimizer):
         super().__init__(params, recipe, lr=lr, weights=weights)
         if fused_backward:
             fuse_backward(self)
-
-
-def is_vector(spec: ParamSpec) -> bool:
-    """Select parameters with fewer than two dimensions."""
-    return spec.ndim < 2
 
 
 def is_embedding(spec: ParamSpec) -> bool:
