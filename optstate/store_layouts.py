@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from optstate.text import parsed_call
@@ -39,6 +39,7 @@ __all__ = [
     "rank_one_codes",
     "sign_rank1_layouts",
     "split_layouts",
+    "square_shape",
 ]
 
 Shape = tuple[int, ...]
@@ -164,6 +165,12 @@ def sign_rank1_layouts(shape: Shape, signed: bool = True) -> Layouts:
     """Return the layout of eight signs a byte, if there are any, and of a number per row and column."""
     signs = {"signs": _per_byte(shape, SIGNS_PER_BYTE)} if signed else {}
     return {**signs, **factored_layouts(shape)}
+
+
+def square_shape(count: int) -> Shape:
+    """Return two factors of a number that differ least, the larger first; (0, 0) for 0."""
+    side = next((i for i in range(isqrt(count), 0, -1) if count % i == 0), 0)
+    return (count // side, side) if side else (0, 0)
 
 
 def _alike(shape: Shape, dtype: str) -> FieldLayout:

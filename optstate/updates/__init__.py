@@ -29,8 +29,8 @@ from optstate.updates.moments import (
     sign_momentum,
 )
 from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
-from optstate.updates.projected import Projected
 from optstate.updates.orthogonal_projection import orthogonalize_exactly, project_and_carry
+from optstate.updates.projected import Projected
 from optstate.updates.reshaped import as_square
 from optstate.updates.scale import (
     add_decayed_weights,

@@ -90,9 +90,6 @@ class scale_by_second_moment(Transform):
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2 + self.store.resolve(spec, False)[0].reads_anew
 
-    def guards(self, spec: ParamSpec) -> bool:
-        return self.store.resolve(spec, signed=False)[0].exact_sums
-
     def prepare(self, update: Update, state: State, ctx: Context) -> Requests[None]:
         yield from state["exp_avg_sq"].ema_of_square(update.whole(ctx), 1 - ctx.read(self.beta))
 
@@ -155,9 +152,6 @@ class scale_by_ademamix(Transform):
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         stores = (self.first.resolve(spec, True), self.slow.resolve(spec, True), self.second.resolve(spec, False))
         return 3 + sum(store.reads_anew for store, _ in stores)
-
-    def guards(self, spec: ParamSpec) -> bool:
-        return self.second.resolve(spec, signed=False)[0].exact_sums
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)
@@ -246,9 +240,6 @@ class scale_by_moving_adam(Transform):
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 2 + self.first.resolve(spec, True)[0].reads_anew + self.second.resolve(spec, False)[0].reads_anew
-
-    def guards(self, spec: ParamSpec) -> bool:
-        return self.second.resolve(spec, signed=False)[0].exact_sums
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         update = update.whole(ctx)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from optstate.spec import ANY_MATRIX, ParamSpec
-from optstate.stores import Partial, Requests, Whole
+from optstate.stores import Partial, Requests, Slot, Whole
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.low_rank import project
+from optstate.updates.orthogonal import refuse_vectors
 
 __all__ = ["orthogonalize_exactly", "project_and_carry"]
 
@@ -68,23 +70,22 @@ class project_and_carry(project):
 class orthogonalize_exactly(Transform):
     """Replace the update by `U V^T` of its singular value decomposition, without vectors of the value zero.
 
-    Computed from the Gram matrix of the shorter side, in fp64. A parameter that is split is gathered. Source: SUMO
-    (arXiv 2505.24749, algorithm 1, block 2).
+    Computed from the Gram matrix of the shorter side, in fp64. Dimensions after the first are taken together. A
+    parameter that is split is gathered. Source: SUMO (arXiv 2505.24749, algorithm 1, block 2).
     """
 
     elementwise: ClassVar[bool] = False
     absorbs_decay: ClassVar[bool] = True
+
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return refuse_vectors(self, spec)
 
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 3
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         whole = cast(Tensor, (yield Whole(update.values(ctx), ctx.spec)))
-        if whole.ndim != 2:
-            raise ValueError(
-                f"orthogonalize_exactly() needs a matrix, and {ctx.spec.name!r} has {whole.ndim} dimensions"
-            )
-        made = nearest_orthogonal(whole)
+        made = nearest_orthogonal(whole.flatten(1)).reshape(whole.shape)
         return Update(ctx.spec.part(made).contiguous(), finite=update.finite)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from optstate import kernels
 from optstate.spec import ParamSpec
+from optstate.store_layouts import square_shape
 from optstate.stores import Requests, Whole
 from optstate.updates.around import Around
 from optstate.updates.base import Context, State, Update
@@ -34,9 +34,3 @@ class as_square(Around):
         step = yield from self.inside(whole.reshape(self.space(ctx.spec).shape), state, ctx)
         made = kernels.multiply_out(step).view(ctx.spec.shape)
         return Update(ctx.spec.part(made).contiguous(), finite=update.finite)
-
-
-def square_shape(count: int) -> tuple[int, int]:
-    """Return two factors of a number that differ least, the larger first; (0, 0) for 0."""
-    side = next((i for i in range(math.isqrt(count), 0, -1) if count % i == 0), 0)
-    return (count // side, side) if side else (0, 0)
