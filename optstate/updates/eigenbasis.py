@@ -79,7 +79,7 @@ class eigenbasis(Around):
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         part = ctx.spec.part
-        whole = yield Whole(update.values(ctx), ctx.spec)
+        whole = yield Whole(update.values(ctx).contiguous(), ctx.spec)  # the same bits for any order in memory
         old = {side: state[f"basis{side}"].read() for side in range(whole.ndim) if f"basis{side}" in state}
         result = Update(torch.zeros_like(part(whole)), finite=update.finite)
         if ctx.step > 1:
