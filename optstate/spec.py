@@ -165,14 +165,14 @@ class ParamSpec:
         """Return the part on this device of a tensor of the global shape: a view."""
         return whole if self.region is None else whole[self.region.index]
 
-    def along(self, dims: Sequence[int]) -> tuple[int | None, ...]:
+    def along(self, dims: Sequence[int | None]) -> tuple[int | None, ...]:
         """Return the parameter's dimensions that these dimensions of this tensor run along, None for each of its own.
 
-        Dimensions may be counted from the end.
+        Dimensions may be counted from the end. None stands for a dimension that does not run along this tensor either.
         """
         if self.dims is None:
-            return tuple(d % self.ndim for d in dims)
-        return tuple(self.dims[d] for d in dims)
+            return tuple(None if d is None else d % self.ndim for d in dims)
+        return tuple(None if d is None else self.dims[d] for d in dims)
 
     @cached_property
     def numel(self) -> int:
@@ -235,7 +235,8 @@ class FieldSpec:
         shape: global shape of the tensor in a file.
         dtype: of the tensor.
         dims: `dims[i]` is the parameter dimension that dimension `i` of the tensor runs along, so a field is sharded
-            exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`.
+            exactly as far as the parameter is: the row means of an `[m, n]` matrix have `dims == (0,)`. None is a
+            dimension of the field's own, such as the rank of factors `[m, rank]` with `dims == (0, None)`.
         per: number of consecutive elements of the flattened parameter that share one entry of the flattened field: 1
             for a number per element, 256 for the maxima of blocks of 256. A field with `per` above 1 is flat in a file
             and has the shape that `layout` returns in memory.
@@ -243,10 +244,10 @@ class FieldSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    dims: tuple[int, ...]
+    dims: tuple[int | None, ...]
     per: int = 1
 
-    def layout(self, spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def layout(self, spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
         """Return the global shape of the field in memory, and the parameter dimension behind each of its dimensions.
 
         The field is split along these dimensions as far as the parameter is. With `per` above 1 the field has the

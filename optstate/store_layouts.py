@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 from optstate.text import parsed_call
@@ -18,6 +18,7 @@ __all__ = [
     "ACCUMULATOR",
     "FEWEST_CODED",
     "PARAMETER",
+    "SIGNS_PER_BYTE",
     "FieldLayout",
     "Layouts",
     "Shape",
@@ -28,13 +29,17 @@ __all__ = [
     "full_layouts",
     "group_means",
     "is_group_each",
+    "is_low_rank_larger",
     "is_small",
     "kahan_layouts",
     "kept_bytes",
     "layouts_of",
+    "low_rank_layouts",
     "packed_blocks",
     "rank_one_codes",
+    "sign_rank1_layouts",
     "split_layouts",
+    "square_shape",
 ]
 
 Shape = tuple[int, ...]
@@ -53,12 +58,15 @@ FEWEST_CODED = 4096
 ones."""
 
 
+SIGNS_PER_BYTE = 8
+
+
 class FieldLayout(NamedTuple):
     """One tensor of a statistic, with the meaning of `optstate.stores.FieldSpec`; dtype is torch's name as text."""
 
     shape: Shape
     dtype: str
-    dims: tuple[int, ...] = ()
+    dims: tuple[int | None, ...] = ()
     per: int = 1
 
     @property
@@ -139,6 +147,32 @@ def rank_one_codes(shape: Shape) -> Layouts:
     return {"codes": _per_byte(shape), **axis_maxima_layouts(shape, "float32")}
 
 
+def low_rank_layouts(shape: Shape, rank: int = 4, signed: bool = True) -> Layouts:
+    """Return the layout of the two factors of a matrix, and of what negative elements are read as where none can be.
+
+    Raises:
+        ValueError: for anything but two dimensions.
+    """
+    m, n = shape
+    factors = {
+        "u": FieldLayout((m, rank), ACCUMULATOR, (0, None)),
+        "v": FieldLayout((rank, n), ACCUMULATOR, (None, 1)),
+    }
+    return factors if signed else {**factors, "fill": FieldLayout((), ACCUMULATOR)}
+
+
+def sign_rank1_layouts(shape: Shape, signed: bool = True) -> Layouts:
+    """Return the layout of eight signs a byte, if there are any, and of a number per row and column."""
+    signs = {"signs": _per_byte(shape, SIGNS_PER_BYTE)} if signed else {}
+    return {**signs, **factored_layouts(shape)}
+
+
+def square_shape(count: int) -> Shape:
+    """Return two factors of a number that differ least, the larger first; (0, 0) for 0."""
+    side = next((i for i in range(isqrt(count), 0, -1) if count % i == 0), 0)
+    return (count // side, side) if side else (0, 0)
+
+
 def _alike(shape: Shape, dtype: str) -> FieldLayout:
     return FieldLayout(shape, dtype, tuple(range(len(shape))))
 
@@ -147,8 +181,8 @@ def _per_block(shape: Shape, block: int) -> FieldLayout:
     return FieldLayout((-(-prod(shape) // block),), "float32", (), block)
 
 
-def _per_byte(shape: Shape) -> FieldLayout:
-    return FieldLayout((-(-prod(shape) // 2),), "uint8", (), 2)
+def _per_byte(shape: Shape, per: int = 2) -> FieldLayout:
+    return FieldLayout((-(-prod(shape) // per),), "uint8", (), per)
 
 
 # --- what is kept for writing weights -----------------------------------------------------------------------------
@@ -180,6 +214,8 @@ _LAYOUTS: dict[str, Callable[..., Layouts]] = {
     "full": full_layouts,
     "grouped": group_means,
     "kahan": kahan_layouts,
+    "lowrank": low_rank_layouts,
+    "signrank1": sign_rank1_layouts,
     "split": split_layouts,
 }
 
@@ -222,6 +258,11 @@ def is_group_each(shape: Shape, by: str | int) -> bool:
     return not shape or (len(shape) == 1 and by in ("row", 1))
 
 
+def is_low_rank_larger(shape: Shape, rank: int = 4, signed: bool = True) -> bool:
+    """Return whether two factors of this rank have as many numbers as the matrix, or there is no matrix."""
+    return len(shape) != 2 or rank * sum(shape) >= prod(shape)
+
+
 @lru_cache(maxsize=4096)
 def kept_bytes(words: str, shape: Shape) -> int:
     """Return the bytes of a statistic for which a recipe asks for the store that `words` name, on one device.
@@ -233,6 +274,8 @@ def kept_bytes(words: str, shape: Shape) -> int:
         in_full = is_small(shape)
     elif name == "grouped":
         in_full = is_group_each(shape, *arguments, **named)
+    elif name == "lowrank":
+        in_full = is_low_rank_larger(shape, *arguments, **named)
     else:
         in_full = name != "full" and len(shape) < 2
     found = full_layouts(shape) if in_full else layouts_of(words, shape)

@@ -32,6 +32,8 @@ class Consistency:
         """Names of the parameters that the step in progress has updated."""
         self.running: set[Hashable] = set()
         """What updates and has not ended: `step()`, or backward passes by the number autograd gives them."""
+        self.evaluating = False
+        """Whether parameters hold weights to evaluate with, and not those that are trained."""
         self._unfinished: dict[str, bool] = {}  # names of parameters, and whether their writing has begun here
 
     # --- the marks of a step, in the order in which they are set and taken away ---------------------------------
@@ -131,16 +133,29 @@ class Consistency:
         )
 
     def require_unbroken(self, action: str) -> None:
-        """Raise InconsistentStateError for what must not be done after a step that broke off."""
+        """Raise for what must not be done after a step that broke off, or while averaged weights are evaluated.
+
+        Raises:
+            InconsistentStateError: after a step that broke off.
+            RuntimeError: between `eval()` and `train()`.
+        """
+        self.require_trained_weights(action)
         if self.broken:
             raise InconsistentStateError(
                 f"{action}() refused, a step broke off half-way: {self.broken}. "
                 "Load the last checkpoint, or call accept_partial_step() to go on with the weights as they are"
             )
 
+    def require_trained_weights(self, action: str) -> None:
+        """Raise RuntimeError between `eval()` and `train()`, while parameters hold averaged weights."""
+        if self.evaluating:
+            raise RuntimeError(
+                f"{action}() refused: parameters hold averaged weights since eval(). Call the optimizer's train() first"
+            )
+
     def require_going_on(self, action: str) -> None:
         """Like `require_unbroken`, for the next gradient of a backward pass, in the middle of a step."""
-        if self.reason or self._unfinished:
+        if self.reason or self._unfinished or self.evaluating:
             self.require_unbroken(action)
 
     def require_whole(self, action: str) -> None:

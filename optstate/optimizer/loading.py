@@ -34,6 +34,7 @@ def load_prepared(
     optimizer, parameters, consistency = runner.optimizer, runner.parameters, runner.consistency
     shared = alike.processes(parameters.leaves.values())
     with fail_together("load", shared) as views:
+        consistency.require_trained_weights("load")
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "loading inside a backward pass is refused: gradients of the old state would meet the new one; "

@@ -15,6 +15,7 @@ from optstate.kernels import Scalar
 from optstate.kernels.backend import check_backend
 from optstate.optimizer import loading, param_groups
 from optstate.optimizer import state_dict as resume
+from optstate.optimizer.averaged_weights import AveragedWeights
 from optstate.optimizer.broken_step import STEP, InconsistentStateError
 from optstate.optimizer.compiled_chain import ChainCompiler, require_compiler
 from optstate.optimizer.loading import Copy
@@ -23,7 +24,7 @@ from optstate.optimizer.plan import Plan
 from optstate.optimizer.step_runner import StepRunner
 from optstate.optimizer.tracked_parameters import TrackedParameters
 from optstate.spec import is_fake
-from optstate.updates import Route, Transform, as_route
+from optstate.updates import Chain, Route, Transform, as_route, schedule_free
 from optstate.weights import Weights
 
 __all__ = ["InconsistentStateError", "Optimizer"]
@@ -55,6 +56,7 @@ class Optimizer(torch.optim.Optimizer):
     """Whether a recipe is to be fused into the backward pass unless that is turned off, as `optstate.estimate` assumes.
     A recipe that is a function may have such an attribute, too."""
 
+    _averaged: AveragedWeights
     runner: StepRunner
     """What makes the steps; the hooks of a fused backward pass hold it, too."""
 
@@ -169,12 +171,32 @@ class Optimizer(torch.optim.Optimizer):
         require_compiler()
         self.runner.parameters.compile_with(ChainCompiler())
 
+    def eval(self) -> None:
+        """Make parameters hold the weights to evaluate with, where a chain averages weights (`updates.schedule_free`).
+
+        Until `train()` the optimizer keeps a copy of the weights that are trained; it makes no step, and neither saves
+        nor loads state. With all other chains nothing changes.
+
+        Raises:
+            InconsistentStateError: inside a step, or after one that broke off.
+        """
+        if not self.runner.consistency.evaluating and any(_averages(chain) for chain in self.recipe.chains):
+            self.runner.consistency.require_whole("eval")
+            self._averaged = AveragedWeights(self.runner)
+            self.runner.consistency.evaluating = True
+            self._averaged.show()
+
     def train(self) -> None:
-        """Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.
+        """Make parameters hold the weights that are trained again, after `eval()`; and follow replaced parameters.
+
+        Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.
 
         `step()` does so, too. Called before the first backward, the whole parameters are freed by then, and a fused
         update begins with the first gradient. Transformers' Trainer calls this before every step.
         """
+        if self.runner.consistency.evaluating:
+            self._averaged.put_back()
+            self.runner.consistency.evaluating = False
         self.runner.follow()
 
     # --- stepping ---------------------------------------------------------------------------------------------------
@@ -319,6 +341,7 @@ class Optimizer(torch.optim.Optimizer):
         loading.load_prepared(self.runner, prepare, content)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.runner.consistency.require_trained_weights("copy")
         runner, parameters = self.runner, self.runner.parameters
         clip = runner.clip_grad_norm if runner.hooks is not None else runner.clip_of_original
         own: dict[str, Any] = {"_route": parameters.route, "_weights": parameters.weights, "_names": parameters.names}
@@ -339,3 +362,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         for index in range(len(self.param_groups)):
             parameters.adopt(index, self.param_groups, self.state)
+
+
+def _averages(chain: Chain) -> bool:
+    """Return whether a chain averages weights."""
+    return any(isinstance(transform, schedule_free) for transform in chain.transforms)

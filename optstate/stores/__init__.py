@@ -19,8 +19,10 @@ from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
 from optstate.stores.guard import DeferredFlags, Guard, NonFiniteGradientError, refusal_of
+from optstate.stores.low_rank import LowRank
 from optstate.stores.moved_statistic import MovedStatistic
 from optstate.stores.requests import Largest, Partial, Requests, Whole, own_totals, run_alone, together
+from optstate.stores.sign_rank1 import SignRank1
 from optstate.stores.slot import MEANINGS, Slot
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Grouped",
     "Guard",
     "Largest",
+    "LowRank",
     "MovedStatistic",
     "Noise",
     "NonFiniteGradientError",
@@ -44,6 +47,7 @@ __all__ = [
     "Partial",
     "Requests",
     "Shape",
+    "SignRank1",
     "Slot",
     "Statistic",
     "Store",

@@ -86,6 +86,11 @@ class Factored(Store):
     def encode(self, value: Tensor, noise: Noise, weight: float = 1.0) -> Fields:
         return {"row": value.mean(-1), "col": value.mean(-2)}
 
+    def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
+        rows, cols = yield Partial(value.sum(-1, keepdim=True), -1), Partial(value.sum(-2, keepdim=True), -2)
+        row, col = self._means(statistic, rows, cols)
+        return {"row": row, "col": col}
+
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         dense = kernels.multiply_out(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)

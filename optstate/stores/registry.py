@@ -19,12 +19,15 @@ from optstate.stores.block_codes import Block4, Block8, Float8
 from optstate.stores.factored import Factored
 from optstate.stores.full import Full
 from optstate.stores.grouped import Grouped
+from optstate.stores.low_rank import LowRank
+from optstate.stores.sign_rank1 import SignRank1
 from optstate.text import parse_item, parsed_call
 
 __all__ = ["known_also", "parse_store", "store_names"]
 
 OWN: dict[str, type[Store]] = {
-    kind.__name__.lower(): kind for kind in (AxisMax, Block4, Block8, Factored, Float8, Full, Grouped)
+    kind.__name__.lower(): kind
+    for kind in (AxisMax, Block4, Block8, Factored, Float8, Full, Grouped, LowRank, SignRank1)
 }
 SHORT: dict[str, Store] = {"fp32": Full(), "float32": Full(), "bf16": Full("bfloat16"), "bfloat16": Full("bfloat16")}
 

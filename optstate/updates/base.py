@@ -166,6 +166,9 @@ class Transform:
     elementwise: ClassVar[bool] = True
     """Whether each element of the result depends on that element alone, so that the chain may run slice by slice."""
 
+    asks_nothing: ClassVar[bool] = False
+    """Whether a transform that cannot run slice by slice nevertheless needs nothing of other parts of a parameter."""
+
     reads_param: ClassVar[bool] = False
     """Whether the parameter's mean square is needed, which is then requested together with the chain's first sum."""
 
@@ -298,7 +301,8 @@ def run_transform(transform: Transform, update: Update, state: State, ctx: Conte
             transform changes the update and asks for nothing of the other parts.
     """
     result = transform(update, state, ctx)
-    if ctx.spec.region is not None and not (transform.elementwise or transform.reads_param):
+    alone = transform.elementwise or transform.reads_param or transform.asks_nothing
+    if ctx.spec.region is not None and not alone:
         return (yield from _require_sums(transform, result, update, ctx.spec))
     if isinstance(result, GeneratorType):
         result = yield from result

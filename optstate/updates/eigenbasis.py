@@ -31,6 +31,9 @@ SMALL = 1e-30
 class eigenbasis(Around):
     """Run a chain on the gradient in the eigenbasis of running averages of `g g^T` and `g^T g`, and turn back.
 
+    A tensor of more dimensions has such an average, of its products over all other dimensions, for each of them. One of
+    fewer than two is not turned, and skips its first step like all others.
+
     The averages move after the update, so that no gradient enters its own basis, and the first step makes only the
     basis: its update is zero, and the inner chain counts its steps from the second on. Every `every` steps the basis
     becomes one power iteration of the averages (QR), in the order of their diagonal; first moments turn with the
@@ -44,7 +47,8 @@ class eigenbasis(Around):
         beta: weight of the past in the averages; group key `shampoo_beta`.
         every: steps between two bases.
         largest: a side longer than this many is not turned.
-        store: of averages and bases, slots `gram0`, `basis0` of rows and `gram1`, `basis1` of columns.
+        store: of averages and bases: slots `gram0` and `basis0` of the first dimension, `gram1` and `basis1` of the
+            second, and so on.
     """
 
     beta: float | Hyper = 0.95
@@ -63,25 +67,20 @@ class eigenbasis(Around):
         return math.lcm(self.every, self.inner.period)
 
     def space(self, spec: ParamSpec) -> ParamSpec:
-        if spec.ndim != 2:
-            raise ValueError(
-                f"eigenbasis turns matrices, and {spec.name!r} has {spec.ndim} dimensions: give it another chain, with "
-                "optstate.route"
-            )
-        return spec.like(spec.shape, (0, 1))
+        return spec.like(spec.shape, range(spec.ndim))
 
     def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
         slots: dict[str, Slot] = {}
         for side, size in enumerate(spec.shape):
-            if size <= self.largest:
+            if spec.ndim >= 2 and size <= self.largest:
                 square = spec.like((size, size), (None, None))
                 slots |= {f"{what}{side}": Slot(self.store, spec=square) for what in ("gram", "basis")}
         return slots
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         part = ctx.spec.part
-        whole = yield Whole(update.values(ctx), ctx.spec)
-        old = {side: state[f"basis{side}"].read() for side in range(2) if f"basis{side}" in state}
+        whole = yield Whole(update.values(ctx).contiguous(), ctx.spec)  # the same bits for any order in memory
+        old = {side: state[f"basis{side}"].read() for side in range(whole.ndim) if f"basis{side}" in state}
         result = Update(torch.zeros_like(part(whole)), finite=update.finite)
         if ctx.step > 1:
             step = yield from self.inside(part(turned(whole, old)), state, ctx, ctx.step - 1)
@@ -89,7 +88,8 @@ class eigenbasis(Around):
             back = {side: basis.T for side, basis in old.items()}
             result = Update(part(turned(step, back)).contiguous(), finite=update.finite)
         for side in old:
-            gram = Update(whole @ whole.T if side == 0 else whole.T @ whole, finite=update.finite)
+            rows = whole.movedim(side, 0).flatten(1)
+            gram = Update(rows @ rows.T, finite=update.finite)
             yield from state[f"gram{side}"].ema(gram, 1 - ctx.read(self.beta))
         if ctx.step == 1:
             for side in old:
@@ -120,10 +120,10 @@ class eigenbasis(Around):
 
 
 def turned(value: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
-    """Return a matrix in the bases of its rows (0) and columns (1), where there are such: `q0^T value q1`."""
-    if 0 in bases:
-        value = bases[0].T @ value
-    return value @ bases[1] if 1 in bases else value
+    """Return a tensor in the bases of its dimensions, where there are such; of a matrix `q0^T value q1`."""
+    for side, basis in bases.items():
+        value = (value.movedim(side, -1) @ basis).movedim(-1, side)
+    return value
 
 
 def first_basis(gram: Tensor) -> Tensor:

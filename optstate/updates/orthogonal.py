@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from optstate import kernels
 from optstate.spec import ParamSpec
-from optstate.stores import Partial, Requests, Whole
+from optstate.stores import Partial, Requests, Slot, Whole
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.low_rank import SMALL_NORM
 from optstate.updates.projected import require_counts
@@ -23,6 +24,20 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 SMALLEST_NORM = 1e-7
 """The least norm that a matrix is divided by before it is iterated, as `torch.optim.Muon` has it."""
+
+
+def refuse_vectors(transform: Transform, spec: ParamSpec) -> dict[str, Slot]:
+    """Return the slots of a transform that keeps nothing, and takes only matrices, when a parameter is planned.
+
+    Raises:
+        ValueError: if the parameter has fewer than two dimensions.
+    """
+    if spec.ndim < 2:
+        raise ValueError(
+            f"{type(transform).__name__} takes matrices, and {spec.name!r} has {spec.ndim} dimensions: give it another "
+            "chain, with optstate.route"
+        )
+    return {}
 
 
 @dataclass(frozen=True)
@@ -51,13 +66,14 @@ class orthogonalize(Transform):
         if self.shape_scale not in ("original", "match_rms_adamw", "none"):
             raise ValueError(f"shape_scale={self.shape_scale!r}: give 'original', 'match_rms_adamw' or 'none'")
 
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return refuse_vectors(self, spec)
+
     def temporaries(self, spec: ParamSpec, head: bool) -> int:
         return 3
 
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
         whole = yield Whole(update.values(ctx), ctx.spec)
-        if whole.ndim < 2:
-            raise ValueError(f"orthogonalize() needs a matrix, and {ctx.spec.name!r} has {whole.ndim} dimensions")
         matrix = whole.flatten(1)
         made = iterate(matrix, self.steps).to(whole.dtype).view(whole.shape)
         scale = self._scale(*matrix.shape)
@@ -85,31 +101,47 @@ def iterate(matrix: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Normalized(Transform):
-    """The base of transforms that divide every row or column of a matrix by its norm."""
+    """The base of transforms that divide every row or column of a matrix by its norm.
+
+    Args:
+        rms: divide by the root mean square instead, which is longer by the root of the number of elements.
+    """
+
+    rms: bool = False
 
     elementwise: ClassVar[bool] = False
     absorbs_decay: ClassVar[bool] = True
     dim: ClassVar[int] = -1
 
+    def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
+        return refuse_vectors(self, spec)
+
     def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
-        if ctx.spec.ndim < 2:
-            raise ValueError(f"{type(self).__name__}() needs a matrix, and {ctx.spec.name!r} is a vector")
         update = update.whole(ctx)
         value = kernels.values(update)
         squares = yield Partial(value.square().sum(self.dim, keepdim=True), self.dim)
+        if self.rms:
+            return update.times((squares / ctx.spec.shape[self.dim]).sqrt_().clamp_(min=SMALL_NORM).reciprocal_())
         return update.times((squares.sqrt() + SMALL_NORM).reciprocal_())
 
 
 @dataclass(frozen=True)
 class normalize_rows(Normalized):
-    """Divide every row of the update, along the last dimension, by its norm."""
+    """Divide every row of the update, along the last dimension, by its norm.
+
+    SCALE (arXiv 2506.16659) calls rows columns, as it writes a layer's matrix as inputs by outputs.
+
+    Args:
+        rms: divide by the root mean square instead, which is longer by the root of the number of elements.
+    """
 
 
 @dataclass(frozen=True)
 class normalize_columns(Normalized):
     """Divide every column of the update, along the last dimension but one, by its norm.
 
-    Source: SCALE (arXiv 2506.16659).
+    Args:
+        rms: divide by the root mean square instead, which is longer by the root of the number of elements.
     """
 
     dim: ClassVar[int] = -2

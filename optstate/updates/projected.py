@@ -11,6 +11,7 @@ from torch import Tensor
 from optstate.kernels import Noise
 from optstate.spec import ParamSpec
 from optstate.stores import Partial, Requests, Whole
+from optstate.stores.orthonormal import make_orthonormal
 from optstate.updates.around import Around
 from optstate.updates.base import Context
 
@@ -87,7 +88,8 @@ def make_random_vectors(of: Projected, ctx: Context, count: int, step: int) -> T
     """Return this device's part of `count` vectors of normal numbers over sqrt(count), which are those of a step."""
     spec = of.basis_spec(ctx.spec, count)
     noise = Noise(f"{ctx.spec.name}/projector", step, region=spec.region)
-    return noise.normal(spec.local_numel, ctx.param.device).view(spec.local_shape).div_(count**0.5)
+    normal = noise.normal(spec.local_numel, ctx.param.device).view(spec.local_shape)
+    return normal.to(spec.accumulator).div_(count**0.5)
 
 
 def iterate_basis(
@@ -106,19 +108,6 @@ def iterate_basis(
         rows = (turn_to_leading(gram, rank) if rank and i + 1 == times else make_orthonormal(gram)) @ rows
         basis = (rows if right else rows.T).to(value.dtype)
     return basis
-
-
-def make_orthonormal(gram: Tensor) -> Tensor:
-    """Return the matrix that makes vectors with this Gram matrix orthonormal, one after the other, as QR does.
-
-    A vector that adds next to nothing to those before becomes zero, and no arbitrary one.
-    """
-    size = gram.diagonal().amax().clamp(min=1e-300)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky_ex(gram + identity * (size * 1e-14))[0]
-    made: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    is_lost = lower.diagonal().square() <= size * 1e-12
-    return made.masked_fill_(is_lost.unsqueeze(-1), 0.0).nan_to_num_(0.0)
 
 
 def turn_to_leading(gram: Tensor, rank: int) -> Tensor:

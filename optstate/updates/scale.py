@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 from optstate.kernels import Scalar
@@ -14,6 +16,7 @@ from optstate.updates.hyper import Hyper, Rule
 __all__ = [
     "add_decayed_weights",
     "decay_weights_after",
+    "scale_by_factor",
     "scale_by_learning_rate",
     "scale_by_param_rms",
     "scale_by_schedule",
@@ -86,6 +89,29 @@ class decay_weights_after(Transform):
         if not rate or ctx.step < self.begin:
             return update
         return replace(update.rescaled(1 - ctx.group["lr"] * rate), decay=update.decay + rate)
+
+
+@dataclass(frozen=True)
+class scale_by_factor(Transform):
+    """Multiply the update, weight decay included, by a number: a learning rate of its own, as a share of the group's.
+
+    Args:
+        factor: the number. Unlike a hyper-parameter, the factor stays as it was when the chain was made.
+
+    Raises:
+        ValueError: unless the factor is a finite number of 0 at least.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.factor, bool) or not isinstance(self.factor, Real) or not 0 <= self.factor < math.inf:
+            raise ValueError(f"scale_by_factor({self.factor!r}): give a finite number, 0 at least")
+        object.__setattr__(self, "factor", float(self.factor))
+
+    def __call__(self, update: Update, state: State, ctx: Context) -> Update:
+        return update.scaled(self.factor)
 
 
 @dataclass(frozen=True)

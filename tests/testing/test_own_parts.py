@@ -25,6 +25,9 @@ STORES = [
     stores.Grouped("head"),
     stores.Grouped("tensor"),
     stores.Grouped(2),
+    stores.LowRank(),
+    stores.LowRank(8),
+    stores.SignRank1(),
 ]
 
 TRANSFORMS = [
@@ -44,6 +47,20 @@ TRANSFORMS = [
     updates.scale_by_learning_rate(),
     updates.scale_by_schedule(lambda step, lr: lr / (1 + step)),
     updates.chain(updates.scale_by_rms(stores.Factored(), eps=1e-30), updates.clip_by_rms(1.0)),
+    updates.as_square(updates.scale_by_moving_adam(stores.SignRank1(), stores.SignRank1())),
+    updates.scale_by_moving_adam(),
+    updates.scale_by_ademamix(warmup=2),
+    updates.scale_by_momentum_square(),
+    updates.scale_by_second_moment(),
+    updates.schedule_free(),
+    updates.chain(updates.momentum(), updates.cautious()),
+    updates.chain(updates.momentum(), updates.scale_by_factor(0.5)),
+    updates.chain(updates.momentum(heavy_ball=True), updates.orthogonalize_exactly()),
+    updates.project_and_carry(updates.momentum(heavy_ball=True), rank=4, gap=1),
+    updates.normalize_rows(rms=True),
+    updates.normalize_columns(),
+    updates.chain(updates.momentum(), updates.orthogonalize()),
+    updates.eigenbasis(updates.scale_by_adam(), every=1),
 ]
 
 

@@ -253,7 +253,7 @@ def test_wrong_numbers_are_refused(wrong: Mapping[str, Any]) -> None:
 
 
 def test_other_shapes_than_matrices_are_refused_by_name() -> None:
-    for transform in (TRANSFORMS["random"](), TRANSFORMS["eigenbasis"]()):
+    for transform in (TRANSFORMS["random"](), TRANSFORMS["power"]()):
         with pytest.raises(ValueError, match="'bias' has 1 dimensions: give it another chain"):
             optimizer_of([("bias", nn.Parameter(torch.ones(4)))], transform)
 

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from math import prod
 
-from optstate.store_layouts import Shape, kept_bytes
+from optstate.store_layouts import Shape, kept_bytes, square_shape
 
 __all__ = ["RECIPES", "bytes_by_recipe"]
 
 FULL, FACTORED, BLOCK8, BLOCK4 = "Full()", "Factored()", "Block8()", "Block4()"
-OF_MATRICES = "of matrices: "
-"""Before the words of a store: only parameters of two or more dimensions have the statistic."""
+OF_MATRICES, OF_OTHERS = "of matrices: ", "of others: "
+OF_OTHER_THAN_PLANES = "of other than two dimensions: "
+AS_SQUARE, AS_NUMBER, AS_GRAM = "as a square: ", "as a number: ", "as Gram matrices: "
+AS_PROJECTION = "as a projection and its basis: "
+
+LONGEST_TURNED, PROJECTED_RANK = 10000, 128
+
+
+def _thin(shape: Shape) -> list[Shape]:
+    """Return the shapes of a projection and of the vectors it is made with, of a matrix."""
+    if len(shape) != 2:
+        return []
+    rank = min(PROJECTED_RANK, *shape)
+    return [(shape[0], rank), (rank, shape[1])]
+
+
+TENSORS: dict[str, Callable[[Shape], list[Shape]]] = {
+    OF_MATRICES: lambda shape: [shape] if len(shape) >= 2 else [],
+    OF_OTHERS: lambda shape: [shape] if len(shape) < 2 else [],
+    OF_OTHER_THAN_PLANES: lambda shape: [shape] if len(shape) != 2 else [],
+    AS_SQUARE: lambda shape: [square_shape(prod(shape))],
+    AS_NUMBER: lambda shape: [()],
+    AS_GRAM: lambda shape: [(n, n) for n in shape if n <= LONGEST_TURNED] if len(shape) >= 2 else [],
+    AS_PROJECTION: _thin,
+}
+"""What may stand before the words of a store: the shapes of the tensors that the statistic is of, for a parameter."""
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "adafactor": (FACTORED,),
@@ -21,13 +46,24 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "adamw": (FULL, FULL),
     "adamw4bit": (BLOCK4, BLOCK4),
     "adamw8bit": (BLOCK8, BLOCK8),
+    "adamsmn": (FULL,),
+    "ademamix": (FULL, FULL, FULL),
     "came": (FACTORED, FULL, OF_MATRICES + FACTORED),
     "lion": (FULL,),
     "lion8bit": (BLOCK8,),
     "lomo": (),
+    "mlorc": ("LowRank()", "LowRank(signed=False)"),
+    "mlorclion": ("LowRank()",),
+    "muon": (FULL, OF_OTHERS + FULL),
+    "muon8bit": (BLOCK8, OF_OTHERS + BLOCK8),
+    "scale": (OF_OTHERS + FULL, OF_OTHERS + FULL),
+    "schedulefreeadamw": (FULL, FULL, AS_NUMBER + FULL, AS_NUMBER + FULL),
     "sgd": (),
     "sgdm8bit": (BLOCK8,),
     "sm3": ("AxisMax()",),
+    "smmf": (AS_SQUARE + "SignRank1()", AS_SQUARE + "SignRank1(signed=False)"),
+    "soap": (FULL, FULL, AS_GRAM + FULL, AS_GRAM + FULL),
+    "sumo": (AS_PROJECTION + FULL, OF_OTHER_THAN_PLANES + FULL, OF_OTHER_THAN_PLANES + FULL),
 }
 """The stores of every recipe with its defaults, for parameters of any dtype but fp64 that declare no role. Recipes
 themselves cannot be asked: they are built on torch."""
@@ -44,6 +80,7 @@ def bytes_by_recipe(shapes: Iterable[Shape]) -> dict[str, int]:
 
 
 def _bytes(words: str, shape: Shape) -> int:
-    if words.startswith(OF_MATRICES):
-        return kept_bytes(words.removeprefix(OF_MATRICES), shape) if len(shape) >= 2 else 0
-    return kept_bytes(words, shape)
+    prefix = next((prefix for prefix in TENSORS if words.startswith(prefix)), None)
+    if prefix is None:
+        return kept_bytes(words, shape)
+    return sum(kept_bytes(words.removeprefix(prefix), tensor) for tensor in TENSORS[prefix](shape))
