@@ -72,6 +72,8 @@ class project(Projected):
         if self.residual is not None:
             object.__setattr__(self, "residual", as_chain(self.residual))
         require_counts(self, "gap")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale!r}: give a positive number")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection={self.projection!r}: give one of {', '.join(PROJECTIONS)}")
 
@@ -96,10 +98,11 @@ class project(Projected):
             return make_random_vectors(self, ctx, min(self.space(ctx.spec).shape), ctx.step - since)
         kept = state["projector"]
         if since == 0:
-            kept.hold((yield from self._made_anew(value, state, ctx)))
+            kept.hold((yield from self.make_anew(value, state, ctx)))
         return kept.read()
 
-    def _made_anew(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
+    def make_anew(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
+        """Return this device's part of vectors that are made from a value, in a way that keeps them in the state."""
         if self.projection == "svd":
             return (yield from take_singular_vectors(self, value, ctx.spec))
         if self.projection == "power" and ctx.step > 1:
@@ -266,8 +269,8 @@ class project_anew(Projected):
             k1, k2, square = 1 - beta1**done, 1 - beta2**done, turn.square()
             spread = second.read() / k2 - (moment / k1).square()
             spread = spread @ square if right else square @ spread
-            second.hold((spread + (moved / k1).square()).mul_(k2).abs_(), weight=1 - beta2)
-            first.hold(moved, weight=1 - beta1)
+            yield from second.continue_from((spread + (moved / k1).square()).mul_(k2).abs_(), weight=1 - beta2)
+            yield from first.continue_from(moved, weight=1 - beta1)
         state["projector"].hold(basis)
         step = yield from self.inside(low, state, ctx)
         return Update(self.up(kernels.multiply_out(step), basis, spec), finite=update.finite)

@@ -87,7 +87,8 @@ def make_random_vectors(of: Projected, ctx: Context, count: int, step: int) -> T
     """Return this device's part of `count` vectors of normal numbers over sqrt(count), which are those of a step."""
     spec = of.basis_spec(ctx.spec, count)
     noise = Noise(f"{ctx.spec.name}/projector", step, region=spec.region)
-    return noise.normal(spec.local_numel, ctx.param.device).view(spec.local_shape).div_(count**0.5)
+    vectors = noise.normal(spec.local_numel, ctx.param.device).view(spec.local_shape).div_(count**0.5)
+    return vectors.to(spec.accumulator)
 
 
 def iterate_basis(
