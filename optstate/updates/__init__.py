@@ -1,5 +1,6 @@
 """Transforms: the steps of a recipe, from a gradient to the update that is subtracted from a parameter."""
 
+from optstate.updates.adaptive_rank import project_by_need
 from optstate.updates.around import Around
 from optstate.updates.base import Context, State, Transform, Update, run_transform
 from optstate.updates.chain import Chain, Route, as_route, chain, route, transform_words
@@ -7,9 +8,10 @@ from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.confidence import scale_by_confidence
 from optstate.updates.eigenbasis import eigenbasis
 from optstate.updates.hyper import Hyper, Rule, hyper
+from optstate.updates.lazy_projection import project_lazily
+from optstate.updates.line_rms import scale_by_line_rms
 from optstate.updates.low_rank import (
     project,
-    project_anew,
     scale_by_projected,
     scale_by_residual_norm,
 )
@@ -20,8 +22,10 @@ from optstate.updates.moments import (
     scale_by_rss,
     sign_momentum,
 )
+from optstate.updates.moving_projection import project_anew
 from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
 from optstate.updates.projected import Projected
+from optstate.updates.row_selection import select_rows
 from optstate.updates.scale import (
     add_decayed_weights,
     decay_weights_after,
@@ -60,17 +64,21 @@ __all__ = [
     "power_decay",
     "project",
     "project_anew",
+    "project_by_need",
+    "project_lazily",
     "route",
     "run_transform",
     "scale_by_adam",
     "scale_by_confidence",
     "scale_by_learning_rate",
+    "scale_by_line_rms",
     "scale_by_param_rms",
     "scale_by_projected",
     "scale_by_residual_norm",
     "scale_by_rms",
     "scale_by_rss",
     "scale_by_schedule",
+    "select_rows",
     "sign_momentum",
     "transform_words",
 ]
