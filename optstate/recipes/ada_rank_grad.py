@@ -70,6 +70,8 @@ class AdaRankGrad(Optimizer):
         refuse_bad_counts(rank=rank, min_rank=min_rank, update_proj_gap=update_proj_gap)
         if min_rank > rank:
             raise ValueError(f"min_rank={min_rank} is more than rank={rank}: rank is the largest number of vectors")
+        if not 0 <= xi < 1:
+            raise ValueError(f"xi={xi!r}: give a share of the gradient's norm, at least 0 and below 1")
         adam = updates.scale_by_adam(first, second, betas=betas, eps=eps)
         decay = updates.add_decayed_weights(weight_decay)
         projected = updates.project_by_need(adam, rank=rank, gap=update_proj_gap, scale=scale, error=xi, least=min_rank)

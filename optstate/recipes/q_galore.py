@@ -69,6 +69,8 @@ class QGaLore(Optimizer):
         fused_backward: bool = False,
     ) -> None:
         refuse_bad_counts(rank=rank, update_proj_gap=update_proj_gap, gamma_proj=gamma_proj, queue_size=queue_size)
+        if not 0 < cos_threshold <= 1:
+            raise ValueError(f"cos_threshold={cos_threshold!r}: give a cosine above 0, 1 at most")
         adam = updates.scale_by_adam(first, second, betas=betas, eps=eps)
         decay = updates.decay_weights_after(weight_decay)
         projected = updates.project_lazily(

@@ -225,7 +225,8 @@ class scale_by_residual_norm(project):
         step = kernels.multiply_out((yield from self.inside(low, state, ctx)))
         along = -1 if self.is_right(ctx.spec) else -2
         ratio = step.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + SMALL_NORM)
-        rest = Update(value - self.up(low, basis, ctx.spec), (ratio,), finite=update.finite)
+        left_out = yield from self._rest(value, low, basis, ctx.spec)
+        rest = Update(left_out, (ratio,), finite=update.finite)
         limit = yield from growth_limit(rest, state, ctx, self.growth)
         whole = kernels.multiply_out(rest.rescaled(limit)).add_(self.up(step, basis, ctx.spec))
         return Update(whole, scale=self.scale, finite=update.finite)

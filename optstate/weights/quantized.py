@@ -117,11 +117,11 @@ class QuantizedWeight(Tensor):
             return self
         dense = values.dequantize() if isinstance(values, QuantizedWeight) else values
         dense = dense.detach().to(self.device, torch.float32).expand(self.shape)
-        encode(dense, self.scales, self.codes, None)
+        write_codes(dense, self.scales, self.codes, None)
         return self
 
 
-def encode(value: Tensor, scales: Tensor, codes: Tensor, noise: Noise | None) -> None:
+def write_codes(value: Tensor, scales: Tensor, codes: Tensor, noise: Noise | None) -> None:
     """Write codes and scales that stand for a value of whole blocks; without noise rounded to nearest."""
     block = value.numel() // scales.numel()
     rows = value.reshape(-1, block)
@@ -205,7 +205,7 @@ class _Codes(WeightCodec):
         return out
 
     def write(self, param: Tensor, value: Tensor, start: int) -> None:
-        encode(value, self._of(param, start), param, self.noise.at(start))
+        write_codes(value, self._of(param, start), param, self.noise.at(start))
 
     def _of(self, param: Tensor, start: int) -> Tensor:
         return self.scales[start // self.block : (start + param.numel()) // self.block]

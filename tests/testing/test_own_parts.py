@@ -42,6 +42,10 @@ TRANSFORMS = [
     updates.scale_by_param_rms(1e-3),
     updates.add_decayed_weights(0.1),
     updates.scale_by_learning_rate(),
+    updates.scale_by_line_rms(),
+    updates.project_lazily(updates.scale_by_adam(), rank=4, gap=1),
+    updates.project_by_need(updates.scale_by_adam(), rank=4, gap=1),
+    updates.select_rows(updates.scale_by_adam(), rows=8, gap=1),
     updates.scale_by_schedule(lambda step, lr: lr / (1 + step)),
     updates.chain(updates.scale_by_rms(stores.Factored(), eps=1e-30), updates.clip_by_rms(1.0)),
 ]
