@@ -28,9 +28,13 @@ def context(
     step: int,
     guard: Guard,
     grad_scale: float | Tensor = 1.0,
+    beside: Mapping[str, Tensor] = {},
 ) -> Context:
-    """Return what the transforms of one step see, with the parameter's own way of being read and written."""
-    fields = {field: state[key] for field, key in plan.weight_keys.items()} if plan.weight_keys else {}
+    """Return what the transforms of one step see, with the parameter's own way of being read and written.
+
+    beside: tensors that the parameter itself keeps beside `param`, if it is of several tensors.
+    """
+    fields = {field: state[key] for field, key in plan.weight_keys.items()} if plan.weight_keys else beside
     codec = plan.weights.codec(plan.spec, step, fields)
     return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec, is_whole=plan.spec.region is None)
 

@@ -197,11 +197,13 @@ class ParamPlan:
     @cached_property
     def alignment(self) -> int:
         """Slices begin at multiples of this many elements."""
-        return math.lcm(*(slot.store.alignment for slot in self.slots.values()))
+        return math.lcm(self.weights.alignment, *(slot.store.alignment for slot in self.slots.values()))
 
     def is_sliced(self, device: torch.device) -> bool:
         """Whether a part of the chain runs slice by slice, on a device of this kind."""
-        return self.first_sliced is not None and self.spec.local_numel > self.slice_elements(device)
+        size = self.slice_elements(device)
+        in_one_write = self.weights.alignment == 1 or self.alignment <= size  # a larger slice is written in parts
+        return self.first_sliced is not None and self.spec.local_numel > size and in_one_write
 
     def slice_elements(self, device: torch.device) -> int:
         """How many elements a slice has: half as many where eager PyTorch makes codes, which takes more buffers."""

@@ -27,11 +27,15 @@ from optstate.optimizer.small_updates import update_alone, update_together
 from optstate.optimizer.tracked_parameters import Changes, TrackedParameters
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Context
+from optstate.weights import QuantizedWeight
 
 __all__ = ["FusedHooks", "StepRunner", "UpdateOne"]
 
 UpdateOne = Callable[[Leaf, Tensor, Scalar], None]
 """Updates one parameter from its gradient, which is scaled by a number: the coefficient of a global norm clip."""
+
+
+_NOTHING: Mapping[str, Tensor] = {}
 
 
 class FusedHooks(Protocol):
@@ -309,8 +313,10 @@ class StepRunner:
         plan, spec, placement = leaf.plan, leaf.plan.spec, leaf.placement
         grad = checked_gradient(param, spec, placement)
         state = whole_state = self.state_of(param)
-        part = param
-        if placement is not None:
+        part, beside = param, _NOTHING
+        if isinstance(param, QuantizedWeight):
+            part, beside = param.codes, {"scales": param.scales}
+        elif placement is not None:
             part = here(param)
             state = {key: here(value) if isinstance(value, Tensor) else value for key, value in whole_state.items()}
         group = self._optimizer().param_groups[leaf.group]  # type: ignore[union-attr]
@@ -321,7 +327,7 @@ class StepRunner:
         read_again = spec.region is None and found is None and plan.guards and grad.dtype != spec.accumulator
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
-        ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale)
+        ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale, beside)
         requests = run_chain(plan, state, ctx, found)
         return requests if leaf.backend == "auto" else run_on(leaf.backend, requests), whole_state, ctx
 

@@ -22,7 +22,7 @@ from optstate.optimizer.plan import ParamPlan, Plan
 from optstate.optimizer.planner import Planner
 from optstate.optimizer.whole_steps import require_backend
 from optstate.updates import Chain, Route
-from optstate.weights import Weights
+from optstate.weights import Quantized, QuantizedWeight, Weights
 
 __all__ = ["Changes", "TrackedParameters"]
 
@@ -157,8 +157,13 @@ class TrackedParameters:
         for name, param in zip(names, params, strict=True):
             spec = param_groups.spec_of(name, param, group, made_of.get(name) or self.names.given(name))
             engines.refuse_flat_parameter(name, param, in_parts)
-            plans.append(self._planner.plan(spec, param.requires_grad or param in state))
+            plan = self._planner.plan(spec, param.requires_grad or param in state)
+            plans.append(replace(plan, weights=self._way_of(param)) if isinstance(param, QuantizedWeight) else plan)
         return plans
+
+    def _way_of(self, param: QuantizedWeight) -> Weights:
+        """Return how an 8-bit weight is written, with the seed that other weights have."""
+        return Quantized(param.block, getattr(self.weights, "seed", 0))
 
     @torch.inference_mode(False)
     def allocate(self, param: Tensor, state: ParamStates) -> dict[str, Any]:

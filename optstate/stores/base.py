@@ -285,6 +285,14 @@ class Statistic:
         self._held = value
         self._note(weight)
 
+    def continue_from(self, value: Tensor, weight: float = 1.0) -> Requests[None]:
+        """Make `value` what the averages of this step go on from, as `hold` does; drive with `yield from`."""
+        self._note(weight)
+        if self.store.exact_sums:  # its averages move the stored sums
+            self.hold_fields(**(yield from self._about(self.store.encode_part(self, value))))
+        else:
+            self.hold(value, weight)
+
     def hold_fields(self, **fields: Tensor) -> None:
         """Make these the stored tensors, to be written at `commit`."""
         self._held_fields = fields

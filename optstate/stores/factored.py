@@ -87,15 +87,18 @@ class Factored(Store):
         return {"row": value.mean(-1), "col": value.mean(-2)}
 
     def encode_part(self, statistic: Statistic, value: Tensor) -> Requests[Fields]:
+        if statistic.spec.region is None:
+            return self.encode(value, statistic.noise, statistic.weight)
         rows, cols = yield Partial(value.sum(-1, keepdim=True), -1), Partial(value.sum(-2, keepdim=True), -2)
         row, col = self._means(statistic, rows, cols)
+        yield from self._note_overall(statistic, row)
         return {"row": row, "col": col}
 
     def ema(self, statistic: Statistic, value: Product, weight: Scalar) -> Requests[None]:
         dense = kernels.multiply_out(value)
         rows, cols = yield Partial(dense.sum(-1, keepdim=True), -1), Partial(dense.sum(-2, keepdim=True), -2)
         row, col = self._means(statistic, rows, cols)
-        fields = statistic.fields
+        fields = statistic.current
         yield from self._hold(statistic, torch.lerp(fields["row"], row, weight), torch.lerp(fields["col"], col, weight))
 
     def ema_of_square(
@@ -103,7 +106,7 @@ class Factored(Store):
     ) -> Requests[None]:
         rows, cols = kernels.sums(value) if minus is None else kernels.sums_of_difference(value, minus)
         row, col = yield from self._means_of_square(statistic, rows, cols)
-        fields, guard = statistic.fields, statistic.guard
+        fields, guard = statistic.current, statistic.guard
         if guard.finite is not None:
             weight = guard.masked(weight)
         row, col = torch.lerp(fields["row"], row.add_(eps), weight), torch.lerp(fields["col"], col.add_(eps), weight)
@@ -111,7 +114,8 @@ class Factored(Store):
 
     def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
         row, col = yield from self._means_of_square(statistic, *kernels.sums(value))
-        yield from self._hold(statistic, row.add_(statistic.fields["row"]), col.add_(statistic.fields["col"]))
+        fields = statistic.current
+        yield from self._hold(statistic, row.add_(fields["row"]), col.add_(fields["col"]))
 
     def inverse_root(self, statistic: Statistic, floor: float) -> tuple[Tensor, ...]:
         current = statistic.current
@@ -144,9 +148,14 @@ class Factored(Store):
         m, n = statistic.spec.shape[-2:]
         return rows.squeeze(-1).div_(n), cols.squeeze(-2).div_(m)
 
-    @staticmethod
-    def _hold(statistic: Statistic, row: Tensor, col: Tensor) -> Requests[None]:
+    @classmethod
+    def _hold(cls, statistic: Statistic, row: Tensor, col: Tensor) -> Requests[None]:
         statistic.hold_fields(row=row, col=col)
+        yield from cls._note_overall(statistic, row)
+
+    @staticmethod
+    def _note_overall(statistic: Statistic, row: Tensor) -> Requests[None]:
+        """Keep the mean of every matrix where no device has a whole vector to take it of."""
         if _is_split_both_ways(statistic.spec):
             total = yield Partial(row.sum(-1, keepdim=True), -2)
             statistic.overall = total / statistic.spec.shape[-2]

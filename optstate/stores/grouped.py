@@ -110,7 +110,7 @@ class Grouped(Store):
 
     def add_square(self, statistic: Statistic, value: Product) -> Requests[None]:
         means = yield from self._means_of_square(statistic, value)
-        statistic.hold_fields(mean=means.add_(statistic.fields["mean"]))
+        statistic.hold_fields(mean=means.add_(statistic.current["mean"]))
 
     def _means_of_square(self, statistic: Statistic, value: Product) -> Requests[Tensor]:
         """Mean of the squared value in every group; refuses what is not finite."""
@@ -162,7 +162,7 @@ class Grouped(Store):
 
     @staticmethod
     def _hold_ema(statistic: Statistic, means: Tensor, weight: Scalar) -> None:
-        statistic.hold_fields(mean=torch.lerp(statistic.fields["mean"], means, weight))
+        statistic.hold_fields(mean=torch.lerp(statistic.current["mean"], means, weight))
 
     def _rows_per_group(self, shape: Shape) -> int:
         """Rows per group; 0 for all of them."""

@@ -7,6 +7,7 @@ from optstate.updates.adam_variants import (
     scale_by_moving_adam,
     scale_by_second_moment,
 )
+from optstate.updates.adaptive_rank import project_by_need
 from optstate.updates.around import Around
 from optstate.updates.base import Context, State, Transform, Update, run_transform
 from optstate.updates.cautious import cautious
@@ -15,9 +16,10 @@ from optstate.updates.clip import clip_by_norm, clip_by_rms, clip_by_value
 from optstate.updates.confidence import scale_by_confidence
 from optstate.updates.eigenbasis import eigenbasis
 from optstate.updates.hyper import Hyper, Rule, hyper
+from optstate.updates.lazy_projection import project_lazily
+from optstate.updates.line_rms import scale_by_line_rms
 from optstate.updates.low_rank import (
     project,
-    project_anew,
     scale_by_projected,
     scale_by_residual_norm,
 )
@@ -28,10 +30,12 @@ from optstate.updates.moments import (
     scale_by_rss,
     sign_momentum,
 )
+from optstate.updates.moving_projection import project_anew
 from optstate.updates.orthogonal import normalize_columns, normalize_rows, orthogonalize
 from optstate.updates.orthogonal_projection import orthogonalize_exactly, project_and_carry
 from optstate.updates.projected import Projected
 from optstate.updates.reshaped import as_square
+from optstate.updates.row_selection import select_rows
 from optstate.updates.scale import (
     add_decayed_weights,
     decay_weights_after,
@@ -77,6 +81,8 @@ __all__ = [
     "project",
     "project_and_carry",
     "project_anew",
+    "project_by_need",
+    "project_lazily",
     "route",
     "run_transform",
     "scale_by_adam",
@@ -84,6 +90,7 @@ __all__ = [
     "scale_by_confidence",
     "scale_by_factor",
     "scale_by_learning_rate",
+    "scale_by_line_rms",
     "scale_by_momentum_square",
     "scale_by_moving_adam",
     "scale_by_param_rms",
@@ -94,6 +101,7 @@ __all__ = [
     "scale_by_schedule",
     "scale_by_second_moment",
     "schedule_free",
+    "select_rows",
     "sign_momentum",
     "transform_words",
 ]

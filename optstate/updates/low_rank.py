@@ -1,11 +1,11 @@
-"""Transforms around a chain that works on a projection of the gradient: GaLore, APOLLO, Fira and LDAdam."""
+"""Transforms around a chain that works on a projection of the gradient: GaLore, APOLLO and Fira."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from optstate.stores import Full, Partial, Requests, Slot, Store
 from optstate.updates.around import run_inside
 from optstate.updates.base import Context, State, Transform, Update
 from optstate.updates.chain import as_chain
-from optstate.updates.hyper import Hyper, Rule
 from optstate.updates.projected import (
     Projected,
     iterate_basis,
@@ -26,7 +25,7 @@ from optstate.updates.projected import (
     take_singular_vectors,
 )
 
-__all__ = ["project", "project_anew", "scale_by_projected", "scale_by_residual_norm"]
+__all__ = ["project", "scale_by_projected", "scale_by_residual_norm"]
 
 ProjectionKind = Literal["svd", "randomized", "random", "power"]
 PROJECTIONS = ("svd", "randomized", "random", "power")
@@ -35,6 +34,9 @@ OVERSAMPLED = 4
 """Vectors more than the rank that a random sketch takes (Halko, Martinsson and Tropp 2011, section 4.2)."""
 
 RESIDUAL = "residual_"
+
+ROUNDING = 1e-6
+"""What a projection leaves out counts as rounding up to this share of the gradient's norm."""
 
 SMALL_NORM = 1e-8
 """Added to norms that are divided by, as the official codes do."""
@@ -58,7 +60,7 @@ class project(Projected):
             first three wait for an accelerator at the steps that make a basis, and at no other.
         store: of the vectors, slot `projector`.
         residual: a chain for what the projection leaves out, whose update is added; None to drop it. Its slots are
-            called `residual_<slot>`.
+            called `residual_<slot>`, and there are none where `rank` vectors are all.
     """
 
     gap: int = 200
@@ -72,6 +74,8 @@ class project(Projected):
         if self.residual is not None:
             object.__setattr__(self, "residual", as_chain(self.residual))
         require_counts(self, "gap")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale!r}: give a positive number")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection={self.projection!r}: give one of {', '.join(PROJECTIONS)}")
 
@@ -84,10 +88,20 @@ class project(Projected):
 
     def slots(self, spec: ParamSpec, group: Mapping[str, Any]) -> dict[str, Slot]:
         slots = super().slots(spec, group)
-        if self.residual is not None:
+        if self.residual is not None and self._leaves_rest(spec):
             rest = spec.like(spec.shape, range(spec.ndim))
             slots |= {RESIDUAL + name: slot.turned(rest) for name, slot in self.residual.slots(rest, group).items()}
         return slots
+
+    def _leaves_rest(self, spec: ParamSpec) -> bool:
+        """Return whether something of the gradient is left for the other chain."""
+        return self.residual is not None and min(self.basis_spec(spec).shape) < min(spec.shape)
+
+    def _rest(self, value: Tensor, low: Tensor, basis: Tensor, spec: ParamSpec) -> Requests[Tensor]:
+        """Return what the projection leaves out, and zero where that is nothing but rounding."""
+        rest = value - self.up(low, basis, spec)
+        of_rest, of_all = yield torch.stack([rest.square().sum(), value.square().sum()])
+        return rest.mul_(of_rest > ROUNDING**2 * of_all)
 
     def basis(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
         """Return this device's part of the vectors of the step, made anew where it is time."""
@@ -96,10 +110,11 @@ class project(Projected):
             return make_random_vectors(self, ctx, min(self.space(ctx.spec).shape), ctx.step - since)
         kept = state["projector"]
         if since == 0:
-            kept.hold((yield from self._made_anew(value, state, ctx)))
+            kept.hold((yield from self.make_anew(value, state, ctx)))
         return kept.read()
 
-    def _made_anew(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
+    def make_anew(self, value: Tensor, state: State, ctx: Context) -> Requests[Tensor]:
+        """Return this device's part of vectors that are made from a value, in a way that keeps them in the state."""
         if self.projection == "svd":
             return (yield from take_singular_vectors(self, value, ctx.spec))
         if self.projection == "power" and ctx.step > 1:
@@ -115,10 +130,11 @@ class project(Projected):
         low = yield from self.down(value, basis, ctx.spec)
         step = yield from self.inside(low, state, ctx)
         whole = self.up(kernels.multiply_out(step), basis, ctx.spec)
-        if self.residual is not None:
-            rest = value - self.up(low, basis, ctx.spec)
+        if self._leaves_rest(ctx.spec):
+            rest = yield from self._rest(value, low, basis, ctx.spec)
             own = {name.removeprefix(RESIDUAL): s for name, s in state.items() if name.startswith(RESIDUAL)}
-            added = yield from run_inside(self.residual, rest, ctx.spec.like(ctx.spec.shape, range(2)), own, ctx)
+            chain = cast(Transform, self.residual)
+            added = yield from run_inside(chain, rest, ctx.spec.like(ctx.spec.shape, range(2)), own, ctx)
             whole = whole.add_(kernels.multiply_out(added))
         return Update(whole, scale=self.scale, finite=update.finite)
 
@@ -209,68 +225,11 @@ class scale_by_residual_norm(project):
         step = kernels.multiply_out((yield from self.inside(low, state, ctx)))
         along = -1 if self.is_right(ctx.spec) else -2
         ratio = step.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + SMALL_NORM)
-        rest = Update(value - self.up(low, basis, ctx.spec), (ratio,), finite=update.finite)
+        left_out = yield from self._rest(value, low, basis, ctx.spec)
+        rest = Update(left_out, (ratio,), finite=update.finite)
         limit = yield from growth_limit(rest, state, ctx, self.growth)
         whole = kernels.multiply_out(rest.rescaled(limit)).add_(self.up(step, basis, ctx.spec))
         return Update(whole, scale=self.scale, finite=update.finite)
-
-
-@dataclass(frozen=True)
-class project_anew(Projected):
-    """Run a chain with two moments on a projection whose basis moves at every step, and feed back what it drops.
-
-    The basis is one power iteration of `rho` times the first moment plus `1 - rho` times the gradient; both moments are
-    carried into the new basis, and what the projection of gradient and moment dropped is added to the next gradient.
-    Source: LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1), whose official code takes the side of a square
-    matrix from the left.
-
-    Args:
-        inner: the chain: one `scale_by_adam`, whose `betas` are those of the group.
-        rank: number of vectors.
-        rho: weight of the first moment in the basis; group key `rho`.
-        store: of the vectors, slot `projector`.
-        error: of what was dropped, slot `error`: one number per element of the parameter.
-    """
-
-    rho: float | Hyper = 0.908
-    store: Store = Full()
-    error: Store = Full()
-
-    rules: ClassVar[Mapping[str, Rule | tuple[Rule, ...]]] = {"rho": Rule("rho", high=1.0)}
-
-    def is_right(self, spec: ParamSpec) -> bool:
-        return spec.shape[0] > spec.shape[1]
-
-    def own_slots(self, spec: ParamSpec) -> dict[str, Slot]:
-        return {"projector": Slot(self.store, spec=self.basis_spec(spec)), "error": Slot(self.error)}
-
-    def __call__(self, update: Update, state: State, ctx: Context) -> Requests[Update]:
-        value = update.values(ctx) + state["error"].read()
-        done, spec = ctx.step - 1, ctx.spec
-        beta1, beta2 = ctx.group["betas"]
-        old, first, second = state["projector"].read(), state["exp_avg"], state["exp_avg_sq"]
-        moment = first.read().clone()
-        if done:
-            rho = ctx.read(self.rho)
-            mixed = (self.up(moment, old, spec) * (rho / (1 - beta1**done))).add_(value, alpha=1 - rho)
-            basis = yield from iterate_basis(self, mixed, old, spec, 1)
-        else:
-            basis = yield from take_singular_vectors(self, value, spec)
-        low = yield from self.down(value, basis, spec)
-        right = self.is_right(spec)
-        turn = yield (Partial(old @ basis.T, -1) if right else Partial(basis.T @ old, -2))
-        moved = moment @ turn if right else turn @ moment
-        dropped = self.up(moment, old, spec).sub_(self.up(moved, basis, spec)).mul_(beta1 / (1 - beta1))
-        state["error"].hold(dropped.add_(value).sub_(self.up(low, basis, spec)))
-        if done:
-            k1, k2, square = 1 - beta1**done, 1 - beta2**done, turn.square()
-            spread = second.read() / k2 - (moment / k1).square()
-            spread = spread @ square if right else square @ spread
-            second.hold((spread + (moved / k1).square()).mul_(k2).abs_(), weight=1 - beta2)
-            first.hold(moved, weight=1 - beta1)
-        state["projector"].hold(basis)
-        step = yield from self.inside(low, state, ctx)
-        return Update(self.up(kernels.multiply_out(step), basis, spec), finite=update.finite)
 
 
 # --- bounds on growth ---------------------------------------------------------------------------------------------

@@ -5,10 +5,22 @@ from optstate.text import parse_item
 from optstate.weights.base import Weights
 from optstate.weights.kahan import Kahan
 from optstate.weights.plain import Plain
+from optstate.weights.quantized import Quantized, QuantizedWeight, quantize_linear
 from optstate.weights.split import Split
 from optstate.weights.stochastic import StochasticRounding
 
-__all__ = ["Kahan", "Plain", "Split", "StochasticRounding", "Weights", "as_weights", "parse_weights"]
+__all__ = [
+    "Kahan",
+    "Plain",
+    "Quantized",
+    "QuantizedWeight",
+    "Split",
+    "StochasticRounding",
+    "Weights",
+    "as_weights",
+    "parse_weights",
+    "quantize_linear",
+]
 
 
 def as_weights(weights: Weights | str, spec: ParamSpec) -> Weights:

@@ -23,6 +23,11 @@ class Weights:
     def __str__(self) -> str:
         return short(self)
 
+    @property
+    def alignment(self) -> int:
+        """Number of elements of the flattened parameter at a multiple of which every slice must begin."""
+        return 1
+
     def resolve(self, spec: ParamSpec) -> Weights:
         """Return the way in which this parameter is written: `self`, or `Plain` where results need no rounding.
 
