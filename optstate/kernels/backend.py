@@ -18,7 +18,7 @@ import torch
 from optstate.kernels import native
 from optstate.kernels.triton_steps import why_no_triton
 
-__all__ = ["BACKENDS", "check_backend", "choose_backend", "compiled_functions", "run_on"]
+__all__ = ["BACKENDS", "check_backend", "choose_backend", "compiled_functions", "run_with_loops"]
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def _functions_of(backend: str) -> Mapping[str, Callable[..., Any]] | None:
     return native.opened()[0] if chosen == "native" else None
 
 
-def run_on(backend: str, requests: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+def run_with_loops(backend: str, requests: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
     """Run a computation that asks for sums, with the loops of a backend; what runs in between is not concerned."""
     reply = None
     while True:
