@@ -4,6 +4,7 @@ A kernel reads a `Product` (a gradient times its factors, not yet multiplied out
 sums it up or writes it into a parameter. Kernels know nothing of recipes, stores or optimizers.
 """
 
+from optstate.kernels.addresses import hold_room
 from optstate.kernels.backend import compiled_functions
 from optstate.kernels.blocks import BlockCodes, decode_blocks, encode_blocks, write_blocks
 from optstate.kernels.changes import measure_adam
@@ -58,6 +59,7 @@ __all__ = [
     "ema_of_square",
     "encode_blocks",
     "global_index",
+    "hold_room",
     "inverse_root",
     "known_finite",
     "linear_map",

@@ -16,7 +16,7 @@ from optstate.kernels.native import BoxOperand, ProductOperand
 from optstate.kernels.product import Product, Scalar
 from optstate.spec import Region
 
-__all__ = ["Functions", "box_of", "functions_reading", "has_address", "number_at_hand", "product_operand"]
+__all__ = ["Functions", "box_of", "functions_reading", "has_address", "hold_room", "number_at_hand", "product_operand"]
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -120,3 +120,24 @@ def box_of(region: Region) -> BoxOperand | None:
     for d, (shape, offset, whole) in enumerate(left):
         box.shape[d], box.offset[d], box.whole[d] = shape, offset, whole
     return box
+
+
+BUFFERS = 6
+"""How many fp32 buffers a slice of a chain needs at once, about."""
+
+
+def hold_room(param: Tensor, elements: int) -> Tensor | None:
+    """Return a tensor that keeps the memory of slices in the process while the tensor is alive; None if none does.
+
+    The C library gives memory at the end of its heap back to the system as soon as little is in use there, and gets it
+    again, page by page, for the next slice: that takes as long as the work. Memory below a buffer that is in use stays.
+    Pages of the buffer itself are never touched.
+
+    Args:
+        param: what is stepped.
+        elements: of a slice.
+    """
+    if not has_address(param):
+        return None
+    room = [torch.empty(elements, dtype=torch.float32, device="cpu") for _ in range(BUFFERS)]
+    return max(room, key=Tensor.data_ptr)

@@ -31,7 +31,7 @@ __all__ = [
     "fastest_backend",
     "named_backend",
     "require_device",
-    "run_on",
+    "run_with_loops",
     "warn_if_slow",
 ]
 
@@ -186,7 +186,7 @@ def _functions_of(backend: str) -> Mapping[str, Callable[..., Any]] | None:
     return native.opened()[0] if chosen == "native" else None
 
 
-def run_on(backend: str, requests: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+def run_with_loops(backend: str, requests: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
     """Run a computation that asks for sums, with the loops of a backend; what runs in between is not concerned."""
     reply = None
     while True:

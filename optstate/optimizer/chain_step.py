@@ -110,6 +110,7 @@ def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic
     elif not update.factors and all(t.is_contiguous() for t in (param, grad, update.dense)):
         param, grad, update = param.view(-1), grad.view(-1), replace(update, dense=update.dense.view(-1))
     factors = {name: statistic.factors() for name, statistic in moved.items()}
+    room = kernels.hold_room(param, plan.slice_elements(param.device))
     pieces = kernels.cut_into_pieces(param.shape, plan.slice_elements(param.device), plan.alignment)
     for piece in kernels.worth_running(pieces, lambda piece: piece.stop - piece.start):
         of_update, of_param = update.piece(piece), piece.of(param)
@@ -122,6 +123,7 @@ def _run_slices(plan: ParamPlan, update: Update, statistics: dict[str, Statistic
         piece.write_back(param, of_param)
         for statistic in slices.values():
             statistic.commit()
+    del room
 
 
 def _without_sums(plan: ParamPlan, requests: Requests[Update]) -> Update:

@@ -16,7 +16,7 @@ from optstate.distributed.agreement import Agreement, LostProcessError, describe
 from optstate.distributed.placement import here
 from optstate.distributed.sums import run_together
 from optstate.kernels import Scalar
-from optstate.kernels.backend import run_on
+from optstate.kernels.backend import run_with_loops
 from optstate.optimizer import alike
 from optstate.optimizer.broken_step import Consistency, InconsistentStateError
 from optstate.optimizer.chain_step import context, run_chain
@@ -329,7 +329,7 @@ class StepRunner:
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
         ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale, beside)
         requests = run_chain(plan, state, ctx, found)
-        return requests if leaf.backend == "auto" else run_on(leaf.backend, requests), whole_state, ctx
+        return requests if leaf.backend == "auto" else run_with_loops(leaf.backend, requests), whole_state, ctx
 
     def _before_write(self, name: str, param: Tensor, part: Tensor, state: Mapping[str, Any]) -> None:
         """Mark a parameter as being written, and tell autograd, which must refuse graphs that need the old values.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optstate.distributed.sums import lock_step
-from optstate.kernels.backend import run_on
+from optstate.kernels.backend import run_with_loops
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.optimizer import Optimizer
 from optstate.optimizer.plan import ParamPlan, StateLayout, plan_parameter
@@ -75,7 +75,7 @@ class DevicePart:
         if not self.plan.guards:
             guard.check(torch.isfinite(grad).all())
         ctx = context(self.plan, self.state, param, grad, group, step, guard)
-        requests: Any = run_on(self.backend, run_chain(self.plan, self.state, ctx, self.whole_step))
+        requests: Any = run_with_loops(self.backend, run_chain(self.plan, self.state, ctx, self.whole_step))
         reply = None
         while True:
             try:

@@ -21,7 +21,7 @@ import optstate
 from adalomo import Adafactor, AdaLomo
 from optstate import kernels, stores, updates
 from optstate.kernels import Noise, Product, eager
-from optstate.kernels.backend import choose_backend, compiled_functions, run_on
+from optstate.kernels.backend import choose_backend, compiled_functions, run_with_loops
 from optstate.optimizer.whole_steps import find_whole_step
 from optstate.recipes import CAME
 from optstate.spec import ParamSpec, Region
@@ -48,7 +48,7 @@ def on_eager(work: Callable[[], Any]) -> Any:
         assert compiled_functions() is None
         yield work()
 
-    return next(run_on("eager", requests()))
+    return next(run_with_loops("eager", requests()))
 
 
 def numbers(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
