@@ -12,6 +12,7 @@ from optstate.kernels.triton_steps.tiles import read_gradient, read_weight, writ
 __all__ = [
     "apply_factored_kernel",
     "find_coefficients",
+    "find_root_of_mean",
     "measure_kernel",
     "move_factored_kernel",
     "sum_squares_kernel",

@@ -17,8 +17,10 @@ from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
 from optstate.optimizer.whole_steps.factored import CompiledFactored
 from optstate.optimizer.whole_steps.fused_by_torch import FusedByTorch
 from optstate.optimizer.whole_steps.maxima import CompiledMaxima
+from optstate.optimizer.whole_steps.triton_confidence import TritonConfidence
 from optstate.optimizer.whole_steps.triton_elementwise import TritonElementwise
 from optstate.optimizer.whole_steps.triton_factored import TritonFactored
+from optstate.optimizer.whole_steps.triton_maxima import TritonMaxima
 from optstate.spec import can_be_stepped
 
 __all__ = ["COMPILED", "IN_TRITON", "Found", "FusedByTorch", "WholeStep", "find_whole_step"]
@@ -27,7 +29,7 @@ __all__ = ["COMPILED", "IN_TRITON", "Found", "FusedByTorch", "WholeStep", "find_
 COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)
 """Every compiled step; the first that knows a chain makes its steps."""
 
-IN_TRITON = (TritonFactored, TritonElementwise)
+IN_TRITON = (TritonFactored, TritonElementwise, TritonConfidence, TritonMaxima)
 """Every step in Triton, in the same way."""
 
 

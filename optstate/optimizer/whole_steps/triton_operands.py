@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,25 @@ from optstate.spec import ParamSpec, is_fake
 from optstate.stores.block_codes import E4M3
 from optstate.updates import Context
 
-__all__ = ["are_launchable", "fit_plan", "gradient_tensor", "moment_tensor", "weight_tensor"]
+__all__ = [
+    "are_launchable",
+    "check_gradient",
+    "fit_plan",
+    "fits_tiles",
+    "flag_of",
+    "gradient_tensor",
+    "moment_tensor",
+    "weight_tensor",
+]
+
+FEWEST_ELEMENTS = 1 << 12
+"""Elements that each of several matrices has at least: smaller ones, such as 3 x 3 kernels, do not fill a tile."""
+
+MOST_MATRICES = (1 << 16) - 1
+"""Matrices of a parameter: the largest size of a launch along its third dimension."""
+
+MOST_COLUMNS = 1 << 22
+"""Columns of a matrix: places within a tile are 32-bit numbers."""
 
 
 def are_launchable(*tensors: Tensor) -> bool:
@@ -25,6 +44,7 @@ def are_launchable(*tensors: Tensor) -> bool:
     return all(
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_contiguous()
+        and not tensor.is_neg()
         and not is_fake(tensor)
         and not why_no_triton(tensor.device)
         for tensor in tensors
@@ -95,3 +115,25 @@ def fit_plan(slot: SlotPlan, moments: Sequence[Tensor]) -> bool:
 def _first_index(spec: ParamSpec) -> int:
     """Return the flat index, in the whole parameter, of the first element here."""
     return (spec.region.start or 0) if spec.region is not None else 0
+
+
+def fits_tiles(spec: ParamSpec) -> bool:
+    """Return whether tiles of rows and columns suit the shape of a parameter."""
+    *batch, rows, cols = spec.shape
+    matrices = math.prod(batch)
+    return cols <= MOST_COLUMNS and (matrices == 1 or (rows * cols >= FEWEST_ELEMENTS and matrices <= MOST_MATRICES))
+
+
+def check_gradient(grad: Tensor, largest: float, ctx: Context) -> None:
+    """Check the gradient unless that was done."""
+    from optstate.kernels.triton_steps.finite import launch_finite_check
+
+    if not ctx.guard.checked:
+        ctx.guard.check(launch_finite_check(grad, largest))
+
+
+def flag_of(ctx: Context) -> Tensor:
+    """Return the guard's flag, or one that is set: the host knows that the gradient is finite, or nobody looked yet."""
+    if ctx.guard.finite is not None:
+        return ctx.guard.finite
+    return torch.ones((), dtype=torch.bool, device=ctx.param.device)
