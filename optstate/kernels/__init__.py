@@ -23,7 +23,7 @@ from optstate.kernels.primitives import all_finite
 from optstate.kernels.product import Product, Scalar
 from optstate.kernels.regions import global_index
 from optstate.kernels.rehearsal import device_type, rehearsal, rehearsing, worth_running
-from optstate.kernels.rounding import Noise, known_finite, noise_key, round_bf16, round_fp16
+from optstate.kernels.rounding import Noise, known_finite, name_key, noise_key, round_bf16, round_fp16
 from optstate.kernels.weight_codec import WeightCodec
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "known_finite",
     "linear_map",
     "multiply_out",
+    "name_key",
     "noise_key",
     "rehearsal",
     "rehearsing",

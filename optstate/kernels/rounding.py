@@ -13,7 +13,7 @@ from torch import Tensor
 from optstate.kernels.regions import global_index
 from optstate.spec import Region, is_fake
 
-__all__ = ["Noise", "known_finite", "noise_key", "random_bits16", "round_bf16", "round_fp16"]
+__all__ = ["Noise", "known_finite", "name_key", "noise_key", "random_bits16", "round_bf16", "round_fp16"]
 
 MASK32 = 0xFFFFFFFF
 
@@ -64,11 +64,12 @@ class Noise:
 
 def noise_key(name: str, step: int, seed: int = 0) -> int:
     """Return the unsigned 32-bit number that stands for seed, name and step in the hash."""
-    return _mix(_key_of_name(name, seed) ^ (step & MASK32))
+    return _mix(name_key(name, seed) ^ (step & MASK32))
 
 
 @lru_cache(maxsize=1 << 14)
-def _key_of_name(name: str, seed: int) -> int:
+def name_key(name: str, seed: int = 0) -> int:
+    """Return the part of `noise_key` that is the same at every step, for devices that count steps themselves."""
     return _mix(_mix(zlib.crc32(name.encode())) ^ (seed & MASK32))
 
 

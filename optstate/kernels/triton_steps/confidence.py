@@ -63,7 +63,9 @@ def average_updates_kernel(
 
     Left in scratch memory are the sums of squares of update minus average, where `sum_squares_kernel` leaves its own.
     """
-    clip, _ = find_coefficients(squares, programs, count, threshold, 0.0, 1.0, 0.0, OF_UPDATE, False, False, PROGRAMS)
+    clip, _ = find_coefficients(
+        squares, squares + programs, programs, count, threshold, 0.0, 1.0, 0.0, OF_UPDATE, False, False, PROGRAMS
+    )
     matrix = tl.program_id(2).to(tl.int64)
     matrices = tl.num_programs(2)
     is_finite = tl.load(finite) != 0
@@ -144,5 +146,5 @@ def write_by_confidence(
             PROGRAMS=launches.padded_programs,
             **launches.tile_options,
         )
-    launches.move(row, col, residual.averaging, residual.eps, None)
+    launches.move(row, col, residual, None)
     launches.apply(GradientTensor(average), row, col, residual)

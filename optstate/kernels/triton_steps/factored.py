@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from optstate.kernels.rules import MatrixRule
+from optstate.kernels.rules import MatrixRule, on_host
 from optstate.kernels.triton_steps.factored_kernels import (
     apply_factored_kernel,
     measure_kernel,
@@ -129,7 +129,7 @@ class FactoredLaunches:
     def sum_and_move(self) -> None:
         """Launch the sums and the statistic, in scratch memory. The flag is right afterwards; nothing is written."""
         self.sum_squares()
-        self.move(self.row, self.col, self.rule.averaging, self.rule.eps, self.finite if self.clears else None)
+        self.move(self.row, self.col, self.rule, self.finite if self.clears else None)
 
     def write(self) -> None:
         """Launch the measurement, if the step needs one, and the write."""
@@ -158,7 +158,7 @@ class FactoredLaunches:
                 **OPTIONS,
             )
 
-    def move(self, row: Tensor, col: Tensor, averaging: float, eps: float, finite: Tensor | None) -> None:
+    def move(self, row: Tensor, col: Tensor, rule: MatrixRule, finite: Tensor | None) -> None:
         """Launch the addition of all sums, and move a statistic by them, in scratch memory.
 
         finite: the flag that is cleared where a sum overflows; None to leave the flag alone.
@@ -175,12 +175,13 @@ class FactoredLaunches:
                 self.col_roots,
                 self.row_means,
                 view_flag(finite),
+                rule.on_device,
                 self.across,
                 self.strips,
                 self.rows,
                 self.cols,
-                averaging,
-                eps,
+                on_host(rule.averaging),
+                rule.eps,
                 SIZE=VECTOR,
                 num_warps=WARPS,
                 **OPTIONS,
@@ -230,6 +231,8 @@ class FactoredLaunches:
                 self.row_means,
                 self.squares,
                 view_flag(self.finite),
+                rule.on_device,
+                weight.clock,
                 self.matrices,
                 self.rows,
                 self.cols,
@@ -243,10 +246,10 @@ class FactoredLaunches:
                 self.count,
                 1.0 if rule.threshold is None else rule.threshold,
                 0.0 if rule.least_rms is None else rule.least_rms,
-                rule.step,
-                rule.decay,
+                on_host(rule.step),
+                on_host(rule.decay),
                 rule.first_weight,
-                rule.after,
+                on_host(rule.after),
                 HOW=int(weight.how),
                 FIRST=int(self.first.kind),
                 CLAMPS=gradient.bound is not None,

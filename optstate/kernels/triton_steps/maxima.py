@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optstate.kernels.rules import ElementRule
-from optstate.kernels.triton_steps.elementwise import move_average
+from optstate.kernels.rules import ElementRule, on_host
+from optstate.kernels.triton_steps.elementwise import move_average, read_numbers
 from optstate.kernels.triton_steps.factored import WARPS, WIDE_WARPS, cut_into_strips
 from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_flag
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
 from optstate.kernels.triton_steps.operands import GradientTensor, MomentTensor, WeightTensor, signed_key
-from optstate.kernels.triton_steps.tiles import read_gradient, read_weight, write_weight
+from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_weight, write_weight
 
 __all__ = ["launch_maxima"]
 
@@ -38,6 +38,8 @@ def maxima_kernel(
     row_parts,
     col_parts,
     finite,
+    numbers,
+    clock,
     rows,
     cols,
     strip,
@@ -56,6 +58,8 @@ def maxima_kernel(
     WIDTH: tl.constexpr,
 ):
     """Step a strip of rows, `WIDTH` columns wide; leave its maxima: `[column tiles, rows]` and `[strips, cols]`."""
+    first_weight, _, step, keep = read_numbers(numbers, first_weight, 0.0, step, keep)
+    weight_key, first_key = find_key(weight_key, clock), find_key(first_key, clock)
     is_finite = tl.load(finite) != 0
     i, k = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     left = tl.program_id(0) * WIDTH
@@ -155,6 +159,8 @@ def launch_maxima(
             row_parts,
             col_parts,
             view_flag(finite),
+            rule.on_device,
+            weight.clock,
             rows,
             cols,
             cut.strip,
@@ -164,9 +170,9 @@ def launch_maxima(
             signed_key(first.key),
             gradient.on_host,
             rule.eps,
-            rule.step,
-            rule.keep,
-            rule.first_weight,
+            on_host(rule.step),
+            on_host(rule.keep),
+            on_host(rule.first_weight),
             HOW=int(weight.how),
             FIRST=int(first.kind),
             HEIGHT=cut.height,
