@@ -15,6 +15,7 @@ from optstate import kernels
 from optstate.distributed.placement import Placement, is_distributed
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps import Found, find_whole_step
+from optstate.optimizer.whole_steps.triton_tables import Joined
 
 __all__ = ["Leaf", "batches", "replacements"]
 
@@ -37,6 +38,10 @@ class Leaf:
         if self.last_found is None or self.last_found[0] is not self.plan or self.last_found[1] != device.type:
             self.last_found = self.plan, device.type, find_whole_step(self.plan, device, self.backend)
         return self.last_found[2]
+
+    def joined_step(self, device: torch.device) -> Joined | None:
+        """Return how the parameter is stepped in launches that it shares with others; None if it is stepped alone."""
+        return None if self.placement is not None else getattr(self.found_step(device).step, "joined", None)
 
     def use_backend(self, backend: str) -> None:
         """Have the steps made by another backend from now on."""

@@ -22,6 +22,7 @@ from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.param_groups import UsedValues, checked_gradient
 from optstate.optimizer.parameters import Leaf, batches
 from optstate.optimizer.tracked_parameters import Changes, TrackedParameters
+from optstate.optimizer.whole_steps.triton_tables import Job, TritonTables
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Context
 
@@ -58,7 +59,8 @@ class StepRunner:
     references are weak, so that an optimizer that is deleted is gone at once, and its hooks with it.
 
     parameters: the optimizer's parameters and their plans. consistency: the marks of the step at hand. flags: those of
-    gradients on accelerators. hooks: what updates inside the backward pass; None while updates happen in `step()`.
+    gradients on accelerators. tables: of parameters there that share launches. hooks: what updates inside the backward
+    pass; None while updates happen in `step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: TrackedParameters, broken: str = "") -> None:
@@ -66,6 +68,7 @@ class StepRunner:
         self.parameters = parameters
         self.consistency = Consistency(broken)
         self.flags = DeferredFlags()
+        self.tables = TritonTables()
         self.hooks: FusedHooks | None = None
         self.replaced_by: weakref.ref[Any] | None = None
         """The hooks of a newer optimizer that took gradients of this one over."""
@@ -221,11 +224,33 @@ class StepRunner:
     @torch.no_grad()
     def update_all(self, params: Iterable[Tensor], grad_scale: Scalar) -> None:
         """Update parameters: one by one, or together where they are split among devices."""
-        for batch in batches((param, self.leaf(param)) for param in params):
+        for batch in batches((param, self.leaf(param)) for param in self.update_joined(params, grad_scale)):
             if len(batch) == 1:
                 self.update(self.leaf(batch[0]), batch[0], grad_scale)
             else:
                 self.update_together(batch, grad_scale)
+
+    def update_joined(self, params: Iterable[Tensor], grad_scale: Scalar) -> list[Tensor]:
+        """Update parameters on accelerators that share launches; return those that are to be updated otherwise."""
+        listed = list(params)
+        if self.around is not None or kernels.rehearsing():
+            return listed
+        joined = [(param, leaf.joined_step(param.device)) for param, leaf in ((p, self.leaf(p)) for p in listed)]
+        chosen = [(param, step) for param, step in joined if step is not None]
+        if len(chosen) < 2:
+            return listed
+        try:
+            begun = [(param, step, *self._begin(self.leaf(param), param, grad_scale)[1:]) for param, step in chosen]
+            left = self.tables.step_many([Job(step, state, ctx) for _, step, state, ctx in begun])
+            remaining = {id(job.ctx) for job in left}
+            done = {param for param, _, _, ctx in begun if id(ctx) not in remaining}
+            for param, _, state, ctx in begun:
+                if param in done:
+                    self._finish(param, state, ctx)
+        except BaseException as error:
+            self._remember([param for param, _ in chosen], error)
+            raise
+        return [param for param in listed if param not in done]
 
     def update(self, leaf: Leaf, param: Tensor, grad_scale: Scalar, watched: bool = True) -> None:
         """Update one parameter from its gradient: the only step there is, called by `step()` and by backward hooks.

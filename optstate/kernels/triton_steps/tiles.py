@@ -10,7 +10,7 @@ import triton.language as tl
 
 from optstate.kernels.native import WriteKind
 
-__all__ = ["find_key", "read_gradient", "read_weight", "write_weight"]
+__all__ = ["find_key", "mix_bits", "read_gradient", "read_weight", "write_weight"]
 
 PLAIN = tl.constexpr(int(WriteKind.PLAIN))
 STOCHASTIC = tl.constexpr(int(WriteKind.STOCHASTIC))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from optstate.kernels.triton_steps import GradientTensor, MomentTensor, WeightTe
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.confidence import ConfidenceChain
 from optstate.optimizer.whole_steps.factored import keeps_fp32
-from optstate.optimizer.whole_steps.operands import WrittenWeight, takes
+from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, takes
 from optstate.optimizer.whole_steps.triton_operands import (
     check_gradient,
     fit_plan,
@@ -23,6 +24,7 @@ from optstate.optimizer.whole_steps.triton_operands import (
     gradient_tensor,
     weight_tensor,
 )
+from optstate.optimizer.whole_steps.triton_tables import Joined, joins
 from optstate.stores import Factored, Full
 from optstate.updates import Context
 
@@ -63,6 +65,32 @@ class TritonConfidence:
             return None
         return TritonConfidence(plan, chain, weight, stores == MATRIX)
 
+    @cached_property
+    def joined(self) -> Joined | None:
+        """How the step of a vector is made together with those of others; None for matrices and large vectors."""
+        slots = self.plan.slots
+        if self.is_factored or not joins(self.plan.spec):
+            return None
+        first, second = KeptMoment.of(slots["exp_avg"]), KeptMoment.of(slots[self.chain.rms.slot])
+        return Joined(self.plan, None, None, self.weight, first, second, self._read_rule)
+
+    def _read_rule(self, ctx: Context) -> MatrixRule | None:
+        """Return the numbers of a step up to the second statistic, and those of the write of a vector."""
+        chain = self.chain
+        end = chain.tail.read(ctx)
+        if end is None:
+            return None
+        return MatrixRule(
+            averaging=chain.rms.decay.weight(ctx.step, ctx.group),
+            eps=ctx.read(chain.rms.eps) or 0.0,
+            threshold=None if chain.clip is None else ctx.read(chain.clip.threshold),
+            least_rms=None,
+            step=1.0,
+            decay=end.decay,
+            first_weight=1 - ctx.read(chain.confidence.betas[0]),
+            after=end.scale,
+        )
+
     @property
     def passes(self) -> int:
         """Passes over the parameter: sums, size, average and write; or the check, the moment and the write."""
@@ -88,28 +116,18 @@ class TritonConfidence:
     def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
         """Step the parameter; see `WholeStep.run`."""
         chain, slots = self.chain, self.plan.slots
-        end = chain.tail.read(ctx)
+        first = self._read_rule(ctx)
         gradient, weight = gradient_tensor(ctx, None), weight_tensor(self.weight, state, ctx)
         moments = {name: [state[key] for key in slot.keys.values()] for name, slot in slots.items()}
-        if end is None or gradient is None or weight is None:
+        if first is None or gradient is None or weight is None:
             return False
         if not all(fit_plan(slot, moments[name]) for name, slot in slots.items()):
             return False
-        beta1, beta3 = map(ctx.read, chain.confidence.betas)
-        first = MatrixRule(
-            averaging=chain.rms.decay.weight(ctx.step, ctx.group),
-            eps=ctx.read(chain.rms.eps) or 0.0,
-            threshold=None if chain.clip is None else ctx.read(chain.clip.threshold),
-            least_rms=None,
-            step=1.0,
-            decay=end.decay,
-            first_weight=1 - beta1,
-            after=end.scale,
-        )
         if not self.is_factored:
             self._run_full(weight, gradient, moments, first, ctx)
             return True
-        second = MatrixRule(1 - beta3, ctx.read(chain.confidence.eps), None, None, step=end.scale, decay=end.decay)
+        share, eps = 1 - ctx.read(chain.confidence.betas[1]), ctx.read(chain.confidence.eps)
+        second = MatrixRule(share, eps, None, None, step=first.after, decay=first.decay)
         self._run_factored(weight, gradient, moments, (first, second), ctx)
         return True
 

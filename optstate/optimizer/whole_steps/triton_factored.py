@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from optstate.kernels.rules import MatrixRule
 from optstate.kernels.triton_steps import GradientTensor, MomentTensor, WeightTensor
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.factored import CompiledFactored
+from optstate.optimizer.whole_steps.operands import KeptMoment
 from optstate.optimizer.whole_steps.read_rules import read_matrix_rule
 from optstate.optimizer.whole_steps.triton_operands import (
     check_gradient,
@@ -23,6 +25,7 @@ from optstate.optimizer.whole_steps.triton_operands import (
     moment_tensor,
     weight_tensor,
 )
+from optstate.optimizer.whole_steps.triton_tables import Joined, joins
 from optstate.updates import Context
 
 __all__ = ["TritonFactored"]
@@ -40,6 +43,16 @@ class TritonFactored:
         chain = CompiledFactored.of(plan)
         fits = chain is not None and (not chain.is_factored or fits_tiles(plan.spec))
         return TritonFactored(chain) if chain is not None and fits else None
+
+    @cached_property
+    def joined(self) -> Joined | None:
+        """How the step of a vector is made together with those of others; None for matrices and large vectors."""
+        chain = self.chain
+        second = KeptMoment.of(chain.plan.slots[chain.rms.slot])
+        if chain.is_factored or not joins(chain.plan.spec):
+            return None
+        rule = partial(read_matrix_rule, chain)
+        return Joined(chain.plan, chain.clip, None, chain.weight, chain.first, second, rule)
 
     @property
     def words(self) -> str:

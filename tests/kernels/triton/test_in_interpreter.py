@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 @pytest.mark.slow
 @pytest.mark.skipif(interprets(), reason="this is the process with the interpreter")
-@pytest.mark.parametrize("module", ["test_kernels", "test_steps"])
+@pytest.mark.parametrize("module", ["test_kernels", "test_steps", "test_tables", "test_two_statistics"])
 def test_kernels_under_the_interpreter(module: str) -> None:
     run = subprocess.run(
         [
