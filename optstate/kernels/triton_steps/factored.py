@@ -72,10 +72,10 @@ class Cut(NamedTuple):
     strips: int
 
 
-def cut_into_strips(rows: int, cols: int, matrices: int) -> Cut:
-    """Return how matrices of one shape are cut, the same on every device."""
+def cut_into_strips(rows: int, cols: int, matrices: int, tile: int = TILE) -> Cut:
+    """Return how matrices of one shape are cut, the same on every device. tile: elements of a tile."""
     width = min(WIDEST, triton.next_power_of_2(cols))
-    height = TILE // width
+    height = tile // width
     longest = triton.cdiv(rows * cols * matrices, MOST_COLUMN_SUMS)
     strip = triton.cdiv(max(FEWEST_ROWS, longest), height) * height
     return Cut(width, height, triton.cdiv(cols, width), strip, triton.cdiv(rows, strip))

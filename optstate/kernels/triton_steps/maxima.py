@@ -22,6 +22,9 @@ from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_we
 
 __all__ = ["launch_maxima"]
 
+TILE = 2048
+"""Elements of a tile of rows and columns: 8 per thread, which also keeps the largest values of its columns."""
+
 VECTOR = 256
 """Maxima that a program takes of all strips."""
 
@@ -143,7 +146,7 @@ def launch_maxima(
         finite: 0-d bool on the device; nothing is written where it is False.
     """
     rows, cols = weight.param.shape
-    cut = cut_into_strips(rows, cols, 1)
+    cut = cut_into_strips(rows, cols, 1, TILE)
     sizes = [cut.across * rows, cut.strips * cols]
     room = torch.empty(sum(sizes), dtype=torch.float32, device=weight.param.device)
     row_parts, col_parts = room.split(sizes)

@@ -23,10 +23,10 @@ from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_we
 __all__ = ["MEASURING", "TILE", "WARPS", "apply_tile", "launch_unfactored", "move_tile"]
 
 TILE = 1024
-MEASURING = 1024
+MEASURING = 512
 """Programs that measure, at most, as in factored.py. Their sums are added up as if there were as many, in one order."""
 
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit

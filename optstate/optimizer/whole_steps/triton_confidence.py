@@ -16,6 +16,7 @@ from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.confidence import ConfidenceChain
 from optstate.optimizer.whole_steps.factored import keeps_fp32
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight, takes
+from optstate.optimizer.whole_steps.read_rules import weight_of
 from optstate.optimizer.whole_steps.triton_operands import (
     check_gradient,
     fit_plan,
@@ -77,11 +78,12 @@ class TritonConfidence:
     def _read_rule(self, ctx: Context) -> MatrixRule | None:
         """Return the numbers of a step up to the second statistic, and those of the write of a vector."""
         chain = self.chain
-        end = chain.tail.read(ctx)
-        if end is None:
+        end = chain.tail.read(ctx, on_device=True)
+        averaging = weight_of(chain.rms.decay, ctx)
+        if end is None or averaging is None:
             return None
         return MatrixRule(
-            averaging=chain.rms.decay.weight(ctx.step, ctx.group),
+            averaging=averaging,
             eps=ctx.read(chain.rms.eps) or 0.0,
             threshold=None if chain.clip is None else ctx.read(chain.clip.threshold),
             least_rms=None,

@@ -56,7 +56,7 @@ class TritonMaxima:
     def run(self, state: Mapping[str, Any], ctx: Context) -> bool:
         """Step the parameter; see `WholeStep.run`."""
         chain = self.chain
-        end = chain.tail.read(ctx)
+        end = chain.tail.read(ctx, on_device=True)
         gradient, weight = gradient_tensor(ctx, None), weight_tensor(chain.weight, state, ctx)
         slot = chain.plan.slots[chain.rss.slot]
         row, col = moments = [state[key] for key in slot.keys.values()]

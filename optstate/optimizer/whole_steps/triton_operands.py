@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optstate.kernels import noise_key
+from optstate.kernels import name_key, noise_key
 from optstate.kernels.native import NUMBERS, MomentKind, WriteKind
 from optstate.kernels.triton_steps import GradientTensor, MomentTensor, WeightTensor, make_table, why_no_triton
 from optstate.optimizer.plan import SlotPlan
@@ -73,8 +73,13 @@ def weight_tensor(written: WrittenWeight, state: Mapping[str, Any], ctx: Context
         dtype = {WriteKind.SPLIT16: torch.int16, WriteKind.SPLIT8: torch.int8}.get(written.how, param.dtype)
         if extra.dtype != dtype or extra.numel() != param.numel() or not are_launchable(extra):
             return None
-    key = noise_key(ctx.spec.name, ctx.step, written.seed) if written.how == WriteKind.STOCHASTIC else 0
-    return WeightTensor(param.detach(), extra, written.how, _first_index(ctx.spec), key)
+    key = random_key(ctx.spec.name, ctx, written.seed) if written.how == WriteKind.STOCHASTIC else 0
+    return WeightTensor(param.detach(), extra, written.how, _first_index(ctx.spec), key, ctx.clock)
+
+
+def random_key(name: str, ctx: Context, seed: int = 0) -> int:
+    """Return the key of random bits: of a name and the step, or of the name alone where the device counts steps."""
+    return noise_key(name, ctx.step, seed) if ctx.clock is None else name_key(name, seed)
 
 
 def moment_tensor(kept: KeptMoment | None, state: Mapping[str, Any], ctx: Context, share: float) -> MomentTensor | None:
@@ -101,7 +106,7 @@ def moment_tensor(kept: KeptMoment | None, state: Mapping[str, Any], ctx: Contex
         assert book is not None
         return MomentTensor(data.view(torch.uint8), scale, kept.kind, make_table(book, data.device), kept.block)
     if kept.kind == MomentKind.FULL16 and store.is_random(share):
-        key = noise_key(f"{ctx.spec.name}/{kept.slot.name}", ctx.step)
+        key = random_key(f"{ctx.spec.name}/{kept.slot.name}", ctx)
         return MomentTensor(data, kind=MomentKind.FULL16_RANDOM, key=key, start=_first_index(ctx.spec))
     return MomentTensor(data, kind=kept.kind)
 

@@ -28,7 +28,7 @@ from optstate.updates import Context, add_decayed_weights, clip_by_value
 __all__ = ["Job", "Joined", "TritonTables", "joins"]
 
 
-MOST_JOINED = 1 << 20
+MOST_JOINED = 1 << 19
 """Elements of a vector whose sums are made of those of its chunks, at most."""
 
 
@@ -186,7 +186,7 @@ def _lasting_likeness(job: Job) -> Hashable:
 def _likeness_now(job: Job) -> Hashable:
     """Return what must be alike in the step at hand: its number, and what scales the gradient."""
     scale = job.ctx.grad_scale
-    return job.ctx.step, id(scale) if isinstance(scale, Tensor) else scale
+    return job.ctx.step, id(job.ctx.clock), id(scale) if isinstance(scale, Tensor) else scale
 
 
 def _fixed_addresses(job: Job) -> list[int]:
@@ -241,7 +241,8 @@ def _write(batch: Batch, flags: Tensor) -> None:
 
     for job in batch.jobs:
         job.ctx.guard.begin_writing()
-    clock = batch.jobs[0].ctx.step
+    ctx = batch.jobs[0].ctx
+    clock = ctx.step if ctx.clock is None else ctx.clock
     if isinstance(batch.rule, ElementRule):
         launch_elementwise_table(batch.table, batch.row, batch.gradient, batch.rule, flags, clock)
     else:
