@@ -149,6 +149,30 @@ class Optimizer(torch.optim.Optimizer):
         check_backend(backend)
         self.runner.parameters.use_backend(backend)
 
+    def count_on_device(self) -> None:
+        """Have steps counted on the device from now on, so that a CUDA graph may record `step()` and replay it.
+
+        What follows from the number of a step, and from a learning rate that is a tensor on the device, is computed
+        there. Give `lr` as such a tensor and fill it to change it under a graph; other hyper-parameters are recorded.
+        A graph is recorded anew after loading. Every parameter must be stepped in Triton, as `plan()` tells.
+
+        Replayed steps are taken over when the state is saved, or by `read_clock()`. A gradient that is not finite stops
+        the update of its parameter in a replay, too, and that is said then.
+
+        Raises:
+            RuntimeError: with a fused backward pass, and for parameters on several devices or split among them. From
+                `step()`, for a parameter whose step the transforms make.
+        """
+        self.runner.count_on_device()
+
+    def read_clock(self) -> None:
+        """Wait for the device, and take over how many steps it made while a CUDA graph replayed them.
+
+        Raises:
+            NonFiniteGradientError: if gradients were not finite since the last call.
+        """
+        self.runner.read_clock()
+
     def train(self) -> None:
         """Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.
 
@@ -194,7 +218,11 @@ class Optimizer(torch.optim.Optimizer):
             params = [param for param in runner.params() if param.grad is not None]
             runner.require_agreement(params, all_groups=True)
             consistency.begin(STEP)
+            if runner.clock is not None:
+                runner.clock.begin_step()
             runner.update_all(params, 1.0)
+            if runner.clock is not None:
+                runner.clock.close_step()
         runner.flags.close_step()
         consistency.close()
         return loss
@@ -236,6 +264,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self.runner.consistency.require_whole("state_dict")
         self.runner.refuse_bad_flags(wait=True)
+        self.runner.read_clock()
         unmoved = self.watch("state_dict")
         header = resume.header(
             self.plan(), self.runner.clip_grad_norm
@@ -251,6 +280,7 @@ class Optimizer(torch.optim.Optimizer):
             MovedStateError: from the function, if a parameter was updated meanwhile.
             InconsistentStateError: from the function, if a step has begun and not ended.
         """
+        self.runner.read_clock()
         return loading.watch_state(self.runner, action)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from optstate.kernels import Scalar
 from optstate.optimizer import alike
 from optstate.optimizer.broken_step import Consistency, InconsistentStateError
 from optstate.optimizer.chain_step import context, run_chain
+from optstate.optimizer.device_clock import DeviceClock
 from optstate.optimizer.param_groups import UsedValues, checked_gradient
 from optstate.optimizer.parameters import Leaf, batches
 from optstate.optimizer.tracked_parameters import Changes, TrackedParameters
@@ -59,7 +60,8 @@ class StepRunner:
     references are weak, so that an optimizer that is deleted is gone at once, and its hooks with it.
 
     parameters: the optimizer's parameters and their plans. consistency: the marks of the step at hand. flags: those of
-    gradients on accelerators. tables: of parameters there that share launches. hooks: what updates inside the backward
+    gradients on accelerators. tables: of parameters there that share launches. clock: counts
+    steps on a device; None while the host alone counts. hooks: what updates inside the backward
     pass; None while updates happen in `step()`.
     """
 
@@ -69,6 +71,7 @@ class StepRunner:
         self.consistency = Consistency(broken)
         self.flags = DeferredFlags()
         self.tables = TritonTables()
+        self.clock: DeviceClock | None = None
         self.hooks: FusedHooks | None = None
         self.replaced_by: weakref.ref[Any] | None = None
         """The hooks of a newer optimizer that took gradients of this one over."""
@@ -155,8 +158,10 @@ class StepRunner:
         self._is_alike = False
 
     def forget_flags(self) -> None:
-        """Forget what is not known yet of earlier gradients: other state was loaded."""
+        """Forget what is not known yet of earlier gradients and steps: other state was loaded."""
         self.flags = DeferredFlags()
+        if self.clock is not None:
+            self.clock.read()
 
     def require_ready(self) -> None:
         """Raise unless a step can begin now. The parameters in the groups are followed first.
@@ -318,7 +323,9 @@ class StepRunner:
         read_again = spec.region is None and found is None and plan.guards and grad.dtype != spec.accumulator
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
-        ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale)
+        step = whole_state["step"] + 1
+        clock = None if self.clock is None else self._count_of(step)
+        ctx = context(plan, state, part, grad, group, step, guard, grad_scale, clock)
         return run_chain(plan, state, ctx, found), whole_state, ctx
 
     def _before_write(self, name: str, param: Tensor, part: Tensor, state: Mapping[str, Any]) -> None:
@@ -338,12 +345,56 @@ class StepRunner:
 
     def _finish(self, param: Tensor, state: dict[str, Any], ctx: Context) -> None:
         """Count an update that was made."""
-        if ctx.guard.finite is not None:
+        if self.clock is not None:
+            self.clock.note(param, ctx.guard.finite)
+        elif ctx.guard.finite is not None:
             self.flags.add(param, ctx.guard.finite)
         name = ctx.spec.name
         self.consistency.begin_writing(name)
         state["step"] = ctx.step
         self.consistency.finish(name)
+
+    # --- counts on a device -----------------------------------------------------------------------------------------
+
+    def count_on_device(self) -> None:
+        """Have a device count the steps from now on; see `Optimizer.count_on_device`."""
+        devices = {param.device for param in self.params()}
+        if (
+            self.hooks is not None
+            or len(devices) != 1
+            or any(leaf.is_split for leaf in self.parameters.leaves.values())
+        ):
+            raise RuntimeError(
+                "a device can count the steps of an optimizer whose step() updates whole parameters on one device: "
+                "neither a fused backward pass nor parameters that are split among devices"
+            )
+        if self.clock is None:
+            steps = [self.state_of(param)["step"] for param in self.params() if param.requires_grad]
+            self.clock = DeviceClock(max(steps, default=0), devices.pop())
+
+    def _count_of(self, step: int) -> Tensor:
+        """Return the number of an update as the device counts it."""
+        assert self.clock is not None
+        if self.hooks is not None:
+            raise RuntimeError("a device counts the steps of this optimizer, which a fused backward pass cannot make")
+        return self.clock.number(step)
+
+    def read_clock(self) -> None:
+        """Take over the steps that a device made unseen; waits for the device.
+
+        Raises:
+            NonFiniteGradientError: if gradients were not finite; what belongs to them was not updated.
+        """
+        if self.clock is None:
+            return
+        unseen, refused = self.clock.read()
+        for param in self.clock.stepped:
+            self.optimizer.state[param]["step"] += unseen
+        if refused:
+            raise NonFiniteGradientError(
+                f"{refused} gradients were not finite since the device's count was read; what they belong to was not "
+                "updated then. Lower the learning rate, or find the loss that overflows"
+            )
 
     # --- a step that breaks off -------------------------------------------------------------------------------------
 

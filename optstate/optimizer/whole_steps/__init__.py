@@ -6,6 +6,7 @@ Chains that no whole step knows run on the transforms, with the same result.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from optstate.optimizer.whole_steps.triton_factored import TritonFactored
 from optstate.optimizer.whole_steps.triton_maxima import TritonMaxima
 from optstate.spec import can_be_stepped
 
-__all__ = ["COMPILED", "IN_TRITON", "Found", "FusedByTorch", "WholeStep", "find_whole_step"]
+__all__ = ["COMPILED", "FOR_BACKEND", "IN_TRITON", "Found", "FusedByTorch", "WholeStep", "find_whole_step"]
 
 
 COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)
@@ -31,6 +32,13 @@ COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledM
 
 IN_TRITON = (TritonFactored, TritonElementwise, TritonConfidence, TritonMaxima)
 """Every step in Triton, in the same way."""
+
+FOR_BACKEND: dict[str, tuple[Any, ...]] = {
+    "eager": (FusedByTorch,),
+    "native": (FusedByTorch, *COMPILED),
+    "triton": (*IN_TRITON, FusedByTorch),
+}
+"""Backend -> what makes steps; PyTorch's own step cannot be made for several parameters with a flag for each."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +68,14 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
         return Found(None)
     if not _is_known(plan):
         return Found(None, "a part of this chain is not the library's own")
-    by_torch = FusedByTorch.of(plan)
-    if by_torch is not None:
-        return Found(by_torch)
     chosen, why = choose_backend(backend, device)
-    if chosen == "eager":
-        return Found(None, why)
-    for kind in IN_TRITON if chosen == "triton" else COMPILED:
-        step: WholeStep | None = kind.of(plan)
+    step: WholeStep | None
+    for kind in FOR_BACKEND[chosen]:
+        step = kind.of(plan)
         if step is not None:
             return Found(step)
+    if chosen == "eager":
+        return Found(None, why)
     return Found(None, "no whole step is written for this chain")
 
 

@@ -77,8 +77,8 @@ class Tail:
         learning rate that only a device knows for a 0-d fp64 tensor, without waiting for the device.
         """
         lr = ctx.group["lr"]
-        if on_device and isinstance(lr, Tensor) and (ctx.clock is not None or lr.device.type != "cpu"):
-            lr = lr.detach().to(ctx.param.device, torch.float64).reshape(())
+        if on_device and isinstance(lr, Tensor) and _is_kept_there(lr, ctx):
+            lr = lr.detach().to(torch.float64).reshape(())
         elif type(lr) is not float:
             lr = as_number(lr)
         if lr is None:
@@ -100,3 +100,8 @@ class Tail:
         if ends_chain and not self.applies_lr:
             scale, decay = scale * lr, decay * lr
         return Coefficients(scale, decay)
+
+
+def _is_kept_there(lr: Tensor, ctx: Context) -> bool:
+    """Whether a learning rate is on the parameter's device, and the host must not read it."""
+    return lr.device == ctx.param.device and (ctx.clock is not None or lr.device.type != "cpu")
