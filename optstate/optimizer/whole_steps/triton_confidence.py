@@ -73,7 +73,7 @@ class TritonConfidence:
         if self.is_factored or not joins(self.plan.spec):
             return None
         first, second = KeptMoment.of(slots["exp_avg"]), KeptMoment.of(slots[self.chain.rms.slot])
-        return Joined(self.plan, None, None, self.weight, first, second, self._read_rule)
+        return Joined(self.plan, None, None, self.weight, first, second, self._read_rule, self.launches)
 
     def _read_rule(self, ctx: Context) -> MatrixRule | None:
         """Return the numbers of a step up to the second statistic, and those of the write of a vector."""

@@ -42,7 +42,8 @@ class TritonElementwise:
         if chain.moved is not None or chain.plan.spec.region is not None or not chain.plan.spec.numel:
             return None
         rule = partial(read_element_rule, chain)
-        return Joined(chain.plan, chain.clip, chain.penalty, chain.weight, chain.first, chain.second, rule)
+        moments = chain.first, chain.second
+        return Joined(chain.plan, chain.clip, chain.penalty, chain.weight, *moments, rule, self.launches)
 
     @property
     def words(self) -> str:

@@ -52,7 +52,7 @@ class TritonFactored:
         if chain.is_factored or not joins(chain.plan.spec):
             return None
         rule = partial(read_matrix_rule, chain)
-        return Joined(chain.plan, chain.clip, None, chain.weight, chain.first, second, rule)
+        return Joined(chain.plan, chain.clip, None, chain.weight, chain.first, second, rule, self.launches)
 
     @property
     def words(self) -> str:

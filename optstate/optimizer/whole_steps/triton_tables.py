@@ -45,6 +45,7 @@ class Joined:
         clip, penalty: of the gradient, or None.
         weight, first, second: how the parameter and its moments are kept.
         read_rule: returns the numbers of a step; None if one is known to a device only.
+        launches: of a step of any number of parameters that are alike: as many as of one.
     """
 
     plan: ParamPlan
@@ -54,12 +55,18 @@ class Joined:
     first: KeptMoment | None
     second: KeptMoment | None
     read_rule: Callable[[Context], ElementRule | MatrixRule | None]
+    launches: int
 
     @cached_property
     def kind(self) -> Hashable:
         """What is alike where one launch steps two parameters of one group: the chain, the formats, the dtype."""
         formats = [None if m is None else (m.slot.store, m.kind, m.block) for m in (self.first, self.second)]
         return id(self.plan.chain), self.plan.spec.dtype, self.weight.how, self.weight.seed, *formats
+
+    @property
+    def likeness(self) -> Hashable:
+        """What is alike where two parameters of one group and one device come into one table: kind, and reads."""
+        return self.kind, self.plan.spec.numel % ALIGNMENT == 0
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -179,8 +186,7 @@ class TritonTables:
 def _lasting_likeness(job: Job) -> Hashable:
     """Return what is alike in every step where one launch can step two parameters."""
     ctx = job.ctx
-    is_whole = ctx.param.numel() % ALIGNMENT == 0
-    return job.joined.kind, id(ctx.group), ctx.grad.dtype, ctx.param.device, is_whole
+    return job.joined.likeness, id(ctx.group), ctx.grad.dtype, ctx.param.device
 
 
 def _likeness_now(job: Job) -> Hashable:
