@@ -318,8 +318,8 @@ def matrix_variants() -> Iterator[Variant]:
         kernel = find_kernel(name.split(",")[0])
         given = {**dict.fromkeys(SCRATCH, "*fp32"), "finite": "*u8", **HOST, **given}
         wide = ("measure", "apply_factored", "average_updates", "maxima")
-        of_vectors = unfactored.WARPS if "_full" in name else factored.WARPS
-        warps = factored.WIDE_WARPS if name.startswith(wide) else of_vectors
+        warps = factored.WIDE_WARPS if name.startswith(wide) else factored.WARPS
+        warps = unfactored.APPLY_WARPS if name.startswith("apply_full") else warps
         return make_variant(name, name.split(",")[0], kernel.arg_names, given, warps, **constants)
 
     tile = {"HEIGHT": 16, "WIDTH": 256}
@@ -348,12 +348,14 @@ def matrix_variants() -> Iterator[Variant]:
             yield variant(f"move_full, {name}", {**given, "count": "i32"}, **own, OF_WEIGHT=True, TILE=unfactored.TILE)
             table = many.move_full_table_kernel
             if how in (WriteKind.PLAIN, WriteKind.SPLIT8):
-                yield table_variant(name, table, given, unfactored.WARPS, **own, OF_WEIGHT=True, TILE=unfactored.TILE)
+                yield table_variant(
+                    name, table, given, unfactored.MOVE_WARPS, **own, OF_WEIGHT=True, TILE=unfactored.TILE
+                )
         yield variant(f"apply_factored, {name}", given, **written, BLOCKS=16, ROW_BLOCK=factored.VECTOR, **tile)
         yield variant(f"apply_full, {name}", {**given, "count": "i32"}, **(written | of_vector))
         table = many.apply_full_table_kernel
         if how in (WriteKind.PLAIN, WriteKind.SPLIT8) or first != MomentKind.NOTHING:
-            yield table_variant(name, table, given, unfactored.WARPS, **(written | of_vector))
+            yield table_variant(name, table, given, unfactored.APPLY_WARPS, **(written | of_vector))
             yield variant(f"maxima, {name}", given, HOW=int(how), FIRST=int(first), HEIGHT=8, WIDTH=256)
     for dtype in ("float32", "bfloat16"):
         constants = {"CLAMPS": False, "OF_UPDATE": True, "PROGRAMS": 1024, "BLOCKS": 16, "ROW_BLOCK": factored.VECTOR}

@@ -22,7 +22,7 @@ from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_fla
 from optstate.kernels.triton_steps.operands import TILE, GradientTensor
 from optstate.kernels.triton_steps.tables import ALIGNMENT, Column, Table, TensorRow
 from optstate.kernels.triton_steps.tiles import find_key, mix_bits
-from optstate.kernels.triton_steps.unfactored import MEASURING, apply_tile, move_tile
+from optstate.kernels.triton_steps.unfactored import APPLY_WARPS, MEASURING, MOVE_WARPS, apply_tile, move_tile
 
 __all__ = ["CHUNK", "SMALL_CHUNK", "launch_checks", "launch_elementwise_table", "launch_unfactored_table"]
 
@@ -462,7 +462,6 @@ def launch_unfactored_table(
         "OF_WEIGHT": rule.least_rms is not None,
         "WHOLE": is_whole(table),
         "TILE": SMALL_CHUNK,
-        "num_warps": WARPS,
         **find_types(row, "PARAM_TYPE", "EXTRA_TYPE", "GRAD_TYPE"),
         **OPTIONS,
     }
@@ -479,6 +478,7 @@ def launch_unfactored_table(
             gradient.on_host,
             on_host(rule.averaging),
             rule.eps,
+            num_warps=MOVE_WARPS,
             **common,
         )
         apply_full_table_kernel[(len(table.chunks),)](
@@ -504,5 +504,6 @@ def launch_unfactored_table(
             DECAY_IS_SCALED=rule.decay_is_scaled,
             PROGRAMS=MEASURING,
             **find_types(row, "FIRST_TYPE"),
+            num_warps=APPLY_WARPS,
             **common,
         )

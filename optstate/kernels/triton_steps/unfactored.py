@@ -20,13 +20,14 @@ from optstate.kernels.triton_steps.moments import read_moment, write_moment
 from optstate.kernels.triton_steps.operands import GradientTensor, MomentTensor, WeightTensor, signed_key
 from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_weight, write_weight
 
-__all__ = ["MEASURING", "TILE", "WARPS", "apply_tile", "launch_unfactored", "move_tile"]
+__all__ = ["APPLY_WARPS", "MEASURING", "MOVE_WARPS", "TILE", "apply_tile", "launch_unfactored", "move_tile"]
 
 TILE = 1024
 MEASURING = 512
 """Programs that measure, at most, as in factored.py. Their sums are added up as if there were as many, in one order."""
 
-WARPS = 8
+MOVE_WARPS, APPLY_WARPS = 4, 8
+"""Of both launches: with other numbers of warps a register of a variant spilled on sm_90 or sm_100."""
 
 
 @triton.jit
@@ -277,7 +278,7 @@ def launch_unfactored(
             CLAMPS=gradient.bound is not None,
             OF_WEIGHT=rule.least_rms is not None,
             TILE=TILE,
-            num_warps=WARPS,
+            num_warps=MOVE_WARPS,
             **OPTIONS,
         )
         apply_full_kernel[(tiles,)](
@@ -315,6 +316,6 @@ def launch_unfactored(
             DECAY_IS_SCALED=rule.decay_is_scaled,
             PROGRAMS=MEASURING,
             TILE=TILE,
-            num_warps=WARPS,
+            num_warps=APPLY_WARPS,
             **OPTIONS,
         )

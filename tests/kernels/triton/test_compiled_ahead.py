@@ -33,3 +33,16 @@ def test_no_kernel_spills_registers(arch: int, which: list[str], least: int, tmp
     assert {kernel["arch"] for kernel in kernels} == {arch}
     assert len(kernels) >= least
     assert [kernel["name"] for kernel in kernels if kernel["spills"] or kernel["registers"] > 168] == []
+    require_same_sums({(kernel["kernel"], kernel["name"]): kernel["sums"] for kernel in kernels})
+
+
+def require_same_sums(sums: dict[tuple[str, str], list[str]]) -> None:
+    """Require that sums in steps of many parameters add in the order of single steps, for the same bits.
+
+    The order follows from how the elements lie in threads. The interpreter, which has none, cannot tell.
+    """
+    for (kernel, name), layouts in sums.items():
+        single = kernel.removesuffix("_table")
+        if kernel != single and (single, f"{single}, {name}") in sums:
+            assert layouts == sums[single, f"{single}, {name}"]
+    assert sums["apply_full_table", "fp32"]
