@@ -13,11 +13,14 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+OF_MANY = ["test_tables", "test_two_statistics", "test_device_numbers", "test_large_parameters"]
+"""Modules that share a process, whose start takes seconds."""
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(interprets(), reason="this is the process with the interpreter")
-@pytest.mark.parametrize("module", ["test_kernels", "test_steps", "test_tables", "test_two_statistics"])
-def test_kernels_under_the_interpreter(module: str) -> None:
+@pytest.mark.parametrize("modules", [["test_kernels"], ["test_steps"], OF_MANY])
+def test_kernels_under_the_interpreter(modules: list[str]) -> None:
     run = subprocess.run(
         [
             sys.executable,
@@ -27,7 +30,7 @@ def test_kernels_under_the_interpreter(module: str) -> None:
             "0",
             "-p",
             "no:cacheprovider",
-            f"tests/kernels/triton/{module}.py",
+            *(f"tests/kernels/triton/{module}.py" for module in modules),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,

@@ -100,7 +100,8 @@ def test_bits_are_those_of_single_launches(name: str) -> None:
     """Codes need 4,096 elements. The last parameter of a descent has two chunks, of which the second is not full."""
     shapes = CODED if "blocks" in name or "floats" in name else [*SHAPES, (16, 1026)] if name == "descent" else SHAPES
     ours, theirs = build(CASES[name], shapes), build(CASES[name], shapes)
-    for seed in (1, 2):
+    seeds = (1,) if shapes is CODED else (1, 2)
+    for seed in seeds:
         give_gradients(ours, seed)
         give_gradients(theirs, seed)
         with counted_launches() as names:
@@ -108,7 +109,7 @@ def test_bits_are_those_of_single_launches(name: str) -> None:
         assert TABLES.issuperset(names) or name.startswith(("adalomo", "came"))
         step_alone(theirs)
     assert have_same_bits(tensors_of(ours), tensors_of(theirs))
-    assert {ours.state[param]["step"] for param in params_of(ours)} == {2}
+    assert {ours.state[param]["step"] for param in params_of(ours)} == {len(seeds)}
 
 
 def test_launches_do_not_grow_with_the_parameters() -> None:
