@@ -134,7 +134,8 @@ IN_TABLES = (
 
 def elementwise_variants() -> Iterator[Variant]:
     from optstate.kernels.triton_steps.elementwise import WARPS, WARPS_OF_CODES, elementwise_kernel
-    from optstate.kernels.triton_steps.many import CHUNK, elementwise_table_kernel
+    from optstate.kernels.triton_steps.many import CHUNK
+    from optstate.kernels.triton_steps.many_kernels import elementwise_table_kernel
 
     none, full, bf16 = MomentKind.NOTHING, MomentKind.FULL32, MomentKind.FULL16
     cases = [
@@ -285,7 +286,8 @@ def table_variant(
 
 def finite_variants() -> Iterator[Variant]:
     from optstate.kernels.triton_steps.finite import CHECKED, finite_kernel
-    from optstate.kernels.triton_steps.many import CHUNK, check_table_kernel
+    from optstate.kernels.triton_steps.many import CHUNK
+    from optstate.kernels.triton_steps.many_kernels import check_table_kernel
 
     for dtype in POINTERS:
         given: dict[str, str | None] = {"grad": POINTERS[dtype], "finite": "*u8", "count": "i32"}
@@ -312,7 +314,7 @@ SCRATCH = (
 
 
 def matrix_variants() -> Iterator[Variant]:
-    from optstate.kernels.triton_steps import factored, many, unfactored
+    from optstate.kernels.triton_steps import factored, many_kernels, unfactored
 
     def variant(name: str, given: dict[str, str | None], **constants: Any) -> Variant:
         kernel = find_kernel(name.split(",")[0])
@@ -346,14 +348,14 @@ def matrix_variants() -> Iterator[Variant]:
             blocks = {"BLOCKS": 16, "ROW_BLOCK": factored.VECTOR}
             yield variant(f"measure, {name}", given, **own, **sums, **blocks, **tile)
             yield variant(f"move_full, {name}", {**given, "count": "i32"}, **own, OF_WEIGHT=True, TILE=unfactored.TILE)
-            table = many.move_full_table_kernel
+            table = many_kernels.move_full_table_kernel
             if how in (WriteKind.PLAIN, WriteKind.SPLIT8):
                 yield table_variant(
                     name, table, given, unfactored.MOVE_WARPS, **own, OF_WEIGHT=True, TILE=unfactored.TILE
                 )
         yield variant(f"apply_factored, {name}", given, **written, BLOCKS=16, ROW_BLOCK=factored.VECTOR, **tile)
         yield variant(f"apply_full, {name}", {**given, "count": "i32"}, **(written | of_vector))
-        table = many.apply_full_table_kernel
+        table = many_kernels.apply_full_table_kernel
         if how in (WriteKind.PLAIN, WriteKind.SPLIT8) or first != MomentKind.NOTHING:
             yield table_variant(name, table, given, unfactored.APPLY_WARPS, **(written | of_vector))
             yield variant(f"maxima, {name}", given, HOW=int(how), FIRST=int(first), HEIGHT=8, WIDTH=256)
@@ -375,12 +377,11 @@ def find_kernel(name: str) -> Any:
         elementwise,
         factored_kernels,
         finite,
-        many,
         maxima,
         unfactored,
     )
 
-    homes = (elementwise, finite, factored_kernels, unfactored, confidence, maxima, many)
+    homes = (elementwise, finite, factored_kernels, unfactored, confidence, maxima, many_kernels)
     return next(getattr(home, f"{name}_kernel") for home in homes if hasattr(home, f"{name}_kernel"))
 
 

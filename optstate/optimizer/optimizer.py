@@ -16,6 +16,7 @@ from optstate.kernels.backend import check_backend
 from optstate.optimizer import loading, param_groups
 from optstate.optimizer import state_dict as resume
 from optstate.optimizer.broken_step import STEP, InconsistentStateError
+from optstate.optimizer.device_clock import read_clock, start_clock
 from optstate.optimizer.loading import Copy
 from optstate.optimizer.plan import Plan
 from optstate.optimizer.step_runner import StepRunner
@@ -163,7 +164,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: with a fused backward pass, and for parameters on several devices or split among them. From
                 `step()`, for a parameter whose step the transforms make.
         """
-        self.runner.count_on_device()
+        start_clock(self.runner)
 
     def read_clock(self) -> None:
         """Wait for the device, and take over how many steps it made while a CUDA graph replayed them.
@@ -171,7 +172,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteGradientError: if gradients were not finite since the last call.
         """
-        self.runner.read_clock()
+        read_clock(self.runner)
 
     def train(self) -> None:
         """Take over parameters that were replaced in the param groups, as accelerate's `prepare` does with FSDP2.
@@ -264,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self.runner.consistency.require_whole("state_dict")
         self.runner.refuse_bad_flags(wait=True)
-        self.runner.read_clock()
+        read_clock(self.runner)
         unmoved = self.watch("state_dict")
         header = resume.header(
             self.plan(), self.runner.clip_grad_norm
@@ -280,7 +281,7 @@ class Optimizer(torch.optim.Optimizer):
             MovedStateError: from the function, if a parameter was updated meanwhile.
             InconsistentStateError: from the function, if a step has begun and not ended.
         """
-        self.runner.read_clock()
+        read_clock(self.runner)
         return loading.watch_state(self.runner, action)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

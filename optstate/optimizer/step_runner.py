@@ -324,7 +324,7 @@ class StepRunner:
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
         step = whole_state["step"] + 1
-        clock = None if self.clock is None else self._count_of(step)
+        clock = None if self.clock is None else self.clock.number(step)
         ctx = context(plan, state, part, grad, group, step, guard, grad_scale, clock)
         return run_chain(plan, state, ctx, found), whole_state, ctx
 
@@ -353,48 +353,6 @@ class StepRunner:
         self.consistency.begin_writing(name)
         state["step"] = ctx.step
         self.consistency.finish(name)
-
-    # --- counts on a device -----------------------------------------------------------------------------------------
-
-    def count_on_device(self) -> None:
-        """Have a device count the steps from now on; see `Optimizer.count_on_device`."""
-        devices = {param.device for param in self.params()}
-        if (
-            self.hooks is not None
-            or len(devices) != 1
-            or any(leaf.is_split for leaf in self.parameters.leaves.values())
-        ):
-            raise RuntimeError(
-                "a device can count the steps of an optimizer whose step() updates whole parameters on one device: "
-                "neither a fused backward pass nor parameters that are split among devices"
-            )
-        if self.clock is None:
-            steps = [self.state_of(param)["step"] for param in self.params() if param.requires_grad]
-            self.clock = DeviceClock(max(steps, default=0), devices.pop())
-
-    def _count_of(self, step: int) -> Tensor:
-        """Return the number of an update as the device counts it."""
-        assert self.clock is not None
-        if self.hooks is not None:
-            raise RuntimeError("a device counts the steps of this optimizer, which a fused backward pass cannot make")
-        return self.clock.number(step)
-
-    def read_clock(self) -> None:
-        """Take over the steps that a device made unseen; waits for the device.
-
-        Raises:
-            NonFiniteGradientError: if gradients were not finite; what belongs to them was not updated.
-        """
-        if self.clock is None:
-            return
-        unseen, refused = self.clock.read()
-        for param in self.clock.stepped:
-            self.optimizer.state[param]["step"] += unseen
-        if refused:
-            raise NonFiniteGradientError(
-                f"{refused} gradients were not finite since the device's count was read; what they belong to was not "
-                "updated then. Lower the learning rate, or find the loss that overflows"
-            )
 
     # --- a step that breaks off -------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from optstate.kernels.triton_steps.operands import (
 )
 from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_weight, write_weight
 
-__all__ = ["WARPS", "WARPS_OF_CODES", "launch_elementwise", "move_average", "read_numbers", "step_tile"]
+__all__ = ["WARPS", "WARPS_OF_CODES", "find_numbers", "launch_elementwise", "move_average", "step_tile"]
 
 ADAM = tl.constexpr(int(StepRule.ADAM))
 LION = tl.constexpr(int(StepRule.LION))
@@ -153,7 +153,7 @@ def step_tile(
 
 
 @triton.jit
-def read_numbers(numbers, first_weight, inverse_correction, step, keep):
+def find_numbers(numbers, first_weight, inverse_correction, step, keep):
     """Return the numbers of a step that change with the step: those of the device if it has them, else those given."""
     if numbers is not None:
         first_weight = tl.load(numbers)
@@ -213,7 +213,7 @@ def elementwise_kernel(
     left = tl.minimum(count - at, TILE).to(tl.int32)
     if finite is not None:
         left = tl.where(tl.load(finite) != 0, left, 0)
-    first_weight, inverse_correction, step, keep = read_numbers(numbers, first_weight, inverse_correction, step, keep)
+    first_weight, inverse_correction, step, keep = find_numbers(numbers, first_weight, inverse_correction, step, keep)
     step_tile(
         param,
         extra,

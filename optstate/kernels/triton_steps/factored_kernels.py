@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optstate.kernels.triton_steps.elementwise import move_average, read_numbers
+from optstate.kernels.triton_steps.elementwise import find_numbers, move_average
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
 from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_weight, write_weight
 
@@ -115,7 +115,7 @@ def move_factored_kernel(
     row_means: `[matrices, row blocks]`, shares of the mean of the moved row means. finite: the flag to clear, or None.
     row_count, col_count: places that each row's and each column's sum has in scratch memory.
     """
-    weight, _, _, _ = read_numbers(numbers, weight, 0.0, 0.0, 0.0)
+    weight, _, _, _ = find_numbers(numbers, weight, 0.0, 0.0, 0.0)
     block = tl.program_id(0)
     matrix = tl.program_id(1).to(tl.int64)
     matrices = tl.num_programs(1)
@@ -303,7 +303,7 @@ def apply_factored_kernel(
     WIDTH: tl.constexpr,
 ):
     """Write a tile of the weight and of the momentum; the first tiles of rows and columns write the statistic, too."""
-    _, step, decay, after = read_numbers(numbers, 0.0, step, decay, after)
+    _, step, decay, after = find_numbers(numbers, 0.0, step, decay, after)
     step, decay = find_coefficients(
         squares,
         squares + programs,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optstate.kernels.rules import ElementRule, on_host
-from optstate.kernels.triton_steps.elementwise import move_average, read_numbers
+from optstate.kernels.triton_steps.elementwise import find_numbers, move_average
 from optstate.kernels.triton_steps.factored import WARPS, WIDE_WARPS, cut_into_strips
 from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_flag
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
@@ -61,7 +61,7 @@ def maxima_kernel(
     WIDTH: tl.constexpr,
 ):
     """Step a strip of rows, `WIDTH` columns wide; leave its maxima: `[column tiles, rows]` and `[strips, cols]`."""
-    first_weight, _, step, keep = read_numbers(numbers, first_weight, 0.0, step, keep)
+    first_weight, _, step, keep = find_numbers(numbers, first_weight, 0.0, step, keep)
     weight_key, first_key = find_key(weight_key, clock), find_key(first_key, clock)
     is_finite = tl.load(finite) != 0
     i, k = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optstate.kernels.triton_steps.operands import MomentTensor, WeightTensor, signed_key
 
-__all__ = ["ALIGNMENT", "Column", "Table", "TensorRow"]
+__all__ = ["ALIGNMENT", "Column", "RowOfTable", "Table"]
 
 ALIGNMENT = 16
 """Bytes at multiples of which tensors begin, and elements of which a count must be a multiple: reads of 16 bytes."""
@@ -42,7 +42,7 @@ class Column(IntEnum):
 
 
 @dataclass(frozen=True)
-class TensorRow:
+class RowOfTable:
     """One parameter of a table.
 
     Attributes:
@@ -89,7 +89,7 @@ class Table:
     _sources: list[Tensor] = field(default_factory=list, repr=False)
 
     @staticmethod
-    def of(rows: Sequence[TensorRow], chunk: int) -> Table:
+    def of(rows: Sequence[RowOfTable], chunk: int) -> Table:
         """Return the table of parameters, all on one device, in chunks of this many elements.
 
         A chunk is a multiple of the kernels' tiles, so that blocks of codes lie within one.

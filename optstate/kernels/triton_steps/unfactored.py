@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optstate.kernels.rules import MatrixRule, on_host
-from optstate.kernels.triton_steps.elementwise import move_average, read_numbers
+from optstate.kernels.triton_steps.elementwise import find_numbers, move_average
 from optstate.kernels.triton_steps.factored_kernels import find_coefficients
 from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_flag
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
@@ -125,7 +125,7 @@ def move_full_kernel(
     TILE: tl.constexpr,
 ):
     """Move every n-th tile of the moment; leave sums of squares of the update and of the weight: `[programs]` each."""
-    averaging, _, _, _ = read_numbers(numbers, averaging, 0.0, 0.0, 0.0)
+    averaging, _, _, _ = find_numbers(numbers, averaging, 0.0, 0.0, 0.0)
     program, programs = tl.program_id(0), tl.num_programs(0)
     end = tl.where(tl.load(finite) != 0, count, 0)
     of_update = tl.zeros([TILE], tl.float32)
@@ -194,7 +194,7 @@ def apply_full_kernel(
     TILE: tl.constexpr,
 ):
     """Write a tile of the weight and of the momentum."""
-    _, step, decay, after = read_numbers(numbers, 0.0, step, decay, after)
+    _, step, decay, after = find_numbers(numbers, 0.0, step, decay, after)
     step, decay = find_coefficients(
         of_updates,
         of_weights,

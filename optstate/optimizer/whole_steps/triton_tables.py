@@ -18,7 +18,7 @@ from optstate.kernels import name_key
 from optstate.kernels.native import WriteKind
 from optstate.kernels.rules import ElementRule, MatrixRule
 from optstate.kernels.triton_steps import GradientTensor, MomentTensor
-from optstate.kernels.triton_steps.tables import ALIGNMENT, Table, TensorRow
+from optstate.kernels.triton_steps.tables import ALIGNMENT, RowOfTable, Table
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.operands import KeptMoment, WrittenWeight
 from optstate.optimizer.whole_steps.triton_operands import gradient_tensor, moment_tensor, weight_tensor
@@ -75,7 +75,7 @@ class Joined:
         kept = [self.weight.key, *(key for m in moments for key in (m.codes, m.scale))]
         return tuple(key for key in kept if key)
 
-    def row(self, state: Mapping[str, Any], ctx: Context, rule: ElementRule | MatrixRule) -> TensorRow | None:
+    def row(self, state: Mapping[str, Any], ctx: Context, rule: ElementRule | MatrixRule) -> RowOfTable | None:
         """Return the parameter's tensors as kernels read them, with keys of names; None if kernels cannot."""
         gradient, weight = gradient_tensor(ctx, None), weight_tensor(self.weight, state, ctx)
         shares = (rule.first_share, rule.second_weight) if isinstance(rule, ElementRule) else (rule.first_weight, 1.0)
@@ -86,7 +86,7 @@ class Joined:
         name = ctx.spec.name
         key = name_key(name, self.weight.seed) if weight.how == WriteKind.STOCHASTIC else 0
         moments = [_named(m, kept, name) for m, kept in ((first, self.first), (second, self.second))]
-        return TensorRow(replace(weight, key=key), gradient.grad, *moments)
+        return RowOfTable(replace(weight, key=key), gradient.grad, *moments)
 
 
 def _named(moment: MomentTensor, kept: KeptMoment | None, name: str) -> MomentTensor:
@@ -103,7 +103,7 @@ class Job(NamedTuple):
 
 
 @dataclass
-class Kept:
+class KeptTable:
     """A table that is kept from step to step, and what shows whether it holds still.
 
     Attributes:
@@ -120,12 +120,12 @@ class Kept:
     members: list[int]
 
 
-class Batch(NamedTuple):
+class JoinedSteps(NamedTuple):
     """What one launch, or two, step: jobs in the order of the table, and what is the same for all of them."""
 
     jobs: list[Job]
     table: Table
-    row: TensorRow
+    row: RowOfTable
     gradient: GradientTensor
     rule: ElementRule | MatrixRule
 
@@ -134,7 +134,7 @@ class TritonTables:
     """Steps many parameters in few launches, and keeps the tables for the next step."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Kept] = {}
+        self._kept: dict[Hashable, KeptTable] = {}
 
     def step_many(self, jobs: Sequence[Job]) -> list[Job]:
         """Step parameters that are alike together; return the jobs that remain, nothing of which was written.
@@ -161,7 +161,7 @@ class TritonTables:
             _write(batch, finite)
         return rest
 
-    def _prepare(self, likeness: Hashable, jobs: list[Job], kept: dict[Hashable, Kept]) -> Batch | None:
+    def _prepare(self, likeness: Hashable, jobs: list[Job], kept: dict[Hashable, KeptTable]) -> JoinedSteps | None:
         """Return what steps parameters that are alike; None if fewer than two of them can be."""
         joined, state, ctx = jobs[0]
         rule = joined.read_rule(ctx)
@@ -180,7 +180,7 @@ class TritonTables:
         bound = None if joined.clip is None else ctx.read(joined.clip.bound)
         penalty = 0.0 if joined.penalty is None else ctx.read(joined.penalty.rate)
         row, gradient = joined.row(state, ctx, rule), gradient_tensor(ctx, bound, penalty)
-        return None if row is None or gradient is None else Batch(members, known.table, row, gradient, rule)
+        return None if row is None or gradient is None else JoinedSteps(members, known.table, row, gradient, rule)
 
 
 def _lasting_likeness(job: Job) -> Hashable:
@@ -201,7 +201,7 @@ def _fixed_addresses(job: Job) -> list[int]:
     return [param.data_ptr(), param.is_contiguous(), *(state[key].data_ptr() for key in job.joined.keys)]
 
 
-def _follow_gradients(known: Kept, jobs: list[Job]) -> bool:
+def _follow_gradients(known: KeptTable, jobs: list[Job]) -> bool:
     """Put into a table where the gradients are now; return False if one cannot be read as those before."""
     found = []
     for place in known.members:
@@ -216,7 +216,7 @@ def _follow_gradients(known: Kept, jobs: list[Job]) -> bool:
     return True
 
 
-def _tabulate(jobs: list[Job], fixed: list[list[int]], rule: ElementRule | MatrixRule) -> Kept | None:
+def _tabulate(jobs: list[Job], fixed: list[list[int]], rule: ElementRule | MatrixRule) -> KeptTable | None:
     """Return the table of the parameters that kernels can step together; None for fewer than two."""
     from optstate.kernels.triton_steps.many import CHUNK, SMALL_CHUNK
 
@@ -226,10 +226,10 @@ def _tabulate(jobs: list[Job], fixed: list[list[int]], rule: ElementRule | Matri
         return None
     table = Table.of([row for _, row in found], CHUNK if isinstance(rule, ElementRule) else SMALL_CHUNK)
     gradients = [row.grad.data_ptr() for _, row in found]
-    return Kept(jobs[0].joined.plan, table, fixed, gradients, [place for place, _ in found])
+    return KeptTable(jobs[0].joined.plan, table, fixed, gradients, [place for place, _ in found])
 
 
-def _check(batch: Batch) -> Tensor:
+def _check(batch: JoinedSteps) -> Tensor:
     """Check the gradients of a batch; return a flag for each."""
     from optstate.kernels.triton_steps.many import launch_checks
 
@@ -241,7 +241,7 @@ def _check(batch: Batch) -> Tensor:
     return flags
 
 
-def _write(batch: Batch, flags: Tensor) -> None:
+def _write(batch: JoinedSteps, flags: Tensor) -> None:
     """Step the parameters of a batch whose flags are set."""
     from optstate.kernels.triton_steps.many import launch_elementwise_table, launch_unfactored_table
 

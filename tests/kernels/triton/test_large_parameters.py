@@ -25,7 +25,7 @@ from optstate.kernels.triton_steps.elementwise import launch_elementwise
 from optstate.kernels.triton_steps.factored import FactoredLaunches
 from optstate.kernels.triton_steps.many import CHUNK, launch_elementwise_table
 from optstate.kernels.triton_steps.maxima import launch_maxima
-from optstate.kernels.triton_steps.tables import Table, TensorRow
+from optstate.kernels.triton_steps.tables import RowOfTable, Table
 
 COUNT = 2**31 + 2048
 ROWS, COLS = 2**15 + 16, 2**16
@@ -77,7 +77,7 @@ def test_a_table(large: Tensor) -> None:
     param = large[:COUNT]
     value, end = fill_end(param, 2)
     weight = WeightTensor(param, how=WriteKind.STOCHASTIC, key=name_key("w"))
-    row = TensorRow(weight, param, MomentTensor(), MomentTensor())
+    row = RowOfTable(weight, param, MomentTensor(), MomentTensor())
     table = Table.of([row], CHUNK)
     table.chunks = table.chunks[-1:]
     flags = torch.ones(1, dtype=torch.bool)
