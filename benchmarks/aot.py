@@ -377,6 +377,7 @@ def find_kernel(name: str) -> Any:
         elementwise,
         factored_kernels,
         finite,
+        many_kernels,
         maxima,
         unfactored,
     )
