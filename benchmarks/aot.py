@@ -41,7 +41,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a variant on one architecture; bytes of `spills` and `shared` memory."""
+    """What the compiler made of a variant on one architecture; bytes of `spills` and `shared` memory.
+
+    sums: how the elements of each sum lie in threads, which decides about the order of additions.
+    """
 
     name: str
     kernel: str
@@ -51,6 +54,7 @@ class Compiled:
     spills: int
     shared: int
     instructions: int
+    sums: tuple[str, ...]
 
     @property
     def label(self) -> str:
@@ -78,6 +82,7 @@ LONG = ("start", "first_start", "second_start")
 """Counts of elements, which may need 64 bits."""
 
 WHOLE = (
+    "number",
     "row_count",
     "col_count",
     "programs",
@@ -110,8 +115,28 @@ def make_variant(
     return Variant(name, kernel, types, fixed, warps)
 
 
+HOST = dict.fromkeys(("device_scale", "numbers", "clock"))
+"""What only a device may know; here the host knows all."""
+
+
+IN_TABLES = (
+    "descent bf16 stochastic",
+    "adam fp32",
+    "adam bf16 stochastic",
+    "adam bf16 kahan, bf16 moments",
+    "adam bf16 split8",
+    "adam 8-bit blocks",
+    "adam 8-bit floats",
+    "adam 4-bit blocks",
+    "lion bf16",
+)
+"""Cases that are also compiled as steps of many parameters, whose tiles are those of single steps."""
+
+
 def elementwise_variants() -> Iterator[Variant]:
     from optstate.kernels.triton_steps.elementwise import WARPS, WARPS_OF_CODES, elementwise_kernel
+    from optstate.kernels.triton_steps.many import CHUNK
+    from optstate.kernels.triton_steps.many_kernels import elementwise_table_kernel
 
     none, full, bf16 = MomentKind.NOTHING, MomentKind.FULL32, MomentKind.FULL16
     cases = [
@@ -179,17 +204,33 @@ def elementwise_variants() -> Iterator[Variant]:
     ]
     for name, dtype, how, rule, first, second, block in cases:
         moved = second not in (none, MomentKind.SPREAD, MomentKind.OUTER)
-        yield make_variant(
-            name,
-            "elementwise",
-            elementwise_kernel.arg_names,
-            {
-                **of_weight(dtype, how),
-                **of_moment("first", first),
-                **of_moment("second", second),
-                "finite": "*u8",
-                "device_scale": None,
-            },
+        given = {**of_weight(dtype, how), **of_moment("first", first), **of_moment("second", second)}
+        warps = WARPS if block == 1 else WARPS_OF_CODES
+        constants = {
+            "HOW": int(how),
+            "RULE": int(rule),
+            "NESTEROV": False,
+            "FIRST": int(first),
+            "SECOND": int(second),
+            "FIRST_BLOCK": block,
+            "SECOND_BLOCK": block if moved else 1,
+            "CLAMPS": False,
+            "PENALISES": False,
+            "TILE": 1024,
+        }
+        single = {**given, **HOST, "finite": "*u8"}
+        arguments = elementwise_kernel.arg_names
+        yield make_variant(name, "elementwise", arguments, single, warps, **constants, MOVES_SECOND=moved)
+        if name in IN_TABLES:
+            yield table_variant(name, elementwise_table_kernel, given, warps, **constants, CHUNK=CHUNK)
+    for name in ("adam bf16 stochastic", "adam 8-bit blocks"):  # the step is known to the device alone
+        _, dtype, how, rule, first, second, block = next(case for case in cases if case[0] == name)
+        given = {**of_weight(dtype, how), **of_moment("first", first), **of_moment("second", second)}
+        known = {**given, "device_scale": "*fp32", "numbers": "*fp32", "clock": "*i64"}
+        yield table_variant(
+            f"{name}, device's clock",
+            elementwise_table_kernel,
+            known,
             WARPS if block == 1 else WARPS_OF_CODES,
             HOW=int(how),
             RULE=int(rule),
@@ -197,20 +238,62 @@ def elementwise_variants() -> Iterator[Variant]:
             FIRST=int(first),
             SECOND=int(second),
             FIRST_BLOCK=block,
-            SECOND_BLOCK=block if moved else 1,
-            MOVES_SECOND=moved,
+            SECOND_BLOCK=block,
             CLAMPS=False,
             PENALISES=False,
             TILE=1024,
+            CHUNK=CHUNK,
         )
+
+
+def table_variant(
+    name: str, kernel: Any, given: dict[str, str | None], warps: int, whole: bool = True, **constants: Any
+) -> Variant:
+    """Return a variant of a kernel that finds its tensors in a table, where these would be its arguments.
+
+    whole: whether all counts are multiples of 16.
+    """
+    import triton.language as tl
+
+    words = {
+        "fp32": tl.float32,
+        "bf16": tl.bfloat16,
+        "fp16": tl.float16,
+        "u8": tl.uint8,
+        "i8": tl.int8,
+        "i16": tl.int16,
+    }
+    tensors = {
+        "PARAM_TYPE": "param",
+        "EXTRA_TYPE": "extra",
+        "GRAD_TYPE": "grad",
+        "FIRST_TYPE": "first",
+        "FIRST_SCALE_TYPE": "first_scale",
+        "SECOND_TYPE": "second",
+        "SECOND_SCALE_TYPE": "second_scale",
+    }
+    for constant, tensor in tensors.items():
+        kind = given.get(tensor)
+        if constant in kernel.arg_names:
+            constants[constant] = None if kind is None else words[kind.removeprefix("*")]
+    tables = {name: given[name] for name in ("first_table", "second_table") if name in kernel.arg_names}
+    device = {name: given.get(name) for name in HOST if name in kernel.arg_names}
+    found = {**tables, **device, "rows": "*i64", "chunks": "*i32", "flags": "*u8"}
+    found |= dict.fromkeys(("of_updates", "of_weights"), "*fp32")
+    return make_variant(
+        name, kernel.__name__.removesuffix("_kernel"), kernel.arg_names, found, warps, WHOLE=whole, **constants
+    )
 
 
 def finite_variants() -> Iterator[Variant]:
     from optstate.kernels.triton_steps.finite import CHECKED, finite_kernel
+    from optstate.kernels.triton_steps.many import CHUNK
+    from optstate.kernels.triton_steps.many_kernels import check_table_kernel
 
     for dtype in POINTERS:
         given: dict[str, str | None] = {"grad": POINTERS[dtype], "finite": "*u8", "count": "i32"}
         yield make_variant(f"finite {dtype}", "finite", finite_kernel.arg_names, given, 4, TILE=CHECKED)
+    yield table_variant("bf16", check_table_kernel, of_weight("bfloat16", WriteKind.PLAIN), 4, CHUNK=CHUNK, TILE=1024)
 
 
 SCRATCH = (
@@ -224,17 +307,22 @@ SCRATCH = (
     "col_roots",
     "row_means",
     "squares",
+    "of_updates",
+    "of_weights",
+    "average",
 )
 """Statistics and sums, all fp32."""
 
 
 def matrix_variants() -> Iterator[Variant]:
-    from optstate.kernels.triton_steps import factored, unfactored
+    from optstate.kernels.triton_steps import factored, many_kernels, unfactored
 
     def variant(name: str, given: dict[str, str | None], **constants: Any) -> Variant:
         kernel = find_kernel(name.split(",")[0])
-        given = {**dict.fromkeys(SCRATCH, "*fp32"), "finite": "*u8", "device_scale": None, **given}
-        warps = factored.WIDE_WARPS if name.startswith(("measure", "apply_factored")) else factored.WARPS
+        given = {**dict.fromkeys(SCRATCH, "*fp32"), "finite": "*u8", **HOST, **given}
+        wide = ("measure", "apply_factored", "average_updates", "maxima")
+        warps = factored.WIDE_WARPS if name.startswith(wide) else factored.WARPS
+        warps = unfactored.APPLY_WARPS if name.startswith("apply_full") else warps
         return make_variant(name, name.split(",")[0], kernel.arg_names, given, warps, **constants)
 
     tile = {"HEIGHT": 16, "WIDTH": 256}
@@ -252,6 +340,7 @@ def matrix_variants() -> Iterator[Variant]:
         ("bf16 stochastic, bf16 momentum", "bfloat16", WriteKind.STOCHASTIC, MomentKind.FULL16_RANDOM),
     ]
     sums = {"OF_UPDATE": True, "OF_WEIGHT": True}
+    of_vector = {"PROGRAMS": unfactored.MEASURING, "TILE": unfactored.TILE}
     for name, dtype, how, first in cases:
         given = {**of_weight(dtype, how), **of_moment("first", first), "second": "*fp32"}
         own = {"HOW": int(how), "CLAMPS": False}
@@ -260,8 +349,21 @@ def matrix_variants() -> Iterator[Variant]:
             blocks = {"BLOCKS": 16, "ROW_BLOCK": factored.VECTOR}
             yield variant(f"measure, {name}", given, **own, **sums, **blocks, **tile)
             yield variant(f"move_full, {name}", {**given, "count": "i32"}, **own, OF_WEIGHT=True, TILE=unfactored.TILE)
+            table = many_kernels.move_full_table_kernel
+            if how in (WriteKind.PLAIN, WriteKind.SPLIT8):
+                yield table_variant(
+                    name, table, given, unfactored.MOVE_WARPS, **own, OF_WEIGHT=True, TILE=unfactored.TILE
+                )
         yield variant(f"apply_factored, {name}", given, **written, BLOCKS=16, ROW_BLOCK=factored.VECTOR, **tile)
-        yield variant(f"apply_full, {name}", {**given, "count": "i32"}, **written, TILE=unfactored.TILE)
+        yield variant(f"apply_full, {name}", {**given, "count": "i32"}, **(written | of_vector))
+        table = many_kernels.apply_full_table_kernel
+        if how in (WriteKind.PLAIN, WriteKind.SPLIT8) or first != MomentKind.NOTHING:
+            yield table_variant(name, table, given, unfactored.APPLY_WARPS, **(written | of_vector))
+            yield variant(f"maxima, {name}", given, HOW=int(how), FIRST=int(first), HEIGHT=8, WIDTH=256)
+    for dtype in ("float32", "bfloat16"):
+        constants = {"CLAMPS": False, "OF_UPDATE": True, "PROGRAMS": 1024, "BLOCKS": 16, "ROW_BLOCK": factored.VECTOR}
+        yield variant(f"average_updates, {dtype}", {"grad": POINTERS[dtype]}, **constants, **tile)
+    yield variant("finish_maxima", {}, SIZE=factored.VECTOR)
 
 
 def all_variants() -> list[Variant]:
@@ -271,9 +373,17 @@ def all_variants() -> list[Variant]:
 
 def find_kernel(name: str) -> Any:
     """Return a kernel by its name without "_kernel"."""
-    from optstate.kernels.triton_steps import elementwise, factored_kernels, finite, unfactored
+    from optstate.kernels.triton_steps import (
+        confidence,
+        elementwise,
+        factored_kernels,
+        finite,
+        many_kernels,
+        maxima,
+        unfactored,
+    )
 
-    homes = (elementwise, finite, factored_kernels, unfactored)
+    homes = (elementwise, finite, factored_kernels, unfactored, confidence, maxima, many_kernels)
     return next(getattr(home, f"{name}_kernel") for home in homes if hasattr(home, f"{name}_kernel"))
 
 
@@ -296,9 +406,15 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     made = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps, **OPTIONS})
     registers, spills = read_usage(made.asm["cubin"])
     instructions = len(re.findall(r"^\t(?!\.)[@a-z]", made.asm["ptx"], re.M))
-    return Compiled(
-        variant.name, variant.kernel, arch, variant.warps, registers, spills, made.metadata.shared, instructions
-    )
+    shared, sums = made.metadata.shared, read_sums(made.asm["ttgir"])
+    return Compiled(variant.name, variant.kernel, arch, variant.warps, registers, spills, shared, instructions, sums)
+
+
+def read_sums(code: str) -> tuple[str, ...]:
+    """Return how the elements of each sum in a kernel lie in threads, from the compiler's own representation."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*)$", code, re.M))
+    of_sums = re.findall(r'"tt\.reduce".*?\}\) : \(tensor<([\dx]+)\w+, (?:#ttg\.slice<.*?parent = )?(#\w+)', code, re.S)
+    return tuple(f"{shape} {layouts[layout]}" for shape, layout in of_sums)
 
 
 def read_usage(cubin: bytes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import optstate
 from optstate import kernels
 from optstate.optimizer.plan import ParamPlan
-from optstate.optimizer.whole_steps import COMPILED, IN_TRITON, FusedByTorch
+from optstate.optimizer.whole_steps import FOR_BACKEND
 from optstate.recipes import registry
 from optstate.weights import Plain, StochasticRounding, Weights
 
@@ -53,8 +54,8 @@ BACKENDS = {"eager": DEVICE, "native": "cpu", "triton": DEVICE}
 """Backend -> type of the device whose steps are counted. What has no whole step there is counted as eager."""
 WHOLE_STEPS: dict[str, tuple[Any, ...]] = {
     "eager": (),
-    "native": (FusedByTorch, *COMPILED),
-    "triton": (FusedByTorch, *IN_TRITON),
+    "native": FOR_BACKEND["native"],
+    "triton": FOR_BACKEND["triton"],
 }
 
 BYTES_LIMIT, LAUNCHES_LIMIT = 1.3, 3.0
@@ -150,19 +151,32 @@ def count_step(optimizer: optstate.Optimizer, times: Mapping[str, int], backend:
         backend: a key of `BACKENDS`.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    costs = [
-        count_parameter(optimizer, param, plan, backend) * times[plan.spec.name]
-        for param, plan in zip(params, optimizer.plan(), strict=True)
-    ]
+    alike: dict[Any, list[Cost]] = {}
+    for param, plan in zip(params, optimizer.plan(), strict=True):
+        joined = getattr(find_step(plan, backend), "joined", None)
+        kind = plan.spec.name if joined is None else joined.likeness
+        each = [count_parameter(optimizer, param, plan, backend)] * times[plan.spec.name]
+        alike.setdefault((joined is not None, kind), []).extend(each)
+    costs = [share_launches(each) if is_joined else sum(each, Cost()) for (is_joined, _), each in alike.items()]
     return sum(costs, Cost())
+
+
+def share_launches(costs: list[Cost]) -> Cost:
+    """Return the cost of parameters that one set of launches steps: as many launches as for one of them."""
+    return replace(sum(costs, Cost()), launches=costs[0].launches)
+
+
+def find_step(plan: ParamPlan, backend: str) -> Any:
+    """Return the whole step of a parameter in a backend; None if there is none."""
+    found = (kind.of(plan) for kind in WHOLE_STEPS[backend])
+    return next((step for step in found if step is not None), None)
 
 
 def count_parameter(optimizer: optstate.Optimizer, param: Tensor, plan: ParamPlan, backend: str) -> Cost:
     """Return the cost of one parameter in a step: what its whole step says, or what is dispatched without one."""
-    for kind in WHOLE_STEPS[backend]:
-        step = kind.of(plan)
-        if step is not None:
-            return Cost(getattr(step, "launches", step.passes), step.moved_bytes)
+    step = find_step(plan, backend)
+    if step is not None:
+        return Cost(getattr(step, "launches", step.passes), step.moved_bytes)
     return count_dispatched(optimizer, param, BACKENDS[backend])
 
 

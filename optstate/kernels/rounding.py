@@ -94,7 +94,7 @@ def noise_key(name: str, step: int, seed: int = 0) -> int:
 
 @lru_cache(maxsize=1 << 14)
 def name_key(name: str, seed: int = 0) -> int:
-    """Return what stands for seed and name in `noise_key`, whatever the step."""
+    """Return the part of `noise_key` that is the same at every step, for devices that count steps themselves."""
     return _mix(_mix(zlib.crc32(name.encode())) ^ (seed & MASK32))
 
 

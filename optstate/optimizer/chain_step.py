@@ -29,6 +29,7 @@ def context(
     guard: Guard,
     grad_scale: float | Tensor = 1.0,
     beside: Mapping[str, Tensor] = {},
+    clock: Tensor | None = None,
 ) -> Context:
     """Return what the transforms of one step see, with the parameter's own way of being read and written.
 
@@ -36,7 +37,9 @@ def context(
     """
     fields = {field: state[key] for field, key in plan.weight_keys.items()} if plan.weight_keys else beside
     codec = plan.weights.codec(plan.spec, step, fields)
-    return Context(plan.spec, param, grad, group, step, guard, grad_scale, codec, is_whole=plan.spec.region is None)
+    return Context(
+        plan.spec, param, grad, group, step, guard, grad_scale, codec, is_whole=plan.spec.region is None, clock=clock
+    )
 
 
 def run_chain(
@@ -60,6 +63,11 @@ def run_chain(
         yield from ctx.check_finite(kernels.all_finite(ctx.grad, plan.largest_gradient(ctx.group)))
     if whole_step is not None and not whole_step.checks_gradient and whole_step.run(state, ctx):
         return
+    if ctx.clock is not None:
+        raise RuntimeError(
+            f"{ctx.spec.name!r} has no step whose numbers a device can make, as print(optimizer.plan()) tells; without "
+            "count_on_device() it is stepped as usual"
+        )
     statistics: dict[str, Statistic] = {}
     for name, slot in plan.slots.items():
         fields = {}

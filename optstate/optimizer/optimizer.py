@@ -18,6 +18,7 @@ from optstate.optimizer import state_dict as resume
 from optstate.optimizer.averaged_weights import AveragedWeights
 from optstate.optimizer.broken_step import STEP, InconsistentStateError
 from optstate.optimizer.compiled_chain import ChainCompiler, require_compiler
+from optstate.optimizer.device_clock import read_clock, start_clock
 from optstate.optimizer.loading import Copy
 from optstate.optimizer.parameters import HELD_ELEMENTS
 from optstate.optimizer.plan import Plan
@@ -186,6 +187,30 @@ class Optimizer(torch.optim.Optimizer):
             self.runner.consistency.evaluating = True
             self._averaged.show()
 
+    def count_on_device(self) -> None:
+        """Have steps counted on the device from now on, so that a CUDA graph may record `step()` and replay it.
+
+        What follows from the number of a step, and from a learning rate that is a tensor on the device, is computed
+        there. Give `lr` as such a tensor and fill it to change it under a graph; other hyper-parameters are recorded.
+        A graph is recorded anew after loading. Every parameter must be stepped in Triton, as `plan()` tells.
+
+        Replayed steps are taken over when the state is saved, or by `read_clock()`. A gradient that is not finite stops
+        the update of its parameter in a replay, too, and that is said then.
+
+        Raises:
+            RuntimeError: with a fused backward pass, and for parameters on several devices or split among them. From
+                `step()`, for a parameter whose step the transforms make.
+        """
+        start_clock(self.runner)
+
+    def read_clock(self) -> None:
+        """Wait for the device, and take over how many steps it made while a CUDA graph replayed them.
+
+        Raises:
+            NonFiniteGradientError: if gradients were not finite since the last call.
+        """
+        read_clock(self.runner)
+
     def train(self) -> None:
         """Make parameters hold the weights that are trained again, after `eval()`; and follow replaced parameters.
 
@@ -236,7 +261,11 @@ class Optimizer(torch.optim.Optimizer):
             params = [param for param in runner.params() if param.grad is not None]
             runner.require_agreement(params, all_groups=True)
             consistency.begin(STEP)
+            if runner.clock is not None:
+                runner.clock.begin_step()
             runner.update_all(params, 1.0)
+            if runner.clock is not None:
+                runner.clock.close_step()
         runner.flags.close_step()
         consistency.close()
         return loss
@@ -278,6 +307,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self.runner.consistency.require_whole("state_dict")
         self.runner.refuse_bad_flags(wait=True)
+        read_clock(self.runner)
         unmoved = self.watch("state_dict")
         header = resume.header(
             self.plan(), self.runner.clip_grad_norm
@@ -293,6 +323,7 @@ class Optimizer(torch.optim.Optimizer):
             MovedStateError: from the function, if a parameter was updated meanwhile.
             InconsistentStateError: from the function, if a step has begun and not ended.
         """
+        read_clock(self.runner)
         return loading.watch_state(self.runner, action)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

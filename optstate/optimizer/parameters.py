@@ -17,6 +17,7 @@ from optstate.kernels.backend import choose_backend
 from optstate.optimizer.compiled_chain import ChainCompiler, CompiledChain
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps import Found, TableStep, find_whole_step
+from optstate.optimizer.whole_steps.triton_tables import Joined
 from optstate.spec import is_fake
 
 __all__ = ["HELD_ELEMENTS", "SMALL_ELEMENTS", "Leaf", "batches", "replacements"]
@@ -68,6 +69,10 @@ class Leaf:
             small = known and 0 < self.plan.spec.numel <= SMALL_ELEMENTS
             self.small = self.plan, small and choose_backend(self.backend, device)[0] == "native"
         return self.small[1]
+
+    def joined_step(self, device: torch.device) -> Joined | None:
+        """Return how the parameter is stepped in launches that it shares with others; None if it is stepped alone."""
+        return None if self.placement is not None else getattr(self.found_step(device).step, "joined", None)
 
     @property
     def name(self) -> str:

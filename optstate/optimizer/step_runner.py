@@ -16,15 +16,17 @@ from optstate.distributed.agreement import Agreement, LostProcessError, describe
 from optstate.distributed.placement import here
 from optstate.distributed.sums import run_together
 from optstate.kernels import Scalar
-from optstate.kernels.backend import run_with_loops
+from optstate.kernels.backend import choose_backend, run_with_loops
 from optstate.optimizer import alike
 from optstate.optimizer.broken_step import Consistency, InconsistentStateError
 from optstate.optimizer.chain_step import context, run_chain
+from optstate.optimizer.device_clock import DeviceClock
 from optstate.optimizer.param_groups import UsedValues, checked_gradient
 from optstate.optimizer.parameters import Leaf, batches
 from optstate.optimizer.small_steps import Member, SmallSteps
 from optstate.optimizer.small_updates import update_alone, update_together
 from optstate.optimizer.tracked_parameters import Changes, TrackedParameters
+from optstate.optimizer.whole_steps.triton_tables import Job, TritonTables
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Context
 from optstate.weights import QuantizedWeight
@@ -65,7 +67,9 @@ class StepRunner:
     references are weak, so that an optimizer that is deleted is gone at once, and its hooks with it.
 
     parameters: the optimizer's parameters and their plans. consistency: the marks of the step at hand. flags: those of
-    gradients on accelerators. hooks: what updates inside the backward pass; None while updates happen in `step()`.
+    gradients on accelerators. tables: of parameters there that share launches. clock: counts
+    steps on a device; None while the host alone counts. hooks: what updates inside the backward
+    pass; None while updates happen in `step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: TrackedParameters, broken: str = "") -> None:
@@ -73,6 +77,8 @@ class StepRunner:
         self.parameters = parameters
         self.consistency = Consistency(broken)
         self.flags = DeferredFlags()
+        self.tables = TritonTables()
+        self.clock: DeviceClock | None = None
         self.hooks: FusedHooks | None = None
         self.replaced_by: weakref.ref[Any] | None = None
         """The hooks of a newer optimizer that took gradients of this one over."""
@@ -160,8 +166,10 @@ class StepRunner:
         self._is_alike = False
 
     def forget_flags(self) -> None:
-        """Forget what is not known yet of earlier gradients: other state was loaded."""
+        """Forget what is not known yet of earlier gradients and steps: other state was loaded."""
         self.flags = DeferredFlags()
+        if self.clock is not None:
+            self.clock.read()
 
     def require_ready(self) -> None:
         """Raise unless a step can begin now. The parameters in the groups are followed first.
@@ -231,7 +239,9 @@ class StepRunner:
         """Update parameters: one by one, or together where they are split among devices."""
         numbers: dict[Any, Any] = {}
         leaves = self.parameters.leaves
-        for batch in batches((leaves.get(param) or self.leaf(param), param) for param in params):
+        for batch in batches(
+            (leaves.get(param) or self.leaf(param), param) for param in self.update_joined(params, grad_scale)
+        ):
             leaf, param = batch[0]
             if len(batch) == 1:
                 self.update(leaf, param, grad_scale)
@@ -258,6 +268,30 @@ class StepRunner:
         else:
             for member in members:
                 update_alone(self, member, grad_scale)
+
+    def update_joined(self, params: Iterable[Tensor], grad_scale: Scalar) -> list[Tensor]:
+        """Update parameters on accelerators that share launches; return those that are to be updated otherwise."""
+        listed = list(params)
+        if not listed or self.around is not None or kernels.rehearsing():
+            return listed
+        if choose_backend(self.leaf(listed[0]).backend, listed[0].device)[0] != "triton":
+            return listed
+        joined = [(param, leaf.joined_step(param.device)) for param, leaf in ((p, self.leaf(p)) for p in listed)]
+        chosen = [(param, step) for param, step in joined if step is not None]
+        if len(chosen) < 2:
+            return listed
+        try:
+            begun = [(param, step, *self._begin(self.leaf(param), param, grad_scale)[1:]) for param, step in chosen]
+            left = self.tables.step_many([Job(step, state, ctx) for _, step, state, ctx in begun])
+            remaining = {id(job.ctx) for job in left}
+            done = {param for param, _, _, ctx in begun if id(ctx) not in remaining}
+            for param, _, state, ctx in begun:
+                if param in done:
+                    self._finish(param, state, ctx)
+        except BaseException as error:
+            self.remember([param for param, _ in chosen], error)
+            raise
+        return [param for param in listed if param not in done]
 
     def update(self, leaf: Leaf, param: Tensor, grad_scale: Scalar, watched: bool = True) -> None:
         """Update one parameter from its gradient: the only step there is, called by `step()` and by backward hooks.
@@ -327,7 +361,9 @@ class StepRunner:
         read_again = spec.region is None and found is None and plan.guards and grad.dtype != spec.accumulator
         if read_again and grad.numel() <= 1.5 * kernels.chunk_elements(grad.device):
             grad = grad.to(spec.accumulator)  # a small one is converted once; several would wait for sums together
-        ctx = context(plan, state, part, grad, group, whole_state["step"] + 1, guard, grad_scale, beside)
+        step = whole_state["step"] + 1
+        clock = None if self.clock is None else self.clock.number(step)
+        ctx = context(plan, state, part, grad, group, step, guard, grad_scale, beside, clock)
         requests = run_chain(plan, state, ctx, found)
         return requests if leaf.backend == "auto" else run_with_loops(leaf.backend, requests), whole_state, ctx
 
@@ -348,7 +384,9 @@ class StepRunner:
 
     def _finish(self, param: Tensor, state: dict[str, Any], ctx: Context) -> None:
         """Count an update that was made."""
-        if ctx.guard.finite is not None:
+        if self.clock is not None:
+            self.clock.note(param, ctx.guard.finite)
+        elif ctx.guard.finite is not None:
             self.flags.add(param, ctx.guard.finite)
         name = ctx.spec.name
         self.consistency.begin_writing(name)

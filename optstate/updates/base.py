@@ -99,6 +99,7 @@ class Context:
         start: flat index of the slice's first element.
         is_whole: whether `param` is all of the parameter, neither a shard nor a slice, so that its sums are totals.
         param_squares: sum of squares of the whole parameter before this step, once known; 0-d.
+        clock: `step` as the device counts it, int64, 0-d, for steps that a CUDA graph replays; None if the host counts.
     """
 
     spec: ParamSpec
@@ -112,6 +113,7 @@ class Context:
     start: int = 0
     is_whole: bool = False
     param_squares: Tensor | None = field(default=None, repr=False)
+    clock: Tensor | None = field(default=None, repr=False)
 
     def read(self, number: float | Hyper | None) -> Any:
         """Return the current value of a transform's hyper-parameter field."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optstate.kernels.native import StepRule
-from optstate.kernels.rules import ElementRule
+from optstate.kernels.rules import ElementRule, on_host
 from optstate.kernels.triton_steps.launching import OPTIONS, on_device, view_flag
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
 from optstate.kernels.triton_steps.operands import (
@@ -22,9 +22,9 @@ from optstate.kernels.triton_steps.operands import (
     WeightTensor,
     signed_key,
 )
-from optstate.kernels.triton_steps.tiles import read_gradient, read_weight, write_weight
+from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_weight, write_weight
 
-__all__ = ["launch_elementwise"]
+__all__ = ["WARPS", "WARPS_OF_CODES", "find_numbers", "launch_elementwise", "move_average", "step_tile"]
 
 ADAM = tl.constexpr(int(StepRule.ADAM))
 LION = tl.constexpr(int(StepRule.LION))
@@ -66,8 +66,8 @@ def find_update(g, m, v, first_weight, mix, inverse_correction, eps, step, RULE:
     return update, m
 
 
-@triton.jit(do_not_specialize=["start", "weight_key", "first_key", "second_key", "first_start", "second_start"])
-def elementwise_kernel(
+@triton.jit
+def step_tile(
     param,
     extra,
     grad,
@@ -78,8 +78,8 @@ def elementwise_kernel(
     second,
     second_scale,
     second_table,
-    finite,
-    count,
+    at,
+    left,
     start,
     weight_key,
     first_key,
@@ -109,11 +109,7 @@ def elementwise_kernel(
     PENALISES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Step one tile."""
-    at = tl.program_id(0).to(tl.int64) * TILE
-    left = tl.minimum(count - at, TILE).to(tl.int32)
-    if finite is not None:
-        left = tl.where(tl.load(finite) != 0, left, 0)
+    """Step the tile that begins at element `at`, int64, of which `left` elements may be written; none if below one."""
     j = tl.arange(0, TILE)
     mask = j < left
     x = read_gradient(grad + at, device_scale, j, mask, bound, scale, CLAMPS)
@@ -156,6 +152,112 @@ def elementwise_kernel(
         )
 
 
+@triton.jit
+def find_numbers(numbers, first_weight, inverse_correction, step, keep):
+    """Return the numbers of a step that change with the step: those of the device if it has them, else those given."""
+    if numbers is not None:
+        first_weight = tl.load(numbers)
+        inverse_correction = tl.load(numbers + 1)
+        step = tl.load(numbers + 2)
+        keep = tl.load(numbers + 3)
+    return first_weight, inverse_correction, step, keep
+
+
+@triton.jit(do_not_specialize=["start", "weight_key", "first_key", "second_key", "first_start", "second_start"])
+def elementwise_kernel(
+    param,
+    extra,
+    grad,
+    device_scale,
+    first,
+    first_scale,
+    first_table,
+    second,
+    second_scale,
+    second_table,
+    finite,
+    numbers,
+    clock,
+    count,
+    start,
+    weight_key,
+    first_key,
+    first_start,
+    second_key,
+    second_start,
+    second_block,
+    bound,
+    scale,
+    penalty,
+    first_weight,
+    second_weight,
+    mix,
+    inverse_correction,
+    eps,
+    step,
+    keep,
+    HOW: tl.constexpr,
+    RULE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr,
+    SECOND_BLOCK: tl.constexpr,
+    MOVES_SECOND: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    PENALISES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Step one tile."""
+    at = tl.program_id(0).to(tl.int64) * TILE
+    left = tl.minimum(count - at, TILE).to(tl.int32)
+    if finite is not None:
+        left = tl.where(tl.load(finite) != 0, left, 0)
+    first_weight, inverse_correction, step, keep = find_numbers(numbers, first_weight, inverse_correction, step, keep)
+    step_tile(
+        param,
+        extra,
+        grad,
+        device_scale,
+        first,
+        first_scale,
+        first_table,
+        second,
+        second_scale,
+        second_table,
+        at,
+        left,
+        start,
+        find_key(weight_key, clock),
+        find_key(first_key, clock),
+        first_start,
+        find_key(second_key, clock),
+        second_start,
+        second_block,
+        bound,
+        scale,
+        penalty,
+        first_weight,
+        second_weight,
+        mix,
+        inverse_correction,
+        eps,
+        step,
+        keep,
+        HOW,
+        RULE,
+        NESTEROV,
+        FIRST,
+        SECOND,
+        FIRST_BLOCK,
+        SECOND_BLOCK,
+        MOVES_SECOND,
+        CLAMPS,
+        PENALISES,
+        TILE,
+    )
+
+
 def launch_elementwise(
     weight: WeightTensor,
     gradient: GradientTensor,
@@ -188,6 +290,8 @@ def launch_elementwise(
             second.scale,
             second.table,
             view_flag(finite),
+            rule.on_device,
+            weight.clock,
             count,
             weight.start,
             signed_key(weight.key),
@@ -199,13 +303,13 @@ def launch_elementwise(
             0.0 if gradient.bound is None else gradient.bound,
             gradient.on_host,
             gradient.penalty,
-            rule.first_weight,
+            on_host(rule.first_weight),
             rule.second_weight,
             rule.mix,
-            rule.inverse_correction,
+            on_host(rule.inverse_correction),
             rule.eps,
-            rule.step,
-            rule.keep,
+            on_host(rule.step),
+            on_host(rule.keep),
             HOW=int(weight.how),
             RULE=int(rule.rule),
             NESTEROV=bool(rule.nesterov),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optstate.kernels.triton_steps.elementwise import move_average
+from optstate.kernels.triton_steps.elementwise import find_numbers, move_average
 from optstate.kernels.triton_steps.moments import read_moment, write_moment
-from optstate.kernels.triton_steps.tiles import read_gradient, read_weight, write_weight
+from optstate.kernels.triton_steps.tiles import find_key, read_gradient, read_weight, write_weight
 
 __all__ = [
     "apply_factored_kernel",
     "find_coefficients",
+    "find_root_of_mean",
     "measure_kernel",
     "move_factored_kernel",
     "sum_squares_kernel",
@@ -100,6 +101,7 @@ def move_factored_kernel(
     col_roots,
     row_means,
     finite,
+    numbers,
     row_count,
     col_count,
     rows,
@@ -113,6 +115,7 @@ def move_factored_kernel(
     row_means: `[matrices, row blocks]`, shares of the mean of the moved row means. finite: the flag to clear, or None.
     row_count, col_count: places that each row's and each column's sum has in scratch memory.
     """
+    weight, _, _, _ = find_numbers(numbers, weight, 0.0, 0.0, 0.0)
     block = tl.program_id(0)
     matrix = tl.program_id(1).to(tl.int64)
     matrices = tl.num_programs(1)
@@ -221,7 +224,8 @@ def measure_kernel(
 
 @triton.jit
 def find_coefficients(
-    squares,
+    of_update,
+    of_weight,
     programs,
     count,
     threshold,
@@ -233,14 +237,17 @@ def find_coefficients(
     DECAY_IS_SCALED: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Return what multiplies the update, and the share of the weight that the decay takes away."""
+    """Return what multiplies the update, and the share of the weight that the decay takes away.
+
+    of_update, of_weight: sums of squares that programs left.
+    """
     k = tl.arange(0, PROGRAMS)
     if OF_UPDATE:
-        total = tl.sum(tl.load(squares + k, mask=k < programs, other=0.0), axis=0)
+        total = tl.sum(tl.load(of_update + k, mask=k < programs, other=0.0), axis=0)
         excess = tl.div_rn(tl.div_rn(total, count), threshold * threshold)
         step *= tl.div_rn(1.0, tl.sqrt_rn(tl.maximum(excess, 1.0)))
     if OF_WEIGHT:
-        total = tl.sum(tl.load(squares + programs + k, mask=k < programs, other=0.0), axis=0)
+        total = tl.sum(tl.load(of_weight + k, mask=k < programs, other=0.0), axis=0)
         rms = tl.maximum(tl.sqrt_rn(tl.div_rn(total, count)), least_rms)
         step *= rms
         if DECAY_IS_SCALED:
@@ -264,6 +271,8 @@ def apply_factored_kernel(
     row_means,
     squares,
     finite,
+    numbers,
+    clock,
     matrices,
     rows,
     cols,
@@ -294,8 +303,20 @@ def apply_factored_kernel(
     WIDTH: tl.constexpr,
 ):
     """Write a tile of the weight and of the momentum; the first tiles of rows and columns write the statistic, too."""
+    _, step, decay, after = find_numbers(numbers, 0.0, step, decay, after)
     step, decay = find_coefficients(
-        squares, programs, count, threshold, least_rms, step, decay, OF_UPDATE, OF_WEIGHT, DECAY_IS_SCALED, PROGRAMS
+        squares,
+        squares + programs,
+        programs,
+        count,
+        threshold,
+        least_rms,
+        step,
+        decay,
+        OF_UPDATE,
+        OF_WEIGHT,
+        DECAY_IS_SCALED,
+        PROGRAMS,
     )
     down, across = tl.cdiv(rows, HEIGHT), tl.cdiv(cols, WIDTH)
     tile = tl.program_id(0)
@@ -318,9 +339,10 @@ def apply_factored_kernel(
     p = read_weight(param + at, extra, j, mask, HOW) * (1.0 - decay)
     if FIRST != 0:
         m = move_average(read_moment(first, None, None, at, j, mask, 1, FIRST, 1), update, first_weight)
-        write_moment(first, None, None, at, j, mask, m, first_key, first_start, 0, FIRST, 1, 1)
+        key = find_key(first_key, clock)
+        write_moment(first, None, None, at, j, mask, m, key, first_start, 0, FIRST, 1, 1)
         update = m * after
-    write_weight(param + at, extra, j, mask, p - update, weight_key, start + at, HOW)
+    write_weight(param + at, extra, j, mask, p - update, find_key(weight_key, clock), start + at, HOW)
     if left == 0:
         tl.store(row + row_at, tl.load(new_row + row_at, mask=in_rows, other=0.0), mask=in_rows)
     if top == 0:

@@ -28,7 +28,8 @@ class WeightTensor:
         extra: compensation or correction, or None.
         how: how new values are written.
         start: flat index in the whole parameter of the first element here, for the random bits.
-        key: of the random bits.
+        key: of the random bits; of the name alone, if there is a clock.
+        clock: int64, 0-d: the number of this step on the device, for all random bits; None if the host counts.
     """
 
     param: Tensor
@@ -36,6 +37,7 @@ class WeightTensor:
     how: WriteKind = WriteKind.PLAIN
     start: int = 0
     key: int = 0
+    clock: Tensor | None = None
 
 
 @dataclass(frozen=True)

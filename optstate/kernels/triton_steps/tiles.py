@@ -10,7 +10,7 @@ import triton.language as tl
 
 from optstate.kernels.native import WriteKind
 
-__all__ = ["read_gradient", "read_weight", "write_weight"]
+__all__ = ["find_key", "mix_bits", "read_gradient", "read_weight", "write_weight"]
 
 PLAIN = tl.constexpr(int(WriteKind.PLAIN))
 STOCHASTIC = tl.constexpr(int(WriteKind.STOCHASTIC))
@@ -28,6 +28,15 @@ def mix_bits(x):
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
+
+
+@triton.jit
+def find_key(key, clock):
+    """Return the key of the random bits: the one given, or that of a name, int32, at the step on the device's clock."""
+    if clock is not None:
+        step = tl.load(clock).to(tl.uint32)
+        key = mix_bits(key.to(tl.uint32, bitcast=True) ^ step).to(tl.int32, bitcast=True)
+    return key
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ from optstate.optimizer.whole_steps.elementwise import CompiledElementwise
 from optstate.optimizer.whole_steps.factored import CompiledFactored
 from optstate.optimizer.whole_steps.fused_by_torch import FusedByTorch
 from optstate.optimizer.whole_steps.maxima import CompiledMaxima
+from optstate.optimizer.whole_steps.triton_confidence import TritonConfidence
 from optstate.optimizer.whole_steps.triton_elementwise import TritonElementwise
 from optstate.optimizer.whole_steps.triton_factored import TritonFactored
+from optstate.optimizer.whole_steps.triton_maxima import TritonMaxima
 from optstate.spec import can_be_stepped, is_fake
 
 __all__ = [
     "COMPILED",
+    "FOR_BACKEND",
     "IN_TRITON",
     "Found",
     "FusedByTorch",
@@ -47,8 +51,15 @@ __all__ = [
 COMPILED = (CompiledFactored, CompiledElementwise, CompiledConfidence, CompiledMaxima)
 """Every compiled step; the first that knows a chain makes its steps."""
 
-IN_TRITON = (TritonFactored, TritonElementwise)
+IN_TRITON = (TritonFactored, TritonElementwise, TritonConfidence, TritonMaxima)
 """Every step in Triton, in the same way."""
+
+FOR_BACKEND: dict[str, tuple[Any, ...]] = {
+    "eager": (FusedByTorch,),
+    "native": (FusedByTorch, *COMPILED),
+    "triton": (*IN_TRITON, FusedByTorch),
+}
+"""Backend -> what makes steps; PyTorch's own step cannot be made for several parameters with a flag for each."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,13 @@ def find_whole_step(plan: ParamPlan, device: torch.device, backend: str = "auto"
     is_compiled = chosen == "native" and plan.spec.dtype in NUMBERS
     if not _is_known(plan):
         return Found(None, "a part of this chain is not the library's own", is_compiled)
-    by_torch = FusedByTorch.of(plan)
-    if by_torch is not None:
-        return Found(by_torch)
-    if chosen == "eager":
-        return Found(None, why_not)
-    for kind in IN_TRITON if chosen == "triton" else COMPILED:
-        step: WholeStep | None = kind.of(plan)
+    step: WholeStep | None
+    for kind in FOR_BACKEND[chosen]:
+        step = kind.of(plan)
         if step is not None:
             return Found(step)
+    if chosen == "eager":
+        return Found(None, why_not)
     return Found(None, _why_none(plan), is_compiled)
 
 

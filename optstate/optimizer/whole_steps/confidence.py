@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -18,7 +18,30 @@ from optstate.optimizer.whole_steps.tail import Tail
 from optstate.stores import Factored, Full
 from optstate.updates import Context, clip_by_rms, scale_by_confidence, scale_by_rms
 
-__all__ = ["CompiledConfidence"]
+__all__ = ["CompiledConfidence", "ConfidenceChain"]
+
+
+class ConfidenceChain(NamedTuple):
+    """The transforms of CAME's chain; see `CompiledConfidence`."""
+
+    rms: scale_by_rms
+    clip: clip_by_rms | None
+    confidence: scale_by_confidence
+    tail: Tail
+
+    @staticmethod
+    def of(plan: ParamPlan) -> ConfidenceChain | None:
+        """Return the parts of a plan's chain; None if the chain is another one."""
+        rest = list(plan.chain.transforms)
+        rms = rest.pop(0) if rest else None
+        clip = rest.pop(0) if rest and isinstance(rest[0], clip_by_rms) else None
+        confidence = rest.pop(0) if rest else None
+        tail = Tail.of(rest)
+        if not isinstance(rms, scale_by_rms) or rms.floor is not None or tail is None:
+            return None
+        if not isinstance(confidence, scale_by_confidence) or tail.threshold is not None or tail.least_rms is not None:
+            return None
+        return ConfidenceChain(rms, clip, confidence, tail)  # type: ignore[arg-type]
 
 
 _Pair = native.FactoredStep * 2
@@ -50,22 +73,16 @@ class CompiledConfidence:
         weight = WrittenWeight.of(plan)
         if weight is None or not takes(plan.spec) or plan.spec.region is not None or plan.spec.ndim < 2:
             return None
-        rest = list(plan.chain.transforms)
-        rms = rest.pop(0) if rest else None
-        clip = rest.pop(0) if rest and isinstance(rest[0], clip_by_rms) else None
-        confidence = rest.pop(0) if rest else None
-        tail = Tail.of(rest)
-        known = isinstance(rms, scale_by_rms) and rms.floor is None and isinstance(confidence, scale_by_confidence)
-        if not known or tail is None or tail.threshold is not None or tail.least_rms is not None:
+        chain = ConfidenceChain.of(plan)
+        if chain is None:
             return None
-        assert isinstance(rms, scale_by_rms)
-        assert isinstance(confidence, scale_by_confidence)
+        rms, clip, confidence, tail = chain
         stores = {name: type(slot.store) for name, slot in plan.slots.items()}
         if stores != {rms.slot: Factored, "exp_avg": Full, "exp_avg_res": Factored}:
             return None
         if not all(keeps_fp32(plan, slot) for slot in plan.slots):
             return None
-        return CompiledConfidence(plan, rms, clip if isinstance(clip, clip_by_rms) else None, confidence, tail, weight)
+        return CompiledConfidence(plan, rms, clip, confidence, tail, weight)
 
     @property
     def words(self) -> str:

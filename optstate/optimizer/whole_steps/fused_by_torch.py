@@ -114,7 +114,12 @@ class FusedByTorch:
         ):
             return False
         lr, finite = ctx.group["lr"], ctx.guard.finite
-        if isinstance(lr, Tensor) or isinstance(ctx.grad_scale, Tensor) or ctx.grad_scale != 1.0:
+        if (
+            isinstance(lr, Tensor)
+            or ctx.clock is not None
+            or isinstance(ctx.grad_scale, Tensor)
+            or ctx.grad_scale != 1.0
+        ):
             return False
         beta1, beta2 = map(ctx.read, self.adam.betas)
         ctx.guard.begin_writing()

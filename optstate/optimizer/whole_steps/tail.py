@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from optstate.kernels.rules import Number
 from optstate.optimizer.whole_steps.operands import as_number
 from optstate.updates import (
     Context,
@@ -24,8 +28,8 @@ __all__ = ["Coefficients", "Tail"]
 class Coefficients(NamedTuple):
     """What multiplies the update, and what share of the weight is taken away, before the weight's RMS multiplies."""
 
-    scale: float
-    decay: float
+    scale: Number
+    decay: Number
 
 
 @dataclass(frozen=True)
@@ -66,28 +70,38 @@ class Tail:
         """Whether a transform multiplies by the learning rate, so that the end of the chain does not."""
         return any(t.applies_lr for t in self.factors)
 
-    def read(self, ctx: Context, ends_chain: bool = True) -> Coefficients | None:
+    def read(self, ctx: Context, ends_chain: bool = True, on_device: bool = False) -> Coefficients | None:
         """Return the coefficients of this step; None if a number is known to a device only.
 
-        ends_chain: whether the learning rate multiplies at the end, unless a transform has done so.
+        ends_chain: whether the learning rate multiplies at the end, unless a transform has done so. on_device: take a
+        learning rate that only a device knows for a 0-d fp64 tensor, without waiting for the device.
         """
         lr = ctx.group["lr"]
-        lr = lr if type(lr) is float else as_number(lr)
+        if on_device and isinstance(lr, Tensor) and _is_kept_there(lr, ctx):
+            lr = lr.detach().to(torch.float64).reshape(())
+        elif type(lr) is not float:
+            lr = as_number(lr)
         if lr is None:
             return None
+        scale: Number
+        decay: Number
         scale, decay = 1.0, 0.0
         for transform in self.factors:
             if isinstance(transform, add_decayed_weights):
                 decay += ctx.read(transform.rate)
                 continue
-            factor = (
-                as_number(transform.schedule(ctx.step, ctx.group["lr"]))
-                if isinstance(transform, scale_by_schedule)
-                else lr
-            )
+            factor: Number | None = lr
+            if isinstance(transform, scale_by_schedule):
+                known = ctx.clock is None
+                factor = as_number(transform.schedule(ctx.step, ctx.group["lr"])) if known else None
             if factor is None:
                 return None
             scale, decay = scale * factor, decay * factor
         if ends_chain and not self.applies_lr:
             scale, decay = scale * lr, decay * lr
         return Coefficients(scale, decay)
+
+
+def _is_kept_there(lr: Tensor, ctx: Context) -> bool:
+    """Whether a learning rate is on the parameter's device, and the host must not read it."""
+    return lr.device == ctx.param.device and (ctx.clock is not None or lr.device.type != "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from optstate.kernels.triton_steps import MomentTensor
@@ -16,6 +17,7 @@ from optstate.optimizer.whole_steps.triton_operands import (
     moment_tensor,
     weight_tensor,
 )
+from optstate.optimizer.whole_steps.triton_tables import Joined
 from optstate.updates import Context
 
 __all__ = ["TritonElementwise"]
@@ -32,6 +34,16 @@ class TritonElementwise:
         """Return the step of a plan; None if its chain, a store or its way of writing weights is not known."""
         chain = CompiledElementwise.of(plan)
         return None if chain is None else TritonElementwise(chain)
+
+    @cached_property
+    def joined(self) -> Joined | None:
+        """How the step is made together with those of others; None where sums come before, or of a part."""
+        chain = self.chain
+        if chain.moved is not None or chain.plan.spec.region is not None or not chain.plan.spec.numel:
+            return None
+        rule = partial(read_element_rule, chain)
+        moments = chain.first, chain.second
+        return Joined(chain.plan, chain.clip, chain.penalty, chain.weight, *moments, rule, self.launches)
 
     @property
     def words(self) -> str:

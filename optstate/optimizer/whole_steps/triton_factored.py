@@ -5,35 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from optstate.kernels.rules import MatrixRule
 from optstate.kernels.triton_steps import GradientTensor, MomentTensor, WeightTensor
 from optstate.optimizer.plan import ParamPlan
 from optstate.optimizer.whole_steps.factored import CompiledFactored
+from optstate.optimizer.whole_steps.operands import KeptMoment
 from optstate.optimizer.whole_steps.read_rules import read_matrix_rule
 from optstate.optimizer.whole_steps.triton_operands import (
+    check_gradient,
     fit_plan,
+    fits_tiles,
+    flag_of,
     gradient_tensor,
     moment_tensor,
     weight_tensor,
 )
-from optstate.spec import ParamSpec
+from optstate.optimizer.whole_steps.triton_tables import Joined, joins
 from optstate.updates import Context
 
 __all__ = ["TritonFactored"]
-
-FEWEST_ELEMENTS = 1 << 12
-"""Elements that each of several matrices has at least: smaller ones, such as 3 x 3 kernels, do not fill a tile."""
-
-MOST_MATRICES = (1 << 16) - 1
-"""Matrices of a parameter: the largest size of a launch along its third dimension."""
-
-MOST_COLUMNS = 1 << 22
-"""Columns of a matrix: places within a tile are 32-bit numbers."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,18 @@ class TritonFactored:
     def of(plan: ParamPlan) -> TritonFactored | None:
         """Return the step of a plan; None if its chain, shape, a store or its way of writing weights is not known."""
         chain = CompiledFactored.of(plan)
-        fits = chain is not None and (not chain.is_factored or _fits(plan.spec))
+        fits = chain is not None and (not chain.is_factored or fits_tiles(plan.spec))
         return TritonFactored(chain) if chain is not None and fits else None
+
+    @cached_property
+    def joined(self) -> Joined | None:
+        """How the step of a vector is made together with those of others; None for matrices and large vectors."""
+        chain = self.chain
+        second = KeptMoment.of(chain.plan.slots[chain.rms.slot])
+        if chain.is_factored or not joins(chain.plan.spec):
+            return None
+        rule = partial(read_matrix_rule, chain)
+        return Joined(chain.plan, chain.clip, None, chain.weight, chain.first, second, rule, self.launches)
 
     @property
     def words(self) -> str:
@@ -115,10 +120,10 @@ class TritonFactored:
         from optstate.kernels.triton_steps.factored import FactoredLaunches
 
         if gradient.bound is not None:  # a clamp would hide what is infinite
-            _check(gradient.grad, math.inf, ctx)
+            check_gradient(gradient.grad, math.inf, ctx)
         clears = not ctx.guard.checked
         row, col = moments
-        launches = FactoredLaunches(weight, gradient, first, row, col, rule, _flag(ctx), clears)
+        launches = FactoredLaunches(weight, gradient, first, row, col, rule, flag_of(ctx), clears)
         launches.sum_and_move()
         if clears:
             ctx.guard.check(launches.finite)
@@ -137,28 +142,6 @@ class TritonFactored:
         """Step a vector, or a tensor whose second moment is kept in full."""
         from optstate.kernels.triton_steps.unfactored import launch_unfactored
 
-        _check(gradient.grad, self.chain.plan.largest_gradient(ctx.group), ctx)
+        check_gradient(gradient.grad, self.chain.plan.largest_gradient(ctx.group), ctx)
         ctx.guard.begin_writing()
-        launch_unfactored(weight, gradient, first, second, rule, _flag(ctx))
-
-
-def _fits(spec: ParamSpec) -> bool:
-    """Return whether tiles of rows and columns suit the shape of a parameter."""
-    *batch, rows, cols = spec.shape
-    matrices = math.prod(batch)
-    return cols <= MOST_COLUMNS and (matrices == 1 or (rows * cols >= FEWEST_ELEMENTS and matrices <= MOST_MATRICES))
-
-
-def _check(grad: Tensor, largest: float, ctx: Context) -> None:
-    """Check the gradient unless that was done."""
-    from optstate.kernels.triton_steps.finite import launch_finite_check
-
-    if not ctx.guard.checked:
-        ctx.guard.check(launch_finite_check(grad, largest))
-
-
-def _flag(ctx: Context) -> Tensor:
-    """Return the guard's flag, or one that is set: the host knows that the gradient is finite, or nobody looked yet."""
-    if ctx.guard.finite is not None:
-        return ctx.guard.finite
-    return torch.ones((), dtype=torch.bool, device=ctx.param.device)
+        launch_unfactored(weight, gradient, first, second, rule, flag_of(ctx))

@@ -33,3 +33,16 @@ def test_no_kernel_spills_registers(tmp_path: Path) -> None:
         (k, arch) for k in kernels for arch in ARCHITECTURES
     }
     assert [each["name"] for each in compiled if each["spills"] or each["registers"] > 168] == []
+    require_same_sums({(each["kernel"], each["name"]): each["sums"] for each in compiled})
+
+
+def require_same_sums(sums: dict[tuple[str, str], list[str]]) -> None:
+    """Require that sums in steps of many parameters add in the order of single steps, for the same bits.
+
+    The order follows from how the elements lie in threads. The interpreter, which has none, cannot tell.
+    """
+    for (kernel, name), layouts in sums.items():
+        single = kernel.removesuffix("_table")
+        if kernel != single and (single, f"{single}, {name}") in sums:
+            assert layouts == sums[single, f"{single}, {name}"]
+    assert sums["apply_full_table", "fp32"]

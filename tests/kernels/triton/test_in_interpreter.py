@@ -13,7 +13,15 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-MODULES = ["tests/kernels/triton/test_kernels.py", "tests/kernels/triton/test_steps.py"]
+NAMES = [
+    "test_kernels",
+    "test_steps",
+    "test_tables",
+    "test_two_statistics",
+    "test_device_numbers",
+    "test_large_parameters",
+]
+MODULES = [f"tests/kernels/triton/{name}.py" for name in NAMES]
 
 
 @pytest.mark.slow
