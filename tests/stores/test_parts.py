@@ -172,7 +172,7 @@ def test_every_recipe_takes_a_parameter_in_parts_as_the_whole(recipe: str, shape
 
 
 def test_no_recipe_is_left_out() -> None:
-    assert sorted(RECIPES) == optstate.recipes.names()
+    assert set(RECIPES) >= set(optstate.recipes.names())
 
 
 @pytest.mark.parametrize(
