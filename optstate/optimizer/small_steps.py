@@ -136,7 +136,7 @@ class Round:
         return [*self.params[:count], *self.kept[: self.columns.ends[count]]]
 
 
-class Numbers(NamedTuple):
+class SharedNumbers(NamedTuple):
     """The numbers of a step, which parameters of a group share: a structure, and what made it."""
 
     structure: Any
@@ -270,7 +270,9 @@ class SmallSteps:
 
     # --- stepping -----------------------------------------------------------------------------------------------------
 
-    def numbers(self, found: Round, grad_scale: Scalar, known: dict[Hashable, Numbers]) -> list[Numbers] | None:
+    def numbers(
+        self, found: Round, grad_scale: Scalar, known: dict[Hashable, SharedNumbers]
+    ) -> list[SharedNumbers] | None:
         """Return, for each parameter, the numbers of its step; None if some are not known to the host.
 
         known: those of this step that were made already; what is made here joins them.
@@ -287,10 +289,10 @@ class SmallSteps:
                 return None
             first = structure if isinstance(structure, ctypes.Structure) else structure[0]
             first.grad.largest = whole.largest(ctx)
-            known[key] = Numbers(structure, whole, ctx)
+            known[key] = SharedNumbers(structure, whole, ctx)
         return [known[key] for key in keys]
 
-    def begin(self, found: Round, numbers: Sequence[Numbers]) -> tuple[native.ManySteps, int]:
+    def begin(self, found: Round, numbers: Sequence[SharedNumbers]) -> tuple[native.ManySteps, int]:
         """Look at the values of the gradients; return the table, and how many can be used before one cannot."""
         columns, count = found.columns, len(found.params)
         kinds, elements, structures, room_at = columns.table
@@ -314,7 +316,7 @@ class SmallSteps:
         native.share(native.function("begin_many"), (ctypes.byref(table),), columns.elements, 1, columns.elements)
         return table, fine.index(0) if 0 in fine else count
 
-    def finish(self, found: Round, numbers: Sequence[Numbers], table: native.ManySteps, count: int) -> None:
+    def finish(self, found: Round, numbers: Sequence[SharedNumbers], table: native.ManySteps, count: int) -> None:
         """Write the first parameters of a round, whose gradients can be used, and their state."""
         table.count, elements = count, found.columns.elements
         if len(found.columns.by_torch) < count:

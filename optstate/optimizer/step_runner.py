@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,48 +16,30 @@ from optstate.distributed.agreement import Agreement, LostProcessError, describe
 from optstate.distributed.placement import here
 from optstate.distributed.sums import run_together
 from optstate.kernels import Scalar
-from optstate.kernels.backend import choose_backend, run_with_loops
+from optstate.kernels.backend import run_with_loops
 from optstate.optimizer import alike
 from optstate.optimizer.broken_step import Consistency, InconsistentStateError
 from optstate.optimizer.chain_step import context, run_chain
 from optstate.optimizer.device_clock import DeviceClock
+from optstate.optimizer.fused_hooks import FusedHooks
+from optstate.optimizer.joined_updates import update_joined
 from optstate.optimizer.param_groups import UsedValues, checked_gradient
 from optstate.optimizer.parameters import Leaf, batches
 from optstate.optimizer.small_steps import Member, SmallSteps
 from optstate.optimizer.small_updates import update_alone, update_together
 from optstate.optimizer.tracked_parameters import Changes, TrackedParameters
-from optstate.optimizer.whole_steps.triton_tables import Job, TritonTables
+from optstate.optimizer.whole_steps.triton_tables import TritonTables
 from optstate.stores import DeferredFlags, Guard, NonFiniteGradientError, Requests, run_alone
 from optstate.updates import Context
 from optstate.weights import QuantizedWeight
 
-__all__ = ["FusedHooks", "StepRunner", "UpdateOne"]
+__all__ = ["StepRunner", "UpdateOne"]
 
 UpdateOne = Callable[[Leaf, Tensor, Scalar], None]
 """Updates one parameter from its gradient, which is scaled by a number: the coefficient of a global norm clip."""
 
 
 _NOTHING: Mapping[str, Tensor] = {}
-
-
-class FusedHooks(Protocol):
-    """What a runner needs of the hooks that call it inside the backward pass."""
-
-    @property
-    def clip_grad_norm(self) -> float | None: ...
-
-    @property
-    def handle(self) -> Any: ...
-
-    def attach(self) -> None: ...
-
-    def abandon(self) -> None: ...
-
-    def close_step(self) -> None: ...
-
-    def look_again(self) -> None: ...
-
-    def follow(self, replaced: Mapping[Tensor, Tensor], gone: Iterable[Tensor]) -> None: ...
 
 
 class StepRunner:
@@ -67,9 +49,8 @@ class StepRunner:
     references are weak, so that an optimizer that is deleted is gone at once, and its hooks with it.
 
     parameters: the optimizer's parameters and their plans. consistency: the marks of the step at hand. flags: those of
-    gradients on accelerators. tables: of parameters there that share launches. clock: counts
-    steps on a device; None while the host alone counts. hooks: what updates inside the backward
-    pass; None while updates happen in `step()`.
+    gradients on accelerators. tables: of parameters there that share launches. clock: counts steps on a device; None
+    while the host alone counts. hooks: what updates inside the backward pass; None while updates happen in `step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: TrackedParameters, broken: str = "") -> None:
@@ -239,9 +220,9 @@ class StepRunner:
         """Update parameters: one by one, or together where they are split among devices."""
         numbers: dict[Any, Any] = {}
         leaves = self.parameters.leaves
-        for batch in batches(
-            (leaves.get(param) or self.leaf(param), param) for param in self.update_joined(params, grad_scale)
-        ):
+        if self.around is None and not kernels.rehearsing():
+            params = update_joined(self.tables, self, params, grad_scale)
+        for batch in batches((leaves.get(param) or self.leaf(param), param) for param in params):
             leaf, param = batch[0]
             if len(batch) == 1:
                 self.update(leaf, param, grad_scale)
@@ -269,30 +250,6 @@ class StepRunner:
             for member in members:
                 update_alone(self, member, grad_scale)
 
-    def update_joined(self, params: Iterable[Tensor], grad_scale: Scalar) -> list[Tensor]:
-        """Update parameters on accelerators that share launches; return those that are to be updated otherwise."""
-        listed = list(params)
-        if not listed or self.around is not None or kernels.rehearsing():
-            return listed
-        if choose_backend(self.leaf(listed[0]).backend, listed[0].device)[0] != "triton":
-            return listed
-        joined = [(param, leaf.joined_step(param.device)) for param, leaf in ((p, self.leaf(p)) for p in listed)]
-        chosen = [(param, step) for param, step in joined if step is not None]
-        if len(chosen) < 2:
-            return listed
-        try:
-            begun = [(param, step, *self._begin(self.leaf(param), param, grad_scale)[1:]) for param, step in chosen]
-            left = self.tables.step_many([Job(step, state, ctx) for _, step, state, ctx in begun])
-            remaining = {id(job.ctx) for job in left}
-            done = {param for param, _, _, ctx in begun if id(ctx) not in remaining}
-            for param, _, state, ctx in begun:
-                if param in done:
-                    self._finish(param, state, ctx)
-        except BaseException as error:
-            self.remember([param for param, _ in chosen], error)
-            raise
-        return [param for param in listed if param not in done]
-
     def update(self, leaf: Leaf, param: Tensor, grad_scale: Scalar, watched: bool = True) -> None:
         """Update one parameter from its gradient: the only step there is, called by `step()` and by backward hooks.
 
@@ -302,11 +259,11 @@ class StepRunner:
             self._update_otherwise(leaf, param, grad_scale, watched)
             return
         try:
-            requests, state, ctx = self._begin(leaf, param, grad_scale)
+            requests, state, ctx = self.begin_step(leaf, param, grad_scale)
             asked = next(requests, None)
             if asked is not None:
                 run_alone(requests, asked)
-            self._finish(param, state, ctx)
+            self.finish_step(param, state, ctx)
         except BaseException as error:
             self.remember([param], error)
             raise
@@ -338,11 +295,13 @@ class StepRunner:
     def requests(self, param: Tensor, grad_scale: Scalar = 1.0) -> Requests[None]:
         """One parameter's update as a computation that asks for sums over the whole parameter. Call under no_grad."""
         leaf = self.leaf(param)
-        requests, state, ctx = self._begin(leaf, param, grad_scale)
+        requests, state, ctx = self.begin_step(leaf, param, grad_scale)
         yield from requests
-        self._finish(param, state, ctx)
+        self.finish_step(param, state, ctx)
 
-    def _begin(self, leaf: Leaf, param: Tensor, grad_scale: Scalar) -> tuple[Requests[None], dict[str, Any], Context]:
+    def begin_step(
+        self, leaf: Leaf, param: Tensor, grad_scale: Scalar
+    ) -> tuple[Requests[None], dict[str, Any], Context]:
         """Check a gradient; return the computation of the update, not begun, the state, and what the update sees."""
         plan, spec, placement = leaf.plan, leaf.plan.spec, leaf.placement
         grad = checked_gradient(param, spec, placement)
@@ -382,7 +341,7 @@ class StepRunner:
             written += [here(each) for each in written]
         increment_version(written)
 
-    def _finish(self, param: Tensor, state: dict[str, Any], ctx: Context) -> None:
+    def finish_step(self, param: Tensor, state: dict[str, Any], ctx: Context) -> None:
         """Count an update that was made."""
         if self.clock is not None:
             self.clock.note(param, ctx.guard.finite)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from optstate import updates
 from optstate.optimizer.fused_backward import fuse_backward
 from optstate.optimizer.optimizer import Optimizer
+from optstate.recipes.hidden_matrices import is_hidden_matrix
 from optstate.recipes.muon import own_learning_rate
-from optstate.spec import ParamSpec
 from optstate.stores import Full, Store
 from optstate.weights import Weights
 
@@ -80,8 +80,3 @@ class SUMO(Optimizer):
         super().__init__(params, updates.route([(is_hidden_matrix, sumo)], default=adamw), lr=lr, weights=weights)
         if fused_backward:
             fuse_backward(self)
-
-
-def is_hidden_matrix(spec: ParamSpec) -> bool:
-    """Select parameters of two dimensions that are neither embeddings nor output heads, norms or biases."""
-    return spec.ndim == 2 and spec.role not in ("embedding", "head", "norm", "bias")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from optstate import kernels, store_layouts
 from optstate.kernels import BlockCodes, Codebook, Noise, Piece, dynamic_map, linear_map
@@ -39,7 +40,8 @@ def compiled_form(kind: MomentKind) -> BlockCodes:
     """Return a format as the compiled loops know it, made at the first use."""
     books = {MomentKind.SIGNED8: SIGNED_8, MomentKind.UNSIGNED8: UNSIGNED_8}
     books |= {MomentKind.SIGNED4: SIGNED_4, MomentKind.LINEAR4: LINEAR_4}
-    return BlockCodes.of(books.get(kind, E4M3), kind)
+    with unset_fake_temporarily():  # the tables are real, also where the tensors of the first use are not
+        return BlockCodes.of(books.get(kind, E4M3), kind)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class project(Projected):
 
     def _leaves_rest(self, spec: ParamSpec) -> bool:
         """Return whether something of the gradient is left for the other chain."""
-        return self.residual is not None and min(self.basis_spec(spec).shape) < min(spec.shape)
+        side = spec.shape[1 if self.is_right(spec) else 0]  # the side that the vectors run along
+        return self.residual is not None and min(self.basis_spec(spec).shape) < side
 
     def _rest(self, value: Tensor, low: Tensor, basis: Tensor, spec: ParamSpec) -> Requests[Tensor]:
         """Return what the projection leaves out, and zero where that is nothing but rounding."""

@@ -46,6 +46,11 @@ TRANSFORMS = [
     updates.add_decayed_weights(0.1),
     updates.scale_by_learning_rate(),
     updates.scale_by_line_rms(),
+    updates.chain(updates.scale_by_adam(), updates.decay_weights_after(0.1)),
+    updates.project(updates.scale_by_adam(), rank=4, gap=1),
+    updates.scale_by_projected(updates.scale_by_adam(), rank=4, gap=1),
+    updates.scale_by_residual_norm(updates.scale_by_adam(), rank=4, gap=1),
+    updates.project_anew(updates.scale_by_adam(), rank=4),
     updates.project_lazily(updates.scale_by_adam(), rank=4, gap=1),
     updates.project_by_need(updates.scale_by_adam(), rank=4, gap=1),
     updates.select_rows(updates.scale_by_adam(), rows=8, gap=1),
@@ -87,4 +92,5 @@ def test_no_store_and_no_transform_is_left_out() -> None:
     assert {type(store).__name__.lower() for store in STORES} == set(registry.store_names())
     kinds = {kind for kind in vars(updates).values() if isinstance(kind, type) and issubclass(kind, Transform)}
     tested = {type(t) for t in TRANSFORMS} | {type(t) for chain in TRANSFORMS for t in getattr(chain, "transforms", ())}
-    assert {kind.__name__ for kind in kinds - {Transform} - tested} == set()
+    bases = {Transform, updates.Around, updates.Projected}
+    assert {kind.__name__ for kind in kinds - bases - tested} == set()
