@@ -52,7 +52,7 @@ SHARDED = [
     ("equals_unsharded", "adalomo", True, 8, True, (2, 1)),
     ("equals_unsharded", "adalomo", False, 8, True, (1, 2)),
 ]
-DEPEND_ON_LAST_DIGITS = ("in the eigenbasis", "orthogonal")
+DEPEND_ON_LAST_DIGITS = ("in the eigenbasis", "orthogonal", "muon", "muon8bit", "soap")
 """Eigenvectors of small values are arbitrary, and sums in bf16 round elsewhere: compared where gradients have the same
 bits, which several processes' sums do not give."""
 

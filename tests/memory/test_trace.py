@@ -132,9 +132,16 @@ def test_a_model_without_hidden_buffers_needs_it_to_the_byte(tied: bool, fused: 
     assert trace_step(model, Lomo, setting, device="cpu").peak == real_peak(model, Lomo, setting)
 
 
+TAKE_SINGULAR_VECTORS = ("adarankgrad", "galore", "qgalore")
+"""LAPACK's room for a decomposition, a seventh of the scratch memory here, is not seen where tensors have no values."""
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_updates_of_large_parameters_need_what_real_ones_do(name: str) -> None:
-    """Though only the first rounds of their loops are run. Tables of codes, 135 kB, count each time they are used."""
+    """Though only the first rounds of their loops are run; of the dearest step, which makes a basis where there is one.
+
+    Tables of codes, 137 kB, count each time they are used; products in bf16 have 15 kB of oneDNN's beside them.
+    """
     shape = (1500, 1024)
 
     class One(nn.Module):
@@ -149,12 +156,17 @@ def test_updates_of_large_parameters_need_what_real_ones_do(name: str) -> None:
     seen = trace_step(model, registry.get(name), FP32, device="cpu")
     param = nn.Parameter(torch.ones(shape))
     optimizer = registry.get(name)([("weight", param)])
-    param.grad = torch.ones(shape)
+    param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     optimizer.use_backend("eager")
     optimizer.step()
-    assert -20 <= seen.most["scratch"] - peak_extra_bytes(optimizer.step) <= 136_000
-    optimizer.use_backend("auto")  # a whole step needs no more than the transforms, which are traced
-    assert peak_extra_bytes(optimizer.step) <= seen.most["scratch"] + 1000
+    unseen = 0.17 * seen.most["scratch"] if name in TAKE_SINGULAR_VECTORS else 15_000 if name.startswith("muon") else 20
+    (plan,) = optimizer.plan()
+    for backend in ("eager", "auto"):  # a whole step needs no more than the transforms, which are traced
+        optimizer.use_backend(backend)
+        optimizer.state[param]["step"] = plan.chain.period
+        real = peak_extra_bytes(optimizer.step)
+        assert real <= seen.most["scratch"] + unseen + 1000 * (backend == "auto")
+        assert backend == "auto" or real >= seen.most["scratch"] - 138_000
 
 
 # --- kernels of accelerators ------------------------------------------------------------------------------------------
