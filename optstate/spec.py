@@ -171,7 +171,7 @@ class ParamSpec:
         Dimensions may be counted from the end. None stands for a dimension that does not run along this tensor either.
         """
         if self.dims is None:
-            return tuple(None if d is None else d % self.ndim for d in dims)
+            return tuple(None if d is None else d % max(self.ndim, 1) for d in dims)
         return tuple(None if d is None else self.dims[d] for d in dims)
 
     @cached_property

@@ -23,12 +23,13 @@ DEVICE_CHUNK = 1 << 22
 WHOLE = 1 << 62
 """More elements than a tensor has: a step that is recorded, to be compiled, is not cut."""
 
-CHUNKS = {"cpu": CPU_CHUNK, "meta": CPU_CHUNK, RECORDED: WHOLE}
-
 
 def chunk_elements(device: torch.device) -> int:
     """Return how many elements of a parameter a kernel holds in one fp32 buffer on `device`."""
-    return CHUNKS.get(STAND_IN.get() or device.type, DEVICE_CHUNK)
+    kind = STAND_IN.get() or device.type
+    if kind in ("cpu", "meta"):
+        return CPU_CHUNK
+    return WHOLE if kind == RECORDED else DEVICE_CHUNK
 
 
 def slice_elements(device: torch.device) -> int:

@@ -172,48 +172,52 @@ def values(product: Product) -> Tensor:
 
 def ema(target: Tensor, product: Product, weight: Scalar) -> None:
     """Move a tensor in place towards a product's value; see `eager.ema`."""
-    if not _move(target, target, product, weight, None):
+    if _move(target, product, weight, None, target) is None:
         eager.ema(target, product, weight)
 
 
 def ema_of_square(target: Tensor, product: Product, weight: Scalar, eps: float = 0.0) -> None:
     """Move a tensor in place towards a product's square; see `eager.ema_of_square`."""
-    if not _move(target, target, product, weight, eps):
+    if _move(target, product, weight, eps, target) is None:
         eager.ema_of_square(target, product, weight, eps)
 
 
 def moved(current: Tensor, product: Product, weight: Scalar) -> Tensor:
     """Return a new tensor: `current`, fp32 or fp64, moved by `weight` of the way to the value."""
-    new = torch.empty_like(current, memory_format=torch.contiguous_format)
-    if current.dtype == torch.float32 and _move(current, new, product, weight, None):
-        return new
-    return torch.lerp(current, values(product), weight)
+    new = _move(current, product, weight, None)
+    return torch.lerp(current, values(product), weight) if new is None else new
 
 
 def moved_to_square(current: Tensor, product: Product, weight: Scalar, eps: float) -> Tensor:
     """Return a new tensor: `current`, fp32 or fp64, moved by `weight` of the way to `value**2 + eps`."""
-    new = torch.empty_like(current, memory_format=torch.contiguous_format)
-    if current.dtype == torch.float32 and _move(current, new, product, weight, eps):
+    new = _move(current, product, weight, eps)
+    if new is not None:
         return new
     square = values(product).square()
     return torch.lerp(current, square if eps == 0 else square.add_(eps), weight)
 
 
-def _move(current: Tensor, new: Tensor, product: Product, weight: Scalar, eps: float | None) -> bool:
-    """Write `current`, moved towards the value, or with `eps` towards its square, to `new`; False if C code cannot."""
+def _move(
+    current: Tensor, product: Product, weight: Scalar, eps: float | None, new: Tensor | None = None
+) -> Tensor | None:
+    """Return `current`, moved towards the value, or with `eps` towards its square; None if C code cannot move it.
+
+    new: where the result is written; None for a new tensor.
+    """
     dense = product.dense
-    functions = functions_reading(dense, current, new)
+    functions = functions_reading(dense, current) if new is not None or current.dtype == torch.float32 else None
     share = None if functions is None or dense.shape != current.shape else number_at_hand(weight)
     operand = None if share is None else product_operand(product)
     if functions is None or share is None or operand is None:
-        return False
+        return None
+    new = torch.empty_like(current) if new is None else new
     count, squared = dense.numel(), eps is not None
     addresses = ctypes.byref(operand), current.data_ptr(), new.data_ptr(), native.NUMBERS[new.dtype]
     native.share(
         functions["move_towards"], (*addresses, squared, share, eps or 0.0), count, native.TILE, count // CHEAP
     )
     note_written(new)
-    return True
+    return new
 
 
 def inverse_root(x: Tensor, correction: float, eps: float) -> Tensor:

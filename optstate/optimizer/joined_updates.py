@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from optstate import kernels
 from optstate.kernels import Scalar
 from optstate.kernels.backend import choose_backend
 from optstate.optimizer.parameters import Leaf
@@ -34,7 +35,9 @@ class StepsOne(Protocol):
 def update_joined(tables: TritonTables, runner: StepsOne, params: Iterable[Tensor], grad_scale: Scalar) -> list[Tensor]:
     """Update parameters that share launches; return those that are to be updated otherwise. Call under no_grad."""
     listed = list(params)
-    if not listed or choose_backend(runner.leaf(listed[0]).backend, listed[0].device)[0] != "triton":
+    if not listed or kernels.rehearsing():
+        return listed
+    if choose_backend(runner.leaf(listed[0]).backend, listed[0].device)[0] != "triton":
         return listed
     joined = [(param, leaf.joined_step(param.device)) for param, leaf in ((p, runner.leaf(p)) for p in listed)]
     chosen = [(param, step) for param, step in joined if step is not None]

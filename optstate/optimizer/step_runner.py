@@ -220,7 +220,8 @@ class StepRunner:
         """Update parameters: one by one, or together where they are split among devices."""
         numbers: dict[Any, Any] = {}
         leaves = self.parameters.leaves
-        if self.around is None and not kernels.rehearsing():
+        params = list(params)
+        if params and (params[0].device.type != "cpu" or self.parameters.in_triton) and self.around is None:
             params = update_joined(self.tables, self, params, grad_scale)
         for batch in batches((leaves.get(param) or self.leaf(param), param) for param in params):
             leaf, param = batch[0]

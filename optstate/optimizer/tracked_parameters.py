@@ -15,6 +15,7 @@ from optstate import naming
 from optstate.distributed.agreement import listed
 from optstate.distributed.placement import copy_part, placement_of
 from optstate.integrations import engines
+from optstate.kernels.backend import CHOSEN_OUTSIDE
 from optstate.optimizer import param_groups
 from optstate.optimizer.compiled_chain import ChainCompiler
 from optstate.optimizer.parameters import Leaf, replacements
@@ -55,6 +56,7 @@ class TrackedParameters:
     def __init__(self, route: Route, weights: Weights | str, names: naming.CanonicalNames) -> None:
         self.route, self.weights, self.names = route, weights, names
         self.backend = "auto"
+        self.in_triton = CHOSEN_OUTSIDE == "triton"
         self.compiler: ChainCompiler | None = None
         self._planner = Planner(route, weights)
         self.leaves: dict[Tensor, Leaf] = {}
@@ -73,6 +75,7 @@ class TrackedParameters:
         """
         require_backend([(leaf.plan, param) for param, leaf in self.leaves.items()], backend)
         self.backend = backend
+        self.in_triton = "triton" in (backend, CHOSEN_OUTSIDE)
         for leaf in self.leaves.values():
             leaf.use_backend(backend, self.compiler)
 
