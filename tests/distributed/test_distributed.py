@@ -44,10 +44,12 @@ BOTH = (False, True)
 SIZES = ((7, (2,)), (1, (2,)))
 """Rows of a matrix, and the mesh they lie on: uneven parts, and a part that is empty. Even ones are in all others."""
 
+TRAINED = [recipe for recipe in ranks.RECIPES if recipe not in ranks.IN_PARTS_ALONE]
+
 SHARDED = [
     *(
         ("equals_unsharded", recipe, fused, rows, layers, mesh)
-        for recipe, fused, (rows, mesh), layers in pairwise(list(ranks.RECIPES), BOTH, SIZES, BOTH)
+        for recipe, fused, (rows, mesh), layers in pairwise(TRAINED, BOTH, SIZES, BOTH)
     ),
     ("equals_unsharded", "adalomo", True, 8, True, (2, 1)),
     ("equals_unsharded", "adalomo", False, 8, True, (1, 2)),
@@ -58,7 +60,7 @@ bits, which several processes' sums do not give."""
 
 TENSOR_PARALLEL = [
     ("tensor_parallel", recipe, i % 2 == 0, 1)
-    for i, recipe in enumerate(ranks.RECIPES)
+    for i, recipe in enumerate(TRAINED)
     if recipe not in DEPEND_ON_LAST_DIGITS
 ]
 SUMMED = ("adalomo", "adamfactor", "adamw8bit", "came", "lomo", "sm3")

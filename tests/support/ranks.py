@@ -66,6 +66,16 @@ RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
     "smmf": lambda params: recipes.SMMF(params, lr=1e-3, eps=EPS),
     "soap": lambda params: recipes.SOAP(params, lr=1e-3, eps=1e-2, precondition_frequency=2),
     "sumo": lambda params: recipes.SUMO(params, lr=1e-3, rank=4, update_proj_gap=2),
+    "adamem": lambda params: recipes.AdaMeM(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
+    "adarankgrad": lambda params: recipes.AdaRankGrad(params, lr=1e-3, rank=4, min_rank=2, update_proj_gap=2, eps=EPS),
+    "apollo": lambda params: recipes.Apollo(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
+    "apollomini": lambda params: recipes.ApolloMini(params, lr=1e-4, update_proj_gap=2, eps=EPS),
+    "fira": lambda params: recipes.Fira(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
+    "galore": lambda params: recipes.GaLore(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
+    "galore2": lambda params: recipes.GaLore2(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
+    "grass": lambda params: recipes.Grass(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
+    "ldadam": lambda params: recipes.LDAdam(params, lr=1e-3, rank=4, eps=EPS),
+    "qgalore": lambda params: recipes.QGaLore(params, lr=1e-3, rank=4, update_proj_gap=2, eps=EPS),
     "projected": of_matrices(updates.project(ADAM, rank=4, gap=2)),
     "projected at random": of_matrices(updates.scale_by_projected(ADAM, rank=4, gap=2)),
     "projected, iterated, factored": of_matrices(
@@ -75,6 +85,11 @@ RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
     "in the eigenbasis": of_matrices(updates.eigenbasis(ADAM, every=2, largest=64)),
     "orthogonal": of_matrices(updates.chain(updates.momentum(), updates.orthogonalize())),
 }
+
+IN_PARTS_ALONE = (
+    *("adamem", "adarankgrad", "apollo", "apollomini", "fira", "galore", "galore2", "grass", "ldadam", "qgalore"),
+)
+"""Their parts are compared in one process; several train the chains "projected ..." that these recipes are made of."""
 
 
 class Net(nn.Module):

@@ -479,7 +479,7 @@ def test_auto_is_still_stochastic_rounding() -> None:
         param = nn.Parameter(torch.zeros(3, dtype=BF16))
         optimizer = recipes.get(name)([("p", param)])
         assert optimizer.plan().params[0].weights == StochasticRounding()
-        assert not [key for key in optimizer.state[param] if key.startswith("weight")]
+        assert not [key for key in optimizer.state[param] if key.startswith("weight.")]
 
 
 @each_keeping
