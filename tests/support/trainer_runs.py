@@ -53,8 +53,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaF
 
 
 def windows(count: int) -> list[Batch]:
-    """Neighbouring stretches of the README."""
-    text = (ROOT / "README.md").read_bytes()[: count * LENGTH]
+    """Neighbouring stretches of a text that does not change."""
+    text = (ROOT / "tests/data/text.md").read_bytes()[: count * LENGTH]
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(count, LENGTH)
     return [{"input_ids": row, "labels": row} for row in ids]
 
