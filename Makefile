@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reor
 demo: .venv/ready-examples ## train AdamW and fused AdaLomo side by side on real text
 	$(BIN)/python examples/demo.py
 
-test: .venv/ready-test ## the whole test suite: about twelve minutes on two cores
+test: .venv/ready-test ## the whole test suite: about seventeen minutes on two cores
 	$(PYTEST)
 
 test-fast: .venv/ready-test ## a first answer in about two minutes: what needs no other processes and nobody else's packages
