@@ -13,7 +13,7 @@ demo: .venv/ready-examples ## train AdamW and fused AdaLomo side by side on real
 test: .venv/ready-test ## the whole test suite: about seventeen minutes on two cores
 	$(PYTEST)
 
-test-fast: .venv/ready-test ## a first answer in about two minutes: what needs no other processes and nobody else's packages
+test-fast: .venv/ready-test ## a first answer in two to three minutes: what needs no other processes and nobody else's packages
 	$(PYTEST) -m "not slow and not ranks and not peer"
 
 check: .venv/ready-test ## format, lint, types, import layers
