@@ -18,7 +18,7 @@ from optstate.updates import Context
 __all__ = ["update_joined"]
 
 
-class StepsOne(Protocol):
+class SingleUpdates(Protocol):
     """What is needed of the runner of an optimizer's steps."""
 
     def leaf(self, param: Tensor) -> Leaf: ...
@@ -32,7 +32,9 @@ class StepsOne(Protocol):
     def remember(self, params: list[Tensor], error: BaseException) -> None: ...
 
 
-def update_joined(tables: TritonTables, runner: StepsOne, params: Iterable[Tensor], grad_scale: Scalar) -> list[Tensor]:
+def update_joined(
+    tables: TritonTables, runner: SingleUpdates, params: Iterable[Tensor], grad_scale: Scalar
+) -> list[Tensor]:
     """Update parameters that share launches; return those that are to be updated otherwise. Call under no_grad."""
     listed = list(params)
     if not listed or kernels.rehearsing():

@@ -87,7 +87,16 @@ RECIPES: dict[str, Callable[..., optstate.Optimizer]] = {
 }
 
 IN_PARTS_ALONE = (
-    *("adamem", "adarankgrad", "apollo", "apollomini", "fira", "galore", "galore2", "grass", "ldadam", "qgalore"),
+    "adamem",
+    "adarankgrad",
+    "apollo",
+    "apollomini",
+    "fira",
+    "galore",
+    "galore2",
+    "grass",
+    "ldadam",
+    "qgalore",
 )
 """Their parts are compared in one process; several train the chains "projected ..." that these recipes are made of."""
 
